@@ -1,0 +1,575 @@
+"""SO against its plain twin and torch's Adam, its state, and what it refuses."""
+
+import copy
+import io
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from twin import Twin, mask
+
+from optimizers.SparseOptimizer import SO, draw_support
+
+ROOT = Path(__file__).parent.parent
+SHAPES = [(7, 9), (3, 4, 5), (2, 3, 3, 3), (2, 2, 2, 3, 2)]
+SPARSE_STATE = {"step", "grad_indices", "indices", "exp_avg", "exp_avg_sq"}
+
+
+def parameter(*shape, dtype=torch.float64):
+    return nn.Parameter(torch.randn(shape, dtype=dtype))
+
+
+def run(optimizer, params, steps, seed=0):
+    """Some steps on gradients that depend on the seed and the step alone."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        optimizer.step()
+
+
+def saved(optimizer):
+    """The state dict after a trip through a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def make_model():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), nn.LayerNorm(8)
+    )
+
+
+# Equalities
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("density, T", [(0.01, 1), (0.1, 5), (0.3, 2), (0.7, 3), (1.0, 4)])
+def test_every_step_equals_the_plain_twin(shape, density, T):
+    w = parameter(*shape)
+    settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    twin = Twin(w, **settings)
+    optimizer = SO([w], **settings, density_ratio=density, T=T, seed=3)
+    for step in range(12):
+        w.grad = torch.randn_like(w)
+        gradient = w.grad.clone()
+        optimizer.step()
+        state = optimizer.state[w]
+        twin.step(gradient, mask(state["grad_indices"], shape))
+        assert torch.equal(w.grad, gradient)
+        torch.testing.assert_close(w.detach(), twin.W, rtol=1e-12, atol=1e-12)
+        assert torch.equal(mask(state["indices"], shape), twin.S_m), step
+        at = state["indices"]
+        torch.testing.assert_close(state["exp_avg"], twin.m.flatten()[at], rtol=1e-12, atol=0)
+        torch.testing.assert_close(state["exp_avg_sq"], twin.v.flatten()[at], rtol=1e-12, atol=0)
+
+
+def test_many_tensors_at_once_equal_each_on_its_own():
+    shapes = [(6, 7), (7, 6), (6, 7), (50, 40), (3,), (5, 2, 3)]
+    together = [parameter(*shape) for shape in shapes]
+    optimizer = SO(together, lr=1e-2, density_ratio=0.1, T=3, weight_decay=0.05, seed=1)
+    twins = [Twin(p, lr=1e-2, weight_decay=0.05) for p in together]
+    for step in range(8):
+        for number, p in enumerate(together):
+            p.grad = None if (step + number) % 4 == 0 else torch.randn_like(p)
+        optimizer.step()
+        for p, twin in zip(together, twins, strict=True):
+            if p.grad is not None:
+                at = optimizer.state[p].get("grad_indices", torch.arange(p.numel()))
+                twin.step(p.grad, mask(at, p.shape))
+    for p, twin in zip(together, twins, strict=True):
+        torch.testing.assert_close(p.detach(), twin.W, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_density_one_equals_adam(weight_decay):
+    ours, theirs = [[parameter(30, 20), parameter(5, 4, 3)] for _ in range(2)]
+    for a, b in zip(ours, theirs, strict=True):
+        b.data.copy_(a.data)
+    settings = dict(lr=1e-2, weight_decay=weight_decay)
+    run(SO(ours, **settings, density_ratio=1.0, T=3), ours, 30)
+    run(torch.optim.Adam(theirs, **settings), theirs, 30)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_tensors_are_exactly_adam(dtype):
+    ours = [parameter(9, dtype=dtype), parameter(4, 5, dtype=dtype)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    a = SO([{"params": ours, "dense": True}], lr=1e-2, weight_decay=0.01)
+    b = torch.optim.Adam(theirs, lr=1e-2, weight_decay=0.01)
+    run(a, ours, 20)
+    run(b, theirs, 20)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(a.state[p][name], b.state[q][name])
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("rows", [True, False])
+def test_sparse_gradients_are_read_like_the_strided_ones(coalesced, rows):
+    dense, sparse = [parameter(8, 6) for _ in range(2)]
+    sparse.data.copy_(dense.data)
+    a = SO([dense], lr=1e-2, density_ratio=0.2, T=2, seed=1)
+    b = SO([sparse], lr=1e-2, density_ratio=0.2, T=2, seed=1)
+    for _ in range(6):
+        sparse.grad = torch.sparse_coo_tensor(
+            torch.randint(8, (1, 5)) if rows else torch.randint(6, (2, 20)),
+            torch.randn(5, 6) if rows else torch.randn(20),
+            (8, 6),
+            dtype=torch.float64,
+            check_invariants=True,
+        )
+        if coalesced:
+            sparse.grad = sparse.grad.coalesce()
+        dense.grad = sparse.grad.to_dense()
+        a.step()
+        b.step()
+        torch.testing.assert_close(dense, sparse, rtol=1e-12, atol=1e-12)
+    sparse.grad = torch.sparse_coo_tensor(size=(8, 6), dtype=torch.float64, check_invariants=True)
+    dense.grad = torch.zeros_like(dense)
+    a.step()
+    b.step()
+    torch.testing.assert_close(dense, sparse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "strided", [lambda w: w.t(), lambda w: w[:, ::2], lambda w: w.expand(1, *w.shape).mT]
+)
+def test_non_contiguous_parameters_and_gradients_are_updated_in_place(strided):
+    storage = torch.randn(10, 12, dtype=torch.float64)
+    w = nn.Parameter(strided(storage))
+    assert not w.is_contiguous() and w.data_ptr() == storage.data_ptr()
+    plain = nn.Parameter(w.detach().clone(memory_format=torch.contiguous_format))
+    a = SO([w], lr=1e-2, density_ratio=0.2, T=2, weight_decay=0.1, seed=1)
+    b = SO([plain], lr=1e-2, density_ratio=0.2, T=2, weight_decay=0.1, seed=1)
+    for _ in range(6):
+        plain.grad = torch.randn_like(plain)
+        w.grad = plain.grad.clone() if _ % 2 else torch.empty_like(w).copy_(plain.grad)
+        a.step()
+        b.step()
+    assert torch.equal(w, plain)
+    assert torch.equal(strided(storage), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dense", [True, False])
+def test_half_precision_follows_float32_and_keeps_its_moments_there(dtype, dense):
+    half = nn.Parameter(torch.randn(20, 20).to(dtype))
+    full = nn.Parameter(half.detach().float())
+    settings = dict(lr=1e-2, density_ratio=0.1, T=2, seed=1)
+    a = SO([{"params": [half], "dense": dense}], **settings)
+    b = SO([{"params": [full], "dense": dense}], **settings)
+    for _ in range(10):
+        half.grad = torch.randn_like(half)
+        full.grad = half.grad.float()
+        a.step()
+        b.step()
+    assert a.state[half]["exp_avg"].dtype == a.state[half]["exp_avg_sq"].dtype == torch.float32
+    assert torch.allclose(half.float(), full, atol=0.1)
+    assert torch.equal(a.state[half]["exp_avg"], b.state[full]["exp_avg"])
+
+
+# Supports
+
+
+@pytest.mark.parametrize("numel, k", [(10, 1), (10, 3), (10, 9), (10, 10), (1000, 37), (3, 1)])
+def test_supports_are_distinct_and_uniform(numel, k):
+    generator = torch.Generator().manual_seed(0)
+    draws = 3000
+    counts = torch.zeros(numel)
+    for _ in range(draws):
+        support = draw_support(numel, k, generator)
+        assert support.dtype == torch.int64 and len(support.unique()) == k
+        counts[support] += 1
+    expected = draws * k / numel
+    spread = (expected * (1 - k / numel)) ** 0.5
+    assert (counts - expected).abs().max() <= 5 * spread
+
+
+def test_pairs_of_a_support_are_uniform_too():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(16, 16)
+    for _ in range(6000):
+        a, b = draw_support(16, 2, generator).tolist()
+        counts[a, b] += 1
+    assert torch.equal(counts, counts.triu(1))
+    expected = 6000 / 120
+    assert (counts[counts.triu(1) > 0] - expected).abs().max() < 5 * expected**0.5
+
+
+def test_support_is_kept_for_T_steps_and_has_floor_of_density_entries():
+    w = parameter(30, 40)
+    optimizer = SO([w], density_ratio=0.0146, T=3)
+    seen = []
+    for _ in range(9):
+        run(optimizer, [w], 1)
+        seen.append(optimizer.state[w]["grad_indices"].tolist())
+        assert len(seen[-1]) == len(optimizer.state[w]["indices"]) == 17
+    assert [seen[i] == seen[i + 1] for i in range(8)] == [True, True, False] * 2 + [True, True]
+
+
+def test_tensors_steps_and_optimizers_draw_independently():
+    params = [parameter(40, 40) for _ in range(3)]
+    optimizers = [SO(params, density_ratio=0.01, T=1) for _ in range(2)]
+    seen = set()
+    for optimizer in optimizers:
+        for _ in range(5):
+            run(optimizer, params, 1)
+            seen |= {tuple(optimizer.state[p]["grad_indices"].tolist()) for p in params}
+    assert len(seen) == 2 * 5 * 3
+
+
+def test_seeded_supports_ignore_and_leave_the_global_generator():
+    def supports(disturbance):
+        w = parameter(30, 30)
+        optimizer = SO([w], density_ratio=0.05, T=2, seed=7)
+        torch.rand(disturbance)
+        before = torch.get_rng_state()
+        optimizer.draw_supports()
+        assert torch.equal(before, torch.get_rng_state())
+        w.grad = torch.randn_like(w)
+        before = torch.get_rng_state()
+        optimizer.step()
+        assert torch.equal(before, torch.get_rng_state())
+        return optimizer.state[w]["grad_indices"]
+
+    assert torch.equal(supports(3), supports(5))
+
+
+def test_unseeded_supports_follow_manual_seed():
+    def supports(seed):
+        w = nn.Parameter(torch.zeros(30, 30))
+        optimizer = SO([w], density_ratio=0.05)
+        torch.manual_seed(seed)
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        return optimizer.state[w]["grad_indices"].tolist()
+
+    assert supports(1) == supports(1) != supports(2)
+
+
+def test_draw_supports_tells_what_the_coming_step_reads():
+    drawn, plain = parameter(30, 30), parameter(30, 30)
+    frozen = parameter(5, 5).requires_grad_(False)
+    plain.data.copy_(drawn.data)
+    a = SO([drawn, frozen], density_ratio=0.05, T=2, seed=7)
+    b = SO([plain], density_ratio=0.05, T=2, seed=7)
+    for _ in range(5):
+        a.draw_supports()
+        told = a.state[drawn]["grad_indices"].clone()
+        a.draw_supports()
+        drawn.grad = torch.zeros_like(drawn)
+        drawn.grad.view(-1)[told] = 1.0
+        plain.grad = torch.ones_like(plain)
+        a.step()
+        b.step()
+        assert torch.equal(told, b.state[plain]["grad_indices"])
+        assert torch.equal(drawn, plain)
+    assert frozen not in a.state
+
+
+# State
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 5, 7])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_saved_state_continues_bit_for_bit(at, seed):
+    shapes = [(300, 30), (8,), (4, 5, 6)]
+    torch.manual_seed(1)
+    unbroken = [parameter(*shape) for shape in shapes]
+    a = SO(unbroken, lr=1e-2, density_ratio=0.05, T=5, seed=seed)
+    run(a, unbroken, at)
+    resumed = [nn.Parameter(p.detach().clone()) for p in unbroken]
+    state = saved(a)
+    torch.manual_seed(99)
+    b = SO(resumed, lr=5.0, density_ratio=0.5, T=2)
+    b.load_state_dict(state)
+    run(a, unbroken, 12, seed=1)
+    run(b, resumed, 12, seed=1)
+    for p, q in zip(unbroken, resumed, strict=True):
+        assert torch.equal(p, q)
+        for name, value in a.state[p].items():
+            assert torch.equal(value, b.state[q][name]), name
+
+
+def test_supports_drawn_ahead_survive_saving():
+    w = parameter(30, 30)
+    a = SO([w], density_ratio=0.05, seed=7)
+    a.draw_supports()
+    b = SO([w], density_ratio=0.05, seed=1)
+    b.load_state_dict(saved(a))
+    b.draw_supports()
+    assert torch.equal(a.state[w]["grad_indices"], b.state[w]["grad_indices"])
+
+
+def test_loading_copies_so_that_both_optimizers_go_their_own_way():
+    w, u = parameter(20, 20), parameter(20, 20)
+    a, b = SO([w], density_ratio=0.1), SO([u], density_ratio=0.1)
+    run(a, [w], 3)
+    b.load_state_dict(a.state_dict())
+    kept = copy.deepcopy(a.state_dict())
+    run(b, [u], 3)
+    for name, value in kept["state"][0].items():
+        assert torch.equal(value, a.state[w][name]), name
+
+
+@pytest.mark.parametrize("to", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_state_saved_from_another_precision_loads(source, to):
+    w = parameter(70, 50, dtype=source)
+    a = SO([w], density_ratio=0.05, T=5)
+    run(a, [w], 3)
+    u = nn.Parameter(w.detach().to(to))
+    b = SO([u])
+    b.load_state_dict(saved(a))
+    state = b.state[u]
+    assert state["indices"].dtype == state["grad_indices"].dtype == torch.int64
+    assert torch.equal(state["indices"], a.state[w]["indices"])
+    wide = torch.float64 if to == torch.float64 else torch.float32
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wide
+    run(b, [u], 3)
+
+
+def test_indices_beyond_float32_survive_loading():
+    w = nn.Parameter(torch.zeros(1, 2**24 + 10))
+    a = SO([w], density_ratio=1e-7, seed=0)
+    w.grad = torch.sparse_coo_tensor(size=w.shape, check_invariants=True)
+    a.step()
+    a.state[w]["indices"] = torch.tensor([2**24 + 1])
+    b = SO([w])
+    b.load_state_dict(a.state_dict())
+    assert b.state[w]["indices"].tolist() == [2**24 + 1]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_and_pickles_continue_alike(duplicate):
+    model = nn.ParameterList([parameter(20, 20), parameter(5)])
+    pair = (model, SO(model.parameters(), density_ratio=0.1, T=3))
+    run(pair[1], list(model), 2)
+    other = duplicate(pair)
+    run(pair[1], list(model), 5)
+    run(other[1], list(other[0]), 5)
+    for p, q in zip(*[list(m) for m in (pair[0], other[0])], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_state_has_k_entries_and_torchs_names():
+    w, bias = parameter(100, 100), parameter(100)
+    optimizer = SO([w, bias], density_ratio=0.01)
+    run(optimizer, [w, bias], 7)
+    assert set(optimizer.state[w]) == SPARSE_STATE
+    assert set(optimizer.state[bias]) == {"step", "exp_avg", "exp_avg_sq"}
+    for name in SPARSE_STATE - {"step"}:
+        assert optimizer.state[w][name].untyped_storage().nbytes() == 100 * 8
+    assert int(optimizer.state[w]["step"]) == 7
+
+
+def test_nothing_of_the_size_of_the_matrix_is_allocated():
+    w = parameter(1000, 1000, dtype=torch.float32)
+    optimizer = SO([w], density_ratio=1e-3, T=2, weight_decay=0.1)
+    w.grad = torch.randn_like(w)
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+        for _ in range(4):
+            optimizer.step()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 0.1 * w.numel()  # bytes; a whole float32 copy has 4 per entry
+
+
+# Living in a training loop
+
+
+def test_the_readme_snippet_trains_any_module_after_copying_the_file_alone(tmp_path):
+    shutil.copy(ROOT / "optimizers" / "SparseOptimizer.py", tmp_path)
+    script = """
+import torch
+from SparseOptimizer import SO
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3), torch.nn.BatchNorm1d(4),
+                            torch.nn.Flatten(), torch.nn.Linear(24, 3))
+inputs, targets = torch.randn(32, 2, 8), torch.randint(3, (32,))
+optimizer = SO(model.parameters(), lr=3e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+               density_ratio=5e-2, T=10)
+losses = []
+for _ in range(60):
+    loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(losses[0], losses[-1])
+assert losses[-1] < 0.5 * losses[0]
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_closures_are_run_with_gradients_and_their_loss_returned():
+    w = parameter(4, 4)
+    optimizer = SO([w], density_ratio=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    expected = w.detach().square().sum()
+    assert torch.equal(optimizer.step(closure), expected)
+    assert optimizer.step() is None
+
+
+def test_schedulers_hooks_and_added_groups_work():
+    w, u = parameter(4, 4), parameter(6, 6)
+    optimizer = SO([w], lr=1.0, density_ratio=0.5, T=2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.add_param_group({"params": [u], "density_ratio": 1.0, "T": 7, "lr": 0.5})
+    run(optimizer, [w, u], 1)
+    scheduler.step()
+    assert calls == ["before", "after"]
+    assert optimizer.param_groups[0]["lr"] < 1.0
+    assert len(optimizer.state[u]["indices"]) == 36 and len(optimizer.state[w]["indices"]) == 8
+
+
+def test_grad_scaler_and_accumulation_give_the_plain_update():
+    plain, scaled = [nn.Linear(20, 10) for _ in range(2)]
+    scaled.load_state_dict(plain.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    a = SO(plain.parameters(), lr=1e-2, density_ratio=0.1, seed=2)
+    b = SO(scaled.parameters(), lr=1e-2, density_ratio=0.1, seed=2)
+    for _ in range(5):
+        x = torch.randn(8, 20)
+        a.zero_grad()
+        b.zero_grad()
+        (plain(x).square().mean()).backward()
+        for half in x.split(4):
+            scaler.scale(scaled(half).square().mean() / 2).backward()
+        a.step()
+        scaler.step(b)
+        scaler.update()
+    torch.testing.assert_close(plain.weight, scaled.weight, rtol=1e-4, atol=1e-5)
+    before = scaled.weight.detach().clone()
+    scaled.weight.grad = torch.full_like(scaled.weight, torch.inf)
+    scaler.step(b)
+    assert torch.equal(before, scaled.weight)
+
+
+def test_parameters_without_a_gradient_keep_no_state_and_do_not_move():
+    w, unused = parameter(5, 5), parameter(5, 5)
+    before = unused.detach().clone()
+    optimizer = SO([unused, w], density_ratio=0.2)
+    run(optimizer, [w], 3)
+    assert torch.equal(before, unused) and not optimizer.state.get(unused)
+
+
+def test_density_and_T_may_change_while_training():
+    w = parameter(20, 20)
+    optimizer = SO([w], density_ratio=0.01, T=4)
+    run(optimizer, [w], 5)
+    optimizer.param_groups[0].update(density_ratio=0.1, T=1)
+    run(optimizer, [w], 1)
+    optimizer.param_groups[0].update(density_ratio=0.02)
+    run(optimizer, [w], 3)
+    assert len(optimizer.state[w]["indices"]) == 8
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (4, 0, 2)])
+def test_tiny_and_empty_tensors_are_taken(shape):
+    w = parameter(*shape)
+    optimizer = SO([w], density_ratio=1e-9, lr=1.0)
+    before = w.detach().clone()
+    optimizer.draw_supports()
+    run(optimizer, [w], 2)
+    assert w.numel() == 0 or not torch.equal(before, w)
+
+
+def test_a_scalar_may_be_sparse_and_a_matrix_dense():
+    scalar, matrix = parameter(), parameter(3, 3)
+    groups = [{"params": [scalar], "dense": False}, {"params": [matrix], "dense": True}]
+    optimizer = SO(groups, density_ratio=0.1)
+    run(optimizer, [scalar, matrix], 2)
+    assert len(optimizer.state[scalar]["indices"]) == 1
+    assert optimizer.state[matrix]["exp_avg"].shape == (3, 3)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": -1e-3},
+        {"lr": float("nan")},
+        {"eps": -1e-8},
+        {"betas": (1.0, 0.999)},
+        {"betas": (0.9, -0.1)},
+        {"betas": (0.9,)},
+        {"weight_decay": -1.0},
+        {"density_ratio": 0.0},
+        {"density_ratio": 1.01},
+        {"density_ratio": -0.5},
+        {"T": 0},
+        {"T": 2.5},
+        {"T": True},
+    ],
+)
+def test_settings_outside_their_range_are_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        SO([parameter(3, 3)], **wrong)
+    with pytest.raises(ValueError, match=name):
+        SO([{"params": [parameter(3, 3)], **wrong}])
+    optimizer = SO([parameter(3, 3)])
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": [parameter(3, 3)], **wrong})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_no_parameters_and_complex_ones_are_refused():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        SO([])
+    with pytest.raises(ValueError, match="complex"):
+        SO([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="dense"):
+        SO([{"params": [parameter(3, 3)], "dense": "yes"}])
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_gives_the_cpus_supports_and_update_without_a_synchronisation(dtype):
+    ours = [parameter(64, 96, dtype=dtype), parameter(64, dtype=dtype)]
+    theirs = [nn.Parameter(p.detach().cuda()) for p in ours]
+    a = SO(ours, lr=1e-2, density_ratio=0.05, T=2, seed=1)
+    b = SO(theirs, lr=1e-2, density_ratio=0.05, T=2, seed=1)
+    for _ in range(6):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.cuda()
+        a.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            b.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seen = b.state[theirs[0]]["grad_indices"].cpu()
+        assert torch.equal(seen, a.state[ours[0]]["grad_indices"])
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q.cpu())
