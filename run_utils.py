@@ -1,0 +1,477 @@
+"""A run's surroundings: flags and YAML, seeds and devices, the run's folder, clean endings.
+
+The parser below is the one place where settings, their defaults and their checks stand. A YAML
+file's entries pass through the same parser as the command line's, so both are checked alike.
+"""
+
+import argparse
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy
+import torch
+import torchvision
+import yaml
+
+import clip
+from datasets import DATASETS, FewShotDataset
+from train import POSITIONS
+from utils import atomic_write
+
+HERE = Path(__file__).parent
+DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
+DEMO_CONFIG = HERE / "configs" / "digits.yaml"
+# Where and how a run goes, as opposed to what it computes.
+CIRCUMSTANCES = {
+    "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
+    "device", "num_workers", "threads", "cache_mb",
+}  # fmt: skip
+RESULT_LINES = {
+    "zero_shot_accuracy": "**** Zero-shot CLIP's test accuracy: {:.2f}. ****",
+    "final_accuracy": "**** Final test accuracy: {:.2f}. ****",
+}
+
+
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
+    """A parser type: one of the valid names, or an error with the nearest and all of them."""
+
+    def parse(name: str) -> str:
+        if name in valid:
+            return name
+        raise argparse.ArgumentTypeError(
+            f"unknown {kind} {name!r}{nearest(name, valid)}; valid: {', '.join(valid)}"
+        )
+
+    return parse
+
+
+def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> Callable[[str], Any]:
+    """A parser type: an int or float from low to high, bounds named in `open_` excluded."""
+    signs = (">" if "low" in open_ else ">=") + f" {low:g}"
+    if high < math.inf:
+        signs += (" and <" if "high" in open_ else " and <=") + f" {high:g}"
+    article = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            inside = low <= value <= high and math.isfinite(value)
+        except (ValueError, OverflowError):
+            value, inside = None, False
+        if not inside or ("low" in open_ and value == low) or ("high" in open_ and value == high):
+            raise argparse.ArgumentTypeError(f"must be {article} {signs}, not {text!r}")
+        return value
+
+    return parse
+
+
+def backbone(name: str) -> str:
+    """A parser type: a model's name or a checkpoint that is there."""
+    names = clip.available_models()
+    if name in names or Path(name).expanduser().is_file():
+        return name
+    if Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        raise argparse.ArgumentTypeError(f"there is no checkpoint at {name!r}: check the path")
+    raise argparse.ArgumentTypeError(
+        f"unknown backbone {name!r}{nearest(name, names)}; valid: {', '.join(names)}, "
+        "or a checkpoint's path"
+    )
+
+
+def logit_scale(text: str) -> float | str:
+    """A parser type: a positive number, or "checkpoint"."""
+    return text if text == "checkpoint" else number(float, 0, open_="low")(text)
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint at the valid name that looks most like this one, if any does."""
+    lower = {known.lower(): known for known in valid}
+    found = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
+
+
+# fmt: off
+def make_parser() -> Parser:
+    """All flags, with the defaults of the authors' command line."""
+    parser = Parser(
+        prog="main.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Adapt CLIP to an image classification task from a few images per class, "
+        "with SO. Without arguments: handwritten digits and a tiny CLIP, no download.",
+    )
+    switch = dict(action=argparse.BooleanOptionalAction)
+    cores = os.cpu_count() or 1
+
+    add = parser.add_argument_group("task").add_argument
+    add("--dataset", type=choice("dataset", list(DATASETS)), help="name of the task")
+    add("--root_path", help="folder of all datasets, laid out as DATASETS.md says")
+    add("--shots", type=number(int, 1), default=1, help="training images per class")
+    add("--seed", type=number(int, 0), default=3, help="of the few shots and of the run")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", type=backbone, default="ViT-B/16", help="a name, or a checkpoint's path")
+    add("--encoder", type=choice("encoder", ["text", "vision", "both"]), default="both",
+        help="tower to adapt: text, vision or both")
+    add("--position", type=choice("position", list(POSITIONS)), default="all",
+        help=f"layers to adapt: {', '.join(POSITIONS)}")
+    add("--logit_scale", type=logit_scale, default=100.0,
+        help="factor of cos(image, text), or `checkpoint` for the weights' own")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=number(float, 0, open_="low"), default=2e-4,
+        help="learning rate at the start; a cosine takes it to 1e-6")
+    add("--n_iters", type=number(int, 1), default=2000, help="iterations per shot")
+    add("--early_stop_loss", type=number(float, 0), default=0.01,
+        help="end when the mean loss of an epoch is below this")
+    add("--batch_size", type=number(int, 1), default=32, help="images per iteration")
+    add("--s", type=number(float, 0, 1, open_="high"), default=0.99995,
+        help="sparsity kappa, the share of entries left out: density_ratio = 1 - s")
+    add("--t", type=number(int, 1), default=5,
+        help="T: iterations between two draws of the gradient support")
+    add("--crop_scale", type=number(float, 0, 1, open_="low"), nargs=2, default=[0.08, 1.0],
+        metavar=("MIN", "MAX"), help="area of the random crop, as shares of the image")
+    add("--crop_ratio", type=number(float, 0, open_="low"), nargs=2, default=[3 / 4, 4 / 3],
+        metavar=("MIN", "MAX"), help="width / height of the random crop")
+    add("--flip", **switch, default=True, help="mirror every other training image")
+    add("--precision", type=choice("precision", ["fp32", "bf16", "fp16"]), default="fp32",
+        help="of matrix products: fp32, bf16 or fp16; weights stay fp32")
+    add("--dense_grad", **switch, default=False,
+        help="compute whole weight gradients, not only what SO reads; so far all runs do")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")
+    add("--num_workers", type=number(int, 0), default=min(8, cores),
+        help="threads that prepare images")
+    add("--threads", type=number(int, 1), help="threads of torch on the CPU")
+    add("--cache_mb", type=number(int, 0), default=2048, help="memory for decoded images, in MB")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--config", help="YAML file of settings; flags win over it")
+    add("--save_path", default="results", help="folder of all results")
+    add("--filename", default="weights", help="name of the weights file")
+    add("--save_weights", **switch, default=False, help="keep the adapted matrices")
+    add("--overwrite", **switch, default=False, help="replace another configuration's result")
+    add("--eval_only", **switch, default=False, help="evaluate saved weights, do not train")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Resolve the configuration: flags win over the YAML file, which wins over the defaults.
+
+    Where flags name no file, and neither another dataset nor another backbone than the embedded
+    ones, the file is configs/digits.yaml.
+
+    Args:
+        argv: The arguments; those of the process when None.
+
+    Raises:
+        SystemExit: With status 2, after one sentence, where something cannot be understood.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    named = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    named, unknown = parser.parse_known_args(argv, named)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        hint = nearest(unknown[0].split("=")[0], flags)
+        parser.error(f"unknown argument {unknown[0]!r}{hint}; --help lists all")
+
+    file = named.config
+    embedded = all(getattr(named, key) in (None, value) for key, value in DEMO.items())
+    if not file and embedded:
+        file = DEMO_CONFIG
+    config = parser.parse_args(from_yaml(parser, Path(file)) if file else [])
+    if file:
+        parser.prog = "main.py"
+    config = parser.parse_args(argv, config)
+    config.config = str(file) if file else None
+    if config.dataset is None:
+        parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
+    for key in ("crop_scale", "crop_ratio"):
+        if getattr(config, key)[0] > getattr(config, key)[1]:
+            parser.error(f"argument --{key}: MIN is above MAX: {getattr(config, key)}")
+    if Path(config.filename).name != config.filename:
+        parser.error(
+            f"argument --filename: must be a name without folders, not {config.filename!r}"
+        )
+    return config
+
+
+def from_yaml(parser: Parser, path: Path) -> list[str]:
+    """The entries of a YAML file, as the arguments that would say the same."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"argument --config: cannot read {path}: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"argument --config: {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(entries, dict):
+        parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    parser.prog = f"main.py: {path}"  # complaints about an entry name the file that it is in
+    argv = []
+    for key, value in entries.items():
+        if key not in actions or key == "config":
+            valid = sorted(set(actions) - {"config"})
+            hint = nearest(str(key), valid)
+            parser.error(f"unknown key {key!r}{hint}; valid: {', '.join(valid)}")
+        if value is None:
+            continue
+        if isinstance(actions[key], argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                parser.error(f"key {key!r}: must be true or false, not {value!r}")
+            argv.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict | bool):
+            parser.error(f"key {key!r}: cannot be {value!r}")
+        else:
+            argv.append(f"--{key}={value}")
+    return argv
+
+
+# Seeds and devices
+
+
+def default_device() -> str:
+    """CUDA where there is one, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
+    """Set torch's threads and seed, and return the device.
+
+    Python's `random` is seeded for the few shots alone: nothing else here draws from it.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
+        ) from error
+    return device
+
+
+# The run's folder
+
+
+def run_folder(config: argparse.Namespace) -> Path:
+    """Where a run's files lie: save_path/method/backbone/dataset/<N>shots/seed<N>."""
+    name = config.backbone
+    if name not in clip.available_models():
+        name = Path(name).stem
+    name = name.replace("/", "-").replace("@", "-")
+    shots, seed = f"{config.shots}shots", f"seed{config.seed}"
+    return Path(config.save_path) / "so" / name / config.dataset / shots / seed
+
+
+def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
+    """The result of this very configuration, if the folder holds it.
+
+    Raises:
+        ValueError: The folder holds another configuration's result, or one that is damaged, and
+            `overwrite` is not set.
+    """
+    path = folder / "result.json"
+    if config.overwrite or config.eval_only or not path.exists():
+        return None
+    remedies = "give another --save_path, or --overwrite to replace it"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        there = result["config"]
+        for key in RESULT_LINES:
+            float(result[key])
+        keys = sorted(there.keys() | computed(config).keys())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a run's result ({error!r}); {remedies}") from error
+    changes = [
+        f"{key} {there.get(key)} there, {computed(config).get(key)} here"
+        for key in keys
+        if there.get(key) != computed(config).get(key)
+    ]
+    if changes:
+        raise ValueError(f"{folder} holds another run's result ({'; '.join(changes)}); {remedies}")
+    weights = folder / f"{config.filename}.safetensors"
+    if config.save_weights and not weights.exists():
+        raise ValueError(f"{folder} holds this run's result, but not {weights.name}; {remedies}")
+    return result
+
+
+def computed(config: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a run's numbers depend on."""
+    return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
+
+
+def open_folder(folder: Path, config: argparse.Namespace) -> None:
+    """Make the folder and write config.yaml: what cannot be written shows before the training.
+
+    Raises:
+        ValueError: The folder cannot be made or written.
+    """
+    settings = {key: value for key, value in vars(config).items() if key != "config"}
+    settings.update(overwrite=False, eval_only=False)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "config.yaml", text)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder} ({error.strerror}); give another --save_path"
+        ) from error
+
+
+def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
+    """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["iteration", "loss", "lr", "test_accuracy"])
+    writer.writerows(rows)
+    atomic_write(folder / "curve.csv", text.getvalue())
+
+
+def write_result(
+    folder: Path, config: argparse.Namespace, device: torch.device, **measured: Any
+) -> dict[str, Any]:
+    """Write result.json, the last of a run's files, and return what it says."""
+    result = {
+        "method": "so",
+        **{key: getattr(config, key) for key in ("backbone", "dataset", "shots", "seed")},
+        **measured,
+        "peak_memory_mb": round(peak_memory(device), 1),
+        "device": device_name(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+        },
+        "git_commit": git_commit(),
+        "config": computed(config),
+    }
+    atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, in MB: torch's on a CUDA device, else the whole process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it, where that can be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def git_commit() -> str | None:
+    """The commit of this repository, with + where files differ from it; None outside git."""
+    try:
+        git = ["git", "-C", str(HERE)]
+        options = dict(capture_output=True, text=True, check=True, timeout=10)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        return commit + ("+" if subprocess.run(status, **options).stdout else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def print_results(result: dict[str, Any], *keys: str) -> None:
+    """Print accuracies in the form that users of few-shot CLIP code parse."""
+    for key in keys or RESULT_LINES:
+        print("\n" + RESULT_LINES[key].format(result[key]), flush=True)
+
+
+# What a person reads
+
+
+def describe(
+    config: argparse.Namespace,
+    dataset: FewShotDataset,
+    matrices: dict[str, torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Print what is about to happen."""
+    entries = sum(matrix.numel() for matrix in matrices.values())
+    density = 1 - config.s
+    kept = sum(max(1, int(matrix.numel() * density)) for matrix in matrices.values())
+    print(
+        f"{config.dataset}: {len(dataset.classnames)} classes, {len(dataset.train_x)} images to "
+        f"adapt with ({config.shots} per class, seed {config.seed}), {len(dataset.test)} to test\n"
+        f"{config.backbone} on {device_name(device)}, {config.precision}: "
+        f"{len(matrices)} matrices, {entries:,} entries, "
+        f"of which SO keeps moments for {kept:,} (density {density:.3g})",
+        flush=True,
+    )
+
+
+def whats_next(config: argparse.Namespace, folder: Path) -> None:
+    """Print where the results lie, and after the embedded default how to go on from it."""
+    print(f"\nResults: {folder}")
+    if all(getattr(config, key) == value for key, value in DEMO.items()):
+        print(
+            "The same with OpenAI's ViT-B/16 (downloaded once) on EuroSAT (see DATASETS.md):\n"
+            "    python main.py --root_path $DATA --dataset eurosat --shots 16"
+        )
+
+
+# Endings
+
+
+def exit_status(main: Callable[[], None]) -> int:
+    """Run main; turn what the user can mend into one sentence and status 2.
+
+    The environment variable SO_TRACEBACK brings the traceback back.
+    """
+    try:
+        main()
+        return 0
+    except KeyboardInterrupt:
+        print("\nmain.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as error:
+        if os.environ.get("SO_TRACEBACK"):
+            raise
+        sentence = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
+            sentence = sentence.splitlines()[0] + " Lower --batch_size, or use --precision bf16."
+        print(f"main.py: error: {sentence}", file=sys.stderr)
+        return 2

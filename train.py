@@ -1,0 +1,229 @@
+"""Adaptation itself: which matrices, the zero-shot classifier, training, evaluation.
+
+Functions take what they use; none of them knows the command line or a run's folder.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip import CLIP
+from datasets.loader import Batch, normalise, to_device
+from utils import Progress
+
+# Share of the stack of layers that each --position adapts, or how many of its last layers.
+POSITIONS: dict[str, tuple[float, float] | int] = {
+    "bottom": (0, 1 / 3),
+    "mid": (1 / 3, 2 / 3),
+    "up": (2 / 3, 1),
+    "half-up": (1 / 2, 1),
+    "half-bottom": (0, 1 / 2),
+    "all": (0, 1),
+    "top3": 3,
+    "top": 1,
+}
+MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+FINAL_LR = 1e-6  # where the cosine ends
+TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
+LOOK_EVERY = 50  # iterations between two looks at the loss on a GPU, each of which waits for it
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; `rows` is the curve up to there."""
+
+    def __init__(self, message: str, rows: list[tuple]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+def layers_at(position: str, depth: int) -> range:
+    """The layers that a position means in a stack of `depth` layers; never none.
+
+    Twelve layers: bottom 0-3, mid 4-7, up 8-11, half-bottom 0-5, half-up 6-11, top3 9-11, top 11.
+    """
+    share = POSITIONS[position]
+    if isinstance(share, int):
+        return range(max(depth - share, 0), depth)
+    start = min(round(share[0] * depth), depth - 1)
+    return range(start, max(round(share[1] * depth), start + 1))
+
+
+def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Parameter]:
+    """Freeze the model, thaw the matrices that are to be adapted, and return them by name.
+
+    Args:
+        model: Its attention in_proj and out_proj and MLP c_fc and c_proj weights are meant.
+        encoder: "text", "vision" or "both". A ResNet has no such blocks: only text is adapted.
+        position: A key of POSITIONS.
+
+    Raises:
+        ValueError: Nothing is left to adapt.
+    """
+    model.requires_grad_(False)
+    towers = {"vision": "visual.transformer", "text": "transformer"}
+    chosen = {}
+    for name in towers.values() if encoder == "both" else [towers[encoder]]:
+        if name == towers["vision"] and not hasattr(model.visual, "transformer"):
+            continue
+        blocks = model.get_submodule(name).resblocks
+        for layer in layers_at(position, len(blocks)):
+            for matrix in MATRICES:
+                full_name = f"{name}.resblocks.{layer}.{matrix}"
+                chosen[full_name] = model.get_parameter(full_name).requires_grad_()
+    if not chosen:
+        raise ValueError(
+            f"--encoder {encoder}: the image tower is a ResNet, without the transformer blocks "
+            "that SO adapts; use --encoder text or both, or a ViT backbone"
+        )
+    return chosen
+
+
+def text_features(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:
+    """Features of each class's prompt, of length 1: (C, D), with gradients where asked for.
+
+    Of several prompts the features are averaged, and brought to length 1 again.
+    """
+    device = model.text_projection.device
+    names = [name.replace("_", " ") for name in classnames]
+    total = 0.0
+    for prompt in template:
+        tokens = model.tokenize([prompt.format(name) for name in names]).to(device)  # (C, L)
+        step = len(tokens) if torch.is_grad_enabled() else TEXT_BATCH
+        features = torch.cat([model.encode_text(part) for part in tokens.split(step)])
+        total = total + F.normalize(features.float(), dim=-1)
+    return F.normalize(total, dim=-1)
+
+
+def image_features(model: CLIP, images: Tensor) -> Tensor:
+    """Features of uint8 images (B, 3, R, R), of length 1: (B, D)."""
+    return F.normalize(model.encode_image(normalise(images)).float(), dim=-1)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+    """The context in which matrix products run at this precision; weights stay as they are."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@torch.no_grad()
+def evaluate(
+    model: CLIP,
+    batches: Iterable[Batch],
+    total: int,
+    classnames: Sequence[str],
+    template: Sequence[str],
+    precision: str = "fp32",
+    desc: str = "Evaluation",
+) -> float:
+    """Top-1 accuracy in percent of the model as a classifier of `total` images by prompts."""
+    device = model.text_projection.device
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with autocast(device, precision), Progress(total, desc, "images") as bar:
+        classes = text_features(model, classnames, template)  # (C, D)
+        for batch in batches:
+            images, labels = to_device(batch, device)
+            predicted = (image_features(model, images) @ classes.T).argmax(dim=-1)
+            correct += (predicted == labels).sum()
+            bar.update(len(labels))
+    return 100.0 * correct.item() / total
+
+
+def cosine_lr(lr: float, iteration: int, iterations: int) -> float:
+    """The learning rate of an iteration, counted from 0: a cosine from lr down to 1e-6."""
+    return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+
+
+def train(
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Batch, bool]],
+    classnames: Sequence[str],
+    template: Sequence[str],
+    *,
+    iterations: int,
+    logit_scale: float | str = 100.0,
+    early_stop_loss: float = 0.0,
+    precision: str = "fp32",
+) -> list[tuple]:
+    """Adapt the model by cross-entropy over scaled cosines, with the paper's cosine schedule.
+
+    Args:
+        model: What is to be trained in it requires gradients; it stays in evaluation mode.
+        optimizer: Of what is trained; its learning rate is the schedule's start.
+        batches: Images and labels for ever, and whether each batch ends an epoch.
+        classnames: C names, by label.
+        template: Prompts with {} for the name.
+        iterations: How many batches to take at most.
+        logit_scale: Factor of the cosines, or "checkpoint" for the model's own.
+        early_stop_loss: End after an epoch whose mean loss is below this. On a GPU epochs of
+            less than LOOK_EVERY iterations are looked at now and then, not each.
+        precision: Of matrix products: "fp32", "bf16", or "fp16" with scaled gradients.
+
+    Returns:
+        The curve: rows (iteration, loss, lr, ""), iterations counted from 1.
+
+    Raises:
+        NonFiniteLoss: A loss is NaN or infinite.
+    """
+    device = model.text_projection.device
+    scale = model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    start_lr = optimizer.param_groups[0]["lr"]
+    fixed_classes = None
+    if not any(p.requires_grad for p in model.transformer.parameters()):
+        with torch.no_grad(), autocast(device, precision):
+            fixed_classes = text_features(model, classnames, template)
+
+    losses = torch.zeros(iterations, device=device)  # kept there: a GPU need not be waited for
+    looked = epoch_start = 0  # iterations before the last look, and before this epoch
+
+    def curve(count: int) -> list[tuple]:
+        values = losses[:count].tolist()
+        return [(i + 1, v, cosine_lr(start_lr, i, iterations), "") for i, v in enumerate(values)]
+
+    with Progress(iterations, "Training", "it") as bar:
+        for count, (batch, ends_epoch) in enumerate(islice(batches, iterations), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(start_lr, count - 1, iterations)
+            images, labels = to_device(batch, device)
+            with autocast(device, precision):
+                classes = fixed_classes
+                if classes is None:
+                    classes = text_features(model, classnames, template)  # (C, D)
+                logits = scale * image_features(model, images) @ classes.T  # (B, C)
+                loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[count - 1] = loss.detach()
+
+            unseen, epoch = count - looked, count - epoch_start
+            note = ""
+            if (
+                device.type == "cpu"
+                or (ends_epoch and max(unseen, epoch) >= LOOK_EVERY)
+                or unseen >= 2 * LOOK_EVERY
+                or count == iterations
+            ):
+                fresh = losses[looked:count]
+                if not fresh.isfinite().all():
+                    bad = looked + int(fresh.isfinite().logical_not().nonzero()[0]) + 1
+                    raise NonFiniteLoss(
+                        f"the loss became {losses[bad - 1].item()} at iteration {bad} of "
+                        f"{iterations}: lower --lr, or use --precision fp32 or bf16",
+                        curve(bad),
+                    )
+                looked, note = count, f"loss {losses[count - 1].item():.3f}"
+            bar.update(note=note)
+            if ends_epoch:
+                if looked == count and losses[epoch_start:count].mean() < early_stop_loss:
+                    break
+                epoch_start = count
+    return curve(count)
