@@ -95,13 +95,18 @@ def text_features(model: CLIP, classnames: Sequence[str], template: Sequence[str
         tokens = model.tokenize([prompt.format(name) for name in names]).to(device)  # (C, L)
         step = len(tokens) if torch.is_grad_enabled() else TEXT_BATCH
         features = torch.cat([model.encode_text(part) for part in tokens.split(step)])
-        total = total + F.normalize(features.float(), dim=-1)
-    return F.normalize(total, dim=-1)
+        total = total + unit(features)
+    return unit(total)
 
 
 def image_features(model: CLIP, images: Tensor) -> Tensor:
     """Features of uint8 images (B, 3, R, R), of length 1: (B, D)."""
-    return F.normalize(model.encode_image(normalise(images)).float(), dim=-1)
+    return unit(model.encode_image(normalise(images)))
+
+
+def unit(features: Tensor) -> Tensor:
+    """Scale each row (N, D) to length 1, in float32 at least."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
@@ -180,7 +185,7 @@ def train(
         with torch.no_grad(), autocast(device, precision):
             fixed_classes = text_features(model, classnames, template)
 
-    losses = torch.zeros(iterations, device=device)  # kept there: a GPU need not be waited for
+    losses = torch.zeros(iterations, device=device)  # there, so that a GPU is not waited for
     looked = epoch_start = 0  # iterations before the last look, and before this epoch
 
     def curve(count: int) -> list[tuple]:
@@ -197,7 +202,7 @@ def train(
                 if classes is None:
                     classes = text_features(model, classnames, template)  # (C, D)
                 logits = scale * image_features(model, images) @ classes.T  # (B, C)
-                loss = F.cross_entropy(logits.float(), labels)
+                loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)

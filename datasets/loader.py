@@ -154,6 +154,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            image.load()
             return clip.to_rgb(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error

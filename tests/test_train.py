@@ -1,0 +1,245 @@
+"""Which matrices are adapted, the loop against a plain one, and how it ends early."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from PIL import Image
+
+import clip
+from clip import build_model
+from datasets import Item
+from datasets.loader import Loader, normalise
+from optimizers import SO
+from train import (
+    MATRICES,
+    POSITIONS,
+    NonFiniteLoss,
+    cosine_lr,
+    evaluate,
+    layers_at,
+    select_matrices,
+    text_features,
+    train,
+)
+
+NAMES = ["red_one", "green", "blue"]
+TEMPLATE = ["a {}."]
+
+
+@pytest.fixture
+def items(tmp_path):
+    """Twelve images of three colours."""
+    rng = random.Random(0)
+    made = []
+    for number in range(12):
+        label = number % 3
+        colour = [rng.randrange(60) for _ in range(3)]
+        colour[label] += 160
+        path = tmp_path / f"{number}.png"
+        Image.effect_noise((40, 30), 60).convert("RGB").save(path)
+        image = Image.blend(Image.open(path), Image.new("RGB", (40, 30), tuple(colour)), 0.7)
+        image.save(path)
+        made.append(Item(str(path), label, NAMES[label]))
+    return made
+
+
+def tiny(config=TINY_VIT):
+    return build_model(random_state_dict(config))
+
+
+def adapt(model, items, optimizer, iterations=6, workers=0, **options):
+    loader = Loader(model.visual.input_resolution, workers, cache_mb=10)
+    batches = loader.train_batches(items, 5, seed=1)
+    return train(model, optimizer, batches, NAMES, TEMPLATE, iterations=iterations, **options)
+
+
+@pytest.mark.parametrize(
+    "position, layers",
+    [
+        ("bottom", range(0, 4)),
+        ("mid", range(4, 8)),
+        ("up", range(8, 12)),
+        ("half-bottom", range(0, 6)),
+        ("half-up", range(6, 12)),
+        ("all", range(0, 12)),
+        ("top3", range(9, 12)),
+        ("top", range(11, 12)),
+    ],
+)
+def test_positions_of_twelve_layers_are_the_papers(position, layers):
+    assert layers_at(position, 12) == layers
+
+
+@pytest.mark.parametrize("depth", range(1, 40))
+def test_positions_are_defined_at_every_depth(depth):
+    parts = {name: list(layers_at(name, depth)) for name in POSITIONS}
+    everything = list(range(depth))
+    assert all(parts.values())
+    assert parts["all"] == everything
+    assert parts["top"] == everything[-1:] and parts["top3"] == everything[-3:]
+    if depth >= 2:
+        assert parts["half-bottom"] + parts["half-up"] == everything
+    if depth >= 3:
+        assert parts["bottom"] + parts["mid"] + parts["up"] == everything
+        sizes = [len(parts[name]) for name in ("bottom", "mid", "up")]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("encoder, towers", [("text", 1), ("vision", 1), ("both", 2)])
+def test_only_the_named_matrices_of_the_chosen_towers_are_thawed(encoder, towers):
+    model = tiny()
+    chosen = select_matrices(model, encoder, "top")
+    assert len(chosen) == towers * len(MATRICES)
+    thawed = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert thawed == set(chosen)
+    assert all(name.startswith("visual.") for name in chosen) == (encoder == "vision")
+
+
+def test_a_resnet_adapts_its_text_tower_and_refuses_vision_alone():
+    names = select_matrices(tiny(TINY_RESNET), "both", "all")
+    assert names and not any(name.startswith("visual") for name in names)
+    with pytest.raises(ValueError, match="ResNet"):
+        select_matrices(tiny(TINY_RESNET), "vision", "all")
+
+
+def test_the_classifier_is_the_normalised_text_of_each_prompt():
+    model = tiny()
+    features = text_features(model, NAMES, TEMPLATE)
+    expected = model.encode_text(model.tokenize(["a red one.", "a green.", "a blue."]))
+    torch.testing.assert_close(features, F.normalize(expected, dim=-1))
+    both = text_features(model, NAMES, ["a {}.", "the {}."])
+    other = text_features(model, NAMES, ["the {}."])
+    torch.testing.assert_close(both, F.normalize(features + other, dim=-1))
+
+
+def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
+    model = tiny()
+    preprocess = clip.make_preprocess(32)
+    images = torch.stack([preprocess(Image.open(item.impath)) for item in items])
+    tokens = model.tokenize(["a red one.", "a green.", "a blue."])
+    with torch.no_grad():
+        predicted = model(images, tokens)[0].argmax(dim=-1)
+    expected = 100 * sum(int(p == i.label) for p, i in zip(predicted, items, strict=True)) / 12
+    for workers in (0, 2):
+        batches = Loader(32, workers).test_batches(items, 5)
+        assert evaluate(model, batches, 12, NAMES, TEMPLATE) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET])
+@pytest.mark.parametrize("encoder", ["text", "vision", "both"])
+def test_training_equals_a_plain_loop(items, config, encoder):
+    if config is TINY_RESNET and encoder == "vision":
+        encoder = "text"
+    results = []
+    for plain in (False, True):
+        model = tiny(config).double()
+        chosen = select_matrices(model, encoder, "all")
+        optimizer = SO(chosen.values(), lr=1e-3, density_ratio=0.05, T=2, seed=1)
+        if not plain:
+            curve = adapt(model, items, optimizer, workers=2)
+        else:
+            resolution = model.visual.input_resolution
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6, eta_min=1e-6)
+            batches = Loader(resolution).train_batches(items, 5, seed=1)
+            losses, rates = [], []
+            for _, ((images, labels), _) in zip(range(6), batches, strict=False):
+                tokens = model.tokenize(["a red one.", "a green.", "a blue."])
+                x = F.normalize(model.encode_image(normalise(images)), dim=-1)
+                y = F.normalize(model.encode_text(tokens), dim=-1)
+                loss = F.cross_entropy(100 * x @ y.T, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                rates.append(optimizer.param_groups[0]["lr"])
+                schedule.step()
+            assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-5)
+            assert [row[2] for row in curve] == pytest.approx(rates)
+        results.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    before = dict(tiny(config).double().named_parameters())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-10, atol=1e-10, msg=name)
+        assert torch.equal(value, before[name]) == (name not in chosen)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_a_run(items, workers):
+    curves = []
+    for count in (0, workers):
+        model = tiny()
+        optimizer = SO(select_matrices(model, "both", "top").values(), lr=1e-3, seed=1)
+        curves.append(adapt(model, items, optimizer, workers=count))
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_float32_with_float32_weights(items, precision):
+    curves = []
+    for name in ("fp32", precision):
+        model = tiny()
+        chosen = select_matrices(model, "both", "all")
+        optimizer = SO(chosen.values(), lr=1e-4, density_ratio=0.1, seed=1)
+        curves.append(adapt(model, items, optimizer, logit_scale=10.0, precision=name))
+        assert {p.dtype for p in chosen.values()} == {torch.float32}
+    full, half = [torch.tensor([row[1] for row in curve]) for curve in curves]
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+
+
+def test_the_checkpoints_own_logit_scale_can_be_used(items):
+    losses = []
+    for scale in ("checkpoint", 100.0, 1.0):
+        model = tiny()  # whose own scale is 100
+        optimizer = SO(select_matrices(model, "text", "top").values(), seed=1)
+        losses.append(adapt(model, items, optimizer, 1, logit_scale=scale)[0][1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != losses[2]
+
+
+def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
+    model = tiny()
+    optimizer = SO(select_matrices(model, "text", "top").values(), seed=1)
+    curve = adapt(model, items, optimizer, 20, early_stop_loss=1e9)
+    assert [row[0] for row in curve] == [1, 2, 3]  # twelve images, five to a batch
+
+
+def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):
+    model = tiny()
+    optimizer = SO(select_matrices(model, "text", "top").values(), lr=1e38, seed=1)
+    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr") as caught:
+        adapt(model, items, optimizer, 9)
+    assert len(caught.value.rows) == 2
+    assert math.isfinite(caught.value.rows[0][1]) and not math.isfinite(caught.value.rows[1][1])
+
+
+def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
+    assert cosine_lr(2e-4, 0, 100) == pytest.approx(2e-4)
+    assert cosine_lr(2e-4, 50, 100) == pytest.approx((2e-4 + 1e-6) / 2)
+    assert cosine_lr(2e-4, 100, 100) == pytest.approx(1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_iteration_on_a_gpu_waits_for_nothing(items, precision):
+    model = tiny().cuda()
+    optimizer = SO(select_matrices(model, "both", "all").values(), density_ratio=0.05, seed=1)
+    adapt(model, items, optimizer, 3, precision=precision)
+    batches = Loader(32).train_batches(items, 5, seed=1)
+    waits = []
+
+    class Watched:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            waits.append(torch.cuda.get_sync_debug_mode())
+            torch.cuda.set_sync_debug_mode("error" if len(waits) < 40 else "default")
+            return next(batches)
+
+    try:
+        train(model, optimizer, Watched(), NAMES, TEMPLATE, iterations=40, precision=precision)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits.count(2) == 39
