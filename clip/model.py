@@ -1,0 +1,427 @@
+"""CLIP in the layout of OpenAI's checkpoints (Radford et al. 2021, arXiv 2103.00020).
+
+Module and parameter names are those of the published state dicts, so that these load as they
+are. Two towers end in one space of D dimensions:
+
+    images (B, 3, H, W) -> VisionTransformer or ResNet -> (B, D)
+    tokens (N, L)       -> Transformer, causal         -> (N, D)
+
+    model = build_model(state_dict)
+    logits_per_image, logits_per_text = model(images, model.tokenize(["a photo of a cat."]))
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tokenizer import Tokenizer
+
+HEAD_WIDTH = 64
+RESNET_STRIDE = 32  # of a ResNet's image to its last feature map
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # the paper's temperature, section 2.5
+EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # carried, but no parameters
+
+
+def heads_for(width: int) -> int:
+    """The number of attention heads of a transformer: one for every 64 channels, at least one."""
+    return max(width // HEAD_WIDTH, 1)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`.
+
+    Args:
+        width: channels of input and output.
+        heads: number of heads, which share the width evenly.
+        causal: whether a position sees itself and earlier ones only.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"A width of {width} cannot be shared by {heads} attention heads.")
+        self.heads, self.causal = heads, causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.normal_(self.in_proj_weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
+        qkv = qkv.view(batch, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, W / heads) each
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(x.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    """Two linear maps, four times as wide in between."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = QuickGELU()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Attention and MLP, each on a normalised copy of what it is added to."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, causal)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of residual blocks on (B, L, W)."""
+
+    def __init__(self, width: int, layers: int, causal: bool = False):
+        super().__init__()
+        heads = heads_for(width)
+        blocks = [ResidualAttentionBlock(width, heads, causal) for _ in range(layers)]
+        self.resblocks = nn.Sequential(*blocks)
+
+        # OpenAI's initialisation: what each block adds shrinks with the depth of the stack.
+        for block in blocks:
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
+            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resblocks(x)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose class token, projected, is the image's feature."""
+
+    def __init__(self, input_resolution: int, patch: int, width: int, layers: int, embed_dim: int):
+        super().__init__()
+        if input_resolution % patch:
+            raise ValueError(f"Patches of {patch} pixels do not tile {input_resolution} pixels.")
+        self.input_resolution = input_resolution
+        std = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        positions = (input_resolution // patch) ** 2 + 1
+        self.positional_embedding = nn.Parameter(std * torch.randn(positions, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
+        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([first, x], dim=1)  # (B, 1 + patches, W)
+        x = self.transformer(self.ln_pre(x + self.positional_embedding))
+        return self.ln_post(x[:, 0]) @ self.proj  # (B, D)
+
+
+class Bottleneck(nn.Module):
+    """A residual block that averages before it strides, in both of its branches."""
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        outputs = 4 * planes
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inputs, outputs, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return F.relu(x + shortcut)
+
+
+class AttentionPool2d(nn.Module):
+    """Pools a feature map by attention, with its mean as the only query."""
+
+    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # (B, side², W)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        x = x + self.positional_embedding  # (B, 1 + side², W)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, W / heads)
+        return self.c_proj(x.flatten(1))  # (B, D)
+
+
+class ResNet(nn.Module):
+    """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling."""
+
+    def __init__(self, input_resolution: int, width: int, layers: Sequence[int], embed_dim: int):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        inputs = width
+        for number, blocks in enumerate(layers, start=1):
+            planes = width * 2 ** (number - 1)
+            stage = nn.Sequential(Bottleneck(inputs, planes, stride=1 if number == 1 else 2))
+            for _ in range(1, blocks):
+                stage.append(Bottleneck(4 * planes, planes, stride=1))
+            self.add_module(f"layer{number}", stage)
+            inputs = 4 * planes
+        side = input_resolution // RESNET_STRIDE
+        self.attnpool = AttentionPool2d(side, inputs, heads_for(inputs), embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.avgpool(F.relu(self.bn3(self.conv3(x))))  # (B, W, H / 4, W / 4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 32 W, H / 32, W / 32)
+        return self.attnpool(x)  # (B, D)
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature, initialised as CLIP's authors published.
+
+    Args:
+        embed_dim: dimensions D of the features that both towers end in.
+        image_resolution: pixels of a side of the square input.
+        vision_layers: blocks of the ViT, or blocks of each of the four stages of a ResNet.
+        vision_width: channels of the ViT, or of the ResNet's stem.
+        vision_patch_size: pixels of a side of a ViT's patch; None for a ResNet.
+        context_length: tokens of the longest text.
+        vocab_size: tokens known; the model's tokenizer follows from it.
+        transformer_width: channels of the text tower.
+        transformer_layers: blocks of the text tower.
+
+    Raises:
+        ValueError: if sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_resolution: int,
+        vision_layers: int | Sequence[int],
+        vision_width: int,
+        vision_patch_size: int | None,
+        context_length: int,
+        vocab_size: int,
+        transformer_width: int,
+        transformer_layers: int,
+    ):
+        super().__init__()
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        if isinstance(vision_layers, int):
+            self.visual = VisionTransformer(
+                image_resolution, vision_patch_size, vision_width, vision_layers, embed_dim
+            )
+        else:
+            self.visual = ResNet(image_resolution, vision_width, vision_layers, embed_dim)
+        self.transformer = Transformer(transformer_width, transformer_layers, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))  # its logarithm
+
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=transformer_width**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, to which images are cast."""
+        return self.visual.conv1.weight.dtype
+
+    def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Tensor:
+        """Tokens of one or more texts by this model's own vocabulary.
+
+        Args:
+            texts: a text or several.
+            truncate: cut texts that are too long instead of refusing them.
+
+        Returns:
+            (N, context_length) int64, zero after the end-of-text token.
+
+        Raises:
+            ValueError: if a text is too long and `truncate` is not set.
+        """
+        return Tokenizer.for_vocabulary(self.vocab_size)(texts, self.context_length, truncate)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Features of images, not normalised: (B, 3, H, W) -> (B, D).
+
+        Raises:
+            ValueError: if the images are not of the model's input size.
+        """
+        side = self.visual.input_resolution
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise ValueError(
+                f"This model takes images of shape (B, 3, {side}, {side}), not "
+                f"{tuple(images.shape)}: pass them through the preprocess of clip.load."
+            )
+        return self.visual(images.to(self.dtype))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Features of texts, not normalised: (N, L) -> (N, D), where L may be below the context.
+
+        The end-of-text token has the highest id and, since attention is causal, has seen all of
+        the text: its output is the text's feature.
+
+        Raises:
+            ValueError: if L is above the model's context length.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] > self.context_length:
+            raise ValueError(
+                f"This model takes tokens of shape (N, L) with L up to {self.context_length}, "
+                f"not {tuple(tokens.shape)}: make them with model.tokenize."
+            )
+        x = self.token_embedding(tokens)  # (N, L, W)
+        x = self.transformer(x + self.positional_embedding[: tokens.shape[1]])
+        ends = tokens.argmax(dim=-1)  # (N,)
+        x = x[torch.arange(len(x), device=x.device), ends]  # (N, W)
+        return self.ln_final(x) @ self.text_projection  # (N, D)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosine similarities, as (logits_per_image (B, N), logits_per_text (N, B))."""
+        image_features = F.normalize(self.encode_image(images), dim=-1)  # (B, D)
+        text_features = F.normalize(self.encode_text(tokens), dim=-1)  # (N, D)
+        logits = self.logit_scale.exp() * image_features @ text_features.T  # (B, N)
+        return logits, logits.T
+
+
+def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
+    """Make the CLIP that a state dict describes, whatever its sizes, and fill it.
+
+    Args:
+        state_dict: tensors by OpenAI's names, in any floating type; left unchanged.
+
+    Returns:
+        The model in float32 and in evaluation mode, on the device of the tensors.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or wrongly shaped; some are named.
+    """
+    state = {str(key): value for key, value in state_dict.items() if not _is_extra(str(key))}
+    _refuse("holds no tensor in", {k for k, v in state.items() if not isinstance(v, Tensor)})
+    with torch.device("meta"):  # shapes alone: neither memory nor random numbers
+        model = CLIP(**_sizes(state))
+    expected = model.state_dict()
+    for key in expected.keys() - state.keys():
+        if key.endswith("num_batches_tracked"):  # older files lack it, and nothing here reads it
+            state[key] = torch.tensor(0)
+
+    _refuse("lacks", expected.keys() - state.keys())
+    _refuse("holds unexpected", state.keys() - expected.keys())
+    wrong = {
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if state[key].shape != value.shape
+    }
+    _refuse("holds wrongly shaped", wrong)
+
+    state = {
+        key: value.detach().to(expected[key].dtype, copy=True).contiguous()
+        for key, value in state.items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _is_extra(key: str) -> bool:
+    return key.rpartition(".")[2] in (*EXTRA_KEYS, "attn_mask")
+
+
+def _refuse(complaint: str, keys: set[str]) -> None:
+    """Raise a ValueError that names the first few keys, unless there are none."""
+    if keys:
+        named = ", ".join(sorted(keys)[:3])
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise ValueError(
+            f"The state dict is not a CLIP's in OpenAI's layout: it {complaint} {named}{more}."
+        )
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict:
+    """The arguments of `CLIP`, read from the tensors' shapes."""
+    vit = "visual.proj" in state
+    place = "visual" if vit else "visual.attnpool"
+    matrices = ("token_embedding.weight", "positional_embedding", "text_projection")
+    dimensions = dict.fromkeys((*matrices, f"{place}.positional_embedding"), 2)
+    dimensions["visual.conv1.weight"] = 4
+    _refuse("lacks", dimensions.keys() - state.keys())
+    wrong = {k for k, n in dimensions.items() if state[k].dim() != n or not state[k].numel()}
+    _refuse("holds wrongly shaped", wrong)
+
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    positions = len(state[f"{place}.positional_embedding"])
+    side = math.isqrt(max(positions - 1, 0))
+    if side < 1 or side**2 + 1 != positions:
+        _refuse("holds wrongly shaped", {f"{place}.positional_embedding"})
+    if vit:
+        layers = _count(state, "visual.transformer.resblocks.")
+    else:
+        layers = tuple(_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "image_resolution": side * (patch if vit else RESNET_STRIDE),
+        "vision_layers": layers,
+        "vision_width": width if vit else 2 * width,
+        "vision_patch_size": patch if vit else None,
+        "context_length": len(state["positional_embedding"]),
+        "vocab_size": len(state["token_embedding.weight"]),
+        "transformer_width": state["text_projection"].shape[0],
+        "transformer_layers": _count(state, "transformer.resblocks."),
+    }
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many different blocks have parameters below a prefix."""
+    return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})

@@ -1,0 +1,172 @@
+"""Random CLIP weights in OpenAI's layout, open_clip as their reference, a server on loopback."""
+
+import re
+import socketserver
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+
+import torch
+from torch import Tensor, nn
+
+from clip import CLIP
+from clip.model import EXTRA_KEYS
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
+
+
+def _config(embed_dim, resolution, layers, width, patch, transformer_width):
+    return {
+        "embed_dim": embed_dim,
+        "image_resolution": resolution,
+        "vision_layers": layers,
+        "vision_width": width,
+        "vision_patch_size": patch,
+        "transformer_width": transformer_width,
+        **TEXT,
+    }
+
+
+CONFIGS = {
+    "RN50": _config(1024, 224, (3, 4, 6, 3), 64, None, 512),
+    "RN101": _config(512, 224, (3, 4, 23, 3), 64, None, 512),
+    "RN50x4": _config(640, 288, (4, 6, 10, 6), 80, None, 640),
+    "RN50x16": _config(768, 384, (6, 8, 18, 8), 96, None, 768),
+    "RN50x64": _config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    "ViT-B/32": _config(512, 224, 12, 768, 32, 512),
+    "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
+    "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
+    "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
+}
+
+TINY_VIT = {
+    "embed_dim": 64,
+    "image_resolution": 32,
+    "vision_layers": 4,
+    "vision_width": 128,
+    "vision_patch_size": 8,
+    "context_length": 16,
+    "vocab_size": 514,
+    "transformer_width": 64,
+    "transformer_layers": 2,
+}
+TINY_RESNET = {
+    **TINY_VIT,
+    "image_resolution": 64,
+    "vision_layers": (1, 2, 1, 1),
+    "vision_width": 8,
+    "vision_patch_size": None,
+}
+
+
+def random_state_dict(name_or_config: str | dict, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of a CLIP in OpenAI's layout, the three extra keys included.
+
+    Args:
+        name_or_config: a key of CONFIGS, or the arguments of `CLIP`.
+        seed: of a generator of its own; the global one is left alone.
+
+    Returns:
+        float32 tensors (int64 for counts), in which no weight is at its neutral value.
+    """
+    config = CONFIGS.get(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    with torch.device("meta"):
+        shapes = CLIP(**config).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in shapes.items():
+        name = key.rpartition(".")[2]
+        noise = torch.randn(value.shape, generator=generator)
+        if key == "logit_scale":
+            state[key] = torch.tensor(100.0).log()
+        elif name == "num_batches_tracked":
+            state[key] = torch.tensor(seed)
+        elif name == "running_var":
+            state[key] = 0.5 + noise.abs()
+        elif name in ("bias", "in_proj_bias", "running_mean"):
+            state[key] = 0.1 * noise
+        elif value.dim() == 1 and name == "weight":  # of a normalisation
+            state[key] = 1 + 0.1 * noise
+        else:
+            state[key] = noise * (value[0].numel() ** -0.5 if value.dim() > 1 else 0.1)
+    state["input_resolution"] = torch.tensor(config["image_resolution"])
+    state["context_length"] = torch.tensor(config["context_length"])
+    state["vocab_size"] = torch.tensor(config["vocab_size"])
+    return state
+
+
+def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
+    """The same weights in open_clip's model, in float32."""
+    from open_clip.model import build_model_from_openai_state_dict
+
+    state = {key: value for key, value in state.items() if key not in EXTRA_KEYS}
+    model = build_model_from_openai_state_dict(dict(state)).float()
+    model.load_state_dict(state)  # once more, since it rounds what it builds from to fp16
+    return model.eval()
+
+
+class Server:
+    """Serves one file at every path on loopback, faithfully or not; a context manager.
+
+    Attributes:
+        content: the file.
+        ranges: whether Range headers are honoured.
+        shift: added to where a continued answer starts, a server's mistake.
+        stop_after: close the connection after so many bytes of the body.
+        stall: seconds to wait before it is closed.
+        chunked: send the body as one chunk, without its length.
+        status: answer with this error instead.
+        requests: the Range header of each request so far, None where it had none.
+    """
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.ranges, self.shift, self.stop_after, self.status = True, 0, None, None
+        self.stall, self.chunked = 0, False
+        self.requests: list[str | None] = []
+
+    def __enter__(self) -> "Server":
+        class Handler(BaseHTTPRequestHandler):
+            do_GET = lambda handler: self._answer(handler)  # noqa: E731
+            log_message = lambda *_: None  # noqa: E731
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        asked = handler.headers["Range"]
+        self.requests.append(asked)
+        if self.status:
+            return handler.send_error(self.status)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else None
+        if start is not None and start >= len(self.content):
+            return handler.send_error(416)
+        body = self.content
+        if start is None:
+            handler.send_response(200)
+        else:
+            start += self.shift
+            body = body[start:]
+            handler.send_response(206)
+            last = len(self.content) - 1
+            handler.send_header("Content-Range", f"bytes {start}-{last}/{len(self.content)}")
+        if self.chunked:
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            handler.wfile.write(b"%x\r\n" % len(body) + body[: self.stop_after])
+            if self.stop_after is None:
+                handler.wfile.write(b"\r\n0\r\n\r\n")
+        else:
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body[: self.stop_after])
+        time.sleep(self.stall)
+        return None

@@ -1,0 +1,292 @@
+"""CLIP's towers against open_clip and PyTorch's own modules, on the same random weights."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from clip_helpers import CONFIGS, TINY_RESNET, TINY_VIT, open_clip_model, random_state_dict
+from torch import nn
+
+from clip import CLIP, build_model
+from clip.model import EXTRA_KEYS, Attention, heads_for
+
+TINY = {"vit": TINY_VIT, "resnet": TINY_RESNET}
+SHALLOW = {"transformer_layers": 2, "vocab_size": 2000}
+REFERENCE = {
+    **TINY,
+    "wide vit": CONFIGS["ViT-B/32"] | SHALLOW | {"vision_layers": 2},
+    "wide resnet": CONFIGS["RN50"] | SHALLOW | {"vision_layers": (1, 1, 1, 1)},
+}
+OPEN_CLIP_NAMES = {
+    name: name.replace("/", "-").replace("@336px", "-336") + "-quickgelu" for name in CONFIGS
+}
+
+
+def tiny(name="vit", **changes):
+    return build_model(random_state_dict({**TINY[name], **changes}))
+
+
+def random_images(model, count=3, seed=1):
+    side = model.visual.input_resolution
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(model, count=4, seed=2):
+    """Texts of different lengths: start, random tokens, end, zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    start, end = model.vocab_size - 2, model.vocab_size - 1
+    tokens = torch.randint(start, (count, model.context_length), generator=generator)
+    tokens[:, 0] = start
+    for row, length in zip(tokens, range(3, 3 + 2 * count, 2), strict=True):
+        row[length - 1] = end
+        row[length:] = 0
+    return tokens
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+@torch.no_grad()
+def test_features_equal_open_clip(name):
+    pytest.importorskip("open_clip", reason="open_clip is the reference")
+    state = random_state_dict(REFERENCE[name])
+    ours, theirs = build_model(state), open_clip_model(state)
+    images, tokens = random_images(ours), random_tokens(ours)
+    assert relative_error(ours.encode_image(images), theirs.encode_image(images)) < 1e-5
+    assert relative_error(ours.encode_text(tokens), theirs.encode_text(tokens)) < 1e-5
+
+    logits, transposed = ours(images, tokens)
+    expected, _ = theirs.get_logits(images, tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)  # of logits up to 100
+    assert torch.equal(transposed, logits.T)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_that_of_torch(causal):
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(96, 3, batch_first=True)
+    ours = Attention(96, 3, causal)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 7, 96)
+    mask = torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else None
+    expected, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_of_all_nine_models_are_read_from_shapes(name):
+    with torch.device("meta"):
+        state = CLIP(**CONFIGS[name]).state_dict()
+    model = build_model(state)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in state.items()
+    }
+    assert model.visual.input_resolution == CONFIGS[name]["image_resolution"]
+    assert model.context_length == 77
+    assert model.vocab_size == 49408
+    assert len(model.transformer.resblocks) == 12
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_and_shapes_of_all_nine_models_are_those_of_open_clip(name):
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
+    config = open_clip.get_model_config(OPEN_CLIP_NAMES[name])
+    sizes = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
+    with torch.device("meta"):
+        theirs = open_clip.CLIP(**sizes, quick_gelu=True).state_dict()
+        ours = CLIP(**CONFIGS[name]).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_state_dict_comes_back_as_it_went_in(name):
+    state = random_state_dict(TINY[name])
+    model = build_model(state)
+    back = model.state_dict()
+    assert back.keys() == state.keys() - set(EXTRA_KEYS)
+    assert all(torch.equal(back[key], state[key]) for key in back)
+    assert model.visual.input_resolution == TINY[name]["image_resolution"]
+
+
+def test_a_model_shares_no_memory_with_its_state_dict():
+    state = random_state_dict(TINY_VIT)
+    before = copy.deepcopy(state)
+    model = build_model(state)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_half_precision_checkpoint_becomes_a_float32_model(name):
+    state = random_state_dict(TINY[name])
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    model = build_model(half)
+    assert model.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    rounded = build_model({k: v.float() if v.is_floating_point() else v for k, v in half.items()})
+    images = random_images(model)
+    assert torch.equal(model.encode_image(images), rounded.encode_image(images))
+
+
+def test_a_built_model_is_in_evaluation_mode_with_nothing_frozen():
+    model = tiny("resnet")
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_building_leaves_the_random_generator_alone():
+    before = torch.get_rng_state()
+    tiny("vit"), tiny("resnet")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_reach_every_parameter(name):
+    model = tiny(name)
+    logits, _ = model(random_images(model), random_tokens(model))
+    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+    without = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # Softmax does not see what is added to all keys, nor attention a sum in front of it.
+    assert [key for key in without if key != "visual.attnpool.k_proj.bias"] == []
+    assert model.transformer.resblocks[0].attn.in_proj_weight.grad.shape == (192, 64)
+
+
+@torch.no_grad()
+def test_a_text_that_is_cut_behind_its_end_has_the_same_features():
+    model = tiny()
+    tokens = random_tokens(model)
+    length = int(tokens.argmax(dim=-1).max()) + 1
+    assert length < model.context_length
+    whole, cut = model.encode_text(tokens), model.encode_text(tokens[:, :length])
+    assert relative_error(cut, whole) < 1e-5
+
+
+@torch.no_grad()
+def test_what_follows_the_end_of_a_text_does_not_matter():
+    model = tiny()
+    tokens = random_tokens(model)
+    other = torch.where(tokens == 0, 7, tokens)
+    assert relative_error(model.encode_text(other), model.encode_text(tokens)) < 1e-5
+
+
+@torch.no_grad()
+def test_logits_are_scaled_cosines():
+    model = tiny()
+    images, tokens = random_images(model), random_tokens(model)
+    image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+    logits, _ = model(images, tokens)
+    cosines = nn.functional.cosine_similarity(image_features[:, None], text_features[None], dim=-1)
+    torch.testing.assert_close(logits, 100 * cosines, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(32, 1), (64, 1), (128, 2), (768, 12), (2048, 32)])
+def test_there_is_one_head_for_64_channels_and_at_least_one(width, heads):
+    assert heads_for(width) == heads
+
+
+def test_towers_and_pooling_use_the_heads_rule():
+    with torch.device("meta"):
+        vit, resnet = CLIP(**CONFIGS["ViT-L/14"]), CLIP(**CONFIGS["RN50x4"])
+    assert vit.visual.transformer.resblocks[0].attn.heads == 16
+    assert vit.transformer.resblocks[0].attn.heads == 12
+    assert resnet.visual.attnpool.heads == 40
+    assert resnet.transformer.resblocks[0].attn.heads == 10
+
+
+def test_random_weights_follow_the_published_initialisation():
+    torch.manual_seed(0)
+    model = CLIP(**TINY_VIT)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    for stack, width, layers in (
+        (model.visual.transformer, 128, 4),
+        (model.transformer, 64, 2),
+    ):
+        block = stack.resblocks[0]
+        assert block.attn.in_proj_weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+        assert block.mlp.c_fc.weight.std().item() == pytest.approx((2 * width) ** -0.5, rel=0.05)
+        residual = (2 * layers * width) ** -0.5
+        assert block.attn.out_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
+        assert block.mlp.c_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
+    features = model.encode_image(random_images(model))
+    assert 0.3 < features.std() < 3
+    assert all(block.bn3.weight.eq(0).all() for block in CLIP(**TINY_RESNET).visual.layer2)
+
+
+def without(key):
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def having(key, value):
+    return lambda state: {**state, key: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("logit_scale"), "lacks logit_scale"),
+        (without("visual.conv1.weight"), "lacks visual.conv1.weight"),
+        (without("transformer.resblocks.1.attn.in_proj_bias"), "lacks .*in_proj_bias"),
+        (having("head.weight", torch.zeros(2)), "unexpected head.weight"),
+        (having("transformer.resblocks.7.ln_1.weight", torch.zeros(64)), "lacks .* and 9 more"),
+        (having("logit_scale", torch.zeros(3)), r"logit_scale \(3,\) instead of \(\)"),
+        (having("visual.conv1.weight", torch.zeros(5)), "wrongly shaped visual.conv1.weight"),
+        (having("visual.conv1.weight", torch.zeros(8, 3, 0, 0)), "wrongly shaped visual.conv1"),
+        (having("visual.positional_embedding", torch.zeros(16, 128)), "visual.positional_embed"),
+        (having("text_projection", torch.zeros(100, 64)), "instead of"),
+        (having("logit_scale", 4.6), "no tensor in logit_scale"),
+        (lambda _: {}, "lacks positional_embedding"),
+        (lambda _: {"fc.weight": torch.zeros(2, 2)}, "lacks positional_embedding, .* and 2 more"),
+        (lambda _: {7: torch.zeros(2, 2)}, "lacks"),
+    ],
+)
+def test_a_state_dict_that_is_not_clips_is_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        build_model(change(random_state_dict(TINY_VIT)))
+
+
+def test_batch_counts_may_be_missing_and_masks_may_be_there():
+    state = random_state_dict(TINY_RESNET)
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    state["transformer.resblocks.0.attn_mask"] = torch.zeros(16, 16)
+    assert build_model(state).visual.bn1.num_batches_tracked.item() == 0
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="Patches of 7 pixels do not tile 32"):
+        CLIP(**TINY_VIT | {"vision_patch_size": 7})
+    with pytest.raises(ValueError, match="width of 200 cannot be shared by 3"):
+        CLIP(**TINY_VIT | {"transformer_width": 200})
+
+
+def test_inputs_of_the_wrong_size_are_refused_with_the_right_one():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\), not \(1, 3, 224, 224\)"):
+        model.encode_image(torch.zeros(1, 3, 224, 224))
+    with pytest.raises(ValueError, match=r"L up to 16, not \(1, 77\)"):
+        model.encode_text(torch.zeros(1, 77, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_a_model_survives_copying_and_saving():
+    model = tiny()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    images, tokens = random_images(model), model.tokenize(["cat", "dog"])
+    expected, _ = model(images, tokens)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(copied(images, copied.tokenize(["cat", "dog"]))[0], expected)
+
+
+@torch.no_grad()
+def test_images_are_cast_to_the_type_of_the_weights():
+    model = tiny().double()
+    features = model.encode_image(random_images(model))
+    assert features.dtype == model.dtype == torch.float64

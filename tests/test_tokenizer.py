@@ -1,0 +1,251 @@
+"""The tokenizer against open_clip's, its vocabularies, and where its merges come from."""
+
+import gzip
+import hashlib
+import random
+import sys
+
+import pytest
+import torch
+from clip_helpers import TINY_VIT, Server, random_state_dict
+
+import clip
+from clip import tokenizer
+from clip.tokenizer import LETTERS, Tokenizer, find_merges, read_merges, tokenize
+
+TEXTS = [
+    "a photo of a cat.",
+    "",
+    "   \t\n ",
+    "A Photo Of A 2012 Audi A8 W12!?",
+    "it's, they'll, we'd, I'm, you've, can't, they're; IT'S 'S 'tis rock'n'roll",
+    "naïve café Ångström Straße İstanbul ﬁnance ½ ² Ⅷ",
+    "e\u0301 against \u00e9, na\u00efve with a curly \u2019s",
+    "schÃ¶n and donâ€™t are broken Unicode",
+    "&lt;b&gt;bold&lt;/b&gt; &amp;amp; &amp;lt; &eacute; &#233; &nbsp; &unknown;",
+    "snake_case __init__ a_b_c --dashes-- (brackets) [x] {y} #hash @at $5.00 100%",
+    "0123456789 3.14159 1,000,000 ٣٤٥ 二〇二四",
+    "🙂 👩‍👩‍👧 🇫🇷 ☃️ ❤ plain 🙂🙂",
+    "日本語のテキスト、漢字。 Привет мир! مرحبا שלום नमस्ते ไทย",
+    "</w> < /w> <end> \u0120 <|start|> </s>",
+    "<start_of_text> inside <end_of_text> a text",
+    "x" * 60,
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "zero\u200bwidth soft\u00adhyphen nbsp\u00a0here line\u2028break \ufeffbom",
+    "nul \x00 bell \x07 escape \x1b[31m \x7f",
+    "ǅ ß ẞ ſ 'ſ ŉ K Ω ℡",
+    "......!!!???,,,;;; -- ... \u2026 \u2014",
+]
+
+
+@pytest.fixture
+def no_merges(monkeypatch, tmp_path):
+    """Neither a path, nor a cache, nor open_clip: only the address is left."""
+    monkeypatch.delenv("CLIP_BPE_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    return tmp_path
+
+
+@pytest.fixture
+def merges_file():
+    pytest.importorskip("open_clip", reason="open_clip brings the merges file")
+    return find_merges()
+
+
+def write_merges(path, lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_equal_open_clip(text):
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
+    assert torch.equal(tokenize(text, 200), open_clip.tokenize([text], 200))
+
+
+def test_tokens_of_random_texts_equal_open_clip():
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
+    generator = random.Random(0)
+    blocks = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x500), (0x2000, 0x2100), (0x1F300, 0x1F650)]
+
+    def text():
+        letters = [chr(generator.randrange(*generator.choice(blocks))) for _ in range(40)]
+        return "".join(generator.choice([letter, " ", letter, "e"]) for letter in letters)
+
+    texts = [text() for _ in range(100)]
+    assert torch.equal(tokenize(texts, 300), open_clip.tokenize(texts, 300))
+
+
+def test_a_string_and_a_list_make_rows_of_int64_with_zeros_behind():
+    rows = tokenize(["a cat", "a very small cat"])
+    assert rows.shape == (2, 77)
+    assert rows.dtype == torch.int64
+    assert torch.equal(tokenize("a cat"), rows[:1])
+    assert rows[0].tolist() == [49406, 320, 2368, 49407] + [0] * 73
+    assert rows.argmax(dim=-1).tolist() == [3, 5]
+    assert tokenize([]).shape == (0, 77)
+
+
+def test_a_text_that_is_too_long_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"'cat cat .*\.\.\.' makes 102 tokens.*truncate=True"):
+        tokenize("cat " * 100)
+    with pytest.raises(ValueError, match="the context holds 4"):
+        tokenize(["a cat", "a small cat"], context_length=4)
+
+
+def test_truncation_keeps_the_end_of_text_last():
+    cut = tokenize("cat " * 100, truncate=True)
+    assert cut.shape == (1, 77)
+    assert cut[0, 0] == 49406
+    assert cut[0, -1] == 49407
+    assert (cut[0, 1:-1] == 2368).all()
+    assert torch.equal(tokenize("a cat", 4, truncate=True), tokenize("a cat", 4))
+
+
+@pytest.mark.parametrize("texts", [7, None, ["fine", None], [["nested"]]])
+def test_what_is_no_text_is_refused(texts):
+    with pytest.raises(ValueError, match="string"):
+        tokenize(texts)
+
+
+def test_a_context_without_room_for_start_and_end_is_refused():
+    with pytest.raises(ValueError, match="context length of 1"):
+        tokenize("a", context_length=1)
+
+
+@pytest.mark.parametrize("vocab_size", [514, 600, 49408])
+def test_decoding_gives_the_cleaned_text_back(vocab_size):
+    tokens = Tokenizer.for_vocabulary(vocab_size)
+    text = "a photo of ångström 🙂 日本 !"
+    assert tokens.decode(tokens.encode(text)) == text
+    assert tokens.decode(tokens(text, 100)[0]) == text
+
+
+def test_a_byte_vocabulary_needs_no_file(no_merges):
+    tokens = Tokenizer.for_vocabulary(514)
+    a, b = list(LETTERS).index(ord("a")), list(LETTERS).index(ord("b"))
+    assert tokens.encode("ab a") == [a, 256 + b, 256 + a]
+    assert tokens("ab", 6).tolist() == [[512, a, 256 + b, 513, 0, 0]]
+    assert sorted(LETTERS) == list(range(256))
+    assert len(set(LETTERS.values())) == 256
+
+
+def test_a_vocabulary_uses_the_first_merges_of_the_list(merges_file):
+    merges = read_merges(merges_file)
+    small, whole = Tokenizer.for_vocabulary(514 + 2), Tokenizer.for_vocabulary()
+    assert merges[:2] == [("i", "n"), ("t", "h")]
+    assert small.vocab_size == 516
+    assert (small.start, small.end) == (514, 515)
+    assert (whole.start, whole.end) == (49406, 49407)
+    assert small.encode("in") == [list(LETTERS).index(ord("i")), 256 + list(LETTERS).index(0x6E)]
+    assert small.encode("thin")[0] == 513  # "th", the second merge
+    assert small.encode("int")[0] == 512  # "in", the first one
+    assert len(small.encode("a photo")) > len(whole.encode("a photo"))
+
+
+def test_merges_apply_in_the_order_of_the_list():
+    tokens = Tokenizer([("b", "c</w>"), ("a", "b"), ("a", "bc</w>")])
+    assert tokens.encode("abc") == [514]
+    assert tokens.encode("aba") == [513, 256 + list(LETTERS).index(ord("a"))]
+    assert Tokenizer([("a", "a")]).encode("aaaa") == [512, 64, 256 + 64]
+
+
+def test_a_vocabulary_below_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocabulary of 100 tokens"):
+        Tokenizer.for_vocabulary(100)
+
+
+def test_a_model_tokenizes_with_its_own_vocabulary():
+    model = clip.build_model(random_state_dict(TINY_VIT))
+    rows = model.tokenize(["a cat", "a"])
+    assert rows.shape == (2, 16)
+    assert rows.max() == 513
+    with pytest.raises(ValueError, match="the context holds 16"):
+        model.tokenize("a photo of a horse.")
+    assert model.tokenize("a photo of a horse.", truncate=True)[0, -1] == 513
+
+
+def test_a_path_comes_before_the_environment_and_that_before_all_else(
+    no_merges, tmp_path, monkeypatch
+):
+    given = write_merges(tmp_path / "given.txt", ["#version: 1", "a b</w>"])
+    named = write_merges(tmp_path / "named.txt", ["b a</w>"])
+    monkeypatch.setenv("CLIP_BPE_PATH", str(named))
+    assert find_merges(given) == given
+    assert find_merges() == named
+    assert Tokenizer.for_vocabulary(515, given).encode("ab") == [512]
+    assert Tokenizer.for_vocabulary(515).encode("ba") == [512]
+
+
+def test_the_cache_comes_before_open_clip(merges_file, no_merges):
+    cached = no_merges / ".cache" / "clip" / tokenizer.MERGES_FILE
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(merges_file.read_bytes())
+    assert find_merges() == cached
+
+
+def test_open_clip_is_found_without_importing_it(monkeypatch, tmp_path):
+    pytest.importorskip("open_clip", reason="open_clip brings the merges file")
+    monkeypatch.delenv("CLIP_BPE_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    assert find_merges().parent.name == "open_clip"
+    assert "open_clip" not in sys.modules
+
+
+def test_merges_are_downloaded_and_verified_when_nothing_has_them(no_merges, monkeypatch):
+    content = gzip.compress(b"#version: 1\na b</w>\n")
+    with Server(content) as server:
+        monkeypatch.setattr(tokenizer, "MERGES_URL", server.url)
+        with pytest.raises(ValueError, match="wrong SHA-256"):
+            find_merges()
+        monkeypatch.setattr(tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
+        found = find_merges()
+    assert found == no_merges / ".cache" / "clip" / tokenizer.MERGES_FILE
+    assert read_merges(found) == [("a", "b</w>")]
+
+
+def test_without_a_network_the_error_says_which_file_to_place_where(no_merges, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MERGES_URL", "http://127.0.0.1:9/merges.gz")
+    with pytest.raises(ConnectionError) as caught:
+        find_merges()
+    assert "http://127.0.0.1:9/merges.gz" in str(caught.value)
+    assert str(no_merges / ".cache" / "clip" / tokenizer.MERGES_FILE) in str(caught.value)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_merges_file_that_is_not_there_is_named(tmp_path, monkeypatch, by_environment):
+    missing = tmp_path / "missing.txt"
+    if by_environment:
+        monkeypatch.setenv("CLIP_BPE_PATH", str(missing))
+    with pytest.raises(FileNotFoundError, match="missing.txt"):
+        find_merges(None if by_environment else missing)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"a b\nthree words here\n",
+        b"a b\n\nc d\n",
+        b"\x1f\x8b not gzip",
+        gzip.compress(b"a b\n")[:-6],
+        b"\xff\xfe\x00",
+        "a 日\n".encode(),
+        b"a </w>\n",
+        b"a b\nabc d\n",
+        b"<html> </html>\n<body> <p>\n",
+    ],
+)
+def test_a_file_that_is_no_list_of_merges_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "merges.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="merges.txt is no merges file"):
+        read_merges(path)
+
+
+def test_a_list_too_short_for_the_vocabulary_is_refused(tmp_path):
+    path = write_merges(tmp_path / "short.txt", ["a b", "b c"])
+    with pytest.raises(ValueError, match="short.txt holds 2 merges.* needs 48894"):
+        tokenize("a", merges_path=path)
