@@ -1,0 +1,170 @@
+"""What all datasets share: their records, the way to their folder, the listing of folders."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Entry = tuple[str, int, str]  # path below the image folder, label, class name: as in a split file
+
+PARTS = ("train", "val", "test")
+TEMPLATE = ["a photo of a {}."]
+DEFAULT_ROOT = "~/.cache/so"  # of datasets that are made, not downloaded
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: where it is (root_path joined with what is below it), its label and class."""
+
+    impath: str
+    label: int
+    classname: str
+
+
+@dataclass(frozen=True)
+class FewShotDataset:
+    """The few images to adapt with, and all images to test on."""
+
+    name: str
+    train_x: list[Item]
+    val: list[Item]
+    test: list[Item]
+    classnames: list[str]  # by label
+    template: list[str]  # prompts with {} for the class name
+    published: bool  # False when the split was made here, from the raw download
+
+
+@dataclass(frozen=True)
+class Split:
+    """All entries of a dataset."""
+
+    train: list[Entry]
+    val: list[Entry]
+    test: list[Entry]
+    classnames: list[str]  # by label
+    published: bool = True
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One row of the table: where a dataset lies, how it is read, what is to be expected.
+
+    Attributes:
+        title: Its section in DATASETS.md.
+        folders: Names of its folder below the root, in order of preference.
+        images: The folder that paths start from, below the dataset's; "." for that one itself.
+        split: The published split file; None where the download has lists of its own.
+        read: Makes a split from the download, where there is no split file.
+        classes: Published number of classes.
+        counts: Published number of training, validation and test images; None for no such part.
+        url: Official page.
+        together: Training and validation images are drawn at once (see `draw_shots`).
+        prepare: Makes the dataset's folder where it is not there yet; nothing to download then.
+    """
+
+    title: str
+    folders: tuple[str, ...]
+    images: str
+    split: str | None
+    read: Callable[["Source"], Split] | None
+    classes: int
+    counts: tuple[int, int | None, int]
+    url: str
+    together: bool = False
+    prepare: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset's folder on this disk, and what was found to be wrong with it."""
+
+    name: str
+    spec: DatasetSpec
+    folder: Path
+    problems: list[Exception] = field(default_factory=list)
+
+    @property
+    def images(self) -> Path:
+        """The folder that the entries' paths start from."""
+        return self.folder / self.spec.images
+
+    def error(self, text: str, kind: type[Exception] = ValueError) -> Exception:
+        """An exception in the house's form: dataset, culprit and remedy, section of the manual."""
+        return kind(f"{self.name}: {text}; see DATASETS.md, section {self.spec.title}")
+
+    def report(self, text: str, kind: type[Exception] = ValueError) -> None:
+        """Note a problem; reading goes on, for there may be more."""
+        self.problems.append(self.error(text, kind))
+
+
+def find_source(
+    name: str, spec: DatasetSpec, root_path: str | os.PathLike | None, prepare: bool = True
+) -> Source:
+    """Find a dataset's folder: the first of its names that has most of what it should hold.
+
+    Args:
+        name: The dataset's name in the table.
+        spec: Its row.
+        root_path: The folder of all datasets; needed unless the row has `prepare`.
+        prepare: Make the folder where it is not there and the row says how.
+
+    Raises:
+        ValueError: No root_path, or the folder could not be made.
+        FileNotFoundError: The root or the dataset's folder is not there.
+    """
+    section = f"see DATASETS.md, section {spec.title}"
+    if not root_path and not spec.prepare:
+        names = " or ".join(spec.folders)
+        raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
+    root = Path(root_path or DEFAULT_ROOT).expanduser()
+    if root_path and not root.is_dir():
+        raise FileNotFoundError(f"--root_path {root} is not a folder; {section}")
+    if spec.prepare and prepare:
+        try:
+            spec.prepare(root / spec.folders[0])
+        except OSError as error:
+            raise ValueError(f"{name}: {error}; {section}") from error
+    folders = [root / folder for folder in spec.folders if os.path.isdir(root / folder)]
+    if not folders:
+        raise FileNotFoundError(
+            f"{name}: there is no {' or '.join(spec.folders)} in {root}; put the dataset there "
+            f"or correct --root_path; {section}"
+        )
+    source = Source(name, spec, max(folders, key=lambda folder: _completeness(spec, folder)))
+    if not os.path.isdir(source.images):
+        source.report(f"the image folder {source.images} is missing", FileNotFoundError)
+    return source
+
+
+def _completeness(spec: DatasetSpec, folder: Path) -> tuple[bool, bool]:
+    """Whether images and the split file are there; `max` keeps the first of equals."""
+    split = spec.split is not None and os.path.isfile(folder / spec.split)
+    return os.path.isdir(folder / spec.images), split
+
+
+def few_of(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """Sorted names of a folder's images; hidden files and other types are left out."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith(IMAGE_TYPES)
+        and not entry.name.startswith(".")
+        and entry.is_file()
+    )
+
+
+def list_folders(folder: str | os.PathLike) -> list[str]:
+    """Sorted names of a folder's sub-folders, hidden ones left out."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if not entry.name.startswith(".") and entry.is_dir()
+    )

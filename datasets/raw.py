@@ -1,0 +1,242 @@
+"""Splits made from raw downloads by the published rules, for whoever lacks the split file.
+
+The rules are CoOp's; the random numbers are a generator's of this file alone. Two rules divide a
+class: 50 % train, 20 % validation, the rest test; or, where the download says what is for testing,
+20 % of the training images become validation. Shares are rounded for each class.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datasets.base import (
+    Entry,
+    Source,
+    Split,
+    few_of,
+    list_folders,
+    list_images,
+)
+from datasets.checks import check_split
+
+SEED = 1
+T = TypeVar("T")
+
+EUROSAT_NAMES = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
+CALTECH_NAMES = {
+    "airplanes": "airplane",
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+}
+CALTECH_IGNORED = ("BACKGROUND_Google", "Faces_easy")
+
+
+def read_class_folders(
+    source: Source, names: Mapping[str, str] | None = None, ignored: Collection[str] = ()
+) -> Split:
+    """One folder for each class, in sorted order; the folder's name unless `names` has another."""
+    folders = [folder for folder in list_folders(source.images) if folder not in ignored]
+    classes = []
+    for folder in folders:
+        images = [f"{folder}/{name}" for name in list_images(source.images / folder)]
+        classes.append(((names or {}).get(folder, folder), images))
+    return _divide(source, str(source.images), classes)
+
+
+def read_flowers(source: Source) -> Split:
+    """Label i of imagelabels.mat belongs to image i; cat_to_name.json names the labels."""
+    where, path = source.folder / "imagelabels.mat", source.folder / "cat_to_name.json"
+    require(source, where, path)
+    labels = _column(source, where, "labels", int)
+    try:
+        names = {int(k): str(v) for k, v in json.loads(read_text(source, path)).items()}
+    except (ValueError, AttributeError) as error:
+        raise source.error(
+            f"{path} does not map numbers to names ({error}); get it again"
+        ) from error
+    if nameless := [str(label) for label in sorted(set(labels)) if label not in names or label < 1]:
+        raise source.error(f"{path} has no name for the label {few_of(nameless)} of {where}")
+    images: dict[int, list[str]] = {label: [] for label in range(1, max(labels, default=0) + 1)}
+    for number, label in enumerate(labels, start=1):
+        images[label].append(f"image_{number:05d}.jpg")
+    classes = [(names.get(label, str(label)), images[label]) for label in images]
+    return _divide(source, str(where), classes)
+
+
+def read_cars(source: Source) -> Split:
+    """Lists and names in .mat files; the year goes to the front of a name."""
+    devkit, tests = source.folder / "devkit", "cars_test_annos_withlabels.mat"
+    tests = devkit / tests if (devkit / tests).is_file() else source.folder / tests
+    meta, training = devkit / "cars_meta.mat", devkit / "cars_train_annos.mat"
+    require(source, meta, training, tests)
+    names = [name.rsplit(" ", 1) for name in _column(source, meta, "class_names", str)]
+    names = [" ".join(reversed(name)) for name in names]
+    by_label = dict(enumerate(names))  # a list would take -1, too
+
+    def entries(path: Path, folder: str) -> list[Entry]:
+        def entry(record: Any) -> Entry:
+            label = int(record["class"]) - 1
+            return f"{folder}/{record['fname']}", label, by_label[label]
+
+        return _column(source, path, "annotations", entry)
+
+    train, test = entries(training, "cars_train"), entries(tests, "cars_test")
+    return _hold_out(source, str(devkit), train, test, names)
+
+
+def read_pets(source: Source) -> Split:
+    """Lines "Abyssinian_100 1 1 1" of image, class from 1, species, breed in annotations/."""
+
+    def entry(line: str) -> Entry:
+        image, label, _, _ = line.split()
+        return f"{image}.jpg", int(label) - 1, image.rsplit("_", 1)[0].lower()
+
+    lists = [source.folder / "annotations" / name for name in ("trainval.txt", "test.txt")]
+    require(source, *lists)
+    train, test = (parse_lines(source, path, "image class species breed", entry) for path in lists)
+    return _hold_out(source, str(lists[0]), train, test)
+
+
+def read_sun397(source: Source) -> Split:
+    """Lines "/c/casino/indoor" in ClassName.txt, "/c/casino/indoor/sun_x.jpg" in the lists."""
+    lists = [source.folder / name for name in ("Training_01.txt", "Testing_01.txt")]
+    require(source, source.folder / "ClassName.txt", *lists)
+    classes = parse_lines(source, source.folder / "ClassName.txt", "/letter/class", _sun_class)
+    labels = {folder: label for label, (folder, _) in enumerate(classes)}
+
+    def entry(line: str) -> Entry:
+        path = line.lstrip("/")
+        label = labels[path.rsplit("/", 1)[0]]
+        return path, label, classes[label][1]
+
+    form = "/letter/class/image of a class in ClassName.txt"
+    train, test = (parse_lines(source, path, form, entry) for path in lists)
+    return _hold_out(source, str(lists[0]), train, test, [name for _, name in classes])
+
+
+def _sun_class(line: str) -> tuple[str, str]:
+    """Folder and name: "/c/casino/indoor" is "indoor casino"."""
+    _, *words = line.lstrip("/").split("/")
+    if not all(words) or not words:
+        raise ValueError(line)
+    return line.lstrip("/"), " ".join(reversed(words))
+
+
+def read_ucf101(source: Source) -> Split:
+    """Lines "1 ApplyEyeMakeup" in classInd.txt, "ApplyEyeMakeup/v_x.avi" in the lists."""
+
+    def action(line: str) -> tuple[int, str]:
+        label, name = line.split()
+        return int(label) - 1, name
+
+    def rename(name: str) -> str:
+        return "_".join(re.findall("[A-Z][^A-Z]*", name))
+
+    files = ("classInd.txt", "trainlist01.txt", "testlist01.txt")
+    index, *lists = [source.folder / "ucfTrainTestlist" / file for file in files]
+    require(source, index, *lists)
+    classes = parse_lines(source, index, "number class", action)
+    labels = {name: label for label, name in classes}
+
+    def entry(line: str) -> Entry:
+        folder, video = line.split()[0].split("/")
+        name = rename(folder)
+        return f"{name}/{video.removesuffix('.avi')}.jpg", labels[folder], name
+
+    form = "class/video of a class in classInd.txt"
+    train, test = (parse_lines(source, path, form, entry) for path in lists)
+    words = [rename(name) for _, name in sorted(classes)]
+    return _hold_out(source, str(lists[0]), train, test, words)
+
+
+def _divide(source: Source, where: str, classes: list[tuple[str, list[str]]]) -> Split:
+    """Divide each class (name, its images) 50 / 20 / 30."""
+    rng = random.Random(SEED)
+    train, val, test = [], [], []
+    for label, (name, images) in enumerate(classes):
+        entries = [(path, label, name) for path in images]
+        rng.shuffle(entries)
+        first = round(0.5 * len(entries))
+        second = first + round(0.2 * len(entries))
+        train += entries[:first]
+        val += entries[first:second]
+        test += entries[second:]
+    return check_split(source, where, train, val, test, [name for name, _ in classes])
+
+
+def _hold_out(
+    source: Source, where: str, train: list[Entry], test: list[Entry], names: Collection[str] = ()
+) -> Split:
+    """Make 20 % of each class's training images validation."""
+    rng = random.Random(SEED)
+    rest, val = [], []
+    for label in sorted({label for _, label, _ in train}):
+        entries = [entry for entry in train if entry[1] == label]
+        rng.shuffle(entries)
+        count = round(0.2 * len(entries))
+        val += entries[:count]
+        rest += entries[count:]
+    return check_split(source, where, rest, val, test, names)
+
+
+def parse_lines(source: Source, path: Path, form: str, parse: Callable[[str], T]) -> list[T]:
+    """Parse each line of a list; lines of another form are reported together."""
+    parsed, bad = [], []
+    for number, line in enumerate(read_text(source, path).splitlines(), start=1):
+        if line.strip():
+            try:
+                parsed.append(parse(line.strip()))
+            except (ValueError, LookupError):
+                bad.append(f"line {number} ({line.strip()[:60]!r})")
+    if bad:
+        source.report(f"{path} has lines that are not '{form}': {few_of(bad)}; get the file again")
+    return parsed
+
+
+def require(source: Source, *lists: Path) -> None:
+    """Name all lists of the download that are not there.
+
+    Raises:
+        FileNotFoundError: At least one is not.
+    """
+    if missing := [str(path) for path in lists if not path.is_file()]:
+        lacking = f"the download lacks {few_of(missing)}"
+        if source.spec.split:
+            lacking = f"there is no {source.spec.split}, and {lacking} to make a split from"
+        raise source.error(lacking, FileNotFoundError)
+
+
+def read_text(source: Source, path: Path) -> str:
+    """The content of a text file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise source.error(f"{path} cannot be read ({error}); get the file again") from error
+
+
+def _column(source: Source, path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
+    """Parse each element of a vector in a .mat file."""
+    import numpy as np  # these two only where a .mat file must be read
+    from scipy.io import loadmat
+
+    try:
+        values = loadmat(path, simplify_cells=True)[key]
+        # A vector of one element comes as that element.
+        values = values if isinstance(values, (list, np.ndarray)) else [values]
+        return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]
+    except Exception as error:  # a damaged file makes the reader fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise source.error(f"{path} has no readable '{key}' ({reason}); get it again") from error
