@@ -26,7 +26,7 @@ from run_utils import (
     write_curve,
     write_result,
 )
-from train import NonFiniteLoss, evaluate, select_matrices, train
+from train import NonFiniteLoss, evaluate, select_matrices, tokenize_prompts, train
 from utils import load_weights, save_weights, weights_digest
 
 
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_dataset(config.dataset, config.root_path, config.shots)
     model, _ = clip.load(config.backbone, device)
     matrices = select_matrices(model, config.encoder, config.position)
+    prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
     loader = Loader(model.visual.input_resolution, config.num_workers, config.cache_mb)
 
     def test_accuracy(desc: str) -> float:
         batches = loader.test_batches(dataset.test, batch_size=256)
-        prompts = dataset.classnames, dataset.template
-        return evaluate(model, batches, len(dataset.test), *prompts, config.precision, desc)
+        return evaluate(model, batches, len(dataset.test), prompts, config.precision, desc)
 
     if config.eval_only:
         load_weights(weights, model)
@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     try:
         curve = train(
-            model, optimizer, batches, dataset.classnames, dataset.template,
-            iterations=config.n_iters * config.shots, logit_scale=config.logit_scale,
-            early_stop_loss=config.early_stop_loss, precision=config.precision,
+            model, optimizer, batches, prompts, iterations=config.n_iters * config.shots,
+            logit_scale=config.logit_scale, early_stop_loss=config.early_stop_loss,
+            precision=config.precision,
         )  # fmt: skip
     except NonFiniteLoss as error:
         write_curve(folder, error.rows)

@@ -4,6 +4,7 @@ Functions take what they use; none of them knows the command line or a run's fol
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -83,20 +84,35 @@ def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Pa
     return chosen
 
 
-def text_features(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:
-    """Features of each class's prompt, of length 1: (C, D), with gradients where asked for.
+def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:
+    """Tokens of each class's prompts, as long as the longest of them: (P, C, L) int64.
 
-    Of several prompts the features are averaged, and brought to length 1 again.
+    Attention is causal, so that nothing behind a prompt's last token changes its feature. A prompt
+    that the model has no room for is cut, with a note on standard error.
     """
-    device = model.text_projection.device
-    names = [name.replace("_", " ") for name in classnames]
-    total = 0.0
-    for prompt in template:
-        tokens = model.tokenize([prompt.format(name) for name in names]).to(device)  # (C, L)
-        step = len(tokens) if torch.is_grad_enabled() else TEXT_BATCH
-        features = torch.cat([model.encode_text(part) for part in tokens.split(step)])
-        total = total + unit(features)
-    return unit(total)
+    texts = [prompt.format(name.replace("_", " ")) for prompt in template for name in classnames]
+    try:
+        tokens = model.tokenize(texts)
+    except ValueError:
+        tokens = model.tokenize(texts, truncate=True)
+        print(
+            f"note: prompts of more than {model.context_length} tokens are cut to that many, "
+            "which is all that this backbone reads",
+            file=sys.stderr,
+        )
+    longest = int(tokens.argmax(dim=-1).max()) + 1  # the token that ends a text has the highest id
+    tokens = tokens[:, :longest].reshape(len(template), len(classnames), longest)
+    return tokens.to(model.text_projection.device)
+
+
+def text_features(model: CLIP, prompts: Tensor) -> Tensor:
+    """Features of classes from their prompts' tokens: (P, C, L) -> (C, D), each of length 1.
+
+    Those of several prompts are averaged. Gradients flow where they are asked for.
+    """
+    step = prompts.shape[1] if torch.is_grad_enabled() else TEXT_BATCH
+    parts = [[model.encode_text(part) for part in tokens.split(step)] for tokens in prompts]
+    return unit(sum(unit(torch.cat(features)) for features in parts))
 
 
 def image_features(model: CLIP, images: Tensor) -> Tensor:
@@ -121,8 +137,7 @@ def evaluate(
     model: CLIP,
     batches: Iterable[Batch],
     total: int,
-    classnames: Sequence[str],
-    template: Sequence[str],
+    prompts: Tensor,
     precision: str = "fp32",
     desc: str = "Evaluation",
 ) -> float:
@@ -130,7 +145,7 @@ def evaluate(
     device = model.text_projection.device
     correct = torch.zeros((), dtype=torch.int64, device=device)
     with autocast(device, precision), Progress(total, desc, "images") as bar:
-        classes = text_features(model, classnames, template)  # (C, D)
+        classes = text_features(model, prompts)  # (C, D)
         for batch in batches:
             images, labels = to_device(batch, device)
             predicted = (image_features(model, images) @ classes.T).argmax(dim=-1)
@@ -148,8 +163,7 @@ def train(
     model: CLIP,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[tuple[Batch, bool]],
-    classnames: Sequence[str],
-    template: Sequence[str],
+    prompts: Tensor,
     *,
     iterations: int,
     logit_scale: float | str = 100.0,
@@ -162,8 +176,7 @@ def train(
         model: What is to be trained in it requires gradients; it stays in evaluation mode.
         optimizer: Of what is trained; its learning rate is the schedule's start.
         batches: Images and labels for ever, and whether each batch ends an epoch.
-        classnames: C names, by label.
-        template: Prompts with {} for the name.
+        prompts: Tokens of the classes' prompts, by label: (P, C, L).
         iterations: How many batches to take at most.
         logit_scale: Factor of the cosines, or "checkpoint" for the model's own.
         early_stop_loss: End after an epoch whose mean loss is below this. On a GPU epochs of
@@ -183,7 +196,7 @@ def train(
     fixed_classes = None
     if not any(p.requires_grad for p in model.transformer.parameters()):
         with torch.no_grad(), autocast(device, precision):
-            fixed_classes = text_features(model, classnames, template)
+            fixed_classes = text_features(model, prompts)
 
     losses = torch.zeros(iterations, device=device)  # there, so that a GPU is not waited for
     looked = epoch_start = 0  # iterations before the last look, and before this epoch
@@ -200,7 +213,7 @@ def train(
             with autocast(device, precision):
                 classes = fixed_classes
                 if classes is None:
-                    classes = text_features(model, classnames, template)  # (C, D)
+                    classes = text_features(model, prompts)  # (C, D)
                 logits = scale * image_features(model, images) @ classes.T  # (B, C)
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()

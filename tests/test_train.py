@@ -23,6 +23,7 @@ from train import (
     layers_at,
     select_matrices,
     text_features,
+    tokenize_prompts,
     train,
 )
 
@@ -51,10 +52,14 @@ def tiny(config=TINY_VIT):
     return build_model(random_state_dict(config))
 
 
+def prompts(model, template=TEMPLATE):
+    return tokenize_prompts(model, NAMES, template)
+
+
 def adapt(model, items, optimizer, iterations=6, workers=0, **options):
     loader = Loader(model.visual.input_resolution, workers, cache_mb=10)
     batches = loader.train_batches(items, 5, seed=1)
-    return train(model, optimizer, batches, NAMES, TEMPLATE, iterations=iterations, **options)
+    return train(model, optimizer, batches, prompts(model), iterations=iterations, **options)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +113,21 @@ def test_a_resnet_adapts_its_text_tower_and_refuses_vision_alone():
 
 def test_the_classifier_is_the_normalised_text_of_each_prompt():
     model = tiny()
-    features = text_features(model, NAMES, TEMPLATE)
+    features = text_features(model, prompts(model))
     expected = model.encode_text(model.tokenize(["a red one.", "a green.", "a blue."]))
     torch.testing.assert_close(features, F.normalize(expected, dim=-1))
-    both = text_features(model, NAMES, ["a {}.", "the {}."])
-    other = text_features(model, NAMES, ["the {}."])
+    both = text_features(model, prompts(model, ["a {}.", "the {}."]))
+    other = text_features(model, prompts(model, ["the {}."]))
     torch.testing.assert_close(both, F.normalize(features + other, dim=-1))
+
+
+def test_prompts_are_as_long_as_the_longest_and_cut_to_the_context(capsys):
+    model = tiny()
+    assert prompts(model).shape == (1, 3, 10)  # start, a, r e d, o n e, ., end
+    assert capsys.readouterr().err == ""
+    tokens = tokenize_prompts(model, ["x" * 50, "y"], TEMPLATE)
+    assert tokens.shape == (1, 2, 16) and tokens.max() == tokens[0, 0, -1]
+    assert "more than 16 tokens" in capsys.readouterr().err
 
 
 def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
@@ -126,7 +140,7 @@ def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
     expected = 100 * sum(int(p == i.label) for p, i in zip(predicted, items, strict=True)) / 12
     for workers in (0, 2):
         batches = Loader(32, workers).test_batches(items, 5)
-        assert evaluate(model, batches, 12, NAMES, TEMPLATE) == pytest.approx(expected)
+        assert evaluate(model, batches, 12, prompts(model)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET])
@@ -239,7 +253,7 @@ def test_an_iteration_on_a_gpu_waits_for_nothing(items, precision):
             return next(batches)
 
     try:
-        train(model, optimizer, Watched(), NAMES, TEMPLATE, iterations=40, precision=precision)
+        train(model, optimizer, Watched(), prompts(model), iterations=40, precision=precision)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert waits.count(2) == 39
