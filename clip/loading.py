@@ -44,7 +44,7 @@ WEIGHTS = Path(__file__).parent / "weights"  # what this repository ships
 SHIPPED = {  # name: (file, SHA-256)
     "ViT-Tiny/8": (
         "ViT-Tiny-8.pt",
-        "17fa6cbdde8abbac378a59c33579f2d99cacf4a1faf8a9c0daf64268ed5848b9",
+        "d3150fd4582eaba16b95b1c4cc93710ecd18a18dd240ef72a2da3206f0cf3d50",
     ),
 }
 

@@ -1,0 +1,153 @@
+"""The tiny CLIP that is shipped, and the script that made it."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import clip
+from clip.loading import SHIPPED, WEIGHTS
+from datasets import digits
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "ViT-Tiny/8"
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    spec = importlib.util.spec_from_file_location(
+        "pretrain_tiny", ROOT / "scripts" / "pretrain_tiny.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def signs(pretrain):
+    return pretrain.draw_signs()
+
+
+@pytest.fixture(scope="module")
+def validation(pretrain):
+    return pretrain.validation_set()
+
+
+@pytest.fixture
+def source(pretrain, signs, monkeypatch):
+    monkeypatch.setattr(pretrain, "draw_signs", lambda: signs)
+    return pretrain.Source(clip.CLIP(**pretrain.SIZES))
+
+
+@pytest.fixture(scope="module")
+def path():
+    return WEIGHTS / SHIPPED[NAME][0]
+
+
+def test_the_shipped_file_is_the_one_the_code_loads(path):
+    data = path.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == SHIPPED[NAME][1]
+    assert len(data) < 2.5e6
+    assert SHIPPED[NAME][1] in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_shipped_file_is_half_precision_in_openai_layout(path, pretrain):
+    state = torch.load(path, weights_only=True)
+    extra = {key: state.pop(key).item() for key in clip.model.EXTRA_KEYS}
+    assert extra == {"input_resolution": 32, "context_length": 32, "vocab_size": 514}
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert state.keys() == clip.CLIP(**pretrain.SIZES).state_dict().keys()
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_the_shipped_model_has_the_stated_sizes():
+    model, preprocess = clip.load(NAME, "cpu")
+    assert model.visual.input_resolution == 32
+    assert tuple(model.visual.conv1.weight.shape) == (128, 3, 8, 8)
+    assert len(model.visual.transformer.resblocks) == 4
+    assert len(model.transformer.resblocks) == 2
+    assert model.text_projection.shape == (64, 64)
+    assert (model.context_length, model.vocab_size) == (32, 514)
+    assert model.visual.transformer.resblocks[0].attn.heads == 2
+
+
+def test_the_shipped_model_reads_handwriting_it_was_never_shown(pretrain, validation):
+    model, _ = clip.load(NAME, "cpu")
+    images, labels = validation
+    assert len(images) == 359
+    assert 45 < pretrain.zero_shot_accuracy(model, images, labels) < 75
+
+
+def test_the_scripts_normalisation_is_that_of_the_loaded_preprocess(pretrain, validation):
+    _, preprocess = clip.load(NAME, "cpu")
+    pixels, labels = digits.render()
+    images, _ = validation
+    first = digits.split_indices(labels)["val"][0]
+    torch.testing.assert_close(
+        preprocess(Image.fromarray(pixels[first])), pretrain.normalise(images[:1])[0]
+    )
+
+
+def test_every_prompt_of_the_digits_fits_the_shipped_context():
+    model, _ = clip.load(NAME, "cpu")
+    tokens = model.tokenize([f"a photo of a {name}." for name in digits.CLASSNAMES])
+    assert tokens.shape == (10, 32)
+    assert (tokens.argmax(dim=1) + 1).max() == 17  # of "three", "seven" and "eight"
+
+
+def test_every_class_is_drawn_and_every_caption_fits(pretrain, source):
+    assert source.distances.shape == (62 * 22 + 8, 64, 64)
+    assert source.count.tolist() == [22] * 62 + [1] * 8
+    assert (source.distances.amax(dim=(1, 2)) > 0).all()  # some ink
+    assert (source.distances[:, 0].amax(dim=1) < 0).all()  # that stays off the edge
+    assert len(source.captions) == len(pretrain.CLASSNAMES) * 9 * len(pretrain.TEMPLATES)
+    assert len(source.captions.unique(dim=0)) == len(source.captions)
+
+
+def test_a_batch_is_a_function_of_its_generator_and_all_its_captions_are_true(pretrain, source):
+    batches = [source.batch(1.0, torch.Generator().manual_seed(7)) for _ in range(2)]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one, other)
+    images, tokens, true = batches[0]
+    assert images.shape == (pretrain.BATCH, 3, 32, 32)
+    assert 0 <= images.min() and images.max() <= 1
+    assert true.shape == (len(images), len(tokens))
+    assert true.any(dim=0).all() and true.any(dim=1).all()
+
+
+def test_the_loss_with_one_true_caption_each_is_clips_own(pretrain):
+    logits = torch.randn(6, 6)
+    target = torch.arange(6)
+    plain = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(pretrain.contrastive_loss(logits, torch.eye(6).bool()), plain)
+
+
+def test_the_loss_does_not_part_captions_that_are_true_of_the_same_images(pretrain):
+    true = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    even = torch.where(true, 9.0, -9.0)
+    apart = even + torch.tensor([[4.0, -4.0, 0.0], [-4.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    assert pretrain.contrastive_loss(even, true) < pretrain.contrastive_loss(apart, true)
+
+
+def test_a_resumed_pretraining_ends_with_the_same_file(
+    pretrain, signs, validation, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(pretrain, "BATCH", 16)
+    monkeypatch.setattr(pretrain, "TEMPLATES", pretrain.TEMPLATES[:2])
+    monkeypatch.setattr(pretrain, "draw_signs", lambda: signs)
+    monkeypatch.setattr(pretrain, "validation_set", lambda: validation)
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    pretrain.train(whole, seed=5, steps=3)
+    pretrain.train(parts, seed=5, steps=3, stop=2)
+    assert not parts.exists()
+    with pytest.raises(ValueError, match="another --out"):
+        pretrain.train(parts, seed=6, steps=3)
+    pretrain.train(parts, seed=5, steps=3)
+    assert parts.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.pt", "whole.pt"]
+    assert hashlib.sha256(whole.read_bytes()).hexdigest() in capsys.readouterr().out
+    clip.load(whole, "cpu")
