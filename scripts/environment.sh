@@ -28,7 +28,7 @@ make_environment() {
         stamp=.venv/installed-${file//\//-}
         if ! cmp -s "$file" "$stamp"; then
             echo "Installing $file into .venv (PyTorch takes a minute or two) ..." >&2
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+            .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$file"
             cp "$file" "$stamp"
         fi
     done

@@ -96,8 +96,9 @@ def draw_signs() -> tuple[Tensor, Tensor]:
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     images, labels = [], []
-    for font_name in FONTS:
-        font = ImageFont.truetype(str(folder / f"{font_name}.ttf"), 160)
+    paths = [folder / f"{name}.ttf" for name in FONTS]
+    for path in filter(Path.is_file, paths):  # cmti10 is missing in older versions of matplotlib
+        font = ImageFont.truetype(str(path), 160)
         _, top, _, bottom = font.getbbox("H")
         factor = CAPITAL / (bottom - top)
         for label, sign in enumerate(SIGNS.values()):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ def pretrain():
         "pretrain_tiny", ROOT / "scripts" / "pretrain_tiny.py"
     )
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older matplotlib uses what newer pyparsing deprecates
+        spec.loader.exec_module(module)
     return module
 
 
@@ -100,8 +103,10 @@ def test_every_prompt_of_the_digits_fits_the_shipped_context():
 
 
 def test_every_class_is_drawn_and_every_caption_fits(pretrain, source):
-    assert source.distances.shape == (62 * 22 + 8, 64, 64)
-    assert source.count.tolist() == [22] * 62 + [1] * 8
+    fonts = int(source.count[0])
+    assert fonts in (21, 22)  # cmti10 is missing in older versions of matplotlib
+    assert source.distances.shape == (62 * fonts + 8, 64, 64)
+    assert source.count.tolist() == [fonts] * 62 + [1] * 8
     assert (source.distances.amax(dim=(1, 2)) > 0).all()  # some ink
     assert (source.distances[:, 0].amax(dim=1) < 0).all()  # that stays off the edge
     assert len(source.captions) == len(pretrain.CLASSNAMES) * 9 * len(pretrain.TEMPLATES)
