@@ -212,7 +212,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for key in ("crop_scale", "crop_ratio"):
         if getattr(config, key)[0] > getattr(config, key)[1]:
             parser.error(f"argument --{key}: MIN is above MAX: {getattr(config, key)}")
-    if Path(config.filename).name != config.filename:
+    if not config.filename or Path(config.filename).name != config.filename:
         parser.error(
             f"argument --filename: must be a name without folders, not {config.filename!r}"
         )

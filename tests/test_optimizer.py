@@ -351,6 +351,8 @@ def test_indices_beyond_float32_survive_loading():
     assert b.state[w]["indices"].tolist() == [2**24 + 1]
 
 
+# Unpickling a tensor makes torch 2.4 warn of what torch.load would do with one.
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_and_pickles_continue_alike(duplicate):
     model = nn.ParameterList([parameter(20, 20), parameter(5)])
