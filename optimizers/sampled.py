@@ -28,8 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
 
-# Products made at once, in entries: what a core's cache holds, or on a GPU 64 MiB in float32.
-CHUNK = {"cpu": 2**17}
+# Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
+CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**23
 
 
@@ -90,10 +90,11 @@ def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "Sam
     """Give the sparse matrices of an SO optimizer sampled gradients wherever F.linear uses them.
 
     That is each `nn.Linear`, and each bare parameter that a module hands to `F.linear`. Uses of
-    other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`) still give strided
-    gradients; SO takes both, and their sum. Supports are drawn by the first forward pass with
-    gradients after a step, and stay until the next step, however many passes are accumulated;
-    gradients must be zeroed between steps.
+    other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`) and all code that
+    `torch.compile` has traced still give strided gradients; SO takes both, and their sum.
+
+    Supports are drawn by the first forward pass with gradients after a step, and stay until the
+    next step, however many passes are accumulated; gradients must be zeroed between steps.
 
     The norm that `clip_grad_norm_` sees is that of the k entries, the only ones that exist.
 
@@ -247,9 +248,9 @@ def _products(dy: Tensor, kept: Tensor, plan: _Plan) -> Tensor:
     """Sum dy[:, i] * x[:, j] over N tokens, some at a time: (N, out), (N, c) -> (k,)."""
     rows = plan.positions[0]
     total = dy.new_zeros(rows.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
-    tokens = max(CHUNK.get(dy.device.type, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
-    for dy_part, x_part in zip(dy.split(tokens), kept.split(tokens), strict=True):
-        product = _columns(dy_part, rows).to(total.dtype)  # (tokens, k)
-        product *= x_part if plan.slots is None else _columns(x_part, plan.slots)
+    step = max(CHUNK.get(dy.device.type, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
+    for part in (slice(start, start + step) for start in range(0, len(dy), step)):
+        product = _columns(dy[part], rows).to(total.dtype)  # (step, k)
+        product *= kept[part] if plan.slots is None else _columns(kept[part], plan.slots)
         total += product.sum(dim=0)
     return total
