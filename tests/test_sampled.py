@@ -329,17 +329,18 @@ def test_a_parameter_thawed_between_forward_passes_is_drawn_for_too():
     assert_equal_weights(plain, ours)
 
 
-def test_loading_a_state_brings_its_supports():
+@pytest.mark.parametrize("steps", [2, 3])  # within a window of T, and at its end
+def test_loading_a_state_brings_its_supports(steps):
     plain, ours, a, b = twice(make_mlp)
     sample_gradients(ours, b)
-    for step in range(2):
+    for step in range(steps):
         a.zero_grad()
         mlp_loss(plain, step).backward()
         a.step()
     mlp_loss(ours, 0).backward()  # draws supports that the loaded state replaces
     ours.load_state_dict(plain.state_dict())
     b.load_state_dict(a.state_dict())
-    for step in range(2, 6):
+    for step in range(steps, 6):
         for model, optimizer in ((plain, a), (ours, b)):
             optimizer.zero_grad()
             mlp_loss(model, step).backward()
@@ -364,7 +365,8 @@ def test_torchs_own_attention_keeps_plain_gradients_beside_sampled_ones():
 # Memory
 
 
-def saved_bytes(model, x):
+def saved(model, x):
+    """Bytes kept for the backward pass, and whether x is among it."""
     storages = {}
 
     def pack(t):
@@ -373,20 +375,22 @@ def saved_bytes(model, x):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
-    return sum(storages.values())
+    return sum(storages.values()), x.untyped_storage().data_ptr() in storages
 
 
 def test_columns_are_kept_instead_of_the_input():
     model = nn.Linear(256, 256, bias=False)
     x = torch.randn(1000, 256)
     optimizer = SO(model.parameters(), density_ratio=1e-3)
-    whole = saved_bytes(model, x)
+    whole = 4 * 1000 * 256
+    assert saved(model, x) == (whole, True)
     with sample_gradients(model, optimizer):
-        assert whole == 4 * 1000 * 256
-        assert saved_bytes(model, x) <= 4 * 1000 * 65  # k = 65, no column twice
-    more = SO(model.parameters(), density_ratio=1e-2)
-    with sample_gradients(model, more):  # k = 655 > 256
-        assert saved_bytes(model, x) <= whole
+        kept, whole_input = saved(model, x)
+        assert kept <= 4 * 1000 * 65 and not whole_input  # k = 65, no column twice
+    for density, all_columns in ((1e-2, False), (0.1, True)):  # k = 655 and 6553
+        with sample_gradients(model, SO(model.parameters(), density_ratio=density, seed=0)):
+            kept, whole_input = saved(model, x)
+            assert (kept == whole and whole_input) if all_columns else kept < whole
 
 
 def test_nothing_of_the_size_of_the_matrix_or_the_input_is_allocated_going_back():
@@ -419,6 +423,7 @@ def test_remove_gives_everything_back_and_the_next_step_is_plain():
         assert ours.transformer.resblocks[0].attn.in_proj_weight.grad.is_sparse
         b.step()
     handle.remove()
+    sample_gradients(ours, b).remove()
     clip_loss(plain, 0).backward()
     a.step()
     for model, optimizer in ((plain, a), (ours, b)):
