@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .tokenizer import Tokenizer
 
@@ -34,7 +35,31 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """With z = 1.702 x it is silu(z) / 1.702, and its derivative is that of silu at z.
+
+    So the backward pass is one of torch's own kernels, and needs z alone; autograd would keep
+    both factors of x * sigmoid(1.702 x).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        z = 1.702 * x
+        ctx.save_for_backward(z)
+        return F.silu(z).div_(1.702)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+
+
+def pick(x: Tensor, read: Tensor) -> Tensor:
+    """One position of each row: (B, L, W) at (B,) -> (B, 1, W)."""
+    return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
 class Attention(nn.Module):
@@ -56,13 +81,27 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
-        qkv = qkv.view(batch, length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, W / heads) each
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(x.transpose(1, 2).reshape(batch, length, width))
+    def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
+        """Attend: (B, L, W) -> (B, L, W), or (B, 1, W) for one position `read` (B,) in each."""
+        if read is None:
+            q, k, v = self.project(x, slice(0, 3))
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            (q,), (k, v) = self.project(pick(x, read), slice(0, 1)), self.project(x, slice(1, 3))
+            seen = None
+            if self.causal:
+                seen = torch.arange(x.shape[1], device=x.device) <= read[:, None, None, None]
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
+        """Those of queries, keys and values (parts 0, 1, 2) asked for: (B, heads, L, W / heads)."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if parts != slice(0, 3):
+            rows = slice(parts.start * x.shape[-1], parts.stop * x.shape[-1])
+            weight, bias = weight[rows], bias[rows]
+        x = F.linear(x, weight, bias).unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))
+        return x.permute(2, 0, 3, 1, 4).unbind()
 
 
 class MLP(nn.Module):
@@ -88,13 +127,15 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
+        """(B, L, W) -> (B, L, W), or (B, 1, W) for one position `read` (B,) in each."""
+        attended = self.attn(self.ln_1(x), read)
+        x = (x if read is None else pick(x, read)) + attended
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of residual blocks on (B, L, W)."""
+    """A stack of residual blocks, of whose output one position in each row is read."""
 
     def __init__(self, width: int, layers: int, causal: bool = False):
         super().__init__()
@@ -110,8 +151,20 @@ class Transformer(nn.Module):
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resblocks(x)
+    def forward(self, x: Tensor, read: Tensor, first: int = 0) -> Tensor:
+        """Output at one position of each row: (B, L, W) at (B,) -> (B, W).
+
+        The last block computes that position alone; only its keys and values need the others.
+
+        Args:
+            x: what enters block `first`.
+            read: the positions.
+            first: the first block to run.
+        """
+        *blocks, last = self.resblocks[first:]
+        for block in blocks:
+            x = block(x)
+        return last(x, read).squeeze(1)
 
 
 class VisionTransformer(nn.Module):
@@ -136,8 +189,9 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1)  # (B, 1 + patches, W)
-        x = self.transformer(self.ln_pre(x + self.positional_embedding))
-        return self.ln_post(x[:, 0]) @ self.proj  # (B, D)
+        x = self.ln_pre(x + self.positional_embedding)
+        read = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # the class token
+        return self.ln_post(self.transformer(x, read)) @ self.proj  # (B, D)
 
 
 class Bottleneck(nn.Module):
@@ -318,15 +372,25 @@ class CLIP(nn.Module):
         Raises:
             ValueError: if L is above the model's context length.
         """
+        return self.finish_text(self.begin_text(tokens), tokens)
+
+    def begin_text(self, tokens: Tensor, blocks: int = 0) -> Tensor:
+        """What enters a block of the text tower, after so many blocks: (N, L) -> (N, L, W).
+
+        Raises:
+            ValueError: if L is above the model's context length.
+        """
         if tokens.dim() != 2 or tokens.shape[1] > self.context_length:
             raise ValueError(
                 f"This model takes tokens of shape (N, L) with L up to {self.context_length}, "
                 f"not {tuple(tokens.shape)}: make them with model.tokenize."
             )
-        x = self.token_embedding(tokens)  # (N, L, W)
-        x = self.transformer(x + self.positional_embedding[: tokens.shape[1]])
-        ends = tokens.argmax(dim=-1)  # (N,)
-        x = x[torch.arange(len(x), device=x.device), ends]  # (N, W)
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        return self.transformer.resblocks[:blocks](x)
+
+    def finish_text(self, x: Tensor, tokens: Tensor, blocks: int = 0) -> Tensor:
+        """The rest of `encode_text`, from what `begin_text` returned: (N, L, W) -> (N, D)."""
+        x = self.transformer(x, tokens.argmax(dim=-1), blocks)  # (N, W)
         return self.ln_final(x) @ self.text_projection  # (N, D)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
