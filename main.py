@@ -13,6 +13,7 @@ import clip
 from datasets import build_dataset
 from datasets.loader import Loader
 from optimizers import SO
+from optimizers.sampled import sample_gradients
 from run_utils import (
     describe,
     exit_status,
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = SO(
         matrices.values(), lr=config.lr, density_ratio=1 - config.s, T=config.t, seed=config.seed
     )
+    if not config.dense_grad:
+        sample_gradients(model, optimizer)
     describe(config, dataset, matrices, device)
     base = weights_digest(model) if config.save_weights else ""
     zero_shot = test_accuracy("Zero-shot test")
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve = train(
             model, optimizer, batches, prompts, iterations=config.n_iters * config.shots,
             logit_scale=config.logit_scale, early_stop_loss=config.early_stop_loss,
-            precision=config.precision,
+            precision=config.precision, text_chunk=config.text_chunk,
         )  # fmt: skip
     except NonFiniteLoss as error:
         write_curve(folder, error.rows)

@@ -156,8 +156,10 @@ def make_parser() -> Parser:
     add("--flip", **switch, default=True, help="mirror every other training image")
     add("--precision", type=choice("precision", ["fp32", "bf16", "fp16"]), default="fp32",
         help="of matrix products: fp32, bf16 or fp16; weights stay fp32")
+    add("--text_chunk", type=number(int, 0), default=0,
+        help="classes whose text is encoded at once, for less memory and more time; 0 for all")
     add("--dense_grad", **switch, default=False,
-        help="compute whole weight gradients, not only what SO reads; so far all runs do")
+        help="compute whole weight gradients, not only the entries that SO reads")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")
@@ -272,6 +274,9 @@ def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
     """
     if threads:
         torch.set_num_threads(threads)
+    # Memory in large pages, where torch and the system offer them (read at the first allocation):
+    # otherwise a CPU spends more time on getting pages than on an activation function.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.manual_seed(seed)
     random.seed(seed)
     try:

@@ -7,11 +7,13 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clip import CLIP
 from datasets.loader import Batch, normalise, to_device
@@ -81,7 +83,16 @@ def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Pa
             f"--encoder {encoder}: the image tower is a ResNet, without the transformer blocks "
             "that SO adapts; use --encoder text or both, or a ViT backbone"
         )
+    lay_back_to_back(sorted(chosen.values(), key=Tensor.numel))
     return chosen
+
+
+@torch.no_grad()
+def lay_back_to_back(tensors: Sequence[Tensor]) -> None:
+    """Move tensors into one piece of memory; SO then reads and writes all of them at once."""
+    row = torch.cat([tensor.flatten() for tensor in tensors])
+    for tensor, part in zip(tensors, row.split([t.numel() for t in tensors]), strict=True):
+        tensor.data = part.view(tensor.shape)
 
 
 def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:
@@ -105,14 +116,59 @@ def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[
     return tokens.to(model.text_projection.device)
 
 
-def text_features(model: CLIP, prompts: Tensor) -> Tensor:
+def text_features(
+    model: CLIP,
+    prompts: Tensor,
+    chunk: int = 0,
+    hidden: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
     """Features of classes from their prompts' tokens: (P, C, L) -> (C, D), each of length 1.
 
     Those of several prompts are averaged. Gradients flow where they are asked for.
+
+    Args:
+        model: Whose text tower it is.
+        prompts: The tokens.
+        chunk: Classes encoded at once; where gradients are wanted, each chunk is encoded again
+            when its gradient comes, so that activations of one chunk alone are held. 0 takes all,
+            or TEXT_BATCH prompts where no gradients are wanted.
+        hidden: What enters block `first` of the text tower, (P, C, L, W); None begins with tokens.
+        first: The first block to run.
     """
-    step = prompts.shape[1] if torch.is_grad_enabled() else TEXT_BATCH
-    parts = [[model.encode_text(part) for part in tokens.split(step)] for tokens in prompts]
-    return unit(sum(unit(torch.cat(features)) for features in parts))
+
+    def features(tokens: Tensor, x: Tensor | None) -> Tensor:
+        flat = tokens.flatten(0, 1)  # (P c, L)
+        x = model.begin_text(flat) if x is None else x.flatten(0, 1)
+        each = unit(model.finish_text(x, flat, first))  # (P c, D)
+        return each.unflatten(0, tokens.shape[:2]).sum(dim=0)
+
+    encode = features
+    if torch.is_grad_enabled() and chunk:
+        encode = partial(checkpoint, features, use_reentrant=False)
+    size = chunk or prompts.shape[1]
+    if not torch.is_grad_enabled():
+        size = min(size, max(TEXT_BATCH // len(prompts), 1))
+    parts = prompts.split(size, dim=1)
+    inputs = [None] * len(parts) if hidden is None else hidden.split(size, dim=1)
+    return unit(torch.cat([encode(*pair) for pair in zip(parts, inputs, strict=True)]))
+
+
+@torch.no_grad()
+def before_training(model: CLIP, prompts: Tensor) -> tuple[int, Tensor]:
+    """Run the text tower up to the first block that is trained: once is enough.
+
+    Returns:
+        That block's number and what enters it, (P, C, L, W); where nothing is trained the number
+        of blocks, and the classes' features (C, D).
+    """
+    blocks = model.transformer.resblocks
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    if not any(trained):
+        return len(blocks), text_features(model, prompts)
+    first = trained.index(True)
+    parts = [model.begin_text(part, first) for part in prompts.flatten(0, 1).split(TEXT_BATCH)]
+    return first, torch.cat(parts).unflatten(0, prompts.shape[:2])
 
 
 def image_features(model: CLIP, images: Tensor) -> Tensor:
@@ -169,6 +225,7 @@ def train(
     logit_scale: float | str = 100.0,
     early_stop_loss: float = 0.0,
     precision: str = "fp32",
+    text_chunk: int = 0,
 ) -> list[tuple]:
     """Adapt the model by cross-entropy over scaled cosines, with the paper's cosine schedule.
 
@@ -182,6 +239,7 @@ def train(
         early_stop_loss: End after an epoch whose mean loss is below this. On a GPU epochs of
             less than LOOK_EVERY iterations are looked at now and then, not each.
         precision: Of matrix products: "fp32", "bf16", or "fp16" with scaled gradients.
+        text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
 
     Returns:
         The curve: rows (iteration, loss, lr, ""), iterations counted from 1.
@@ -193,10 +251,8 @@ def train(
     scale = model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start_lr = optimizer.param_groups[0]["lr"]
-    fixed_classes = None
-    if not any(p.requires_grad for p in model.transformer.parameters()):
-        with torch.no_grad(), autocast(device, precision):
-            fixed_classes = text_features(model, prompts)
+    with autocast(device, precision):
+        first, hidden = before_training(model, prompts)
 
     losses = torch.zeros(iterations, device=device)  # there, so that a GPU is not waited for
     looked = epoch_start = 0  # iterations before the last look, and before this epoch
@@ -211,9 +267,9 @@ def train(
                 group["lr"] = cosine_lr(start_lr, count - 1, iterations)
             images, labels = to_device(batch, device)
             with autocast(device, precision):
-                classes = fixed_classes
-                if classes is None:
-                    classes = text_features(model, prompts)  # (C, D)
+                classes = hidden  # (C, D) where nothing of the text tower is trained
+                if first < len(model.transformer.resblocks):
+                    classes = text_features(model, prompts, text_chunk, hidden, first)
                 logits = scale * image_features(model, images) @ classes.T  # (B, C)
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()

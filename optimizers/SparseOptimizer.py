@@ -22,8 +22,9 @@ This file needs nothing but torch: copy it, and use it like Adam.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,61 +63,136 @@ def merge_supports(
     beta1: float,
     beta2: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Update the moments on the union of both supports, for N tensors at once.
+    """Update the moments on the union of both supports.
 
     The union's size depends on the data; to need no synchronisation on a GPU it always has k + l
     slots, and an entry of both supports fills two neighbouring slots with the same values.
 
     Args:
-        indices: S_m, (N, k).
-        grad_indices: S_g, (N, l).
-        exp_avg: m at S_m, (N, k).
-        exp_avg_sq: v at S_m, (N, k).
-        grad: g at S_g, (N, l).
+        indices: S_m, (k,), in any order.
+        grad_indices: S_g, (l,).
+        exp_avg: m at S_m, (k,).
+        exp_avg_sq: v at S_m, (k,).
+        grad: g at S_g, (l,).
         beta1: Decay of m.
         beta2: Decay of v.
 
     Returns:
-        The union's indices, m and v there, and which slots repeat the one before: (N, k + l) each.
+        The union's indices in increasing order, m and v there, and which slots repeat the one
+        before: (k + l,) each.
     """
-    union, order = torch.cat([indices, grad_indices], dim=-1).sort(dim=-1)
-    m = torch.cat([beta1 * exp_avg, (1 - beta1) * grad], dim=-1).gather(-1, order)
-    v = torch.cat([beta2 * exp_avg_sq, (1 - beta2) * grad.square()], dim=-1).gather(-1, order)
+    union, order = torch.cat([indices, grad_indices]).sort()
+    m = torch.cat([beta1 * exp_avg, (1 - beta1) * grad])[order]
+    v = torch.cat([beta2 * exp_avg_sq, (1 - beta2) * grad.square()])[order]
     repeats = torch.zeros_like(union, dtype=torch.bool)
-    repeats[:, 1:] = union[:, 1:] == union[:, :-1]
+    repeats[1:] = union[1:] == union[:-1]
     for moment in (m, v):  # on S_m and S_g both: the decayed moment plus the new part
-        both = moment[:, 1:] + moment[:, :-1]
-        moment[:, 1:] = both.where(repeats[:, 1:], moment[:, 1:])
-        moment[:, :-1] = both.where(repeats[:, 1:], moment[:, :-1])
+        both = moment[1:] + moment[:-1]
+        moment[1:] = both.where(repeats[1:], moment[1:])
+        moment[:-1] = both.where(repeats[1:], moment[:-1])
     return union, m, v, repeats
 
 
-def largest(m: Tensor, repeats: Tensor, k: int) -> Tensor:
-    """Slots of the k largest |m| in each row of m (N, slots), no entry twice: (N, k) int64."""
-    return m.abs().masked_fill_(repeats, -1).topk(k, dim=-1, sorted=False).indices
+def largest(score: Tensor, slots: list[int], counts: list[int]) -> Tensor:
+    """Find the counts[i] largest scores in each segment of slots[i]: their places in score."""
+    found, start = [], 0
+    for (width, k), alike in groupby(zip(slots, counts, strict=True)):
+        rows = len(list(alike))
+        part = score[start : start + rows * width].view(rows, width)
+        first = torch.arange(start, start + rows * width, width, device=score.device)
+        found.append((first[:, None] + part.topk(k, dim=-1, sorted=False).indices).view(-1))
+        start += rows * width
+    return torch.cat(found)
 
 
-def read_gradient(grad: Tensor, indices: Tensor) -> Tensor:
-    """Read a strided or sparse COO gradient at flat indices (k,), in increasing order: (k,)."""
-    if grad.layout != torch.sparse_coo:
-        return grad.take(indices)  # flat, row-major, whatever the strides
-    positions, values = grad._indices(), grad._values()  # (d, nnz), (nnz, ...); may repeat
-    flat = positions.new_zeros(positions.shape[1])
-    for position, size in zip(positions, grad.shape, strict=False):
-        flat = flat * size + position
-    row = grad.shape[positions.shape[0] :].numel()  # 1, or more where whole rows are listed
-    flat = (flat[:, None] * row + torch.arange(row, device=flat.device)).view(-1)
-    slot = torch.searchsorted(indices, flat).clamp_(max=len(indices) - 1)
-    found = values.reshape(-1).where(indices[slot] == flat, 0)
-    return found.new_zeros(indices.shape).index_add_(0, slot, found)
+def spread(values: list[int], counts: list[int], device: torch.device) -> Tensor:
+    """Repeat values[i] counts[i] times, (sum of counts,) int64, without waiting for the device."""
+    table = torch.tensor([values, counts]).to(device, non_blocking=True)
+    return table[0].repeat_interleave(table[1], output_size=sum(counts))
 
 
-def write(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write values (k,) into a strided tensor's own storage at flat (row-major) indices (k,)."""
-    if tensor.is_contiguous():
-        tensor.view(-1).scatter_(0, indices, values)
-    else:
-        tensor.index_put_(torch.unravel_index(indices, tensor.shape), values)
+def apart(row: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Cut a row (sum of sizes,) into tensors of their own memory: a view keeps the row alive."""
+    parts = [row.new_empty(size) for size in sizes]
+    torch.split_with_sizes_copy(row, sizes, out=parts)
+    return parts
+
+
+class Run(NamedTuple):
+    """Tensors that lie back to back in one storage, so that one kernel reads or writes them all."""
+
+    flat: Tensor  # a flat view of them; a single one that is not contiguous stands for itself
+    tensors: slice  # which they are
+    start: int  # entries of all tensors before them
+
+
+def join(tensors: Sequence[Tensor]) -> list[Run]:
+    """Find the runs among tensors, which are taken as one row of entries, in their order."""
+    runs: list[Run] = []
+    start, end = 0, None
+    for number, tensor in enumerate(tensors):
+        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        first = number, start
+        if place == end and tensor.is_contiguous():
+            run = runs.pop()
+            first = run.tensors.start, run.start
+        start += tensor.numel()
+        flat, end = tensor, None
+        if tensor.is_contiguous():
+            entries = start - first[1]
+            before = entries - tensor.numel()
+            flat = tensor.as_strided((entries,), (1,), place[1] - before)
+            end = place[0], place[1] + tensor.numel()
+        runs.append(Run(flat, slice(first[0], number + 1), first[1]))
+    return runs
+
+
+def places(runs: list[Run], at: Tensor, counts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair the runs with places in them: increasing ones in the row, counts[i] in the tensor i."""
+    parts = at.split([sum(counts[run.tensors]) for run in runs])
+    for run, part in zip(runs, parts, strict=True):
+        yield run.flat, part - run.start
+
+
+def read(runs: list[Run], at: Tensor, counts: list[int]) -> Tensor:
+    """Read a row at places that increase, counts[i] of them in the tensor i: like `at`."""
+    return torch.cat([flat.take(local) for flat, local in places(runs, at, counts)])
+
+
+def write(runs: list[Run], at: Tensor, counts: list[int], values: Tensor) -> None:
+    """Write values into the tensors' own memory, at places as in `read`."""
+    parts = values.to(runs[0].flat.dtype).split([sum(counts[run.tensors]) for run in runs])
+    for (flat, local), part in zip(places(runs, at, counts), parts, strict=True):
+        if flat.dim() == 1:
+            flat.scatter_(0, local, part)
+        else:
+            flat.index_put_(torch.unravel_index(local, flat.shape), part)
+
+
+def read_sparse(grads: Sequence[Tensor], starts: list[int], at: Tensor) -> Tensor:
+    """Read sparse COO gradients, taken as one row of entries: zero where one is absent.
+
+    Args:
+        grads: Of equally many sparse dimensions and equal shapes of the dense ones; entries may
+            repeat, and count as their sum.
+        starts: Entries before each of them.
+        at: Places in the row, increasing, (k,).
+
+    Returns:
+        The entries, (k,).
+    """
+    positions = torch.cat([grad._indices() for grad in grads], dim=1)  # (d, nnz)
+    values = torch.cat([grad._values() for grad in grads])  # (nnz, ...)
+    counts = [grad._nnz() for grad in grads]
+    flat = spread(starts, counts, at.device)
+    for dim, position in enumerate(positions):
+        strides = [grad.shape[dim + 1 :].numel() for grad in grads]
+        flat = flat + position * spread(strides, counts, at.device)
+    row = values.shape[1:].numel()  # 1, or more where whole rows are listed
+    flat = (flat[:, None] + torch.arange(row, device=at.device)).view(-1)
+    slot = torch.searchsorted(at, flat).clamp_(max=len(at) - 1)
+    found = values.reshape(-1).where(at[slot] == flat, 0)
+    return found.new_zeros(at.shape).index_add_(0, slot, found)
 
 
 class SO(Optimizer):
@@ -124,7 +200,8 @@ class SO(Optimizer):
 
     State, per tensor: `step` (t); of sparse ones also `grad_indices` (S_g), `indices` (S_m),
     `exp_avg` (m) and `exp_avg_sq` (v), of k entries each, the moments in float32 or better.
-    Settings are in `param_groups`, `seed` included: a state dict continues bit for bit.
+    Settings are in `param_groups`, `seed` included: a state dict continues bit for bit. A copy of
+    a sparse tensor in another dtype, as its attribute `low_precision`, is kept equal to it.
 
     Args:
         params: Tensors, or dicts of groups, which may name each argument below for themselves,
@@ -177,19 +254,11 @@ class SO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._draw(only_with_gradient=True)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            self._dense_update([p for p in params if _is_dense(p, group)], group)
-            alike = defaultdict(list)  # by what lets tensors be the rows of one update
-            for p in params:
-                if not _is_dense(p, group):
-                    state = self.state[p]
-                    state["step"] += 1
-                    sizes = len(state["indices"]), len(state["grad_indices"])
-                    alike[state["step"].item(), sizes, p.dtype, p.device].append(p)
-            for (step, *_), rows in alike.items():
-                self._sparse_update(rows, group, step)
+        # Parameters may be of a class whose every access takes a detour; here none is wanted.
+        with torch._C.DisableTorchFunctionSubclass():
+            self._draw(only_with_gradient=True)
+            for group in self.param_groups:
+                self._step(group)
         self._drawn.clear()
         return loss
 
@@ -227,6 +296,20 @@ class SO(Optimizer):
         super().__setstate__(state)
         self._drawn = set()
 
+    def _step(self, group: dict[str, Any]) -> None:
+        """Update one group's tensors, as many at once as have their step and dtype in common."""
+        params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+        self._dense_update([p for p in params if _is_dense(p, group)], group)
+        alike = defaultdict(list)
+        for p in sorted(params, key=Tensor.numel):  # equal sizes side by side: see `largest`
+            if not _is_dense(p, group):
+                step = self.state[p]["step"]
+                step += 1
+                copied = hasattr(p, "low_precision")
+                alike[step.item(), p.dtype, p.device, _layout(p.grad), copied].append(p)
+        for (step, *_), rows in alike.items():
+            self._sparse_update(rows, group, step)
+
     def _resolve_seeds(self) -> None:
         """Give each group that was told no seed one from torch's global generator."""
         for group in self.param_groups:
@@ -237,6 +320,7 @@ class SO(Optimizer):
         """Draw where a window of T steps begins, and start the state of new tensors."""
         self._resolve_seeds()
         generator = torch.Generator("cpu")
+        supports = defaultdict(list)  # by device: pairs of a tensor and its new support
         position = -1  # counts all tensors: one's draws do not depend on what the others do
         for group in self.param_groups:
             for p in group["params"]:
@@ -249,48 +333,68 @@ class SO(Optimizer):
                 if state and step % group["T"]:
                     continue
                 # A draw is a function of (seed, tensor, step) alone: there is no generator to
-                # save, and it is the same on every device. The copy to a GPU waits for nothing.
+                # save, and it is the same on every device.
                 key = f"{group['seed']} {position} {step}".encode()
                 generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
                 k = max(1, int(p.numel() * group["density_ratio"]))
-                support = draw_support(p.numel(), k, generator).to(p.device, non_blocking=True)
-                state["grad_indices"] = support
+                supports[p.device].append((p, draw_support(p.numel(), k, generator)))
                 self._drawn.add(p)
+        for device, pairs in supports.items():  # one copy to each device, which waits for nothing
+            row = torch.cat([support for _, support in pairs]).to(device, non_blocking=True)
+            sizes = [len(support) for _, support in pairs]
+            for (p, _), support in zip(pairs, apart(row, sizes), strict=True):
+                state = self.state[p]
+                state["grad_indices"] = support
                 if "indices" not in state:
-                    zeros = torch.zeros(k, dtype=_moment_dtype(p), device=p.device)
+                    zeros = support.new_zeros(support.shape, dtype=_moment_dtype(p))
                     state["step"] = torch.zeros((), device="cpu")
                     state["indices"] = support.clone()  # S_m = S_g at t = 1
                     state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
 
     def _sparse_update(self, params: list[Tensor], group: dict[str, Any], step: float) -> None:
-        """Update tensors of equal support sizes, dtype, device and step: one row each."""
+        """Update tensors of one step, dtype, device and layout of gradients as one long row."""
         states = [self.state[p] for p in params]
-        indices, grad_indices, exp_avg, exp_avg_sq = (
-            torch.stack([state[name] for state in states])
-            for name in ("indices", "grad_indices", "exp_avg", "exp_avg_sq")
-        )
-        rows = zip(params, grad_indices, strict=True)
-        grad = torch.stack([read_gradient(p.grad, at) for p, at in rows]).to(exp_avg.dtype)
-        if group["weight_decay"] != 0:
-            rows = zip(params, grad_indices, strict=True)
-            weight = torch.stack([p.take(at) for p, at in rows])
-            grad = grad + group["weight_decay"] * weight.to(exp_avg.dtype)
+        starts = list(accumulate((p.numel() for p in params), initial=0))[:-1]
+        counts = [len(state["grad_indices"]) for state in states]  # k of each tensor
+        device, runs = params[0].device, join(params)
 
+        def row(name: str) -> Tensor:
+            return torch.cat([state[name] for state in states])
+
+        shift = spread(starts, counts, device)
+        grad_indices = row("grad_indices") + shift
+        olds = [len(state["indices"]) for state in states]  # k, unless the density has changed
+        indices = row("indices") + (shift if olds == counts else spread(starts, olds, device))
+        exp_avg, exp_avg_sq = row("exp_avg"), row("exp_avg_sq")
+        if _layout(params[0].grad) is None:
+            rows = zip(params, states, strict=True)  # grad is flat, row-major, whatever its strides
+            grad = torch.cat([p.grad.take(state["grad_indices"]) for p, state in rows])
+        else:
+            grad = read_sparse([p.grad for p in params], starts, grad_indices)
+        grad = grad.to(exp_avg.dtype)
+        if group["weight_decay"] != 0:
+            weight = read(runs, grad_indices, counts).to(exp_avg.dtype)
+            grad = grad + group["weight_decay"] * weight
+
+        slots = [k + old for k, old in zip(counts, olds, strict=True)]
         beta1, beta2 = group["betas"]
         union, m, v, repeats = merge_supports(
             indices, grad_indices, exp_avg, exp_avg_sq, grad, beta1, beta2
         )
         denominator = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])
         update = group["lr"] / (1 - beta1**step) * m / denominator
-        weight = torch.stack([p.take(at) for p, at in zip(params, union, strict=True)])
-        weight = (weight.to(m.dtype) - update).to(weight.dtype)
-        for p, at, values in zip(params, union, weight, strict=True):
-            write(p, at, values)
+        weight = read(runs, union, slots).to(m.dtype) - update
+        write(runs, union, slots, weight)
+        if hasattr(params[0], "low_precision"):
+            write(join([p.low_precision for p in params]), union, slots, weight)
+        for p in params:  # autograd counts the writes to each tensor, which a view of many hides
+            torch.autograd.graph.increment_version(p)
 
-        keep = largest(m, repeats, grad_indices.shape[-1])
-        for name, values in (("indices", union), ("exp_avg", m), ("exp_avg_sq", v)):
-            for state, row in zip(states, values.gather(-1, keep), strict=True):
-                state[name] = row.clone()  # not a view, which would keep all rows alive
+        keep = largest(m.abs().masked_fill_(repeats, -1), slots, counts)  # no entry twice
+        kept = ("indices", union[keep] - shift), ("exp_avg", m[keep]), ("exp_avg_sq", v[keep])
+        for name, values in kept:
+            for state, part in zip(states, apart(values, counts), strict=True):
+                state[name] = part
 
     def _dense_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update whole tensors by torch's own Adam, half precision through float32 copies."""
@@ -328,6 +432,13 @@ class SO(Optimizer):
 def _is_dense(p: Tensor, group: dict[str, Any]) -> bool:
     """Whether plain Adam updates this tensor: as its group says, else by its dimensions."""
     return p.dim() < 2 if group["dense"] is None else group["dense"]
+
+
+def _layout(grad: Tensor) -> tuple[int, int] | None:
+    """What sparse gradients must have in common to be read at once; None for strided ones."""
+    if grad.layout != torch.sparse_coo:
+        return None
+    return grad.sparse_dim(), grad.shape[grad.sparse_dim() :].numel()
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ entries are wanted: from a density of about 1 % on, the matrix product is faster
 """
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +43,20 @@ class _Plan(NamedTuple):
     in_features: int
 
 
+COPY = "low_precision"  # attribute of a parameter under which SO looks for a copy to refresh
 _plans = WeakTensorKeyDictionary()  # by support: SO makes a new tensor when it draws
 _owners = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
 
 
-def sampled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor:
-    """Compute `F.linear(x, weight, bias)`, with a gradient of weight at some entries alone.
+def sampled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    rows: slice = slice(None),
+    low: Tensor | None = None,
+) -> Tensor:
+    """Compute `F.linear(x, weight[rows], bias)`, with a gradient of weight at some entries alone.
 
     Without gradients, or for a frozen weight, it is `F.linear`. Under `torch.autocast` products
     are of its dtype, as there; those of the gradient are summed in float32 at least.
@@ -55,18 +64,20 @@ def sampled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tens
     Args:
         x: Inputs, (..., in), of any strides.
         weight: W, (out, in).
-        bias: b, (out,), or None.
-        indices: The flat (row-major) entries wanted, increasing and without repeats, (k,) int64;
-            not to be changed in place afterwards.
+        bias: b of these rows, or None.
+        indices: The flat (row-major) entries of W wanted, increasing and without repeats, (k,)
+            int64; not to be changed in place afterwards.
+        rows: Those of W that are used, where a packed matrix is used in parts.
+        low: W in the dtype of autocast, if there is a copy.
 
     Returns:
-        y, (..., out). Its backward pass gives weight a coalesced sparse gradient of k values.
+        y, (..., rows). Its backward pass gives weight a coalesced sparse gradient of k values.
 
     Raises:
         ValueError: weight is no matrix, or indices is not a vector of int64.
     """
     if not (torch.is_grad_enabled() and weight.requires_grad):
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight[rows], bias)
     if weight.dim() != 2:
         raise ValueError(f"weight must have two dimensions, not shape {tuple(weight.shape)}")
     if indices.dim() != 1 or indices.dtype != torch.int64:
@@ -77,24 +88,28 @@ def sampled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tens
     if plan is None or plan.in_features != weight.shape[1]:
         plan = _plans[indices] = _make_plan(indices, weight.shape[1])
     factor = weight.detach()
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := _autocast_dtype(x.device)) is not None:
+        factor = factor if low is None else low
         x, factor, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, factor, bias)
         )
-    return _SampledLinear.apply(x, weight, factor, bias, plan)
+    first, last, _ = rows.indices(len(weight))
+    return _SampledLinear.apply(x, weight, factor[first:last], bias, plan, first)
 
 
 def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "SampledGradients":
     """Give the sparse matrices of an SO optimizer sampled gradients wherever F.linear uses them.
 
-    That is each `nn.Linear`, and each bare parameter that a module hands to `F.linear`. Uses of
-    other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`) and all code that
-    `torch.compile` has traced still give strided gradients; SO takes both, and their sum.
+    That is each `nn.Linear`, and each bare parameter, or slice of its rows, that a module hands to
+    `F.linear`. Uses of other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`)
+    and all code that `torch.compile` has traced still give strided gradients; SO takes both, and
+    their sum.
 
     Supports are drawn by the first forward pass with gradients after a step, and stay until the
     next step, however many passes are accumulated; gradients must be zeroed between steps.
+
+    Under `torch.autocast` matrices are not cast anew in each pass: each gets one copy of that
+    dtype, in which SO refreshes the entries that it moves.
 
     The norm that `clip_grad_norm_` sees is that of the k entries, the only ones that exist.
 
@@ -135,8 +150,10 @@ class SampledGradients:
             )
         self._optimizer = optimizer
         self._ready: set[int] = set()  # ids of those with a support for the coming step
+        self._copied: dict[int, int] = {}  # versions of matrices, as their copies follow them
         self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._ready.clear()),
+            optimizer.register_step_pre_hook(lambda *_: self._drop_stale_copies()),
+            optimizer.register_step_post_hook(lambda *_: self._stepped()),
             optimizer.register_load_state_dict_post_hook(lambda *_: self._ready.clear()),
         ]
         for p in self.params:
@@ -150,10 +167,37 @@ class SampledGradients:
             self._ready.update(id(q) for q in self.params if q.requires_grad)
         return self._optimizer.state.get(p, {}).get("grad_indices")
 
+    @torch.no_grad()
+    def low_precision(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of p in a lower precision, made where there is none that follows p."""
+        self._drop_stale_copies([p])
+        if getattr(p, COPY, p).dtype != dtype:
+            # All at once, side by side in the order in which SO goes through matrices: it then
+            # refreshes them together.
+            alike = [q for q in self.params if (q.dtype, q.device) == (p.dtype, p.device)]
+            alike.sort(key=Tensor.numel)
+            row = torch.cat([q.flatten().to(dtype) for q in alike])
+            for q, part in zip(alike, row.split([q.numel() for q in alike]), strict=True):
+                setattr(q, COPY, part.view(q.shape))
+                self._copied[id(q)] = q._version
+        return getattr(p, COPY)
+
+    def _drop_stale_copies(self, params: Sequence[Tensor] | None = None) -> None:
+        """Drop the copies of matrices that others than SO have written to."""
+        for p in self.params if params is None else params:
+            if hasattr(p, COPY) and self._copied[id(p)] != p._version:
+                delattr(p, COPY)
+
+    def _stepped(self) -> None:
+        """Note that the supports are used up, and that copies have followed their matrices."""
+        self._ready.clear()
+        self._copied = {id(p): p._version for p in self.params if hasattr(p, COPY)}
+
     def remove(self) -> None:
         """Give the model and the optimizer back as they were; a second time does nothing."""
         for p in self.params:
             p.__class__ = nn.Parameter
+            p.__dict__.pop(COPY, None)
             del _owners[p]
         for hook in self._hooks:
             hook.remove()
@@ -172,7 +216,30 @@ class _SampledParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                if func is F.linear:
+                    return _linear(*args, **(kwargs or {}))
+                if func is Tensor.__getitem__ and isinstance(args[1], slice):
+                    return _SampledRows.of(*args)
+            return func(*args, **(kwargs or {}))
+
+
+class _SampledRows(Tensor):
+    """Rows of a sampled parameter; to all but F.linear they are what torch's own slice is."""
+
+    @staticmethod
+    def of(parent: Tensor, rows: slice) -> Tensor:
+        part = parent[rows]
+        if rows.step not in (None, 1) or len(part) == 0:
+            return part
+        part = part.as_subclass(_SampledRows)
+        part.parent, part.rows = parent, rows
+        return part
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and torch.is_grad_enabled():
                 return _linear(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
@@ -189,20 +256,33 @@ def _is_free(p: Tensor) -> bool:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear (whose names of arguments these are), sampled where weight has a support."""
-    indices = None
-    if weight.requires_grad and (owner := _owner(weight)) is not None:
-        indices = owner.support(weight)
+    whole, rows = weight, slice(None)
+    if isinstance(weight, _SampledRows):
+        whole, rows = weight.parent, weight.rows
+    owner = _owner(whole) if isinstance(whole, _SampledParameter) else None
+    indices = owner.support(whole) if owner is not None and whole.requires_grad else None
     if indices is None:
         return F.linear(input, weight, bias)
-    return sampled_linear(input, weight, bias, indices)
+    dtype, low = _autocast_dtype(input.device), None
+    if dtype is not None and whole.dtype == torch.float32:
+        low = owner.low_precision(whole, dtype)
+    return sampled_linear(input, whole, bias, indices, rows, low)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products under autocast, None outside of it."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 class _SampledLinear(torch.autograd.Function):
-    """y = x factor^T + b, where factor is W in the dtype of x."""
+    """y = x factor^T + b, where factor is rows of W, from `first` on, in the dtype of x."""
 
     @staticmethod
-    def forward(ctx, x, weight, factor, bias, plan):
-        ctx.plan, ctx.shape, ctx.dtype = plan, weight.shape, weight.dtype
+    def forward(ctx, x, weight, factor, bias, plan, first):
+        ctx.plan, ctx.first, ctx.shape, ctx.dtype = plan, first, weight.shape, weight.dtype
         kept = x if plan.kept is None else _columns(x, plan.kept)  # (..., c)
         ctx.save_for_backward(kept, factor if ctx.needs_input_grad[0] else None)
         return F.linear(x, factor, bias)
@@ -212,18 +292,19 @@ class _SampledLinear(torch.autograd.Function):
     def backward(ctx, dy):
         kept, factor = ctx.saved_tensors
         shape = (*dy.shape[:-1], ctx.shape[1])
-        dy = dy.reshape(-1, ctx.shape[0])  # (N, out)
+        dy = dy.reshape(-1, dy.shape[-1])  # (N, rows)
         dx = db = dw = None
         if ctx.needs_input_grad[0]:
             dx = dy.mm(factor).view(shape)
         if ctx.needs_input_grad[1]:
-            values = _products(dy, kept.reshape(-1, kept.shape[-1]), ctx.plan).to(ctx.dtype)
+            kept = kept.reshape(-1, kept.shape[-1])
+            values = _products(dy, kept, ctx.plan, ctx.first).to(ctx.dtype)
             dw = torch.sparse_coo_tensor(
                 ctx.plan.positions, values, ctx.shape, check_invariants=False, is_coalesced=True
             )
         if ctx.needs_input_grad[3]:
             db = dy.sum(dim=0)
-        return dx, dw, None, db, None
+        return dx, dw, None, db, None, None
 
 
 def _make_plan(indices: Tensor, in_features: int) -> _Plan:
@@ -244,13 +325,15 @@ def _columns(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
-def _products(dy: Tensor, kept: Tensor, plan: _Plan) -> Tensor:
-    """Sum dy[:, i] * x[:, j] over N tokens, some at a time: (N, out), (N, c) -> (k,)."""
-    rows = plan.positions[0]
+def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int) -> Tensor:
+    """Sum dy[:, i - first] * x[:, j] over N tokens, some at a time: (N, rows), (N, c) -> (k,)."""
+    rows = plan.positions[0] - first
+    inside = (rows >= 0) & (rows < dy.shape[1])
+    rows = rows.clamp(0, dy.shape[1] - 1)
     total = dy.new_zeros(rows.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
     step = max(CHUNK.get(dy.device.type, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
     for part in (slice(start, start + step) for start in range(0, len(dy), step)):
         product = _columns(dy[part], rows).to(total.dtype)  # (step, k)
         product *= kept[part] if plan.slots is None else _columns(kept[part], plan.slots)
         total += product.sum(dim=0)
-    return total
+    return total * inside
