@@ -27,7 +27,14 @@ from run_utils import (
     write_curve,
     write_result,
 )
-from train import NonFiniteLoss, evaluate, select_matrices, tokenize_prompts, train
+from train import (
+    NonFiniteLoss,
+    compile_blocks,
+    evaluate,
+    select_matrices,
+    tokenize_prompts,
+    train,
+)
 from utils import load_weights, save_weights, weights_digest
 
 
@@ -60,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = SO(
         matrices.values(), lr=config.lr, density_ratio=1 - config.s, T=config.t, seed=config.seed
     )
-    if not config.dense_grad:
+    if config.compile:
+        compile_blocks(model)
+    elif not config.dense_grad:
         sample_gradients(model, optimizer)
     describe(config, dataset, matrices, device)
     base = weights_digest(model) if config.save_weights else ""

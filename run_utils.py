@@ -160,6 +160,8 @@ def make_parser() -> Parser:
         help="classes whose text is encoded at once, for less memory and more time; 0 for all")
     add("--dense_grad", **switch, default=False,
         help="compute whole weight gradients, not only the entries that SO reads")
+    add("--compile", **switch, default=False,
+        help="translate the towers with torch.compile; whole weight gradients are then computed")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")

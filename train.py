@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIP
+from clip.model import ResidualAttentionBlock
 from datasets.loader import Batch, normalise, to_device
 from utils import Progress
 
@@ -93,6 +94,19 @@ def lay_back_to_back(tensors: Sequence[Tensor]) -> None:
     row = torch.cat([tensor.flatten() for tensor in tensors])
     for tensor, part in zip(tensors, row.split([t.numel() for t in tensors]), strict=True):
         tensor.data = part.view(tensor.shape)
+
+
+def compile_blocks(model: CLIP, backend: str = "inductor") -> None:
+    """Have torch.compile translate the transformer blocks of both towers, on their first use.
+
+    Compiled code computes whole weight gradients, never sampled ones.
+    """
+    # One piece of code for each tower, with gradients and without, first and last blocks apart,
+    # batches of several sizes: more than torch keeps by default.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    for module in model.modules():
+        if isinstance(module, ResidualAttentionBlock):
+            module.compile(backend=backend)
 
 
 def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:

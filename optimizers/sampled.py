@@ -14,7 +14,8 @@ tensor, which torch accumulates, clips and unscales, and which SO reads like a s
     ...  # train as before
 
 Needs torch, and SparseOptimizer.py where the optimizer comes from. It pays while few of the
-entries are wanted: from a density of about 1 % on, the matrix product is faster.
+entries are wanted: from a density of about 1 % on, values are taken from the matrix product, which
+is then faster.
 """
 
 import weakref
@@ -32,6 +33,7 @@ __all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**23
+PRODUCT_FROM = 1 / 150  # density from which a CPU is faster with the whole matrix product
 
 
 class _Plan(NamedTuple):
@@ -326,11 +328,16 @@ def _columns(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int) -> Tensor:
-    """Sum dy[:, i - first] * x[:, j] over N tokens, some at a time: (N, rows), (N, c) -> (k,)."""
+    """Sum dy[:, i - first] * x[:, j] over N tokens: (N, rows), (N, c) -> (k,)."""
     rows = plan.positions[0] - first
     inside = (rows >= 0) & (rows < dy.shape[1])
     rows = rows.clamp(0, dy.shape[1] - 1)
-    total = dy.new_zeros(rows.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
+    exact = torch.promote_types(dy.dtype, torch.float32)
+    if len(rows) >= PRODUCT_FROM * dy.shape[1] * plan.in_features and dy.dtype == exact:
+        product = dy.t().mm(kept)  # (rows, c)
+        columns = torch.arange(len(rows)) if plan.slots is None else plan.slots
+        return product[rows, columns.to(rows.device)] * inside
+    total = dy.new_zeros(rows.shape, dtype=exact)
     step = max(CHUNK.get(dy.device.type, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
     for part in (slice(start, start + step) for start in range(0, len(dy), step)):
         product = _columns(dy[part], rows).to(total.dtype)  # (step, k)
