@@ -1,0 +1,117 @@
+"""One training iteration as the authors' code computes it, in our own words, with no shortcut.
+
+Baseline of the benchmarks, reference of the tests. Every token passes through every block, text
+on all the positions it is given, attention as in torch's `nn.MultiheadAttention`, gradients dense.
+Parameters are those of a `clip.CLIP`, in any dtype; its own forward passes are not used.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip import CLIP
+from clip.model import Attention, ResidualAttentionBlock
+
+
+class PlainSO:
+    """SO as the authors compute it, less its faults: by matrix, O(n) draws, O(k^2) overlap."""
+
+    def __init__(
+        self, params: list[Tensor], density: float, lr: float = 1e-4, window: int = 5
+    ) -> None:
+        self.params, self.density, self.lr, self.window, self.t = params, density, lr, window, 0
+        self.state: list[dict[str, Tensor]] = [{} for _ in params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        b1, b2 = 0.9, 0.999
+        for p, s in zip(self.params, self.state, strict=True):
+            weight, grad = p.view(-1), p.grad.view(-1)
+            k = max(1, int(weight.numel() * self.density))
+            if (self.t - 1) % self.window == 0:
+                s["at"] = torch.randperm(weight.numel(), device=p.device)[:k]
+            at, g = s["at"], grad[s["at"]]
+            if self.t == 1:
+                s["indices"], s["m"], s["v"] = at, torch.zeros_like(g), torch.zeros_like(g)
+            same = s["indices"][:, None] == at[None, :]  # (k, k)
+            old, new = same.any(dim=1), ~same.any(dim=0)
+            slot = same.long().argmax(dim=1)
+            g_old = torch.where(old, g[slot], 0)
+            union = torch.cat([s["indices"], at[new]])
+            m = torch.cat([b1 * s["m"] + (1 - b1) * g_old, (1 - b1) * g[new]])
+            v = torch.cat([b2 * s["v"] + (1 - b2) * g_old**2, (1 - b2) * g[new] ** 2])
+            m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
+            weight[union] -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
+            keep = m.abs().argsort(descending=True)[:k]
+            s["indices"], s["m"], s["v"] = union[keep], m[keep], v[keep]
+
+
+def encode_image(model: CLIP, images: Tensor) -> Tensor:
+    """Features of images, not normalised: (B, 3, R, R) -> (B, D)."""
+    visual = model.visual
+    if not hasattr(visual, "transformer"):  # a ResNet, of which we leave nothing out
+        return visual(images)
+    x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
+    first = visual.class_embedding.expand(len(x), 1, -1)
+    x = visual.ln_pre(torch.cat([first, x], dim=1) + visual.positional_embedding)
+    x = _transformer(visual.transformer.resblocks, x)  # (B, 1 + patches, W)
+    return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
+    """Features of texts, not normalised: (N, L) -> (N, D); L is the context in the authors' code.
+
+    The end-of-text token, whose output is the feature, has the highest id.
+    """
+    length = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    mask = x.new_full((length, length), float("-inf")).triu(1)
+    x = model.ln_final(_transformer(model.transformer.resblocks, x, mask))  # (N, L, W)
+    return x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)] @ model.text_projection
+
+
+def loss(
+    model: CLIP, images: Tensor, tokens: Tensor, labels: Tensor, logit_scale: float = 100.0
+) -> Tensor:
+    """Cross-entropy of images (B, 3, R, R) over the cosines with one text per class (C, L)."""
+    texts, features = encode_text(model, tokens), encode_image(model, images)
+    return cosine_loss(features, texts, labels, logit_scale)
+
+
+def cosine_loss(
+    image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float = 100.0
+) -> Tensor:
+    """Cross-entropy over scaled cosines of features (B, D) and (C, D)."""
+    image_features = image_features / image_features.norm(dim=-1, keepdim=True)
+    text_features = text_features / text_features.norm(dim=-1, keepdim=True)
+    return F.cross_entropy(logit_scale * image_features @ text_features.T, labels)
+
+
+def _transformer(blocks: nn.Sequential, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """All positions through all blocks, which see (L, N, W) as in OpenAI's code."""
+    x = x.transpose(0, 1)
+    for block in blocks:
+        x = _block(block, x, mask)
+    return x.transpose(0, 1)
+
+
+def _block(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:
+    x = x + _attention(block.attn, block.ln_1(x), mask)
+    hidden = F.linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    hidden = hidden * torch.sigmoid(1.702 * hidden)
+    return x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+
+
+def _attention(attn: Attention, x: Tensor, mask: Tensor | None) -> Tensor:
+    """What `F.multi_head_attention_forward` does where no weights are asked for."""
+    length, texts, width = x.shape
+    x = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = x.unflatten(-1, (3, width)).movedim(-2, 0).contiguous()  # (L, N, W) each
+    q, k, v = (
+        t.reshape(length, texts * attn.heads, -1).transpose(0, 1).unflatten(0, (texts, -1))
+        for t in (q, k, v)
+    )  # (N, heads, L, W / heads)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    x = x.permute(2, 0, 1, 3).reshape(length, texts, width)
+    return F.linear(x, attn.out_proj.weight, attn.out_proj.bias)
