@@ -19,43 +19,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.plain import PlainSO
 from optimizers import SO
 
 WIDTHS = {"vision": 768, "text": 512}  # of ViT-B/16's towers, twelve layers each
 T = 5
 PLAIN_LIMIT = 20_000  # the k x k comparison takes k^2 bytes
-
-
-class PlainSO:
-    """SO as the authors compute it, less its faults: by matrix, O(n) draws, O(k^2) overlap."""
-
-    def __init__(self, params: list[Tensor], density: float, lr: float = 1e-4) -> None:
-        self.params, self.density, self.lr, self.t = params, density, lr, 0
-        self.state: list[dict[str, Tensor]] = [{} for _ in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.t += 1
-        b1, b2 = 0.9, 0.999
-        for p, s in zip(self.params, self.state, strict=True):
-            weight, grad = p.view(-1), p.grad.view(-1)
-            k = max(1, int(weight.numel() * self.density))
-            if (self.t - 1) % T == 0:
-                s["at"] = torch.randperm(weight.numel(), device=p.device)[:k]
-            at, g = s["at"], grad[s["at"]]
-            if self.t == 1:
-                s["indices"], s["m"], s["v"] = at, torch.zeros_like(g), torch.zeros_like(g)
-            same = s["indices"][:, None] == at[None, :]  # (k, k)
-            old, new = same.any(dim=1), ~same.any(dim=0)
-            slot = same.long().argmax(dim=1)
-            g_old = torch.where(old, g[slot], 0)
-            union = torch.cat([s["indices"], at[new]])
-            m = torch.cat([b1 * s["m"] + (1 - b1) * g_old, (1 - b1) * g[new]])
-            v = torch.cat([b2 * s["v"] + (1 - b2) * g_old**2, (1 - b2) * g[new] ** 2])
-            m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
-            weight[union] -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
-            keep = m.abs().argsort(descending=True)[:k]
-            s["indices"], s["m"], s["v"] = union[keep], m[keep], v[keep]
 
 
 def matrices(device: str) -> list[nn.Parameter]:

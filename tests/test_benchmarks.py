@@ -1,0 +1,203 @@
+"""The benchmarks run on tiny sizes; their baselines compute what they are said to compute."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import common, iteration, plain, step
+from benchmarks.floor import floor_flops
+from clip import build_model
+from clip.model import Attention
+
+FOLDER = Path(common.__file__).parent
+CLOSE = dict(rtol=1e-10, atol=1e-10)
+
+
+def run(script, path, *flags):
+    """What a benchmark prints, and what it writes."""
+    command = [sys.executable, FOLDER / script, "--threads=1", f"--json={path}", *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout, json.loads(path.read_text())
+
+
+def settings(**changes):
+    """The arguments of iteration.py that make a row."""
+    usual = dict(backbone="tiny", encoder="both", position="all", classes=3, batch=2)
+    return argparse.Namespace(**usual | dict(density=1e-3, text_chunk=0) | changes)
+
+
+def prepared(name, **changes):
+    return iteration.prepare(name, settings(**changes), torch.device("cpu"))
+
+
+# What the authors compute
+
+
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["ViT", "ResNet"])
+def test_plain_features_are_the_models(config):
+    model = build_model(random_state_dict({**config, "context_length": 77})).double()
+    side = config["image_resolution"]
+    images = torch.randn(3, 3, side, side, dtype=torch.float64)
+    tokens = common.random_tokens(9, config["vocab_size"])
+    assert len(tokens.argmax(dim=-1).unique()) > 2  # texts of different lengths
+    torch.testing.assert_close(
+        plain.encode_image(model, images), model.encode_image(images), **CLOSE
+    )
+    texts = plain.encode_text(model, tokens)
+    torch.testing.assert_close(texts, model.encode_text(tokens), **CLOSE)
+    torch.testing.assert_close(texts, model.encode_text(common.cut(tokens)[0]), **CLOSE)
+
+
+def test_plain_so_of_density_one_is_adam():
+    a = nn.Parameter(torch.randn(5, 7, dtype=torch.float64))
+    b = nn.Parameter(a.detach().clone())
+    so, adam = plain.PlainSO([a], density=1, lr=0.1), torch.optim.Adam([b], lr=0.1)
+    for _ in range(12):
+        a.grad = b.grad = torch.randn_like(a)
+        so.step()
+        adam.step()
+    torch.testing.assert_close(a, b)
+
+
+# Rows of an iteration
+
+
+@pytest.mark.parametrize("name", ["plain:fp32", "lora:fp32", "adam:fp32", "so:fp32", "so:bf16"])
+def test_rows_train_and_mark_their_parts(name):
+    row = prepared(name)
+    before = {key: value.clone() for key, value in row["model"].state_dict().items()}
+    seconds = iteration.timed(row["iterate"], torch.device("cpu"))
+    assert list(seconds) == ["all", *iteration.PARTS]
+    assert 0 < sum(seconds[part] for part in iteration.PARTS) <= seconds["all"]
+    after = row["model"].state_dict()
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert changed and all("resblocks" in key for key in changed)
+    assert all(("lora" in key) == (name == "lora:fp32") for key in changed)
+
+
+def test_lora_adds_a_product_of_low_rank():
+    model = build_model(random_state_dict(TINY_VIT)).double()
+    added = iteration.add_lora(model, dropout=0.0)
+    assert len(added) == 6 * 6  # A and B of q, k and v in six layers
+    attn = next(module for module in model.modules() if isinstance(module, Attention))
+    for p in model.parameters():
+        p.data = p.data.double()
+    for b in attn.lora_b:
+        b.data.normal_()
+    x = torch.randn(2, 5, 128, dtype=torch.float64)
+    read = torch.tensor([0, 3])
+    adapted = attn(x), attn(x, read)
+    with torch.no_grad():
+        for i, (a, b) in enumerate(zip(attn.lora_a, attn.lora_b, strict=True)):
+            attn.in_proj_weight[128 * i : 128 * (i + 1)] += 2**-0.5 * b @ a
+    del attn.project
+    torch.testing.assert_close(adapted, (attn(x), attn(x, read)), **CLOSE)
+
+
+@pytest.mark.parametrize("position", ["all", "bottom", "top"])
+@pytest.mark.parametrize("tower", ["ViT both", "ViT text", "ViT vision", "ResNet text"])
+def test_the_floor_counts_the_products_that_so_computes(tower, position, monkeypatch):
+    kind, encoder = tower.split()
+    config = {"ViT": TINY_VIT, "ResNet": TINY_RESNET}[kind]
+    monkeypatch.setitem(common.BACKBONES, "tiny", {**config, "context_length": 77})
+    row = prepared("so:fp32", encoder=encoder, position=position)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        row["iterate"](lambda part: None)
+    assert counter.get_total_flops() == floor_flops(row["model"], 2, row["prompts"])
+
+
+def test_launches_are_counted_between_waits():
+    launch, wait = "cudaLaunchKernel", "cudaStreamSynchronize"
+    names = [launch, wait, launch, "aten::add", "cuLaunchKernelEx", launch, "cudaMemcpy", launch]
+    assert iteration.launches(names) == (5, 3)
+    assert iteration.launches([]) == (0, 0)
+
+
+def test_draws_are_shared_out_over_their_window():
+    steps = range(2, 12)
+    assert common.per_step([9.0 if step % 5 == 1 else 1.0 for step in steps], steps) == 13 / 5
+    assert common.per_step([1.0, 2.0, 4.0], [2, 3, 4]) == 2
+
+
+# Scripts
+
+
+def check_rows(text, rows):
+    """Each row is a line of the table, and has positive figures."""
+    for row in rows:
+        assert f"| {row['row']} |" in text
+        assert row["peak_mb"] > 0
+    assert all(value > 0 for row in rows for value in row.get("seconds", {}).values())
+
+
+def test_iteration_prints_and_writes(tmp_path):
+    text, result = run(
+        "iteration.py", tmp_path / "a.json", "--backbone=tiny", "--classes=3", "--batch=2",
+        "--repeats=1", "--device=cpu", "--rows", "plain", "so", "floor",
+    )  # fmt: skip
+    *rows, floor = result["rows"]
+    assert [row["method"] for row in rows] == ["plain", "so"]
+    check_rows(text, rows)
+    assert all(row["ms"] > 0 for row in (*rows, floor))
+    assert all(sum(row["shares"].values()) == pytest.approx(1) for row in rows)
+    assert rows[1]["speedup"] > 0 and rows[1]["floor_ratio"] > 0
+    assert result["machine"]["threads"] == 1 and result["settings"]["classes"] == 3
+
+
+def test_a_row_that_ends_early_leaves_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(iteration.Worker, "__init__", start_false_worker)
+    monkeypatch.setattr(sys, "argv", ["", "--rows", "plain", "so:bf16", "--device=cpu"])
+    iteration.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "out of memory" in lines[-2] and "ended with status 3" in lines[-1]
+
+
+def start_false_worker(worker, row):
+    code = """print('{"error": "out of memory"}')""" if "plain" in row else "exit(3)"
+    worker.error = ""
+    worker.process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_run_prints_and_writes(tmp_path):
+    text, result = run(
+        "run.py", tmp_path / "a.json", "--backbone=tiny", "--classes=3", "--batch=2", "--images=6",
+        "--n_iters=3", "--num_workers=1", "--device=cpu", "--rows", "SO, --dense_grad",
+    )  # fmt: skip
+    assert [row["row"] for row in result["rows"]] == ["SO, --dense_grad"]
+    check_rows(text, result["rows"])
+    for row in result["rows"]:
+        assert row["seconds"].keys() == {"waiting", "start-up", "zero-shot", "training", "final"}
+        assert 0 < row["waiting_share"] < 1
+
+
+def test_step_prints_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "WIDTHS", {"vision": 16})
+    path = tmp_path / "a.json"
+    flags = ["--density=0.01", "--windows=1", "--device=cpu", f"--json={path}"]
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    step.main()
+    rows = json.loads(path.read_text())
+    text = capsys.readouterr().out
+    assert all(f"| {row['optimizer']} |" in text and row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+def test_iteration_counts_kernels_on_a_gpu(tmp_path):
+    text, result = run(
+        "iteration.py", tmp_path / "a.json", "--backbone=tiny", "--classes=3", "--batch=2",
+        "--repeats=1", "--device=cuda", "--rows", "plain", "so", "so:fp16", "floor",
+    )  # fmt: skip
+    check_rows(text, result["rows"][:-1])
+    kernels = result["kernels"]
+    assert 0 < kernels["longest_run"] <= kernels["kernels"]
