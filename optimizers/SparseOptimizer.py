@@ -164,7 +164,7 @@ def write(runs: list[Run], at: Tensor, counts: list[int], values: Tensor) -> Non
     parts = values.to(runs[0].flat.dtype).split([sum(counts[run.tensors]) for run in runs])
     for (flat, local), part in zip(places(runs, at, counts), parts, strict=True):
         if flat.dim() == 1:
-            flat.scatter_(0, local, part)
+            flat.index_copy_(0, local, part)  # scatter_ copies all of a half-precision tensor
         else:
             flat.index_put_(torch.unravel_index(local, flat.shape), part)
 
