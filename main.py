@@ -1,4 +1,4 @@
-"""Adapt CLIP to an image classification task from a few images per class, with SO.
+"""Adapt CLIP to an image classification task from a few images per class: SO, LoRA or Adam.
 
 python main.py                                                    # the embedded default
 python main.py --root_path $DATA --dataset eurosat --shots 16     # the main job
@@ -10,10 +10,9 @@ import time
 from collections.abc import Sequence
 
 import clip
-from datasets import build_dataset
+from datasets import Item, build_dataset
 from datasets.loader import Loader
-from optimizers import SO
-from optimizers.sampled import sample_gradients
+from optimizers.methods import make_method
 from run_utils import (
     describe,
     exit_status,
@@ -28,6 +27,7 @@ from run_utils import (
     write_result,
 )
 from train import (
+    BestIterate,
     NonFiniteLoss,
     compile_blocks,
     evaluate,
@@ -55,49 +55,68 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
     loader = Loader(model.visual.input_resolution, config.num_workers, config.cache_mb)
 
-    def test_accuracy(desc: str) -> float:
-        batches = loader.test_batches(dataset.test, batch_size=256)
-        return evaluate(model, batches, len(dataset.test), prompts, config.precision, desc)
+    def accuracy(items: Sequence[Item], desc: str) -> float:
+        batches = loader.test_batches(items, batch_size=256)
+        return evaluate(model, batches, len(items), prompts, config.precision, desc)
 
     if config.eval_only:
         load_weights(weights, model)
-        return print_results({"final_accuracy": test_accuracy("Test")}, "final_accuracy")
+        return print_results({"final_accuracy": accuracy(dataset.test, "Test")}, "final_accuracy")
 
     open_folder(folder, config)
-    optimizer = SO(
-        matrices.values(), lr=config.lr, density_ratio=1 - config.s, T=config.t, seed=config.seed
-    )
+    method = make_method(
+        config.method, model, matrices, lr=config.lr, density=1 - config.s, T=config.t,
+        rank=config.rank, seed=config.seed, sampled=not (config.dense_grad or config.compile),
+    )  # fmt: skip
     if config.compile:
         compile_blocks(model)
-    elif not config.dense_grad:
-        sample_gradients(model, optimizer)
-    describe(config, dataset, matrices, device)
+    describe(config, dataset, method.summary, device)
     base = weights_digest(model) if config.save_weights else ""
-    zero_shot = test_accuracy("Zero-shot test")
+    zero_shot = accuracy(dataset.test, "Zero-shot test")
     print_results({"zero_shot_accuracy": zero_shot}, "zero_shot_accuracy")
     batches = loader.train_batches(
         dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
         config.flip,
     )  # fmt: skip
+    best = BestIterate(method.optimizer)
+
+    def measure(iteration: int) -> float:
+        with method.evaluating():
+            if config.select == "val":
+                best.offer(iteration, accuracy(dataset.val, "Validation"))
+            return accuracy(dataset.test, "Test")
+
     try:
         curve = train(
-            model, optimizer, batches, prompts, iterations=config.n_iters * config.shots,
+            model, method.optimizer, batches, prompts, iterations=config.n_iters * config.shots,
             logit_scale=config.logit_scale, early_stop_loss=config.early_stop_loss,
             precision=config.precision, text_chunk=config.text_chunk,
+            eval_every=config.eval_every, measure=measure,
         )  # fmt: skip
     except NonFiniteLoss as error:
         write_curve(folder, error.rows)
         raise
-    final = test_accuracy("Final test")
+    chosen, iterations = len(curve), len(curve)
+    if config.eval_every:
+        last = curve[-1][-1]
+    else:
+        last = measure(iterations)
+        curve[-1] = (*curve[-1][:-1], last)
+    final = last
+    if config.select == "val":
+        chosen = best.restore()
+        final = curve[chosen - 1][-1]
     print_results({"final_accuracy": final}, "final_accuracy")
 
-    curve[-1] = (*curve[-1][:-1], final)
     write_curve(folder, curve)
     if config.save_weights:
-        save_weights(weights, matrices, base)
-    seconds = round(time.perf_counter() - start, 3)
-    accuracies = {"zero_shot_accuracy": zero_shot, "final_accuracy": final}
-    write_result(folder, config, device, **accuracies, iterations=len(curve), wall_seconds=seconds)
+        with method.evaluating():
+            save_weights(weights, method.matrices, base)
+    write_result(
+        folder, config, device, zero_shot_accuracy=zero_shot, final_accuracy=final,
+        last_accuracy=last, selected_iteration=chosen, iterations=iterations,
+        wall_seconds=round(time.perf_counter() - start, 3),
+    )  # fmt: skip
     whats_next(config, folder)
 
 

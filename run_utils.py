@@ -28,6 +28,7 @@ import yaml
 
 import clip
 from datasets import DATASETS, FewShotDataset
+from optimizers.methods import METHODS
 from train import POSITIONS
 from utils import atomic_write
 
@@ -119,8 +120,8 @@ def make_parser() -> Parser:
     """All flags, with the defaults of the authors' command line."""
     parser = Parser(
         prog="main.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Adapt CLIP to an image classification task from a few images per class, "
-        "with SO. Without arguments: handwritten digits and a tiny CLIP, no download.",
+        description="Adapt CLIP to an image classification task from a few images per class. "
+        "Without arguments: handwritten digits and a tiny CLIP, no download.",
     )
     switch = dict(action=argparse.BooleanOptionalAction)
     cores = os.cpu_count() or 1
@@ -140,6 +141,15 @@ def make_parser() -> Parser:
     add("--logit_scale", type=logit_scale, default=100.0,
         help="factor of cos(image, text), or `checkpoint` for the weights' own")
 
+    add = parser.add_argument_group("method").add_argument
+    add("--method", type=choice("method", METHODS), default="so",
+        help="so; lora on q, k and v; or adam on the same matrices as so")
+    add("--s", type=number(float, 0, 1, open_="high"), default=0.99995,
+        help="of so: sparsity kappa, the share of entries left out; density_ratio = 1 - s")
+    add("--t", type=number(int, 1), default=5,
+        help="of so: T, iterations between two draws of the gradient support")
+    add("--rank", type=number(int, 1), default=2, help="of lora: rank of the adapters")
+
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(float, 0, open_="low"), default=2e-4,
         help="learning rate at the start; a cosine takes it to 1e-6")
@@ -147,10 +157,6 @@ def make_parser() -> Parser:
     add("--early_stop_loss", type=number(float, 0), default=0.01,
         help="end when the mean loss of an epoch is below this")
     add("--batch_size", type=number(int, 1), default=32, help="images per iteration")
-    add("--s", type=number(float, 0, 1, open_="high"), default=0.99995,
-        help="sparsity kappa, the share of entries left out: density_ratio = 1 - s")
-    add("--t", type=number(int, 1), default=5,
-        help="T: iterations between two draws of the gradient support")
     add("--crop_scale", type=number(float, 0, 1, open_="low"), nargs=2, default=[0.08, 1.0],
         metavar=("MIN", "MAX"), help="area of the random crop, as shares of the image")
     add("--crop_ratio", type=number(float, 0, open_="low"), nargs=2, default=[3 / 4, 4 / 3],
@@ -164,6 +170,13 @@ def make_parser() -> Parser:
         help="compute whole weight gradients, not only the entries that SO reads")
     add("--compile", **switch, default=False,
         help="translate the towers with torch.compile; whole weight gradients are then computed")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_every", type=number(int, 0), default=0,
+        help="iterations between two test accuracies in curve.csv; 0 for the last one alone")
+    add("--select", type=choice("iterate", ["last", "val"]), default="last",
+        help="iterate to report: last, or val for the best on the few validation images, which "
+        "are looked at every --eval_every iterations")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")
@@ -215,6 +228,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config.config = str(file) if file else None
     if config.dataset is None:
         parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
+    if config.select == "val" and not config.eval_every:
+        parser.error("argument --select: val needs --eval_every N, iterations between two looks")
     for key in ("crop_scale", "crop_ratio"):
         if getattr(config, key)[0] > getattr(config, key)[1]:
             parser.error(f"argument --{key}: MIN is above MAX: {getattr(config, key)}")
@@ -316,7 +331,7 @@ def run_folder(config: argparse.Namespace) -> Path:
         name = Path(name).stem
     name = name.replace("/", "-").replace("@", "-")
     shots, seed = f"{config.shots}shots", f"seed{config.seed}"
-    return Path(config.save_path) / "so" / name / config.dataset / shots / seed
+    return Path(config.save_path) / config.method / name / config.dataset / shots / seed
 
 
 def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
@@ -388,8 +403,7 @@ def write_result(
 ) -> dict[str, Any]:
     """Write result.json, the last of a run's files, and return what it says."""
     result = {
-        "method": "so",
-        **{key: getattr(config, key) for key in ("backbone", "dataset", "shots", "seed")},
+        **{key: getattr(config, key) for key in ("method", "backbone", "dataset", "shots", "seed")},
         **measured,
         "peak_memory_mb": round(peak_memory(device), 1),
         "device": device_name(device),
@@ -445,19 +459,14 @@ def print_results(result: dict[str, Any], *keys: str) -> None:
 def describe(
     config: argparse.Namespace,
     dataset: FewShotDataset,
-    matrices: dict[str, torch.Tensor],
+    method: str,
     device: torch.device,
 ) -> None:
     """Print what is about to happen."""
-    entries = sum(matrix.numel() for matrix in matrices.values())
-    density = 1 - config.s
-    kept = sum(max(1, int(matrix.numel() * density)) for matrix in matrices.values())
     print(
         f"{config.dataset}: {len(dataset.classnames)} classes, {len(dataset.train_x)} images to "
         f"adapt with ({config.shots} per class, seed {config.seed}), {len(dataset.test)} to test\n"
-        f"{config.backbone} on {device_name(device)}, {config.precision}: "
-        f"{len(matrices)} matrices, {entries:,} entries, "
-        f"of which SO keeps moments for {kept:,} (density {density:.3g})",
+        f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
         flush=True,
     )
 

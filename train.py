@@ -5,7 +5,7 @@ Functions take what they use; none of them knows the command line or a run's fol
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -224,6 +224,28 @@ def evaluate(
     return 100.0 * correct.item() / total
 
 
+class BestIterate:
+    """Keeps what an optimizer trains as it was at its best, the earliest of equals."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.iteration, self.score = 0, -math.inf
+        self.kept: list[Tensor] = []
+
+    def offer(self, iteration: int, score: float) -> None:
+        """Keep the present values if their score is above all before."""
+        if score > self.score:
+            self.iteration, self.score = iteration, score
+            self.kept = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Put the kept values back, and return their iteration."""
+        for p, value in zip(self.params, self.kept, strict=True):
+            p.copy_(value)
+        return self.iteration
+
+
 def cosine_lr(lr: float, iteration: int, iterations: int) -> float:
     """The learning rate of an iteration, counted from 0: a cosine from lr down to 1e-6."""
     return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * iteration / iterations)) / 2
@@ -240,6 +262,8 @@ def train(
     early_stop_loss: float = 0.0,
     precision: str = "fp32",
     text_chunk: int = 0,
+    eval_every: int = 0,
+    measure: Callable[[int], float] | None = None,
 ) -> list[tuple]:
     """Adapt the model by cross-entropy over scaled cosines, with the paper's cosine schedule.
 
@@ -254,9 +278,13 @@ def train(
             less than LOOK_EVERY iterations are looked at now and then, not each.
         precision: Of matrix products: "fp32", "bf16", or "fp16" with scaled gradients.
         text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
+        eval_every: Iterations between two calls of `measure`; 0 for none.
+        measure: Told how many iterations are done, it returns the test accuracy in percent. It is
+            called after the last iteration, too, if eval_every is set.
 
     Returns:
-        The curve: rows (iteration, loss, lr, ""), iterations counted from 1.
+        The curve: rows (iteration, loss, lr, test accuracy), iterations counted from 1; the
+        accuracy is "" where nothing was measured.
 
     Raises:
         NonFiniteLoss: A loss is NaN or infinite.
@@ -271,9 +299,13 @@ def train(
     losses = torch.zeros(iterations, device=device)  # there, so that a GPU is not waited for
     looked = epoch_start = 0  # iterations before the last look, and before this epoch
 
+    accuracies: dict[int, float] = {}  # by iteration
+
     def curve(count: int) -> list[tuple]:
-        values = losses[:count].tolist()
-        return [(i + 1, v, cosine_lr(start_lr, i, iterations), "") for i, v in enumerate(values)]
+        return [
+            (i, loss, cosine_lr(start_lr, i - 1, iterations), accuracies.get(i, ""))
+            for i, loss in enumerate(losses[:count].tolist(), start=1)
+        ]
 
     with Progress(iterations, "Training", "it") as bar:
         for count, (batch, ends_epoch) in enumerate(islice(batches, iterations), start=1):
@@ -310,8 +342,13 @@ def train(
                     )
                 looked, note = count, f"loss {losses[count - 1].item():.3f}"
             bar.update(note=note)
+            stop = count == iterations
             if ends_epoch:
                 if looked == count and losses[epoch_start:count].mean() < early_stop_loss:
-                    break
+                    stop = True
                 epoch_start = count
+            if eval_every and (stop or count % eval_every == 0):
+                accuracies[count] = measure(count)
+            if stop:
+                break
     return curve(count)

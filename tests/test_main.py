@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,6 +22,7 @@ import main
 import run_utils
 from clip import available_models
 from datasets import DATASETS
+from optimizers.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 LINES = re.compile(
@@ -76,8 +76,8 @@ def command(data, tmp_path):
     ]  # fmt: skip
 
 
-def folder_of(tmp_path, seed=3):
-    return tmp_path / "out" / "so" / "tiny vit" / "eurosat" / "2shots" / f"seed{seed}"
+def folder_of(tmp_path, seed=3, method="so"):
+    return tmp_path / "out" / method / "tiny vit" / "eurosat" / "2shots" / f"seed{seed}"
 
 
 def test_a_run_prints_both_accuracies_and_leaves_its_folder(command, tmp_path):
@@ -129,6 +129,61 @@ def test_saved_weights_evaluate_to_the_final_accuracy(command, data, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     assert "mine.safetensors is damaged" in refused(*command, "--eval_only", "--filename", "mine")
     assert "--save_weights" in refused(*command, "--eval_only", "--filename", "none")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_share_the_protocol_and_save_what_they_learnt(method, command, tmp_path):
+    argv = [*command, "--method", method, "--lr", 0.01, "--save_weights"]
+    status, out, err = run(*argv)
+    assert status == 0, err
+    zero_shot, final = map(float, LINES.search(out).groups())
+    folder = folder_of(tmp_path, method=method)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["method"] == method and result["last_accuracy"] == result["final_accuracy"]
+    assert result["selected_iteration"] == result["iterations"] == 4
+    # The first loss is taken before anything is learnt: same images, same augmentation, same model.
+    first = (folder / "curve.csv").read_text().splitlines()[1].split(",")[1]
+    assert run(*command)[0] == 0
+    assert first == (folder_of(tmp_path) / "curve.csv").read_text().splitlines()[1].split(",")[1]
+    _, out, _ = run(*argv, "--eval_only")
+    assert f"**** Final test accuracy: {final:.2f}. ****" in out
+
+
+def test_an_unknown_method_names_the_valid_ones(command):
+    assert all(name in refused(*command, "--method", "sparse") for name in METHODS)
+
+
+def test_accuracy_is_measured_while_training(command, tmp_path):
+    status, _, err = run(*command, "--n_iters", 5, "--eval_every", 4)
+    assert status == 0, err
+    with open(folder_of(tmp_path) / "curve.csv", newline="") as file:
+        measured = {int(r["iteration"]): r["test_accuracy"] for r in csv.DictReader(file)}
+    assert [i for i, accuracy in measured.items() if accuracy] == [4, 8, 10]
+    whole = (folder_of(tmp_path) / "curve.csv").read_text()
+    run(*command, "--n_iters", 5, "--overwrite")
+    losses = [line.rpartition(",")[0] for line in whole.splitlines()]
+    again = (folder_of(tmp_path) / "curve.csv").read_text().splitlines()
+    assert losses == [line.rpartition(",")[0] for line in again]  # looking changes nothing
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_iterate_may_be_chosen_on_validation_images_alone(
+    method, command, tmp_path, monkeypatch
+):
+    validation, test = iter([50.0, 90.0, 80.0]), iter([1.0, 10.0, 20.0, 30.0])
+
+    def evaluate(model, batches, total, prompts, precision, desc):
+        return next(validation if desc == "Validation" else test)
+
+    monkeypatch.setattr(main, "evaluate", evaluate)
+    argv = [*command, "--method", method, "--n_iters", 3, "--eval_every", 2, "--select", "val"]
+    status, out, err = run(*argv, "--save_weights")
+    assert status == 0, err
+    result = json.loads((folder_of(tmp_path, method=method) / "result.json").read_text())
+    assert (result["final_accuracy"], result["last_accuracy"]) == (20.0, 30.0)
+    assert (result["selected_iteration"], result["iterations"]) == (4, 6)
+    assert "Final test accuracy: 20.00" in out
+    assert "--eval_every" in refused(*command, "--select", "val")
 
 
 def test_a_finished_run_is_told_not_repeated(command, tmp_path):
@@ -379,7 +434,7 @@ def test_help_names_every_flag_of_the_specification():
     for flag in (
         "seed device root_path dataset shots backbone position encoder lr n_iters early_stop_loss "
         "batch_size s t save_path filename eval_only num_workers precision logit_scale threads "
-        "save_weights overwrite dense_grad config"
+        "save_weights overwrite dense_grad config method rank eval_every select text_chunk compile"
     ).split():
         assert f"--{flag}" in out
     assert len(available_models()) == 10
@@ -399,19 +454,3 @@ def test_shipped_configurations_parse():
         assert path.read_text().startswith("#")
         config = run_utils.parse_args(["--config", str(path), "--dataset", "eurosat"])
         assert yaml.safe_load(path.read_text()).keys() <= vars(config).keys()
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_all_datasets_skips_finished_goes_on_after_failures_and_lists_them(command, data, tmp_path):
-    options = [str(arg) for arg in command[4:6] + command[8:]]
-    environment = {
-        **os.environ, "DATA": str(data), "DATASETS": "dtd eurosat", "SHOTS": "1", "SEEDS": "2",
-        "PYTHON": sys.executable,
-    }  # fmt: skip
-    script = ["bash", str(ROOT / "scripts" / "all_datasets.sh"), *options]
-    for _ in range(2):
-        done = subprocess.run(script, env=environment, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert len(LINES.findall(done.stdout)) == 1
-        assert "1 runs failed:\n    --dataset dtd --shots 1 --seed 2\n" in done.stderr
-    assert done.stdout.count("This run is finished") == 1

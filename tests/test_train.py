@@ -17,6 +17,7 @@ from optimizers import SO
 from train import (
     MATRICES,
     POSITIONS,
+    BestIterate,
     NonFiniteLoss,
     cosine_lr,
     evaluate,
@@ -180,6 +181,16 @@ def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
     optimizer = SO(select_matrices(model, "text", "top").values(), seed=1)
     curve = adapt(model, items, optimizer, 20, early_stop_loss=1e9)
     assert [row[0] for row in curve] == [1, 2, 3]  # twelve images, five to a batch
+
+
+def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
+    p = torch.nn.Parameter(torch.zeros(3))
+    best = BestIterate(torch.optim.SGD([p], lr=1.0))
+    for iteration, score in enumerate([10.0, 30.0, 30.0, 20.0]):
+        with torch.no_grad():
+            p.fill_(iteration)
+        best.offer(iteration, score)
+    assert best.restore() == 1 and p.tolist() == [1, 1, 1]
 
 
 def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):

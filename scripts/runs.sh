@@ -1,0 +1,40 @@
+# shellcheck shell=bash
+# Sourced by sweep.sh and slurm_sweep.sh: which runs there are. Sets `runs`, one line of main.py's
+# arguments each, and `common`, what all of them have in common. Variables, with their defaults:
+#
+#     METHODS   so lora adam
+#     DATASETS  the eleven (digits, the embedded one, needs no DATA)
+#     SHOTS     1 2 4 8 16
+#     SEEDS     1 2 3
+#     DATA      folder of the datasets (DATASETS.md)
+#     CONFIG_so, CONFIG_lora, CONFIG_adam   configuration file of one method
+
+list_runs() {
+    local method dataset shot seed config
+    local eleven="imagenet sun397 fgvc eurosat stanford_cars food101 oxford_pets oxford_flowers \
+caltech101 dtd ucf101"
+    runs=()
+    for dataset in ${DATASETS:-$eleven}; do
+        if [ -z "${DATA:-}" ] && [ "$dataset" != digits ]; then
+            echo "$0: set DATA to the folder of the datasets (DATASETS.md)" >&2
+            exit 2
+        fi
+        for shot in ${SHOTS:-1 2 4 8 16}; do
+            for seed in ${SEEDS:-1 2 3}; do
+                for method in ${METHODS:-so lora adam}; do
+                    config="CONFIG_$method"
+                    config=${!config:+--config ${!config} }
+                    runs+=("$config--method $method --dataset $dataset --shots $shot --seed $seed")
+                done
+            done
+        done
+    done
+    common=()
+    if [ -n "${DATA:-}" ]; then
+        common=(--root_path "$DATA")
+    fi
+    python=${PYTHON:-python3}
+    if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+        python=.venv/bin/python
+    fi
+}

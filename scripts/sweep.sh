@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Datasets x shots x seeds x methods, one run of main.py each. Finished runs are skipped, failed ones
+# are listed at the end. Stop it and start it again at any time.
+#
+#     DATA=/path/to/data bash scripts/sweep.sh
+#     DATA=/path/to/data DATASETS="eurosat dtd" SHOTS="1 4" SEEDS=1 METHODS="so lora" JOBS=2 \
+#         bash scripts/sweep.sh --backbone ViT-B/32 --save_path results
+#     DATASETS=digits SHOTS=4 bash scripts/sweep.sh
+#
+# The variables are those of runs.sh, and
+#     JOBS      runs at a time (1); with more, each run's output goes to a file below LOGS (logs)
+#     GPUS      "0 1 2 3": one run at a time on each of these
+#     PYTHON    the interpreter (.venv's where there is one)
+# Arguments are passed on to main.py.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+. scripts/runs.sh
+list_runs
+
+read -ra gpus <<<"${GPUS:-}"
+jobs=${JOBS:-1}
+if [ ${#gpus[@]} -gt 0 ]; then
+    jobs=${#gpus[@]}
+fi
+logs=${LOGS:-logs}
+taken=$(mktemp -d) # a folder in it for each run that a worker has taken, and the list of failures
+stop() {
+    trap - INT TERM EXIT
+    kill $(jobs -p) 2>/dev/null
+    wait
+    rm -rf "$taken"
+    echo "stopped; the same command goes on from here" >&2
+    exit 130
+}
+trap stop INT TERM
+trap 'rm -rf "$taken"' EXIT
+
+worker() {
+    local number run arguments log child=
+    trap 'kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM
+    for number in "${!runs[@]}"; do
+        mkdir "$taken/$number" 2>/dev/null || continue # another worker has it
+        run=${runs[number]}
+        read -ra arguments <<<"$run"
+        arguments=("${common[@]}" "${arguments[@]}" "$@")
+        if [ "$jobs" -eq 1 ]; then
+            echo "==> $run"
+            "$python" main.py "${arguments[@]}" &
+        else
+            log="$logs/${run//[^a-zA-Z0-9]/_}.txt"
+            mkdir -p "$logs"
+            "$python" main.py "${arguments[@]}" >"$log" 2>&1 &
+        fi
+        child=$!
+        wait "$child" || echo "$run" >>"$taken/failed"
+        if [ "$jobs" -gt 1 ]; then
+            echo "==> $run: $(grep -v '^$' "$log" | tail -n 1)"
+        fi
+    done
+}
+
+for ((slot = 0; slot < jobs; slot++)); do
+    if [ ${#gpus[@]} -gt 0 ]; then
+        export CUDA_VISIBLE_DEVICES=${gpus[slot]}
+    fi
+    worker "$@" &
+done
+wait
+if [ -s "$taken/failed" ]; then
+    echo "$(wc -l <"$taken/failed" | tr -d ' ') of ${#runs[@]} runs failed:" >&2
+    sed 's/^/    /' "$taken/failed" >&2
+    exit 1
+fi
