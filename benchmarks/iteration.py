@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import plain
@@ -44,6 +44,7 @@ from clip import CLIP
 from clip.model import Attention
 from datasets.loader import normalise, to_device
 from optimizers import SO
+from optimizers.lora import add_lora, set_dropout
 from optimizers.sampled import sample_gradients
 from run_utils import default_device, prepare_machine
 from train import POSITIONS, autocast, before_training, select_matrices, text_features, train, unit
@@ -82,7 +83,10 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         return row
 
     if method == "lora":
-        optimizer = torch.optim.AdamW(add_lora(model), lr=LR, weight_decay=1e-2)
+        layers = [name for name, m in model.named_modules() if isinstance(m, Attention)]
+        adapters = add_lora(model, layers)
+        set_dropout(model, True)
+        optimizer = torch.optim.AdamW(adapters.values(), lr=LR, weight_decay=1e-2)
     elif method == "adam":
         optimizer = torch.optim.Adam(params, lr=LR)
     else:
@@ -142,33 +146,6 @@ def iteration(
     scaler.step(optimizer)
     scaler.update()
     mark("step")
-
-
-def add_lora(model: CLIP, rank: int = 2, dropout: float = 0.25) -> list[nn.Parameter]:
-    """Freeze the model and give q, k and v of all attention layers an adapter each: A and B."""
-    model.requires_grad_(False)
-    added = []
-    for attn in [module for module in model.modules() if isinstance(module, Attention)]:
-        width, device = attn.out_proj.in_features, attn.in_proj_bias.device
-        a = width**-0.5 * torch.randn(3, rank, width, device=device)
-        attn.lora_a = nn.ParameterList(a.unbind())
-        attn.lora_b = nn.ParameterList(torch.zeros(3, width, rank, device=device).unbind())
-        attn.project = partial(_project_with_lora, attn, dropout)
-        added += [*attn.lora_a, *attn.lora_b]
-    return added
-
-
-def _project_with_lora(
-    attn: Attention, dropout: float, x: Tensor, parts: slice
-) -> tuple[Tensor, ...]:
-    """`Attention.project`, with B A dropout(x) added to each part; alpha is 1."""
-    pairs = list(zip(attn.lora_a, attn.lora_b, strict=True))[parts]
-    scale = len(attn.lora_a[0]) ** -0.5
-    extra = [F.linear(scale * F.linear(F.dropout(x, dropout), a), b) for a, b in pairs]
-    return tuple(
-        part + more.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        for part, more in zip(Attention.project(attn, x, parts), extra, strict=True)
-    )
 
 
 # Kernels between two synchronisations
