@@ -1,6 +1,7 @@
 """What the benchmarks share: random models and prompts, the machine in words, tables, JSON."""
 
 import argparse
+import ctypes
 import json
 import platform
 import re
@@ -46,6 +47,14 @@ def synchronise(device: torch.device) -> None:
     """Wait for what the device has been given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Give the system what this process keeps for its next tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(c := ctypes.CDLL(None), "malloc_trim"):
+        c.malloc_trim(0)
 
 
 def peak_mb(device: torch.device) -> float:

@@ -31,6 +31,7 @@ from benchmarks.common import (
     BACKBONES,
     T,
     cut,
+    give_back_memory,
     machine,
     peak_mb,
     per_step,
@@ -219,15 +220,15 @@ def work(name: str, args: argparse.Namespace) -> None:
     steps = 0
 
     def turn() -> list[dict[str, float]]:
-        """Timed iterations: on a GPU a window, after one that gets back the memory given away."""
+        """Timed iterations, a window on a GPU, after as many that get back the memory given up."""
         nonlocal steps
         records = []
-        for _ in range(2 * T if cuda else 1):
+        count = T if cuda else 1
+        for _ in range(2 * count):
             steps += 1
             records.append({"step": steps, **timed(row["iterate"], device)})
-        if cuda:
-            torch.cuda.empty_cache()  # the other rows need it
-        return records[-T:]
+        give_back_memory(device)  # the other rows need it
+        return records[-count:]
 
     answers = {
         "turn": turn,
