@@ -234,7 +234,7 @@ class _SampledRows(Tensor):
         part = parent[rows]
         if rows.step not in (None, 1) or len(part) == 0:
             return part
-        part = part.as_subclass(_SampledRows)
+        part.__class__ = _SampledRows
         part.parent, part.rows = parent, rows
         return part
 

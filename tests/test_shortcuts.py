@@ -29,6 +29,8 @@ from train import (
     train,
 )
 
+# What checkpoint of torch 2.4 says of its own autocast.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 NAMES = ["red_one", "green", "blue", "x", "grey"]
 STEPS = 20
 CLOSE = dict(rtol=1e-10, atol=1e-10)
@@ -223,6 +225,7 @@ def test_low_precision_copies_follow_the_float32_weights(precision):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.4's own doing
 def test_compiled_blocks_train_as_plain_ones():
     (theirs, their_matrices), (ours, matrices) = make(), make()
     losses, _ = train_plainly(theirs, their_matrices, ["a {}."])
