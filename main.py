@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import clip
 from datasets import Item, build_dataset
 from datasets.loader import Loader
+from optimizers.lora import merged
 from optimizers.methods import make_method
 from run_utils import (
     describe,
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print_results({"final_accuracy": accuracy(dataset.test, "Test")}, "final_accuracy")
 
     open_folder(folder, config)
+    base = weights_digest(model) if config.save_weights else ""
     method = make_method(
         config.method, model, matrices, lr=config.lr, density=1 - config.s, T=config.t,
         rank=config.rank, seed=config.seed, sampled=not (config.dense_grad or config.compile),
@@ -71,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.compile:
         compile_blocks(model)
     describe(config, dataset, method.summary, device)
-    base = weights_digest(model) if config.save_weights else ""
     zero_shot = accuracy(dataset.test, "Zero-shot test")
     print_results({"zero_shot_accuracy": zero_shot}, "zero_shot_accuracy")
     batches = loader.train_batches(
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     best = BestIterate(method.optimizer)
 
     def measure(iteration: int) -> float:
-        with method.evaluating():
+        with merged(model):
             if config.select == "val":
                 best.offer(iteration, accuracy(dataset.val, "Validation"))
             return accuracy(dataset.test, "Test")
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     write_curve(folder, curve)
     if config.save_weights:
-        with method.evaluating():
+        with merged(model):
             save_weights(weights, method.matrices, base)
     write_result(
         folder, config, device, zero_shot_accuracy=zero_shot, final_accuracy=final,

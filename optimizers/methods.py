@@ -4,15 +4,13 @@ All methods adapt the same layers under one protocol (`train.train`): same image
 order, same schedule, same evaluation. What differs stands here.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from optimizers.lora import add_lora, merged
+from optimizers.lora import add_lora, set_dropout
 from optimizers.sampled import sample_gradients
 from optimizers.SparseOptimizer import SO
 
@@ -25,8 +23,7 @@ class Method(NamedTuple):
     """A way to adapt a model, ready to train."""
 
     optimizer: torch.optim.Optimizer
-    matrices: dict[str, nn.Parameter]  # the model's weights that it changes, by name
-    evaluating: Callable[[], AbstractContextManager]  # in which these hold what was learnt
+    matrices: dict[str, nn.Parameter]  # the weights it changes, by name; LoRA's within `merged`
     summary: str  # what is trained, in words
 
 
@@ -60,21 +57,20 @@ def make_method(
     entries = sum(p.numel() for p in matrices.values())
     of = f"{len(matrices)} matrices, {entries:,} entries"
     if name == "lora":
-        for p in matrices.values():
-            p.requires_grad_(False)
         matrices = {key: p for key, p in matrices.items() if key.endswith(PACKED)}
-        layers = {key: model.get_submodule(key.removesuffix(PACKED)) for key in matrices}
-        adapters = add_lora(layers.values(), rank)
-        optimizer = torch.optim.AdamW(adapters, lr=lr, weight_decay=LORA_WEIGHT_DECAY)
-        trained = sum(p.numel() for p in adapters)
+        layers = [key.removesuffix(PACKED) for key in matrices]
+        adapters = add_lora(model, layers, rank, generator=torch.Generator().manual_seed(seed))
+        set_dropout(model, True)
+        optimizer = torch.optim.AdamW(adapters.values(), lr=lr, weight_decay=LORA_WEIGHT_DECAY)
+        trained = sum(p.numel() for p in adapters.values())
         summary = f"{len(layers)} layers with LoRA of rank {rank}, {trained:,} entries to train"
-        return Method(optimizer, matrices, partial(merged, layers.values()), summary)
+        return Method(optimizer, matrices, summary)
     if name == "adam":
         optimizer = torch.optim.Adam(matrices.values(), lr=lr)
-        return Method(optimizer, matrices, nullcontext, f"{of}, all with Adam's moments")
+        return Method(optimizer, matrices, f"{of}, all with Adam's moments")
     optimizer = SO(matrices.values(), lr=lr, density_ratio=density, T=T, seed=seed)
     if sampled:
         sample_gradients(model, optimizer)
     kept = sum(max(1, int(p.numel() * density)) for p in matrices.values())
     summary = f"{of}, of which SO keeps moments for {kept:,} (density {density:.3g})"
-    return Method(optimizer, matrices, nullcontext, summary)
+    return Method(optimizer, matrices, summary)
