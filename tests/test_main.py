@@ -142,9 +142,12 @@ def test_methods_share_the_protocol_and_save_what_they_learnt(method, command, t
     assert result["method"] == method and result["last_accuracy"] == result["final_accuracy"]
     assert result["selected_iteration"] == result["iterations"] == 4
     # The first loss is taken before anything is learnt: same images, same augmentation, same model.
-    first = (folder / "curve.csv").read_text().splitlines()[1].split(",")[1]
-    assert run(*command)[0] == 0
-    assert first == (folder_of(tmp_path) / "curve.csv").read_text().splitlines()[1].split(",")[1]
+    assert run(*command, "--save_path", tmp_path / "reference", "--n_iters", 1)[0] == 0
+    (reference,) = (tmp_path / "reference").rglob("curve.csv")
+    losses = [
+        f.read_text().splitlines()[1].split(",")[1] for f in (folder / "curve.csv", reference)
+    ]
+    assert losses[0] == losses[1]
     _, out, _ = run(*argv, "--eval_only")
     assert f"**** Final test accuracy: {final:.2f}. ****" in out
 
@@ -154,13 +157,13 @@ def test_an_unknown_method_names_the_valid_ones(command):
 
 
 def test_accuracy_is_measured_while_training(command, tmp_path):
-    status, _, err = run(*command, "--n_iters", 5, "--eval_every", 4)
+    status, _, err = run(*command, "--n_iters", 5, "--early_stop_loss", 0, "--eval_every", 4)
     assert status == 0, err
     with open(folder_of(tmp_path) / "curve.csv", newline="") as file:
         measured = {int(r["iteration"]): r["test_accuracy"] for r in csv.DictReader(file)}
     assert [i for i, accuracy in measured.items() if accuracy] == [4, 8, 10]
     whole = (folder_of(tmp_path) / "curve.csv").read_text()
-    run(*command, "--n_iters", 5, "--overwrite")
+    run(*command, "--n_iters", 5, "--early_stop_loss", 0, "--overwrite")
     losses = [line.rpartition(",")[0] for line in whole.splitlines()]
     again = (folder_of(tmp_path) / "curve.csv").read_text().splitlines()
     assert losses == [line.rpartition(",")[0] for line in again]  # looking changes nothing
