@@ -1,0 +1,542 @@
+"""The report: numbers checked by hand, bad input named and left out, figures that are there."""
+
+import csv
+import importlib.util
+import json
+import math
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from datasets import DATASETS
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = yaml.safe_load((ROOT / "scripts" / "published.yaml").read_text())
+ELEVEN = PUBLISHED["datasets"]
+
+
+@pytest.fixture(scope="session")
+def report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older matplotlib uses what newer pyparsing deprecates
+        import matplotlib.figure  # noqa: F401
+    return module
+
+
+def make_run(
+    root, method="so", dataset="dtd", shots=4, seed=1, accuracy=60.0, backbone="ViT-B/16",
+    iterations=20, eval_every=0, zero_shot=44.0, **changes,
+):  # fmt: skip
+    """The files of a made-up run; `changes` replace entries of result.json, None removes one."""
+    folder = Path(root) / method / backbone.replace("/", "-") / dataset
+    folder = folder / f"{shots}shots" / f"seed{seed}"
+    folder.mkdir(parents=True)
+    draw = random.Random(f"{method} {dataset} {shots} {seed}")
+    rows = []
+    for i in range(1, iterations + 1):
+        done = 1 - math.exp(-5 * i / iterations)
+        test = zero_shot + (accuracy - zero_shot) * done + draw.gauss(0, 0.3)
+        if i == iterations:
+            test = accuracy
+        elif not eval_every or i % eval_every:
+            test = ""
+        loss = (0.05 + 2 * (1 - done)) * draw.uniform(0.7, 1.3)
+        rows.append((i, loss, 2e-4 * (1 - i / iterations), test))
+    with open(folder / "curve.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("iteration", "loss", "lr", "test_accuracy"), *rows])
+    result = {
+        "method": method, "backbone": backbone, "dataset": dataset, "shots": shots, "seed": seed,
+        "zero_shot_accuracy": zero_shot, "final_accuracy": accuracy, "iterations": iterations,
+        "wall_seconds": 100.0, "peak_memory_mb": 2000.0, "device": "cpu",
+        "versions": {"torch": "2.4"}, "git_commit": "abc", "config": {"lr": 2e-4, "seed": seed},
+    }  # fmt: skip
+    result.update(changes)
+    result = {key: value for key, value in result.items() if value is not None}
+    (folder / "config.yaml").write_text("lr: 0.0002\n")
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def plausible_results(root, datasets=("dtd", "eurosat", "oxford_pets"), shots=(1, 2, 4, 8, 16)):
+    """Results that look like real ones, to look at the figures; some cells are missing."""
+    draw = random.Random(5)
+    zero = {"dtd": 44.3, "eurosat": 42.0, "oxford_pets": 88.2}
+    end = {"dtd": 72, "eurosat": 92, "oxford_pets": 93}
+    behind = {"so": 0, "lora": 2.5, "adam": 4, "so-random": 1.5}
+    memory = {"so": 2100, "lora": 2400, "adam": 3900, "so-random": 2200}
+    cells = [(d, n, m) for d in datasets for n in shots for m in behind]
+    for dataset, n, method in cells:
+        if method == "so-random" and (dataset, n) != ("dtd", 4):
+            continue
+        if (dataset, n, method) == ("oxford_pets", 8, "adam"):
+            continue
+        for seed in (1, 2, 3):
+            gain = (end[dataset] - zero[dataset]) * (0.45 + 0.135 * math.log2(n))
+            accuracy = zero[dataset] + gain - behind[method] / n**0.4 + draw.gauss(0, 0.8)
+            make_run(
+                root, method, dataset, n, seed, round(accuracy, 2), zero_shot=zero[dataset],
+                iterations=300 * n + 50 * seed, eval_every=50 if n < 16 else 0,
+                wall_seconds=30 + n * (100 if method == "adam" else 55) * draw.uniform(0.9, 1.1),
+                peak_memory_mb=memory[method] + draw.uniform(0, 50),
+            )  # fmt: skip
+
+
+@pytest.fixture
+def run(report, capsys):
+    """Run the command; returns its status, standard output and standard error."""
+
+    def command(*args):
+        status = report.main([str(arg) for arg in args])
+        return status, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def undrawn(report, monkeypatch):
+    """Tables alone, for tests that are not about figures."""
+    monkeypatch.setattr(report, "can_draw", lambda: False)
+
+
+def read_rows(folder, **wanted):
+    """Lines of tables.csv in which these fields have these values."""
+    with open(Path(folder) / "tables.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row[key] == str(wanted[key]) for key in wanted)]
+
+
+def read_table(folder, heading):
+    """A table of tables.md by first column, each line a dict by header."""
+    text = (Path(folder) / "tables.md").read_text()
+    lines = text.split(f"### {heading}\n")[1].split("###")[0].splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    return {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[2:]}
+
+
+# Numbers
+
+
+def test_mean_and_deviation_over_seeds(run, tmp_path, undrawn):
+    for seed, accuracy in enumerate((60.0, 62.0, 67.0), start=1):
+        make_run(tmp_path, "so", "digits", seed=seed, accuracy=accuracy, backbone="ViT-Tiny/8")
+    make_run(tmp_path, "adam", "digits", seed=1, accuracy=61.5, backbone="ViT-Tiny/8")
+    status, out, _ = run(tmp_path)
+    assert status == 0
+    line = read_table(tmp_path / "report", "4 shots")["Digits"]
+    # (60 + 62 + 67) / 3 = 63; squares 9 + 1 + 16 = 26; sqrt(26 / 2) = 3.6056
+    assert line == {
+        "dataset": "Digits", "zero-shot": "44.00", "SO": "63.00 ± 3.61 (3)", "Adam": "61.50 (1)",
+    }  # fmt: skip
+    (row,) = read_rows(tmp_path / "report", method="so")
+    assert (row["mean"], row["std"], row["seeds"], row["zero_shot"]) == (
+        "63.0", "3.6056", "3", "44.0",
+    )  # fmt: skip
+    (row,) = read_rows(tmp_path / "report", method="adam")
+    assert (row["mean"], row["std"], row["seeds"]) == ("61.5", "", "1")
+    assert "63.00 ± 3.61 (3)" in out
+
+
+def test_published_figures_stand_beside_ours_with_source_and_verdict(run, tmp_path, undrawn):
+    for seed, accuracy in enumerate((66.0, 67.0), start=1):
+        make_run(tmp_path, "so", "dtd", seed=seed, accuracy=accuracy)
+        make_run(tmp_path, "lora", "dtd", seed=seed, accuracy=accuracy - 3)
+    make_run(tmp_path, "lora", "eurosat", seed=1, accuracy=85.0)
+    run(tmp_path)
+    rows = read_rows(tmp_path / "report", dataset="dtd")
+    found = {
+        (r["method"], r["published_source"]): (r["published"], r["difference"], r["within_spread"])
+        for r in rows
+    }
+    assert found == {  # ours are 66.5 and 63.5 with a deviation of 0.7071
+        ("zero_shot", "CLIP"): ("44.27", "-0.27", ""),
+        ("so", "SO's paper"): ("66.4", "0.1", "yes"),
+        ("lora", "SO's table"): ("63.5", "0.0", "yes"),
+        ("lora", "CLIP-LoRA"): ("63.8", "-0.3", "yes"),
+    }
+    table = read_table(tmp_path / "report", "4 shots")
+    assert table["DTD"]["SO's paper [1]"] == "66.4 (+0.10, within)"
+    assert table["EuroSAT"]["CLIP-LoRA [3]"] == "84.9 (+0.10)"  # one seed has no spread
+    assert table["EuroSAT"]["SO"] == "-" and table["EuroSAT"]["SO's paper [1]"] == "87.7"
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "two points below" in text and "arXiv 2405.18541" in text
+
+
+def test_difference_above_the_deviation_is_outside(run, tmp_path, undrawn):
+    for seed, accuracy in enumerate((60.0, 61.0), start=1):
+        make_run(tmp_path, "so", "dtd", seed=seed, accuracy=accuracy)
+    run(tmp_path)
+    (row,) = read_rows(tmp_path / "report", method="so")
+    assert (row["difference"], row["within_spread"]) == ("-5.9", "no")
+
+
+def test_published_figures_belong_to_their_backbone_and_shots(run, tmp_path, undrawn):
+    make_run(tmp_path, "so", "dtd", backbone="ViT-B/32")
+    make_run(tmp_path, "so", "dtd", shots=8)
+    run(tmp_path)
+    assert [r["published"] for r in read_rows(tmp_path / "report", method="so")] == ["", ""]
+
+
+def test_mean_over_all_eleven_uses_the_published_mean(run, tmp_path, undrawn):
+    for dataset in ELEVEN:
+        for seed in (1, 2):
+            make_run(tmp_path, "so", dataset, 1, seed, 70.0 + seed)
+    run(tmp_path)
+    (row,) = read_rows(tmp_path / "report", dataset="mean over 11 of 11", method="so")
+    assert (row["mean"], row["std"], row["published"]) == ("71.5", "0.7071", "73.8")
+    (row,) = read_rows(tmp_path / "report", dataset="mean over 11 of 11", method="zero_shot")
+    assert row["published"] == "63.87"
+
+
+def test_published_rows_add_up_to_their_means():
+    for row in PUBLISHED["figures"]:
+        if "accuracies" in row:
+            assert len(row["accuracies"]) == len(ELEVEN)
+            assert sum(row["accuracies"]) / len(ELEVEN) == pytest.approx(row["mean"], abs=0.06)
+        assert row["source"] in PUBLISHED["sources"]
+    assert set(ELEVEN) == set(DATASETS) - {"digits"}
+
+
+def test_mean_is_over_datasets_that_all_methods_have_with_all_seeds(run, tmp_path, undrawn):
+    accuracies = {"dtd": (60, 62), "eurosat": (80, 84), "fgvc": (30, 30)}
+    for dataset, values in accuracies.items():
+        for seed, accuracy in enumerate(values, start=1):
+            make_run(tmp_path, "so", dataset, seed=seed, accuracy=float(accuracy))
+            if (dataset, seed) != ("fgvc", 2):
+                make_run(tmp_path, "lora", dataset, seed=seed, accuracy=accuracy - 1.0)
+    make_run(tmp_path, "so-random", "dtd", seed=1, accuracy=50.0)  # an ablation does not count
+    run(tmp_path)
+    rows = read_rows(tmp_path / "report", dataset="mean over 2 of 3")
+    so = next(row for row in rows if row["method"] == "so")
+    # seeds' means 70 and 73; published (66.4 + 87.7) / 2
+    assert (so["mean"], so["std"], so["seeds"]) == ("71.5", "2.1213", "2")
+    assert (so["published"], so["difference"]) == ("77.05", "-5.55")
+    table = read_table(tmp_path / "report", "4 shots")
+    assert table["mean over 2 of 3"]["so-random"] == "-"
+    assert table["DTD"]["so-random"] == "50.00 (1)"
+    assert table["FGVC-Aircraft"]["LoRA"] == "29.00 (1)"
+    assert "over the 2 of 3 datasets" in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_cells_that_nobody_ran_are_shown_as_missing(run, tmp_path, undrawn):
+    make_run(tmp_path, "so", "dtd", 1)
+    make_run(tmp_path, "lora", "eurosat", 4)
+    run(tmp_path)
+    table = read_table(tmp_path / "report", "1 shot")
+    assert table["EuroSAT"]["SO"] == table["EuroSAT"]["LoRA"] == table["DTD"]["LoRA"] == "-"
+    (row,) = read_rows(tmp_path / "report", shots=1, dataset="eurosat", method="so")
+    assert (row["mean"], row["seeds"]) == ("", "0")
+
+
+def test_memory_and_time(run, tmp_path, undrawn):
+    make_run(tmp_path, "so", seed=1, wall_seconds=100, peak_memory_mb=1000.0)
+    make_run(tmp_path, "so", seed=2, wall_seconds=103, peak_memory_mb=3000.0)
+    run(tmp_path)
+    assert read_table(tmp_path / "report", "Memory and time")["4"]["SO"] == "2,000 MB, 101.5 s"
+
+
+def test_each_backbone_has_its_section(run, tmp_path, undrawn):
+    make_run(tmp_path, backbone="ViT-B/16")
+    make_run(tmp_path, backbone="RN50")
+    make_run(tmp_path / "by_path", seed=2).joinpath("result.json").write_text(
+        json.dumps({**RESULT, "seed": 2, "backbone": "/models/ViT-B-16.pt"})
+    )
+    run(tmp_path)
+    text = (tmp_path / "report" / "tables.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## RN50", "## ViT-B/16"]
+    (row,) = read_rows(tmp_path / "report", backbone="ViT-B/16", method="so")
+    assert row["seeds"] == "2"
+
+
+def test_ablation_is_named_after_its_folder(run, tmp_path, undrawn):
+    make_run(tmp_path, "so-random")
+    path = make_run(tmp_path, "so-fixed") / "result.json"
+    path.write_text(path.read_text().replace("so-fixed", "so"))
+    run(tmp_path)
+    assert {r["method"] for r in read_rows(tmp_path / "report")} == {
+        "zero_shot", "so-random", "so-fixed",
+    }  # fmt: skip
+
+
+def test_runs_that_are_hard_to_compare_are_named(run, tmp_path, undrawn):
+    make_run(tmp_path, seed=1, config={"lr": 1, "seed": 1})
+    make_run(tmp_path, seed=2, config={"lr": 2, "seed": 2}, zero_shot=50.0)
+    status, _, err = run(tmp_path)
+    assert status == 0
+    assert "dtd, 4 shots, so: seeds differ in lr too" in err
+    assert "zero-shot accuracy goes from 44.00 to 50.00" in err
+
+
+# Bad input
+
+BROKEN_RESULTS = {
+    "": "not JSON",
+    '{"method": "so",': "not JSON",
+    "\x00\xff": "not JSON",
+    "[" * 100_000: "recursion",
+    "[1, 2]": "does not hold an object",
+    "{}": "has no method",
+}
+BROKEN_FIELDS = [
+    ("method", 3), ("method", "a/b"), ("method", "a | b"), ("dataset", "../up"), ("dataset", ""),
+    ("backbone", None), ("backbone", "/"), ("shots", "4"), ("shots", 0), ("shots", True),
+    ("shots", 4.0), ("seed", -1), ("seed", 10**400), ("zero_shot_accuracy", float("nan")),
+    ("final_accuracy", float("inf")), ("final_accuracy", 101), ("final_accuracy", "60"),
+    ("iterations", 0), ("wall_seconds", -1), ("wall_seconds", 10**400), ("peak_memory_mb", None),
+    ("peak_memory_mb", [1]), ("config", "x"), ("config", None),
+]  # fmt: skip
+HEADER = "iteration,loss,lr,test_accuracy\n"
+BROKEN_CURVES = {
+    "": "does not begin with",
+    "a,b\n1,2\n": "does not begin with",
+    HEADER: "0 of 2 iterations",
+    HEADER + "1,2.0,0.1,\n": "1 of 2 iterations",
+    HEADER + "1,2.0,0.1,\n2,1.0": "malformed at line 3",
+    HEADER + "1,nan,0.1,\n2,1.0,0.1,\n": "malformed at line 2",
+    HEADER + "1,2.0,0.1,\n2,1.0,0.1,101\n": "malformed at line 3",
+    HEADER + "1,2.0,0.1,\n1,1.0,0.1,\n": "malformed at line 3",
+    HEADER + "1,two,0.1,\n": "malformed at line 2",
+    HEADER + "1,2.0,0.1,,\n": "malformed at line 2",
+    "\x00\xff\xfe": "",
+    HEADER + '"' + "x" * 200_000: "field larger",
+}
+RESULT = {
+    "method": "so", "backbone": "ViT-B/16", "dataset": "dtd", "shots": 4, "seed": 9,
+    "zero_shot_accuracy": 44.0, "final_accuracy": 60.0, "iterations": 20, "wall_seconds": 1.0,
+    "peak_memory_mb": 1, "config": {},
+}  # fmt: skip
+
+
+def check_skipped(run, root, folder, reason):
+    """The broken run is named with its reason, once; the good one is reported."""
+    make_run(root, "so", "dtd", seed=1, accuracy=61.0)
+    status, _, err = run(root)
+    assert status == 0
+    lines = [line for line in err.splitlines() if "skipped" in line]
+    assert len(lines) == 1 and str(folder) in lines[0] and reason in lines[0]
+    assert "Traceback" not in err
+    (row,) = read_rows(root / "report", method="so")
+    assert (row["mean"], row["seeds"]) == ("61.0", "1")
+
+
+@pytest.mark.parametrize("text", BROKEN_RESULTS, ids=lambda text: repr(text[:16]))
+def test_result_that_cannot_be_read_is_skipped(run, tmp_path, undrawn, text):
+    folder = make_run(tmp_path, seed=2)
+    (folder / "result.json").write_bytes(text.encode("latin-1"))
+    check_skipped(run, tmp_path, folder, BROKEN_RESULTS[text])
+
+
+@pytest.mark.parametrize("key, value", BROKEN_FIELDS, ids=lambda x: str(x)[:12])
+def test_result_with_a_wrong_entry_is_skipped(run, tmp_path, undrawn, key, value):
+    folder = make_run(tmp_path, seed=2)
+    (folder / "result.json").write_text(json.dumps({**RESULT, key: value}))
+    check_skipped(run, tmp_path, folder, f"{key} cannot be")
+
+
+@pytest.mark.parametrize("key", RESULT)
+def test_result_without_an_entry_is_skipped(run, tmp_path, undrawn, key):
+    folder = make_run(tmp_path, seed=2)
+    (folder / "result.json").write_text(json.dumps({k: v for k, v in RESULT.items() if k != key}))
+    check_skipped(run, tmp_path, folder, f"has no {key}")
+
+
+@pytest.mark.parametrize("text", BROKEN_CURVES, ids=lambda text: repr(text[-16:]))
+def test_run_with_a_broken_curve_is_skipped(run, tmp_path, undrawn, text):
+    folder = make_run(tmp_path, seed=2, iterations=2)
+    (folder / "curve.csv").write_bytes(text.encode("latin-1"))
+    check_skipped(run, tmp_path, folder, BROKEN_CURVES[text])
+
+
+def test_run_without_a_curve_is_skipped(run, tmp_path, undrawn):
+    folder = make_run(tmp_path, seed=2)
+    (folder / "curve.csv").unlink()
+    check_skipped(run, tmp_path, folder, "there is no curve.csv")
+
+
+def test_result_that_is_a_dangling_link_is_skipped(run, tmp_path, undrawn):
+    folder = make_run(tmp_path, seed=2)
+    (folder / "result.json").unlink()
+    (folder / "result.json").symlink_to(tmp_path / "gone")
+    check_skipped(run, tmp_path, folder, "No such file")
+
+
+@pytest.mark.parametrize("left", ["config.yaml", "curve.csv"])
+def test_unfinished_run_is_named(run, tmp_path, undrawn, left):
+    folder = make_run(tmp_path, seed=2)
+    for path in list(folder.iterdir()):
+        if path.name != left:
+            path.unlink()
+    check_skipped(run, tmp_path, folder, "unfinished")
+
+
+def test_folders_that_are_no_runs_are_passed_in_silence(run, tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.json").write_text("{")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "result.json").write_text("{")
+    status, _, err = run(tmp_path)
+    assert (status, err) == (0, "")
+
+
+def test_second_result_of_a_run_is_named_and_the_first_kept(run, tmp_path, undrawn):
+    first = make_run(tmp_path / "a", accuracy=60.0)
+    second = make_run(tmp_path / "b", accuracy=70.0)
+    status, _, err = run(tmp_path / "b", tmp_path / "a")
+    assert status == 0
+    assert f"skipped {first}: the same run as {second}, which is kept" in err
+    (row,) = read_rows(tmp_path / "b" / "report", method="so")
+    assert (row["mean"], row["seeds"]) == ("70.0", "1")
+
+
+def test_overlapping_folders_count_a_run_once(run, tmp_path, undrawn):
+    make_run(tmp_path)
+    status, out, err = run(tmp_path, tmp_path / "so", "--out", tmp_path / "out")
+    assert status == 0 and "skipped" not in err and "1 run: tables" in out
+
+
+def test_no_runs_or_no_folder_is_one_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for args, words in [
+        ([tmp_path], "no finished run below"),
+        ([tmp_path / "gone"], "there is no folder"),
+        ([tmp_path / "file"], "there is no folder"),
+        ([tmp_path, tmp_path / "gone"], "there is no folder"),
+    ]:
+        status, out, err = run(*args)
+        assert (status, out, err.count("\n")) == (2, "", 1) and words in err
+    assert not (tmp_path / "report").exists()
+
+
+def test_report_that_cannot_be_written_is_one_sentence(run, tmp_path, undrawn):
+    make_run(tmp_path / "results")
+    (tmp_path / "file").write_text("")
+    status, _, err = run(tmp_path / "results", "--out", tmp_path / "file")
+    assert status == 2 and err.splitlines()[-1].endswith(f"{tmp_path / 'file'}: File exists")
+
+
+# Figures
+
+
+def test_without_matplotlib_there_are_tables_and_a_hint(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    make_run(tmp_path)
+    status, _, err = run(tmp_path)
+    assert status == 0 and err.count("\n") == 1 and "pip install matplotlib" in err
+    names = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert names == ["tables.csv", "tables.md"]
+    assert "Figures" not in (tmp_path / "report" / "tables.md").read_text()
+
+
+def test_figures_are_there_and_the_report_is_the_same_each_time(run, tmp_path):
+    for dataset in ("dtd", "eurosat"):
+        for method in ("so", "lora", "so-random"):
+            for seed in (1, 2):
+                make_run(
+                    tmp_path / "r", method, dataset, 1, seed, 60.0 + seed, eval_every=5,
+                    iterations=18 + 2 * seed,
+                )  # fmt: skip
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        status, _, err = run(tmp_path / "r", "--out", out)
+        assert (status, err) == (0, "")
+    files = [{p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")} for out in outs]
+    assert files[0] == files[1]
+    names = sorted(str(path) for path in files[0])
+    assert names == [
+        "ViT-B-16/accuracy-dtd.png", "ViT-B-16/accuracy-eurosat.png",
+        "ViT-B-16/accuracy-mean.png", "ViT-B-16/cost.png", "ViT-B-16/curves-dtd-1shots.png",
+        "ViT-B-16/curves-eurosat-1shots.png", "tables.csv", "tables.md",
+    ]  # fmt: skip
+    text = (outs[0] / "tables.md").read_text()
+    for name in names[:-2]:
+        assert f"({name})" in text
+        image = Image.open(outs[0] / name)
+        assert image.width > 900 and image.height > 500
+        assert len(image.convert("RGB").getcolors(10**6)) > 50
+
+
+@pytest.fixture
+def drawn(report, tmp_path):
+    """Matplotlib's figures of some plausible results, by name."""
+
+    def draw(*names, **results):
+        plausible_results(tmp_path, **results)
+        published, _ = report.read_published()
+        (study,) = report.studies(report.find_runs([tmp_path], pytest.fail))
+        plan = report.figures(study, published)
+        return [plan[f"ViT-B-16/{name}.png"]() for name in names]
+
+    return draw
+
+
+def legend(figure):
+    return [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
+
+
+def test_accuracy_is_drawn_against_shots_with_zero_shot_and_published_points(drawn):
+    (figure,) = drawn("accuracy-dtd", datasets=["dtd"], shots=(1, 4))
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4", "8", "16"]
+    assert axes.get_ylabel() == "test accuracy (%)" and "shots" in axes.get_xlabel()
+    assert legend(figure) == [
+        "SO", "LoRA", "Adam", "so-random", "zero-shot (44.3)", "SO, published (SO's paper)",
+        "LoRA, published (SO's table)", "LoRA, published (CLIP-LoRA)",
+    ]  # fmt: skip
+    lines = {line.get_label().replace("\n", " "): line for line in axes.lines}
+    theirs = lines["LoRA, published (CLIP-LoRA)"]
+    assert sorted(theirs.get_ydata()) == [54.3, 63.8, 72.0]
+    assert theirs.get_markerfacecolor() == "none"
+    so = axes.containers[0]
+    assert len(so.lines[0].get_ydata()) == 2 and so.has_yerr
+
+
+def test_average_figure_is_over_datasets_complete_at_every_shot_count(drawn):
+    mean, cost = drawn("accuracy-mean", "cost", shots=(4, 8))  # Adam lacks pets at 8 shots
+    assert mean.axes[0].get_title(loc="left") == "Mean over 2 datasets, ViT-B/16"
+    assert legend(cost) == ["SO", "LoRA", "Adam"]
+    assert [axes.get_ylabel() for axes in cost.axes] == ["peak memory (MB)", "time (s)"]
+
+
+def test_curves_have_loss_and_where_measured_accuracy(drawn):
+    four, sixteen = drawn(
+        "curves-dtd-4shots", "curves-dtd-16shots", datasets=["dtd"], shots=(4, 16)
+    )
+    loss, accuracy = four.axes
+    assert loss.get_yscale() == "log" and "mean of 27 iterations" in loss.get_ylabel()
+    assert accuracy.get_ylabel() == "test accuracy (%)"
+    assert accuracy.lines[0].get_xdata()[0] == 0
+    assert accuracy.lines[0].get_ydata()[0] == pytest.approx(44.3)
+    assert legend(four)[-1] == "so-random (3 seeds)"
+    assert len(sixteen.axes) == 1  # measured at the end alone
+
+
+def test_run_that_ended_early_is_carried_on(report, tmp_path):
+    for seed, n in ((1, 4), (2, 10)):
+        make_run(tmp_path, seed=seed, iterations=n)
+    runs = report.find_runs([tmp_path], pytest.fail)
+    x, (short, long) = report.loss_lines(runs, width=4)
+    assert list(x) == [2.5, 6.5, 9.5]
+    assert list(short) == pytest.approx([runs[0].loss.mean()] * 3)
+    assert list(long) == pytest.approx([runs[1].loss[i : i + 4].mean() for i in (0, 4, 8)])
+
+
+def test_report_is_written_when_nobody_reads_the_output(tmp_path):
+    make_run(tmp_path)
+    command = [sys.executable, ROOT / "scripts" / "report.py", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+    assert (tmp_path / "report" / "ViT-B-16" / "cost.png").exists()
