@@ -35,6 +35,8 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # TorchScript cannot hold an autograd function
+            return x * torch.sigmoid(1.702 * x)
         return _QuickGELU.apply(x)
 
 
