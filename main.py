@@ -97,16 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except NonFiniteLoss as error:
         write_curve(folder, error.rows)
         raise
-    chosen, iterations = len(curve), len(curve)
-    if config.eval_every:
-        last = curve[-1][-1]
-    else:
-        last = measure(iterations)
-        curve[-1] = (*curve[-1][:-1], last)
-    final = last
-    if config.select == "val":
-        chosen = best.restore()
-        final = curve[chosen - 1][-1]
+    chosen = best.restore() if config.select == "val" else len(curve)
+    final = curve[chosen - 1][-1]
     print_results({"final_accuracy": final}, "final_accuracy")
 
     write_curve(folder, curve)
@@ -115,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_weights(weights, method.matrices, base)
     write_result(
         folder, config, device, zero_shot_accuracy=zero_shot, final_accuracy=final,
-        last_accuracy=last, selected_iteration=chosen, iterations=iterations,
+        last_accuracy=curve[-1][-1], selected_iteration=chosen, iterations=len(curve),
         wall_seconds=round(time.perf_counter() - start, 3),
     )  # fmt: skip
     whats_next(config, folder)

@@ -347,7 +347,8 @@ def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
     remedies = "give another --save_path, or --overwrite to replace it"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        there = result["config"]
+        there = vars(make_parser().parse_args([])) | result["config"]  # older than some flag
+        there = {key: value for key, value in there.items() if key not in CIRCUMSTANCES}
         for key in RESULT_LINES:
             float(result[key])
         keys = sorted(there.keys() | computed(config).keys())

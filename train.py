@@ -278,9 +278,8 @@ def train(
             less than LOOK_EVERY iterations are looked at now and then, not each.
         precision: Of matrix products: "fp32", "bf16", or "fp16" with scaled gradients.
         text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
-        eval_every: Iterations between two calls of `measure`; 0 for none.
-        measure: Told how many iterations are done, it returns the test accuracy in percent. It is
-            called after the last iteration, too, if eval_every is set.
+        eval_every: Iterations between two calls of `measure`; 0 for the last one alone.
+        measure: Told how many iterations are done, it returns the test accuracy in percent.
 
     Returns:
         The curve: rows (iteration, loss, lr, test accuracy), iterations counted from 1; the
@@ -347,8 +346,10 @@ def train(
                 if looked == count and losses[epoch_start:count].mean() < early_stop_loss:
                     stop = True
                 epoch_start = count
-            if eval_every and (stop or count % eval_every == 0):
-                accuracies[count] = measure(count)
             if stop:
                 break
+            if eval_every and count % eval_every == 0:
+                accuracies[count] = measure(count)
+    if measure is not None:
+        accuracies[count] = measure(count)
     return curve(count)

@@ -34,6 +34,7 @@ __all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**23
 PRODUCT_FROM = 1 / 150  # density from which a CPU is faster with the whole matrix product
+COPY = "low_precision"  # attribute of a parameter under which SO looks for a copy to refresh
 
 
 class _Plan(NamedTuple):
@@ -45,7 +46,6 @@ class _Plan(NamedTuple):
     in_features: int
 
 
-COPY = "low_precision"  # attribute of a parameter under which SO looks for a copy to refresh
 _plans = WeakTensorKeyDictionary()  # by support: SO makes a new tensor when it draws
 _owners = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
 
@@ -335,8 +335,10 @@ def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int) -> Tensor:
     exact = torch.promote_types(dy.dtype, torch.float32)
     if len(rows) >= PRODUCT_FROM * dy.shape[1] * plan.in_features and dy.dtype == exact:
         product = dy.t().mm(kept)  # (rows, c)
-        columns = torch.arange(len(rows)) if plan.slots is None else plan.slots
-        return product[rows, columns.to(rows.device)] * inside
+        columns = plan.slots
+        if columns is None:
+            columns = torch.arange(len(rows), device=rows.device)
+        return product[rows, columns] * inside
     total = dy.new_zeros(rows.shape, dtype=exact)
     step = max(CHUNK.get(dy.device.type, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
     for part in (slice(start, start + step) for start in range(0, len(dy), step)):

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Sourced by sweep.sh and slurm_sweep.sh: which runs there are. Sets `runs`, one line of main.py's
 # arguments each, and `common`, what all of them have in common. Variables, with their defaults:
 #

@@ -26,7 +26,7 @@ logs=${LOGS:-logs}
 taken=$(mktemp -d) # a folder in it for each run that a worker has taken, and the list of failures
 stop() {
     trap - INT TERM EXIT
-    kill $(jobs -p) 2>/dev/null
+    jobs -p | xargs kill 2>/dev/null
     wait
     rm -rf "$taken"
     echo "stopped; the same command goes on from here" >&2

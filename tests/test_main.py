@@ -210,6 +210,17 @@ def test_the_resolved_configuration_repeats_the_run(command, tmp_path):
     assert curve.read_text() == (folder / "curve.csv").read_text()
 
 
+def test_a_result_from_before_a_flag_existed_counts_as_one_of_its_default(command, tmp_path):
+    run(*command)
+    path = folder_of(tmp_path) / "result.json"
+    result = json.loads(path.read_text())
+    del result["config"]["rank"], result["config"]["text_chunk"]
+    path.write_text(json.dumps(result))
+    status, out, _ = run(*command)
+    assert status == 0 and "This run is finished" in out
+    assert "rank 2 there, 3 here" in refused(*command, "--rank", 3)
+
+
 def test_another_configurations_result_is_kept_unless_overwritten(command, tmp_path):
     run(*command)
     message = refused(*command, "--lr", 0.002)
