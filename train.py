@@ -297,7 +297,6 @@ def train(
 
     losses = torch.zeros(iterations, device=device)  # there, so that a GPU is not waited for
     looked = epoch_start = 0  # iterations before the last look, and before this epoch
-
     accuracies: dict[int, float] = {}  # by iteration
 
     def curve(count: int) -> list[tuple]:

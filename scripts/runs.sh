@@ -29,7 +29,7 @@ caltech101 dtd ucf101"
             done
         done
     done
-    common=()
+    common=() # expanded as ${common[@]+...}: old versions of bash take an empty array for unset
     if [ -n "${DATA:-}" ]; then
         common=(--root_path "$DATA")
     fi

@@ -26,7 +26,7 @@ if [ "${1:-}" = --dry-run ]; then
     for number in "${!runs[@]}"; do
         read -ra arguments <<<"${runs[number]}"
         printf '%s:' "$number"
-        printf ' %q' "$python" main.py "${common[@]}" "${arguments[@]}" "$@"
+        printf ' %q' "$python" main.py ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
         echo
     done
     exit
@@ -36,4 +36,4 @@ if [ "$number" -ge ${#runs[@]} ]; then
     exit 0
 fi
 read -ra arguments <<<"${runs[number]}"
-exec "$python" main.py "${common[@]}" "${arguments[@]}" "$@"
+exec "$python" main.py ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"

@@ -42,7 +42,7 @@ worker() {
         mkdir "$taken/$number" 2>/dev/null || continue # another worker has it
         run=${runs[number]}
         read -ra arguments <<<"$run"
-        arguments=("${common[@]}" "${arguments[@]}" "$@")
+        arguments=(${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
         if [ "$jobs" -eq 1 ]; then
             echo "==> $run"
             "$python" main.py "${arguments[@]}" &
