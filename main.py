@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = folder / f"{config.filename}.safetensors"
     if result := finished(folder, config):
         print(f"This run is finished: {folder}")
-        return print_results(result)
+        return print_results(result, split=config.eval_split)
 
     device = prepare_machine(config.device, config.threads, config.seed)
     dataset = build_dataset(config.dataset, config.root_path, config.shots)
@@ -60,21 +60,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = loader.test_batches(items, batch_size=256)
         return evaluate(model, batches, len(items), prompts, config.precision, desc)
 
+    def accuracy_now(desc: str) -> float:
+        return accuracy(dataset.val if config.eval_split == "val" else dataset.test, desc)
+
+    def show(key: str, value: float) -> None:
+        print_results({key: value}, key, split=config.eval_split)
+
     if config.eval_only:
         load_weights(weights, model)
-        return print_results({"final_accuracy": accuracy(dataset.test, "Test")}, "final_accuracy")
+        return show("final_accuracy", accuracy_now("Evaluation"))
 
     open_folder(folder, config)
     base = weights_digest(model) if config.save_weights else ""
     method = make_method(
         config.method, model, matrices, lr=config.lr, density=1 - config.s, T=config.t,
         rank=config.rank, seed=config.seed, sampled=not (config.dense_grad or config.compile),
+        grad_support=config.grad_support, moment_support=config.moment_support,
     )  # fmt: skip
     if config.compile:
         compile_blocks(model)
     describe(config, dataset, method.summary, device)
-    zero_shot = accuracy(dataset.test, "Zero-shot test")
-    print_results({"zero_shot_accuracy": zero_shot}, "zero_shot_accuracy")
+    zero_shot = accuracy_now("Zero-shot")
+    show("zero_shot_accuracy", zero_shot)
     batches = loader.train_batches(
         dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
         config.flip,
@@ -85,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with merged(model):
             if config.select == "val":
                 best.offer(iteration, accuracy(dataset.val, "Validation"))
-            return accuracy(dataset.test, "Test")
+            return accuracy_now("Evaluation")
 
     try:
         curve = train(
@@ -99,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     chosen = best.restore() if config.select == "val" else len(curve)
     final = curve[chosen - 1][-1]
-    print_results({"final_accuracy": final}, "final_accuracy")
+    show("final_accuracy", final)
 
     write_curve(folder, curve)
     if config.save_weights:

@@ -28,7 +28,8 @@ import yaml
 
 import clip
 from datasets import DATASETS, FewShotDataset
-from optimizers.methods import METHODS
+from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
+from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
 from utils import atomic_write
 
@@ -41,9 +42,10 @@ CIRCUMSTANCES = {
     "device", "num_workers", "threads", "cache_mb",
 }  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
 RESULT_LINES = {
-    "zero_shot_accuracy": "**** Zero-shot CLIP's test accuracy: {:.2f}. ****",
-    "final_accuracy": "**** Final test accuracy: {:.2f}. ****",
+    "zero_shot_accuracy": "**** Zero-shot CLIP's {} accuracy: {:.2f}. ****",
+    "final_accuracy": "**** Final {} accuracy: {:.2f}. ****",
 }
 
 
@@ -148,6 +150,11 @@ def make_parser() -> Parser:
         help="of so: sparsity kappa, the share of entries left out; density_ratio = 1 - s")
     add("--t", type=number(int, 1), default=5,
         help="of so: T, iterations between two draws of the gradient support")
+    add("--grad_support", type=choice("support", GRAD_SUPPORTS), default=SUPPORTS["grad_support"],
+        help="of so, for ablation: random, or by magnitude of the gradient")
+    add("--moment_support", type=choice("support", MOMENT_SUPPORTS),
+        default=SUPPORTS["moment_support"],
+        help="of so, for ablation: by magnitude of the first moment, random, or fixed")
     add("--rank", type=number(int, 1), default=2, help="of lora: rank of the adapters")
 
     add = parser.add_argument_group("training").add_argument
@@ -174,6 +181,9 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=number(int, 0), default=0,
         help="iterations between two test accuracies in curve.csv; 0 for the last one alone")
+    add("--eval_split", type=choice("split", list(SPLITS)), default="test",
+        help="images that accuracies are measured on: test, or val for the few validation images, "
+        "to choose settings by")
     add("--select", type=choice("iterate", ["last", "val"]), default="last",
         help="iterate to report: last, or val for the best on the few validation images, which "
         "are looked at every --eval_every iterations")
@@ -230,6 +240,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
     if config.select == "val" and not config.eval_every:
         parser.error("argument --select: val needs --eval_every N, iterations between two looks")
+    if config.method != "so":
+        for key, usual in SUPPORTS.items():
+            if getattr(config, key) != usual:
+                parser.error(f"argument --{key}: is of --method so, not of {config.method}")
     for key in ("crop_scale", "crop_ratio"):
         if getattr(config, key)[0] > getattr(config, key)[1]:
             parser.error(f"argument --{key}: MIN is above MAX: {getattr(config, key)}")
@@ -325,13 +339,20 @@ def keep_freed_memory() -> None:
 
 
 def run_folder(config: argparse.Namespace) -> Path:
-    """Where a run's files lie: save_path/method/backbone/dataset/<N>shots/seed<N>."""
+    """Where a run's files lie: save_path/method/backbone/dataset/<N>shots/seed<N>.
+
+    An ablation's method says what is other than usual, as in so-grad_magnitude.
+    """
     name = config.backbone
     if name not in clip.available_models():
         name = Path(name).stem
     name = name.replace("/", "-").replace("@", "-")
     shots, seed = f"{config.shots}shots", f"seed{config.seed}"
-    return Path(config.save_path) / config.method / name / config.dataset / shots / seed
+    method = config.method
+    for key, usual in SUPPORTS.items():
+        if (value := getattr(config, key)) != usual:
+            method += f"-{key.removesuffix('_support')}_{value}"
+    return Path(config.save_path) / method / name / config.dataset / shots / seed
 
 
 def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
@@ -448,10 +469,10 @@ def git_commit() -> str | None:
         return None
 
 
-def print_results(result: dict[str, Any], *keys: str) -> None:
+def print_results(result: dict[str, Any], *keys: str, split: str = "test") -> None:
     """Print accuracies in the form that users of few-shot CLIP code parse."""
     for key in keys or RESULT_LINES:
-        print("\n" + RESULT_LINES[key].format(result[key]), flush=True)
+        print("\n" + RESULT_LINES[key].format(SPLITS[split], result[key]), flush=True)
 
 
 # What a person reads
@@ -464,9 +485,12 @@ def describe(
     device: torch.device,
 ) -> None:
     """Print what is about to happen."""
+    evaluated = f"{len(dataset.test)} to test"
+    if config.eval_split == "val":
+        evaluated = f"{len(dataset.val)} to validate"
     print(
         f"{config.dataset}: {len(dataset.classnames)} classes, {len(dataset.train_x)} images to "
-        f"adapt with ({config.shots} per class, seed {config.seed}), {len(dataset.test)} to test\n"
+        f"adapt with ({config.shots} per class, seed {config.seed}), {evaluated}\n"
         f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
         flush=True,
     )

@@ -390,11 +390,16 @@ class SO(Optimizer):
         for p in params:  # autograd counts the writes to each tensor, which a view of many hides
             torch.autograd.graph.increment_version(p)
 
-        keep = largest(m.abs().masked_fill_(repeats, -1), slots, counts)  # no entry twice
+        score = self._importance(union, m, indices).masked_fill_(repeats, -1)  # no entry twice
+        keep = largest(score, slots, counts)
         kept = ("indices", union[keep] - shift), ("exp_avg", m[keep]), ("exp_avg_sq", v[keep])
         for name, values in kept:
             for state, part in zip(states, apart(values, counts), strict=True):
                 state[name] = part
+
+    def _importance(self, union: Tensor, m: Tensor, indices: Tensor) -> Tensor:
+        """Score slots of the union by what makes an entry stay in S_m, 0 or more: here by |m|."""
+        return m.abs()
 
     def _dense_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update whole tensors by torch's own Adam, half precision through float32 copies."""

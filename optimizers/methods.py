@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from optimizers.ablations import AblatedSO
 from optimizers.lora import add_lora, set_dropout
 from optimizers.sampled import sample_gradients
 from optimizers.SparseOptimizer import SO
 
 METHODS = ("so", "lora", "adam")
+SUPPORTS = {"grad_support": "random", "moment_support": "magnitude"}  # the paper's
 LORA_WEIGHT_DECAY = 1e-2  # CLIP-LoRA's
 PACKED = ".in_proj_weight"  # of an attention layer: queries, keys and values
 
@@ -38,6 +40,8 @@ def make_method(
     rank: int,
     seed: int,
     sampled: bool = True,
+    grad_support: str = SUPPORTS["grad_support"],
+    moment_support: str = SUPPORTS["moment_support"],
 ) -> Method:
     """Make a method ready to train.
 
@@ -52,6 +56,9 @@ def make_method(
         rank: Of LoRA's adapters.
         seed: Of SO's supports.
         sampled: Whether SO's gradients are computed at its support alone.
+        grad_support: How SO chooses S_g (`optimizers.ablations`); by magnitude it needs whole
+            gradients.
+        moment_support: How SO chooses S_m (there).
     """
     matrices = dict(matrices)
     entries = sum(p.numel() for p in matrices.values())
@@ -68,8 +75,13 @@ def make_method(
     if name == "adam":
         optimizer = torch.optim.Adam(matrices.values(), lr=lr)
         return Method(optimizer, matrices, f"{of}, all with Adam's moments")
-    optimizer = SO(matrices.values(), lr=lr, density_ratio=density, T=T, seed=seed)
-    if sampled:
+    settings = dict(lr=lr, density_ratio=density, T=T, seed=seed)
+    supports = dict(grad_support=grad_support, moment_support=moment_support)
+    if supports == SUPPORTS:
+        optimizer = SO(matrices.values(), **settings)
+    else:
+        optimizer = AblatedSO(matrices.values(), **supports, **settings)
+    if sampled and grad_support == "random":
         sample_gradients(model, optimizer)
     kept = sum(max(1, int(p.numel() * density)) for p in matrices.values())
     summary = f"{of}, of which SO keeps moments for {kept:,} (density {density:.3g})"

@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by sweep.sh and slurm_sweep.sh: which runs there are. Sets `runs`, one line of main.py's
-# arguments each, and `common`, what all of them have in common. Variables, with their defaults:
+# arguments each, `common`, what all of them have in common, and `python`. Variables, with their
+# defaults:
 #
 #     METHODS   so lora adam
 #     DATASETS  the eleven (digits, the embedded one, needs no DATA)
@@ -8,12 +9,27 @@
 #     SEEDS     1 2 3
 #     DATA      folder of the datasets (DATASETS.md)
 #     CONFIG_so, CONFIG_lora, CONFIG_adam   configuration file of one method
+#     RUNS      a file of such lines, in place of all but DATA (scripts/experiment.py writes one)
 
 list_runs() {
-    local method dataset shot seed config
+    local line method dataset shot seed config
     local eleven="imagenet sun397 fgvc eurosat stanford_cars food101 oxford_pets oxford_flowers \
 caltech101 dtd ucf101"
+    python=${PYTHON:-python3}
+    if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+        python=.venv/bin/python
+    fi
+    common=() # expanded as ${common[@]+...}: old versions of bash take an empty array for unset
+    if [ -n "${DATA:-}" ]; then
+        common=(--root_path "$DATA")
+    fi
     runs=()
+    if [ -n "${RUNS:-}" ]; then
+        while IFS= read -r line; do
+            runs+=("$line")
+        done <"$RUNS"
+        return
+    fi
     for dataset in ${DATASETS:-$eleven}; do
         if [ -z "${DATA:-}" ] && [ "$dataset" != digits ]; then
             echo "$0: set DATA to the folder of the datasets (DATASETS.md)" >&2
@@ -29,12 +45,4 @@ caltech101 dtd ucf101"
             done
         done
     done
-    common=() # expanded as ${common[@]+...}: old versions of bash take an empty array for unset
-    if [ -n "${DATA:-}" ]; then
-        common=(--root_path "$DATA")
-    fi
-    python=${PYTHON:-python3}
-    if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
-        python=.venv/bin/python
-    fi
 }

@@ -1,6 +1,7 @@
 """Settings all tests share: one thread, and a seed that no test inherits from another."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 
 def pytest_configure():
     torch.set_num_threads(1)  # more than the free cores are many times slower
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older matplotlib uses what newer pyparsing deprecates
+        import matplotlib.figure  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,17 @@
 """The report: numbers checked by hand, bad input named and left out, figures that are there."""
 
 import csv
-import importlib.util
 import json
 import math
 import random
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
+import report
+import report_data
+import report_figures
 import yaml
 from PIL import Image
 
@@ -19,17 +20,6 @@ from datasets import DATASETS
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = yaml.safe_load((ROOT / "scripts" / "published.yaml").read_text())
 ELEVEN = PUBLISHED["datasets"]
-
-
-@pytest.fixture(scope="session")
-def report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # older matplotlib uses what newer pyparsing deprecates
-        import matplotlib.figure  # noqa: F401
-    return module
 
 
 def make_run(
@@ -91,7 +81,7 @@ def plausible_results(root, datasets=("dtd", "eurosat", "oxford_pets"), shots=(1
 
 
 @pytest.fixture
-def run(report, capsys):
+def run(capsys):
     """Run the command; returns its status, standard output and standard error."""
 
     def command(*args):
@@ -102,7 +92,7 @@ def run(report, capsys):
 
 
 @pytest.fixture
-def undrawn(report, monkeypatch):
+def undrawn(monkeypatch):
     """Tables alone, for tests that are not about figures."""
     monkeypatch.setattr(report, "can_draw", lambda: False)
 
@@ -466,14 +456,14 @@ def test_figures_are_there_and_the_report_is_the_same_each_time(run, tmp_path):
 
 
 @pytest.fixture
-def drawn(report, tmp_path):
+def drawn(tmp_path):
     """Matplotlib's figures of some plausible results, by name."""
 
     def draw(*names, **results):
         plausible_results(tmp_path, **results)
-        published, _ = report.read_published()
-        (study,) = report.studies(report.find_runs([tmp_path], pytest.fail))
-        plan = report.figures(study, published)
+        published, _ = report_data.read_published()
+        (study,) = report_data.studies(report_data.find_runs([tmp_path], pytest.fail))
+        plan = report_figures.figures(study, published)
         return [plan[f"ViT-B-16/{name}.png"]() for name in names]
 
     return draw
@@ -521,11 +511,11 @@ def test_curves_have_loss_and_where_measured_accuracy(drawn):
     assert len(sixteen.axes) == 1  # measured at the end alone
 
 
-def test_run_that_ended_early_is_carried_on(report, tmp_path):
+def test_run_that_ended_early_is_carried_on(tmp_path):
     for seed, n in ((1, 4), (2, 10)):
         make_run(tmp_path, seed=seed, iterations=n)
-    runs = report.find_runs([tmp_path], pytest.fail)
-    x, (short, long) = report.loss_lines(runs, width=4)
+    runs = report_data.find_runs([tmp_path], pytest.fail)
+    x, (short, long) = report_figures.loss_lines(runs, width=4)
     assert list(x) == [2.5, 6.5, 9.5]
     assert list(short) == pytest.approx([runs[0].loss.mean()] * 3)
     assert list(long) == pytest.approx([runs[1].loss[i : i + 4].mean() for i in (0, 4, 8)])

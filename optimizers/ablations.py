@@ -1,0 +1,72 @@
+"""SO with one of its two supports chosen otherwise, for the paper's ablation.
+
+SO reads gradients at random entries (local randomness) and keeps moments where they are largest
+(global importance). Each may be turned around here; "redrawn or not" is T: one support for good is
+a T of more steps than there are.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.SparseOptimizer import SO
+
+GRAD_SUPPORTS = ("random", "magnitude")
+MOMENT_SUPPORTS = ("magnitude", "random", "fixed")
+
+
+class AblatedSO(SO):
+    """SO with other supports; see there for all else.
+
+    Args:
+        params: As SO's.
+        grad_support: S_g is "random", or the k entries of largest "magnitude" of the gradient,
+            which must then be whole, on the steps that draw.
+        moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
+            "random" ones of it, or "fixed": the first S_g for good.
+        **settings: SO's.
+
+    Raises:
+        ValueError: A name is none of these, or SO refuses its arguments.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        grad_support: str = "random",
+        moment_support: str = "magnitude",
+        **settings: Any,
+    ) -> None:
+        for name, valid in ((grad_support, GRAD_SUPPORTS), (moment_support, MOMENT_SUPPORTS)):
+            if name not in valid:
+                raise ValueError(f"unknown support {name!r}; valid: {', '.join(valid)}")
+        self.grad_support, self.moment_support = grad_support, moment_support
+        super().__init__(params, **settings)
+
+    def _draw(self, only_with_gradient: bool) -> None:
+        drawn = set(self._drawn)
+        super()._draw(only_with_gradient)
+        if self.grad_support == "random":
+            return
+        for p in self._drawn - drawn:
+            state = self.state[p]
+            k = len(state["grad_indices"])
+            state["grad_indices"] = p.grad.abs().flatten().topk(k).indices.sort().values
+            if not state["step"]:
+                state["indices"] = state["grad_indices"].clone()
+
+    def _sparse_update(self, params: list[Tensor], group: dict[str, Any], step: float) -> None:
+        # Like the draws of S_g a function of seed and step: there is no generator to save.
+        self._scores = torch.Generator("cpu").manual_seed(hash((group["seed"], step)) % 2**63)
+        super()._sparse_update(params, group, step)
+        del self._scores
+
+    def _importance(self, union: Tensor, m: Tensor, indices: Tensor) -> Tensor:
+        if self.moment_support == "random":
+            return torch.rand(m.shape, generator=self._scores, dtype=m.dtype).to(m.device)
+        if self.moment_support == "fixed":
+            return torch.isin(union, indices).to(m.dtype)
+        return super()._importance(union, m, indices)

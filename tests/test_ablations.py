@@ -1,0 +1,109 @@
+"""SO with other supports: against the plain twin, and through main.py's flags."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from twin import Twin, mask
+
+import main
+from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, AblatedSO
+from optimizers.SparseOptimizer import SO
+
+SETTINGS = dict(lr=1e-2, density_ratio=0.1, T=3, seed=5)
+
+
+def steps(optimizer, params, count, seed=0):
+    for step in range(count):
+        generator = torch.Generator().manual_seed(100 * seed + step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+
+
+def test_with_the_papers_supports_it_is_so():
+    ours, theirs = (nn.Parameter(torch.ones(20, 30)) for _ in range(2))
+    steps(AblatedSO([ours], **SETTINGS), [ours], 10)
+    steps(SO([theirs], **SETTINGS), [theirs], 10)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("moment_support", MOMENT_SUPPORTS)
+@pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
+def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_support):
+    shape = (12, 15)
+    w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    other = nn.Parameter(torch.randn(7, 9, dtype=torch.float64))  # alone no tensor has its state
+    twin = Twin(w, lr=1e-2)
+    supports = dict(grad_support=grad_support, moment_support=moment_support)
+    optimizer = AblatedSO([w, other], **supports, **SETTINGS)
+    k = int(w.numel() * 0.1)
+    first = before = None
+    for step in range(10):
+        w.grad, other.grad = torch.randn_like(w), torch.randn_like(other)
+        optimizer.step()
+        state = optimizer.state[w]
+        if step % 3 == 0 and grad_support == "magnitude":
+            largest = w.grad.abs().flatten().topk(k).indices
+            assert torch.equal(state["grad_indices"], largest.sort().values)
+        elif step % 3:
+            assert torch.equal(state["grad_indices"], before)
+        before = state["grad_indices"]
+        first = before if first is None else first
+        twin.step(w.grad, mask(before, shape))
+        torch.testing.assert_close(w.detach(), twin.W, rtol=1e-12, atol=1e-12)
+        kept = mask(state["indices"], shape)
+        assert kept.sum() == k
+        if moment_support == "fixed":
+            assert torch.equal(kept, mask(first, shape))
+        elif moment_support == "magnitude":
+            assert torch.equal(kept, twin.S_m)
+        # The twin keeps moments by magnitude; give it those that this variant keeps.
+        twin.S_m = kept
+        for moment, name in ((twin.m, "exp_avg"), (twin.v, "exp_avg_sq")):
+            moment.zero_()
+            moment.view(-1)[state["indices"]] = state[name]
+
+
+def test_random_moment_supports_are_of_the_union_and_follow_the_seed():
+    def run(seed):
+        w = nn.Parameter(torch.zeros(40, 40))
+        optimizer = AblatedSO([w], moment_support="random", **SETTINGS | {"seed": seed})
+        steps(optimizer, [w], 3)
+        union = set(optimizer.state[w]["indices"].tolist())
+        steps(optimizer, [w], 1, seed=1)
+        state = optimizer.state[w]
+        union |= set(state["grad_indices"].tolist())
+        assert set(state["indices"].tolist()) <= union
+        assert not torch.equal(state["indices"].sort().values, state["grad_indices"])
+        return w.detach(), state["indices"].sort().values
+
+    assert all(map(torch.equal, run(5), run(5)))
+    assert not torch.equal(run(5)[1], run(6)[1])
+
+
+def test_unknown_supports_are_refused():
+    with pytest.raises(ValueError, match="'largest'; valid: random, magnitude"):
+        AblatedSO([nn.Parameter(torch.ones(2, 2))], grad_support="largest")
+
+
+def test_main_puts_ablations_into_folders_of_their_own(tmp_path, capsys):
+    common = ["--shots", "1", "--n_iters", "2", "--save_path", str(tmp_path), "--num_workers", "0"]
+    main.main([*common, "--grad_support", "magnitude", "--moment_support", "fixed"])
+    folder = tmp_path / "so-grad_magnitude-moment_fixed" / "ViT-Tiny-8" / "digits"
+    result = json.loads((folder / "1shots" / "seed3" / "result.json").read_text())
+    assert result["method"] == "so" and result["config"]["grad_support"] == "magnitude"
+    with pytest.raises(SystemExit) as stop:
+        main.main([*common, "--method", "adam", "--moment_support", "random"])
+    assert stop.value.code == 2 and "is of --method so" in capsys.readouterr().err
+
+
+def test_accuracies_can_be_of_the_few_validation_images(tmp_path, capsys):
+    common = ["--shots", "1", "--n_iters", "2", "--num_workers", "0", "--eval_split", "val"]
+    main.main([*common, "--save_path", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "10 to validate" in text and "Final validation accuracy" in text
+    assert "test accuracy" not in text
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert result["final_accuracy"] % 10 == 0  # of ten images
