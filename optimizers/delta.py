@@ -15,6 +15,7 @@ both empty where nothing changed; and as metadata `format`, `version`, `shapes` 
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ __all__ = [
 FORMAT, VERSION = "sparse-delta", 1
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of values
+DIMENSIONS = 16  # of a matrix, at most
 
 
 class Change(NamedTuple):
@@ -220,7 +222,9 @@ def _shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
 
 def _is_shape(shape: Any) -> bool:
     """Whether a JSON value is a list of sizes that a tensor could have."""
-    return isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    if not isinstance(shape, list) or len(shape) > DIMENSIONS:
+        return False
+    return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) < 2**63
 
 
 def _change(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Change:
@@ -240,9 +244,7 @@ def _change(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Ch
         )
     if (indices[1:] <= indices[:-1]).any():
         raise ValueError(f"the indices of {name} do not increase, or repeat")
-    entries = 1
-    for n in shape:
-        entries *= n
+    entries = math.prod(shape)
     if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < entries:
         raise ValueError(f"an index of {name} lies outside of its {entries} entries")
     if not values.isfinite().all():

@@ -33,9 +33,9 @@ from utils import atomic_write  # noqa: E402
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
 
-def inspect(path: Path) -> str:
+def inspect(file: Path) -> str:
     """Describe a delta: a line for each matrix, the sum, what it belongs to."""
-    delta = read_delta(path)
+    delta = read_delta(file)
     rows, sums = [], [0, 0, 0, 0]
     for name, (indices, values, shape) in delta.matrices.items():
         whole = math.prod(shape)
@@ -47,7 +47,7 @@ def inspect(path: Path) -> str:
     table = _table([HEADINGS, *rows])
     told = [f"{key}: {value}" for key, value in sorted(delta.metadata.items()) if key != "shapes"]
     told = [line if line.isprintable() else ascii(line) for line in told]
-    return "\n".join([*table, "", f"file: {path.stat().st_size:,} bytes", *told])
+    return "\n".join([*table, "", f"file: {file.stat().st_size:,} bytes", *told])
 
 
 def _row(name: str, shape: str, changed: int, entries: int, size: int, whole: int) -> list[str]:
@@ -70,11 +70,11 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def apply(path: Path, out: Path, base: str | None) -> str:
+def apply(file: Path, out: Path, base: str | None) -> str:
     """Write the trained weights as a whole checkpoint."""
-    delta = read_delta(path)
+    delta = read_delta(file)
     place = find_base(delta, base)
-    check_out(out, path, place)
+    check_out(out, file, place)
     state, model = trained(delta, place)
     weights = model.state_dict()
     for name, change in delta.matrices.items():
@@ -85,11 +85,11 @@ def apply(path: Path, out: Path, base: str | None) -> str:
     return f"{out}: {place} with {entries:,} entries of {len(delta.matrices)} matrices changed"
 
 
-def revert(full: Path, path: Path, out: Path, base: str | None) -> str:
+def revert(full: Path, file: Path, out: Path, base: str | None) -> str:
     """Write the base again, if full weights are what a delta makes of it, and nothing else."""
-    delta = read_delta(path)
+    delta = read_delta(file)
     place = find_base(delta, base)
-    check_out(out, full, path, place)
+    check_out(out, full, file, place)
     state, model = trained(delta, place)
     expected, found = model.state_dict(), read_clip(full)[1].state_dict()
     differing = sorted(expected.keys() ^ found.keys()) or [
@@ -100,11 +100,11 @@ def revert(full: Path, path: Path, out: Path, base: str | None) -> str:
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise ValueError(
-            f"{full} is not what {path} makes of {place}: it differs in {differing[0]}{more}; "
+            f"{full} is not what {file} makes of {place}: it differs in {differing[0]}{more}; "
             "name the full weights that `apply` wrote"
         )
     write(out, state)
-    return f"{out}: {place}, without {path}"
+    return f"{out}: {place}, without {file}"
 
 
 def find_base(delta: Delta, base: str | None) -> Path:
@@ -164,44 +164,33 @@ def write(out: Path, state: dict[str, Tensor]) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the arguments; `run` does what they ask for."""
+    """Read the arguments: `run`, and what it takes."""
     parser = Parser(prog="delta.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], str], help: str) -> Parser:
+    def add(name: str, run: Callable[..., str], files: Sequence[str], out: str, help: str) -> None:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
-        return command
+        for file in files:
+            command.add_argument(file, type=Path, metavar=file.upper())
+        if out:
+            command.add_argument("--out", type=Path, required=True, metavar=out, help="to write")
+            command.add_argument(
+                "--base", type=backbone, help="name or path of the base (the backbone in FILE)"
+            )
 
-    def add_out(command: Parser, metavar: str) -> None:
-        command.add_argument("--out", type=Path, required=True, metavar=metavar, help="to write")
-        command.add_argument(
-            "--base", type=backbone, help="name or path of the base (the backbone in FILE)"
-        )
-
-    command = add("inspect", lambda args: inspect(args.file), "show what a delta changes")
-    command.add_argument("file", type=Path, metavar="FILE")
-    command = add(
-        "apply", lambda args: apply(args.file, args.out, args.base), "write the trained weights"
-    )
-    command.add_argument("file", type=Path, metavar="FILE")
-    add_out(command, "FULL")
-    command = add(
-        "revert",
-        lambda args: revert(args.full, args.file, args.out, args.base),
-        "write the base that full weights were made from",
-    )
-    command.add_argument("full", type=Path, metavar="FULL")
-    command.add_argument("file", type=Path, metavar="FILE")
-    add_out(command, "BASE")
+    add("inspect", inspect, ["file"], "", "show what a delta changes")
+    add("apply", apply, ["file"], "FULL", "write the trained weights")
+    add("revert", revert, ["full", "file"], "BASE", "write the base of full weights")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    args = parse_args(argv)
+    args = vars(parse_args(argv))
+    run, _ = args.pop("run"), args.pop("command")
     try:
-        text = args.run(args)
+        text = run(**args)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             error = f"{error.filename}: {error.strerror}"

@@ -252,6 +252,8 @@ def shapes(**changes):
         "a list of shapes": (put("shapes", "[[8, 6]]"), "missing or broken"),
         "a negative shape": (shapes(**{"0.weight": [-8, -6]}), "missing or broken"),
         "a floating shape": (shapes(**{"0.weight": [8.0, 6]}), "missing or broken"),
+        "a huge shape": (shapes(**{"0.weight": [2**32, 2**31]}), "missing or broken"),
+        "a long shape": (shapes(**{"0.weight": [2**62] * 10_000}), "missing or broken"),
         "a shape of text": (shapes(**{"0.weight": "86"}), "missing or broken"),
         "an escape sequence": (shapes(**{"\x1b[2J": [1]}), "missing or broken"),
         "another shape": (shapes(**{"0.weight": [6, 8]}), r"\(6, 8\) '0.weight', which these"),
