@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import clip
 from datasets import Item, build_dataset
 from datasets.loader import Loader
+from optimizers.delta import apply_delta, read_delta, save_delta, weights_digest
 from optimizers.lora import merged
 from optimizers.methods import make_method
 from run_utils import (
@@ -36,7 +37,6 @@ from train import (
     tokenize_prompts,
     train,
 )
-from utils import load_weights, save_weights, weights_digest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_results({key: value}, key, split=config.eval_split)
 
     if config.eval_only:
-        load_weights(weights, model)
+        apply_delta(model, read_delta(weights))
         return show("final_accuracy", accuracy_now("Evaluation"))
 
     open_folder(folder, config)
@@ -110,8 +110,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     write_curve(folder, curve)
     if config.save_weights:
+        before, _ = clip.load(config.backbone, "cpu")  # a copy would cost memory all along
+        if weights_digest(before) != base:
+            raise ValueError(f"{config.backbone} changed during this run: restore it, run again")
         with merged(model):
-            save_weights(weights, method.matrices, base)
+            save_delta(
+                weights, method.matrices, before.state_dict(), base, backbone=config.backbone
+            )
     write_result(
         folder, config, device, zero_shot_accuracy=zero_shot, final_accuracy=final,
         last_accuracy=curve[-1][-1], selected_iteration=chosen, iterations=len(curve),

@@ -1,16 +1,12 @@
-"""Small things several parts use: atomic files, saved weights, progress bars."""
+"""Small things several parts use: atomic files, progress bars."""
 
-import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
-import torch
-from torch import nn
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -35,52 +31,6 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names and float32 values of all a model's weights, whatever file they are of."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().float().cpu().contiguous().numpy())
-    return sha.hexdigest()
-
-
-def save_weights(path: str | os.PathLike, matrices: Mapping[str, torch.Tensor], base: str) -> None:
-    """Write adapted matrices as safetensors.
-
-    Args:
-        path: The file.
-        matrices: Matrices by their name in the model.
-        base: Digest of the weights that they were adapted from; kept as metadata `base_digest`.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in matrices.items()}
-    atomic_write(path, safetensors.torch.save(tensors, metadata={"base_digest": base}))
-
-
-def load_weights(path: str | os.PathLike, model: nn.Module) -> None:
-    """Put saved matrices into the model that they were adapted from.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or belongs to other weights than the model's.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there are no weights at {path}: run with --save_weights first")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            base = (file.metadata() or {}).get("base_digest")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): save it again") from error
-    if base != weights_digest(model):
-        raise ValueError(f"{path} belongs to other weights than these: name its --backbone")
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(f"{path} holds {name} {tuple(tensor.shape)}, which the model does not")
-        with torch.no_grad():
-            parameters[name].copy_(tensor)
 
 
 def progress(

@@ -34,8 +34,9 @@ from report_figures import LINES, MARKS, can_draw, canvas, png, with_legend
 from torch import Tensor
 
 import clip
+from optimizers.delta import apply_delta, read_delta
 from run_utils import Parser
-from utils import atomic_write, load_weights
+from utils import atomic_write
 
 HERE = Path(__file__).resolve().parent
 PARTS = {
@@ -81,7 +82,7 @@ def forgetting(compared: Experiment) -> tuple[float, dict[tuple[int, str], list[
     after: dict[tuple[int, str], list[float]] = {}
     for run in compared.runs:
         model, _ = clip.load("ViT-Tiny/8", "cpu")
-        load_weights(run.folder / "weights.safetensors", model)
+        apply_delta(model, read_delta(run.folder / "weights.safetensors"))
         key = run.config.shots, run.config.method
         after.setdefault(key, []).append(remembered(model, images, labels))
     return before, dict(sorted(after.items()))

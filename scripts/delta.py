@@ -1,0 +1,210 @@
+"""Look into weights.safetensors, make full weights of it, or take it out of them again.
+
+    python scripts/delta.py inspect weights.safetensors
+    python scripts/delta.py apply weights.safetensors --out full.pt           # for clip.load
+    python scripts/delta.py revert full.pt weights.safetensors --out base.pt
+
+The base is the backbone that the delta names; --base names another place to find it. Full weights
+keep the base's tensors as they are, but for the trained matrices, which are in the wider of both
+precisions: float32, where an fp16 checkpoint was adapted. They are a state dict, in the safetensors
+format if the name of --out ends so, else written by torch.save.
+"""
+
+import argparse
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clip import CLIP, build_model, read_checkpoint  # noqa: E402
+from clip.loading import _locate  # noqa: E402
+from optimizers.delta import Delta, apply_delta, changed_entries, read_delta  # noqa: E402
+from run_utils import Parser, backbone  # noqa: E402
+from utils import atomic_write  # noqa: E402
+
+HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
+
+
+def inspect(file: Path) -> str:
+    """Describe a delta: a line for each matrix, the sum, what it belongs to."""
+    delta = read_delta(file)
+    rows, sums = [], [0, 0, 0, 0]
+    for name, (indices, values, shape) in delta.matrices.items():
+        whole = math.prod(shape)
+        size = indices.nbytes + values.nbytes
+        sizes = [len(indices), whole, size, whole * values.element_size()]
+        sums = [total + n for total, n in zip(sums, sizes, strict=True)]
+        rows.append(_row(name, " x ".join(map(str, shape)), *sizes))
+    rows.append(_row(f"all {len(rows)}", "", *sums))
+    table = _table([HEADINGS, *rows])
+    told = [f"{key}: {value}" for key, value in sorted(delta.metadata.items()) if key != "shapes"]
+    told = [line if line.isprintable() else ascii(line) for line in told]
+    return "\n".join([*table, "", f"file: {file.stat().st_size:,} bytes", *told])
+
+
+def _row(name: str, shape: str, changed: int, entries: int, size: int, whole: int) -> list[str]:
+    """One line's cells, in the order of HEADINGS."""
+    share = 100 * changed / max(entries, 1)
+    return [name, shape, f"{changed:,}", f"{share:.4f}", f"{size:,}", f"{whole:,}"]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, aligned: text on the left, numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{c:<{w}}" if i < 2 else f"{c:>{w}}"
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return lines
+
+
+def apply(file: Path, out: Path, base: str | None) -> str:
+    """Write the trained weights as a whole checkpoint."""
+    delta = read_delta(file)
+    place = find_base(delta, base)
+    check_out(out, file, place)
+    state, model = trained(delta, place)
+    weights = model.state_dict()
+    for name, change in delta.matrices.items():
+        dtype = torch.promote_types(state[name].dtype, change.values.dtype)
+        state[name] = weights[name].to(dtype)
+    write(out, state)
+    entries = sum(len(change.indices) for change in delta.matrices.values())
+    return f"{out}: {place} with {entries:,} entries of {len(delta.matrices)} matrices changed"
+
+
+def revert(full: Path, file: Path, out: Path, base: str | None) -> str:
+    """Write the base again, if full weights are what a delta makes of it, and nothing else."""
+    delta = read_delta(file)
+    place = find_base(delta, base)
+    check_out(out, full, file, place)
+    state, model = trained(delta, place)
+    expected, found = model.state_dict(), read_clip(full)[1].state_dict()
+    differing = sorted(expected.keys() ^ found.keys()) or [
+        name
+        for name, tensor in expected.items()
+        if tensor.shape != found[name].shape or len(changed_entries(tensor, found[name]))
+    ]
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise ValueError(
+            f"{full} is not what {file} makes of {place}: it differs in {differing[0]}{more}; "
+            "name the full weights that `apply` wrote"
+        )
+    write(out, state)
+    return f"{out}: {place}, without {file}"
+
+
+def find_base(delta: Delta, base: str | None) -> Path:
+    """The file of the weights that a delta belongs to, or of those named instead.
+
+    Raises:
+        ValueError: Neither says where they are, or they are not there.
+    """
+    name = base or delta.metadata.get("backbone")
+    if not name:
+        raise ValueError(f"{delta.path} names no backbone: name its base with --base")
+    try:
+        return _locate(backbone(name), None)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from None
+
+
+def check_out(out: Path, *inputs: Path) -> None:
+    """Refuse, before the work, to write where that cannot be, or over what is read."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out} is not a file's name in a folder that is there")
+    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+        raise ValueError(f"--out {out} would replace what it is made from: give another name")
+
+
+def read_clip(path: Path) -> tuple[dict[str, Tensor], CLIP]:
+    """A checkpoint's state dict as it is, and the model that it makes, in float32."""
+    state = read_checkpoint(path)
+    try:
+        return state, build_model(state)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+
+
+def trained(delta: Delta, place: Path) -> tuple[dict[str, Tensor], CLIP]:
+    """The base's state dict as it is, and the model with the delta applied, in float32."""
+    state, model = read_clip(place)
+    apply_delta(model, delta)
+    return state, model
+
+
+def write(out: Path, state: dict[str, Tensor]) -> None:
+    """Write a state dict in the format that the file's name asks for."""
+    tensors = {  # copies, for a view would bring all of its storage along
+        key: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for key, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }
+    if out.suffix.lower() == ".safetensors":
+        return atomic_write(out, safetensors.torch.save(tensors))
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    atomic_write(out, buffer.getvalue())
+
+
+# The command line
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments: `run`, and what it takes."""
+    parser = Parser(prog="delta.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[..., str], files: Sequence[str], out: str, help: str) -> None:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        for file in files:
+            command.add_argument(file, type=Path, metavar=file.upper())
+        if out:
+            command.add_argument("--out", type=Path, required=True, metavar=out, help="to write")
+            command.add_argument(
+                "--base", type=backbone, help="name or path of the base (the backbone in FILE)"
+            )
+
+    add("inspect", inspect, ["file"], "", "show what a delta changes")
+    add("apply", apply, ["file"], "FULL", "write the trained weights")
+    add("revert", revert, ["full", "file"], "BASE", "write the base of full weights")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = vars(parse_args(argv))
+    run, _ = args.pop("run"), args.pop("command")
+    try:
+        text = run(**args)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            error = f"{error.filename}: {error.strerror}"
+        print(f"delta.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("delta.py: interrupted", file=sys.stderr)
+        return 130
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads it, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
