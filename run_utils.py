@@ -15,9 +15,11 @@ import os
 import platform
 import random
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,13 +27,14 @@ import numpy
 import torch
 import torchvision
 import yaml
+from torch import Tensor
 
 import clip
 from datasets import DATASETS, FewShotDataset
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
-from utils import atomic_write
+from utils import Interrupted, atomic_write, content_digest, lock
 
 HERE = Path(__file__).parent
 DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
@@ -39,9 +42,10 @@ DEMO_CONFIG = HERE / "configs" / "digits.yaml"
 # Where and how a run goes, as opposed to what it computes.
 CIRCUMSTANCES = {
     "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
-    "device", "num_workers", "threads", "cache_mb",
+    "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every",
 }  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+VERSION = 1  # of checkpoints
 SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
 RESULT_LINES = {
     "zero_shot_accuracy": "**** Zero-shot CLIP's {} accuracy: {:.2f}. ****",
@@ -164,6 +168,8 @@ def make_parser() -> Parser:
     add("--early_stop_loss", type=number(float, 0), default=0.01,
         help="end when the mean loss of an epoch is below this")
     add("--batch_size", type=number(int, 1), default=32, help="images per iteration")
+    add("--accumulate", type=number(int, 1), default=1,
+        help="parts that each batch is computed in, one after the other, for less memory")
     add("--crop_scale", type=number(float, 0, 1, open_="low"), nargs=2, default=[0.08, 1.0],
         metavar=("MIN", "MAX"), help="area of the random crop, as shares of the image")
     add("--crop_ratio", type=number(float, 0, open_="low"), nargs=2, default=[3 / 4, 4 / 3],
@@ -200,6 +206,9 @@ def make_parser() -> Parser:
     add("--save_path", default="results", help="folder of all results")
     add("--filename", default="weights", help="name of the weights file")
     add("--save_weights", **switch, default=False, help="keep the adapted matrices")
+    add("--checkpoint_every", type=number(int, 0), default=500,
+        help="iterations between two checkpoints; 0 for those on SIGINT and SIGTERM alone")
+    add("--resume", **switch, default=False, help="go on from the checkpoint, if there is one")
     add("--overwrite", **switch, default=False, help="replace another configuration's result")
     add("--eval_only", **switch, default=False, help="evaluate saved weights, do not train")
     return parser
@@ -369,23 +378,27 @@ def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         there = vars(make_parser().parse_args([])) | result["config"]  # older than some flag
-        there = {key: value for key, value in there.items() if key not in CIRCUMSTANCES}
         for key in RESULT_LINES:
             float(result[key])
-        keys = sorted(there.keys() | computed(config).keys())
+        changes = differences(there, computed(config))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a run's result ({error!r}); {remedies}") from error
-    changes = [
-        f"{key} {there.get(key)} there, {computed(config).get(key)} here"
-        for key in keys
-        if there.get(key) != computed(config).get(key)
-    ]
     if changes:
-        raise ValueError(f"{folder} holds another run's result ({'; '.join(changes)}); {remedies}")
+        raise ValueError(f"{folder} holds another run's result ({changes}); {remedies}")
     weights = folder / f"{config.filename}.safetensors"
     if config.save_weights and not weights.exists():
         raise ValueError(f"{folder} holds this run's result, but not {weights.name}; {remedies}")
     return result
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Which settings that numbers depend on differ, in words; "" for none."""
+    keys = sorted((there.keys() | here.keys()) - CIRCUMSTANCES)
+    return "; ".join(
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in keys
+        if there.get(key) != here.get(key)
+    )
 
 
 def computed(config: argparse.Namespace) -> dict[str, Any]:
@@ -393,22 +406,30 @@ def computed(config: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
 
 
-def open_folder(folder: Path, config: argparse.Namespace) -> None:
-    """Make the folder and write config.yaml: what cannot be written shows before the training.
+@contextmanager
+def open_folder(folder: Path, config: argparse.Namespace) -> Iterator[None]:
+    """Make the folder, keep other processes out of it, and write config.yaml.
+
+    What cannot be written shows before the training.
 
     Raises:
-        ValueError: The folder cannot be made or written.
+        ValueError: The folder cannot be made or written, or another process is at work in it.
     """
     settings = {key: value for key, value in vars(config).items() if key != "config"}
-    settings.update(overwrite=False, eval_only=False)
+    settings.update(overwrite=False, eval_only=False, resume=False)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "config.yaml", text)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder} ({error.strerror}); give another --save_path"
-        ) from error
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder))
+            for left in folder.glob(".*.tmp"):  # of processes that were killed
+                left.unlink()
+            atomic_write(folder / "config.yaml", text)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {folder} ({error.strerror}); give another --save_path"
+            ) from error
+        yield
 
 
 def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
@@ -439,7 +460,99 @@ def write_result(
         "config": computed(config),
     }
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
+
+
+# Checkpoints
+
+
+class Checkpoint(dict):
+    """What a checkpoint holds, and the file that it is from."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    @contextmanager
+    def usable(self) -> Iterator[None]:
+        """Turn whatever goes wrong in its use into a ValueError that names the file."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0][:160]
+            raise ValueError(
+                f"{self.path} does not fit this run ({reason}); remove it to start anew"
+            ) from error
+
+
+def write_checkpoint(folder: Path, config: argparse.Namespace, **content: Any) -> None:
+    """Write checkpoint.pt: plain values and tensors, which need no trust to be read.
+
+    Where that fails, as on a full disk, a note says so: the run is worth more, and the checkpoint
+    before stays.
+    """
+    path = folder / "checkpoint.pt"
+    data = {"version": VERSION, "config": computed(config), **content}
+    data["digest"] = content_digest(data)
+    try:
+        atomic_write(path, lambda file: torch.save(data, file))
+    except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        print(f"note: {path} could not be written ({reason})", file=sys.stderr)
+
+
+def read_checkpoint(
+    folder: Path, config: argparse.Namespace, base_digest: str
+) -> Checkpoint | None:
+    """Read the checkpoint of this very run, if --resume asks for one and it is there.
+
+    Raises:
+        ValueError: It is damaged, or of another version, configuration or backbone.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    if not config.resume:
+        print(f"note: --resume would go on from {path}; starting anew", file=sys.stderr)
+        return None
+    remedy = f"remove {path}, or leave --resume out, to start anew"
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        whole = data.pop("digest") == content_digest(data)
+        version, there = data["version"], dict(data["config"])
+    except Exception as error:  # damage shows in many ways
+        reason = (str(error).splitlines() or [repr(error)])[0][:160]
+        raise ValueError(f"{path} is damaged ({reason}); {remedy}") from None
+    if version != VERSION:
+        raise ValueError(f"{path} is of version {version!r}, not {VERSION}; {remedy}")
+    if not whole:
+        raise ValueError(f"{path} is damaged (its digest does not match); {remedy}")
+    if changes := differences(there, computed(config)):
+        raise ValueError(
+            f"{path} is of another run ({changes}); give another --save_path, {remedy}"
+        )
+    if data["base_digest"] != base_digest:
+        raise ValueError(f"{path} is of a {config.backbone} of other weights; {remedy}")
+    return Checkpoint(data, path)
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """States of torch's generators that a run may draw from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_generators(states: Sequence[Tensor], device: torch.device) -> None:
+    """Restore what `generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+# What a device is
 
 
 def peak_memory(device: torch.device) -> float:
@@ -517,9 +630,11 @@ def exit_status(main: Callable[[], None]) -> int:
     try:
         main()
         return 0
-    except KeyboardInterrupt:
-        print("\nmain.py: interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Interrupted) as stop:
+        number = stop.args[0] if isinstance(stop, Interrupted) else signal.SIGINT
+        text = f"ended by {signal.Signals(number).name}; --resume goes on from the checkpoint"
+        print(f"\nmain.py: {text}, if there is one", file=sys.stderr)
+        return 128 + number
     except (ValueError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as error:
         if os.environ.get("SO_TRACEBACK"):
             raise

@@ -7,8 +7,9 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from clip import CLIP
 from clip.model import ResidualAttentionBlock
 from datasets.loader import Batch, normalise, to_device
-from utils import Progress
+from optimizers.snapshot import Snapshot
+from utils import Interrupted, Progress
 
 # Share of the stack of layers that each --position adapts, or how many of its last layers.
 POSITIONS: dict[str, tuple[float, float] | int] = {
@@ -245,10 +247,62 @@ class BestIterate:
             p.copy_(value)
         return self.iteration
 
+    def state(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Everything as plain values and CPU tensors, for a checkpoint."""
+        kept = snapshot.take(self.kept) if self.kept else None
+        return {"iteration": self.iteration, "score": self.score, "kept": kept}
+
+    def load(self, state: dict[str, Any], snapshot: Snapshot) -> None:
+        """Restore what `state` returned; what is trained must be as it was before training."""
+        self.iteration, self.score = int(state["iteration"]), float(state["score"])
+        if state["kept"] is not None:
+            self.kept = [p.detach().clone() for p in self.params]
+            snapshot.put(state["kept"], self.kept)
+
 
 def cosine_lr(lr: float, iteration: int, iterations: int) -> float:
     """The learning rate of an iteration, counted from 0: a cosine from lr down to 1e-6."""
     return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+
+
+@dataclass
+class Course:
+    """How far training has come: with weights, optimizer and generators, all that continues it."""
+
+    iterations: int  # at most
+    count: int = 0  # iterations done
+    looked: int = 0  # done before the last look at the losses
+    epoch_start: int = 0  # done before this epoch
+    ended: bool = False
+    accuracies: dict[int, float] = field(default_factory=dict)  # in percent, by iteration
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # (iterations,), on the device
+    scaler: dict[str, Any] = field(default_factory=dict)  # GradScaler's state
+
+    def curve(self, start_lr: float, count: int | None = None) -> list[tuple]:
+        """Rows (iteration, loss, lr, test accuracy, or "" where nothing was measured)."""
+        losses = self.losses[: self.count if count is None else count].tolist()
+        return [
+            (i, loss, cosine_lr(start_lr, i - 1, self.iterations), self.accuracies.get(i, ""))
+            for i, loss in enumerate(losses, start=1)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Everything as plain values and a CPU tensor, for a checkpoint."""
+        return {**vars(self), "losses": self.losses[: self.count].cpu()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            ValueError: It is of another number of iterations, or contradicts itself.
+        """
+        other = Course(**state)
+        orderly = 0 <= other.epoch_start <= other.count and 0 <= other.looked <= other.count
+        if other.iterations != self.iterations or not 0 < other.count <= self.iterations:
+            raise ValueError(f"{other.count} of {other.iterations} iterations")
+        if not orderly or other.losses.shape != (other.count,):
+            raise ValueError("its numbers of iterations contradict each other")
+        self.__dict__.update(vars(other))
 
 
 def train(
@@ -256,30 +310,40 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterator[tuple[Batch, bool]],
     prompts: Tensor,
+    course: Course,
     *,
-    iterations: int,
     logit_scale: float | str = 100.0,
     early_stop_loss: float = 0.0,
     precision: str = "fp32",
     text_chunk: int = 0,
+    accumulate: int = 1,
     eval_every: int = 0,
     measure: Callable[[int], float] | None = None,
+    checkpoint_every: int = 0,
+    save: Callable[[Course], None] | None = None,
+    interruption: Callable[[], None] = lambda: None,
 ) -> list[tuple]:
     """Adapt the model by cross-entropy over scaled cosines, with the paper's cosine schedule.
 
     Args:
         model: What is to be trained in it requires gradients; it stays in evaluation mode.
         optimizer: Of what is trained; its learning rate is the schedule's start.
-        batches: Images and labels for ever, and whether each batch ends an epoch.
+        batches: Images and labels for ever, and whether each batch ends an epoch; from the
+            course's count on.
         prompts: Tokens of the classes' prompts, by label: (P, C, L).
-        iterations: How many batches to take at most.
+        course: How far it is, and how far it may go: a new one, or an interrupted run's.
         logit_scale: Factor of the cosines, or "checkpoint" for the model's own.
         early_stop_loss: End after an epoch whose mean loss is below this. On a GPU epochs of
             less than LOOK_EVERY iterations are looked at now and then, not each.
         precision: Of matrix products: "fp32", "bf16", or "fp16" with scaled gradients.
         text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
+        accumulate: Parts that each batch is computed in.
         eval_every: Iterations between two calls of `measure`; 0 for the last one alone.
         measure: Told how many iterations are done, it returns the test accuracy in percent.
+        checkpoint_every: Iterations between two calls of `save`; 0 for none.
+        save: Keeps a course, and what else it takes to continue from there.
+        interruption: Called after each iteration; raises Interrupted to have the course saved and
+            training ended.
 
     Returns:
         The curve: rows (iteration, loss, lr, test accuracy), iterations counted from 1; the
@@ -287,68 +351,130 @@ def train(
 
     Raises:
         NonFiniteLoss: A loss is NaN or infinite.
+        Interrupted: `interruption` or `measure` raised it; the course is saved.
     """
     device = model.text_projection.device
     scale = model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    start_lr = optimizer.param_groups[0]["lr"]
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # a resumed run's rate is that of its last step
+    start_lr = optimizer.param_groups[0]["initial_lr"]
     with autocast(device, precision):
         first, hidden = before_training(model, prompts)
 
-    losses = torch.zeros(iterations, device=device)  # there, so that a GPU is not waited for
-    looked = epoch_start = 0  # iterations before the last look, and before this epoch
-    accuracies: dict[int, float] = {}  # by iteration
+    losses = torch.zeros(course.iterations, device=device)  # there: a GPU is not waited for
+    losses[: course.count] = course.losses.to(device)
+    course.losses = losses
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if course.scaler:
+        scaler.load_state_dict(course.scaler)
 
-    def curve(count: int) -> list[tuple]:
-        return [
-            (i, loss, cosine_lr(start_lr, i - 1, iterations), accuracies.get(i, ""))
-            for i, loss in enumerate(losses[:count].tolist(), start=1)
-        ]
+    def measure_where_due() -> None:
+        count = course.count
+        due = course.ended or (eval_every and count and count % eval_every == 0)
+        if measure is not None and due and count not in course.accuracies:
+            course.accuracies[count] = measure(count)
 
-    with Progress(iterations, "Training", "it") as bar:
-        for count, (batch, ends_epoch) in enumerate(islice(batches, iterations), start=1):
-            for group in optimizer.param_groups:
-                group["lr"] = cosine_lr(start_lr, count - 1, iterations)
-            images, labels = to_device(batch, device)
-            with autocast(device, precision):
-                classes = hidden  # (C, D) where nothing of the text tower is trained
-                if first < len(model.transformer.resblocks):
-                    classes = text_features(model, prompts, text_chunk, hidden, first)
-                logits = scale * image_features(model, images) @ classes.T  # (B, C)
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses[count - 1] = loss.detach()
+    def keep() -> None:
+        if save is not None and course.count and losses[: course.count].isfinite().all():
+            course.scaler = scaler.state_dict()
+            save(course)
 
-            unseen, epoch = count - looked, count - epoch_start
-            note = ""
-            if (
-                device.type == "cpu"
-                or (ends_epoch and max(unseen, epoch) >= LOOK_EVERY)
-                or unseen >= 2 * LOOK_EVERY
-                or count == iterations
-            ):
-                fresh = losses[looked:count]
-                if not fresh.isfinite().all():
-                    bad = looked + int(fresh.isfinite().logical_not().nonzero()[0]) + 1
-                    raise NonFiniteLoss(
-                        f"the loss became {losses[bad - 1].item()} at iteration {bad} of "
-                        f"{iterations}: lower --lr, or use --precision fp32 or bf16",
-                        curve(bad),
-                    )
-                looked, note = count, f"loss {losses[count - 1].item():.3f}"
-            bar.update(note=note)
-            stop = count == iterations
-            if ends_epoch:
-                if looked == count and losses[epoch_start:count].mean() < early_stop_loss:
-                    stop = True
-                epoch_start = count
-            if stop:
-                break
-            if eval_every and count % eval_every == 0:
-                accuracies[count] = measure(count)
-    if measure is not None:
-        accuracies[count] = measure(count)
-    return curve(count)
+    try:
+        with Progress(course.iterations, "Training", "it", course.count) as bar:
+            measure_where_due()  # what the interrupted run had no time for
+            while not course.ended:
+                batch, ends_epoch = next(batches)
+                for group in optimizer.param_groups:
+                    group["lr"] = cosine_lr(start_lr, course.count, course.iterations)
+                optimizer.zero_grad()
+                with autocast(device, precision):
+                    classes = hidden  # (C, D) where nothing of the text tower is trained
+                    if first < len(model.transformer.resblocks):
+                        classes = text_features(model, prompts, text_chunk, hidden, first)
+                loss = add_gradients(
+                    model, to_device(batch, device), classes, scale, scaler, precision, accumulate
+                )
+                scaler.step(optimizer)
+                scaler.update()
+                losses[course.count] = loss
+                course.count += 1
+                note = check(course, ends_epoch, early_stop_loss, start_lr)
+                bar.update(note=note)
+                interruption()
+                measure_where_due()
+                if checkpoint_every and course.count % checkpoint_every == 0 and not course.ended:
+                    keep()
+    except Interrupted:
+        keep()
+        raise
+    return course.curve(start_lr)
+
+
+def add_gradients(
+    model: CLIP,
+    batch: Batch,
+    classes: Tensor,
+    scale: float | Tensor,
+    scaler: torch.amp.GradScaler,
+    precision: str,
+    parts: int,
+) -> Tensor:
+    """Add the gradients of a batch's mean loss, which is returned.
+
+    Args:
+        model: The model.
+        batch: Images and labels, on its device.
+        classes: Features of the classes (C, D).
+        scale: Factor of the cosines.
+        scaler: Scales the loss for the backward pass.
+        precision: Of matrix products.
+        parts: How many parts the batch is computed in, one after the other, which takes less
+            memory; the text is encoded once all the same.
+    """
+    images, labels = batch
+    leaf = classes.detach().requires_grad_(classes.requires_grad) if parts > 1 else classes
+    total = torch.zeros((), device=labels.device)
+    for some_images, some_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        with autocast(labels.device, precision):
+            logits = scale * image_features(model, some_images) @ leaf.T  # (b, C)
+            loss = F.cross_entropy(logits, some_labels) * (len(some_labels) / len(labels))
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    if leaf is not classes and leaf.grad is not None:
+        classes.backward(leaf.grad)
+    return total
+
+
+def check(course: Course, ends_epoch: bool, early_stop_loss: float, start_lr: float) -> str:
+    """Look at the losses where it is time, and note whether training has ended.
+
+    Returns:
+        What to show beside the progress; "" where nothing was looked at.
+
+    Raises:
+        NonFiniteLoss: A loss is NaN or infinite.
+    """
+    count, losses = course.count, course.losses
+    unseen, epoch = count - course.looked, count - course.epoch_start
+    last = count == course.iterations
+    note = ""
+    if (
+        losses.device.type == "cpu"
+        or (ends_epoch and max(unseen, epoch) >= LOOK_EVERY)
+        or unseen >= 2 * LOOK_EVERY
+        or last
+    ):
+        fresh = losses[course.looked : count]
+        if not fresh.isfinite().all():
+            bad = course.looked + int(fresh.isfinite().logical_not().nonzero()[0]) + 1
+            raise NonFiniteLoss(
+                f"the loss became {losses[bad - 1].item()} at iteration {bad} of "
+                f"{course.iterations}: lower --lr, or use --precision fp32 or bf16",
+                course.curve(start_lr, bad),
+            )
+        course.looked, note = count, f"loss {losses[count - 1].item():.3f}"
+    low = ends_epoch and course.looked == count
+    course.ended = last or bool(low and losses[course.epoch_start : count].mean() < early_stop_loss)
+    if ends_epoch:
+        course.epoch_start = count
+    return note

@@ -1,21 +1,33 @@
-"""Small things several parts use: atomic files, progress bars."""
+"""Small things several parts use: safe files, signals, progress bars."""
 
+import fcntl
+import hashlib
 import os
+import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
 
 
-def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
+def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Write a file so that its name only ever stands for the whole content.
 
     The data goes to a temporary file beside it, to the disk, and is then renamed.
+
+    Args:
+        path: The file.
+        data: Its content, or what writes that to an open file.
 
     Raises:
         OSError: The folder is missing, full or not writable; nothing is left behind.
@@ -24,13 +36,148 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        sync_folder(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # which a full disk leaves out
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on the disk, too, where its system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse; the file itself is safe
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def content_digest(data: Any) -> str:
+    """SHA-256 over nested dicts, lists and tuples of plain values and tensors."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+            value = value.detach().cpu().contiguous().reshape(-1)
+            sha.update(value.view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(f"{len(value)} pairs ".encode())
+            for pair in value.items():
+                add(pair)
+        elif isinstance(value, list | tuple):
+            sha.update(f"{len(value)} items ".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{value!r} ".encode())
+
+    add(data)
+    return sha.hexdigest()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the system takes a dead process's lock away.
+
+    Raises:
+        ValueError: Another process has it; the sentence says which.
+        OSError: The folder cannot be written.
+    """
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{folder} is in use by {holder}: wait for its end, or give another --save_path"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # its holder removed it as we opened it
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+class Interrupted(BaseException):
+    """A signal asks to end; its number is the first argument."""
+
+
+class Signals:
+    """SIGINT and SIGTERM as Interrupted: raised at once, or where `check` is called if deferred.
+
+    The first signal gives the second one back its usual effect: the end, at once.
+    """
+
+    def __init__(self) -> None:
+        self.deferring, self.pending = False, 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        self.pending = number
+        if not self.deferring:
+            raise Interrupted(number)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.pending:
+            raise Interrupted(self.pending)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """For a while, have signals wait for `check`."""
+        before, self.deferring = self.deferring, True
+        try:
+            yield
+        finally:
+            self.deferring = before
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within such a while, have them raise at once."""
+        before, self.deferring = self.deferring, False
+        try:
+            self.check()
+            yield
+        finally:
+            self.deferring = before
 
 
 def progress(
@@ -55,18 +202,26 @@ class Progress:
         total: How many units there will be; None when unknown.
         desc: What is being done.
         unit: What is counted.
+        done: Units that were done before.
         seconds: Least time between two plain lines.
     """
 
     def __init__(
-        self, total: int | None, desc: str = "", unit: str = "it", seconds: float = 15.0
+        self,
+        total: int | None,
+        desc: str = "",
+        unit: str = "it",
+        done: int = 0,
+        seconds: float = 15.0,
     ) -> None:
         self.total, self.desc, self.unit, self.seconds = total, desc, unit, seconds
-        self.count, self.note = 0, ""
+        self.count, self.done, self.note = done, done, ""
         self.start = self.last = time.monotonic()
         self.bar: Any = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(
+                total=total, initial=done, desc=desc, unit=unit, dynamic_ncols=True, leave=False
+            )
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Count n more units; `note` (such as the loss) is shown behind the count."""
@@ -91,7 +246,7 @@ class Progress:
     def _line(self) -> None:
         """Print one plain line: what, how many of how many, rate, note."""
         self.last = time.monotonic()
-        rate = self.count / max(self.last - self.start, 1e-9)
+        rate = (self.count - self.done) / max(self.last - self.start, 1e-9)
         of = f"/{self.total}" if self.total is not None else ""
         note = f", {self.note}" if self.note else ""
         print(

@@ -48,7 +48,16 @@ from optimizers import SO
 from optimizers.lora import add_lora, set_dropout
 from optimizers.sampled import sample_gradients
 from run_utils import default_device, prepare_machine
-from train import POSITIONS, autocast, before_training, select_matrices, text_features, train, unit
+from train import (
+    POSITIONS,
+    Course,
+    autocast,
+    before_training,
+    select_matrices,
+    text_features,
+    train,
+    unit,
+)
 
 Mark = Callable[[str], None]  # called with a part's name where it ends
 
@@ -159,7 +168,7 @@ def count_kernels(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     batches = ((row["batch"], False) for _ in range(PROFILED))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         train(
-            row["model"], row["optimizer"], batches, row["prompts"], iterations=PROFILED,
+            row["model"], row["optimizer"], batches, row["prompts"], Course(PROFILED),
             precision=row["precision"], text_chunk=row["text_chunk"],
         )  # fmt: skip
         synchronise(device)

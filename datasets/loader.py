@@ -75,6 +75,7 @@ class Loader:
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
+        start: int = 0,
     ) -> Iterator[tuple[Batch, bool]]:
         """Yield shuffled, augmented batches for ever, and whether each ends an epoch.
 
@@ -85,26 +86,27 @@ class Loader:
             scale: Least and largest area of the crop, as shares of the image.
             ratio: Least and largest width / height of the crop.
             flip: Whether every other image is mirrored.
+            start: Batches to leave out at the beginning.
         """
 
         def image(item: Item, epoch: int, position: int) -> np.ndarray:
             rng = random.Random(f"{seed} {epoch} {position}")
             return augment(self._decoded(item.impath), self.resolution, rng, scale, ratio, flip)
 
-        def batch(epoch: int, order: list[int], start: int) -> tuple[Batch, bool]:
-            chosen = range(start, min(start + batch_size, len(order)))
+        def batch(epoch: int, order: list[int], first: int) -> tuple[Batch, bool]:
+            chosen = range(first, min(first + batch_size, len(order)))
             images = [image(items[order[position]], epoch, position) for position in chosen]
             labels = [items[order[position]].label for position in chosen]
             return stack(images, labels), chosen.stop == len(order)
 
         def jobs() -> Iterator[Callable[[], tuple[Batch, bool]]]:
-            epoch = 0
+            epoch, skipped = divmod(start, math.ceil(len(items) / batch_size))
             while True:
                 order = list(range(len(items)))
                 random.Random(f"{seed} {epoch}").shuffle(order)
-                for start in range(0, len(order), batch_size):
-                    yield lambda at=(epoch, order, start): batch(*at)
-                epoch += 1
+                for first in range(skipped * batch_size, len(order), batch_size):
+                    yield lambda at=(epoch, order, first): batch(*at)
+                epoch, skipped = epoch + 1, 0
 
         return self._ahead(jobs())
 

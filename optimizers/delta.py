@@ -123,7 +123,17 @@ def save_delta(
         shapes[name] = list(matrix.shape)
     metadata |= {"format": FORMAT, "version": str(VERSION), "base_digest": base_digest}
     metadata["shapes"] = json.dumps(shapes)
-    atomic_write(path, safetensors.torch.save(tensors, metadata=metadata))
+    atomic_write(path, _orderly(safetensors.torch.save(tensors, metadata=metadata)))
+
+
+def _orderly(data: bytes) -> bytes:
+    """The same safetensors file with sorted metadata, whose order safetensors leaves to chance."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def read_delta(path: str | os.PathLike) -> Delta:

@@ -12,7 +12,7 @@ from torch import nn
 from clip import build_model
 from clip.model import Attention
 from optimizers.lora import add_lora, merged, set_dropout
-from train import compile_blocks, evaluate, image_features, text_features, train
+from train import Course, compile_blocks, evaluate, image_features, text_features, train
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 WIDTH = 64
@@ -207,7 +207,7 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
     curve = train(
         model, optimizer, ((batch, True) for _ in range(30)), tokens,
-        iterations=30, logit_scale=10.0, precision=precision, text_chunk=3,
+        Course(30), logit_scale=10.0, precision=precision, text_chunk=3,
     )  # fmt: skip
     after = model.state_dict()
     assert {name for name in after if not torch.equal(after[name], before[name])} == params.keys()

@@ -18,6 +18,7 @@ from optimizers import SO, sampled
 from optimizers.sampled import sample_gradients
 from train import (
     POSITIONS,
+    Course,
     before_training,
     compile_blocks,
     cosine_lr,
@@ -103,7 +104,7 @@ def test_training_equals_the_plain_computation(
     prompts = tokenize_prompts(ours, NAMES, templates)
     assert prompts.shape[-1] < ours.context_length
     stream = batches(ours.visual.input_resolution)
-    curve = train(ours, optimizer, stream, prompts, iterations=STEPS, text_chunk=chunk)
+    curve = train(ours, optimizer, stream, prompts, Course(STEPS), text_chunk=chunk)
 
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)  # kept in float32
     for (name, p), q in zip(matrices.items(), their_matrices.values(), strict=True):
@@ -136,7 +137,7 @@ def test_what_lies_below_the_first_trained_block_of_the_text_tower_runs_once():
     for number, block in enumerate(model.transformer.resblocks):
         block.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
     prompts = tokenize_prompts(model, NAMES, ["a {}."])
-    train(model, SO(matrices.values()), batches(32), prompts, iterations=5)
+    train(model, SO(matrices.values()), batches(32), prompts, Course(5))
     assert calls == [1, 5]
 
 
@@ -209,7 +210,7 @@ def test_low_precision_copies_follow_the_float32_weights(precision):
     casts = []
 
     def adapt(steps):
-        train(model, optimizer, batches(32), prompts, iterations=steps, precision=precision)
+        train(model, optimizer, batches(32), prompts, Course(steps), precision=precision)
         for p in matrices.values():
             assert torch.equal(p.low_precision, p.to(p.low_precision.dtype))
         casts.append(next(iter(matrices.values())).low_precision)
@@ -232,7 +233,7 @@ def test_compiled_blocks_train_as_plain_ones():
     compile_blocks(ours, backend="aot_eager")
     prompts = tokenize_prompts(ours, NAMES, ["a {}."])
     optimizer = SO(matrices.values(), **SETTINGS)
-    curve = train(ours, optimizer, batches(32), prompts, iterations=STEPS)
+    curve = train(ours, optimizer, batches(32), prompts, Course(STEPS))
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)
     for p, q in zip(matrices.values(), their_matrices.values(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), **CLOSE)

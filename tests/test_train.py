@@ -18,6 +18,7 @@ from train import (
     MATRICES,
     POSITIONS,
     BestIterate,
+    Course,
     NonFiniteLoss,
     cosine_lr,
     evaluate,
@@ -60,7 +61,7 @@ def prompts(model, template=TEMPLATE):
 def adapt(model, items, optimizer, iterations=6, workers=0, **options):
     loader = Loader(model.visual.input_resolution, workers, cache_mb=10)
     batches = loader.train_batches(items, 5, seed=1)
-    return train(model, optimizer, batches, prompts(model), iterations=iterations, **options)
+    return train(model, optimizer, batches, prompts(model), Course(iterations), **options)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_an_iteration_on_a_gpu_waits_for_nothing(items, precision):
             return next(batches)
 
     try:
-        train(model, optimizer, Watched(), prompts(model), iterations=40, precision=precision)
+        train(model, optimizer, Watched(), prompts(model), Course(40), precision=precision)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert waits.count(2) == 39
