@@ -1,12 +1,14 @@
-"""Reads the tensors of a TorchScript archive without running any of it.
+"""Reads the zip files of torch.save and of TorchScript without running any of them.
 
-OpenAI published CLIP as TorchScript: a zip file whose `data.pkl` pickles the module's attributes,
-whose `code/` holds its program, and whose `data/` holds the storages. `torch.jit.load` would run
-the program's constructors. Here `code/` is never opened, and the pickle may name a handful of
-harmless things and nothing else.
+Both hold a `data.pkl`, which pickles a structure, and `data/`, the storages of its tensors. OpenAI
+published CLIP as TorchScript: the structure is the module's attributes, and `code/` holds its
+program, whose constructors `torch.jit.load` would run. Here `code/` is never opened, and the
+pickle may name a handful of harmless things and nothing else. Sizes are believed only as far as
+there are bytes for them; older versions of torch.load read beyond a storage that says it is longer.
 """
 
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -27,9 +29,12 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 DEPTH = 16  # modules within modules; CLIP needs six
-MODULES = 20_000  # CLIP's largest has about a thousand
+ATTRIBUTES = 1_000_000  # of all modules; CLIP's largest has some ten thousand
+GROWTH = 16  # times a file's size that its content may have: weights do not compress well
+SLACK = 2**24  # bytes that any file may unpack to
 
 
 class Record:
@@ -51,22 +56,58 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         path: a TorchScript archive.
 
     Raises:
-        ValueError: if the archive names anything but modules and tensors, or a tensor reaches
-            beyond its storage.
+        ValueError: as `read_saved`.
         zipfile.BadZipFile: if the zip file is damaged.
     """
+    return _tensors(read_saved(path))
+
+
+def read_saved(path: Path) -> Any:
+    """What torch.save wrote, if that is made of tensors, dicts, lists, texts and numbers.
+
+    Args:
+        path: a zip file, as torch.save writes them.
+
+    Returns:
+        The structure, with parameters as tensors, on the CPU. It may contain itself.
+
+    Raises:
+        ValueError: if the file names anything that does harm, a tensor reaches beyond its storage,
+            or the content is far larger than the file.
+        zipfile.BadZipFile: if the zip file is damaged.
+        Exception: of many kinds, if the pickle is.
+    """
     with zipfile.ZipFile(path) as archive:
+        check_growth(path, sum(entry.file_size for entry in archive.infolist()))
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it has no data.pkl, or several")
         folder = pickles[0].removesuffix("data.pkl")
+        order = f"{folder}byteorder"
+        if order in archive.NameToInfo and archive.read(order) != sys.byteorder.encode():
+            raise ValueError("its numbers are in another machine's order of bytes")
         with archive.open(pickles[0]) as file:
-            root = _Reader(file, archive, folder).load()
-    return _tensors(root)
+            return _Reader(file, archive, folder).load()
 
 
-class _Reader(pickle.Unpickler):
-    """An unpickler that knows tensors, lists and inert records."""
+def check_growth(path: Path, size: int) -> None:
+    """Refuse content that is far larger than its file: nothing else would bound the memory.
+
+    Args:
+        path: the file.
+        size: bytes of the content, as the file declares them.
+
+    Raises:
+        ValueError: if they are more than GROWTH times the file's, and more than SLACK.
+    """
+    if size > SLACK + GROWTH * path.stat().st_size:
+        raise ValueError(f"its {path.stat().st_size:,} bytes would become {size:,}")
+
+
+# Python's own unpickler rather than C's, where BUILD could not be kept from setting attributes of
+# functions and tensors.
+class _Reader(pickle._Unpickler):
+    """An unpickler that knows tensors, plain containers and inert records."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str):
         super().__init__(file)
@@ -76,17 +117,35 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
             return type("Module", (Record,), {})
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.rebuild_tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
         if module == "torch" and name in DTYPES:
             return name
+        if f"{module}.{name}" in DTYPE_NAMES:
+            return DTYPE_NAMES[f"{module}.{name}"]
         if module == "torch.jit._pickle" and name in LISTS:
-            return list
-        if module == "torch.jit._pickle" and name == "restore_type_tag":
-            return self.untag
+            return self.listed
+        harmless = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "Counter"): dict,
+            ("torch", "Size"): self.listed,
+            ("torch", "device"): str,
+            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): self.untag,
+            ("torch.jit._pickle", "restore_type_tag"): self.untag,
+        }
+        if (module, name) in harmless:
+            return harmless[module, name]
         raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
+
+    def load_build(self) -> None:
+        """Fill a record; what torch hangs on a state dict (its versions) is dropped."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Record) and isinstance(state, dict):
+            vars(self.stack[-1]).update(state)
+        elif not isinstance(self.stack[-1], OrderedDict):
+            raise ValueError(f"it sets attributes of a {type(self.stack[-1]).__name__}")
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    del dispatch[pickle.BYTEARRAY8[0]]  # would take the memory before it has the bytes
 
     def persistent_load(self, pid: Any) -> Tensor:
         """A storage as a flat tensor; pid is ("storage", type, entry, device, length)."""
@@ -123,22 +182,31 @@ class _Reader(pickle.Unpickler):
         return storage.as_strided(size, stride, offset)
 
     @staticmethod
-    def untag(value: Any, _: str) -> Any:
-        """A list or dict that was written with its type."""
+    def untag(value: Any, *_: Any) -> Any:
+        """What was written with its type, or with its being a parameter."""
         return value
+
+    @staticmethod
+    def listed(values: list | tuple) -> list:
+        """A list of what is one already: of a tensor, it would be a tensor for each number."""
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"it makes a list of a {type(values).__name__}")
+        return list(values)
 
 
 def _tensors(root: Any) -> dict[str, Tensor]:
     """The tensors below a record, by dotted names."""
-    tensors = {}
-    records = [("", root)]
-    for _ in range(MODULES):
-        if not records:
-            return tensors
+    tensors: dict[str, Tensor] = {}
+    records = [("", root)] if isinstance(root, Record) else []
+    visited = 0
+    while records:
         prefix, record = records.pop()
-        for name, value in vars(record).items() if isinstance(record, Record) else ():
+        visited += 1 + len(vars(record))
+        if visited > ATTRIBUTES:  # each record is met as often as it is referred to
+            raise ValueError(f"its modules have more than {ATTRIBUTES} attributes")
+        for name, value in vars(record).items():
             if isinstance(value, Tensor):
-                tensors[prefix + name] = value
+                tensors[f"{prefix}{name}"] = value
             elif isinstance(value, Record) and prefix.count(".") < DEPTH:
                 records.append((f"{prefix}{name}.", value))
-    raise ValueError(f"it holds more than {MODULES} modules")
+    return tensors

@@ -7,10 +7,11 @@ features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))
 import difflib
 import os
 import re
+import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision import transforms
 
-from .archive import is_archive, read_archive
+from .archive import check_growth, is_archive, read_archive, read_saved
 from .download import cache_folder, digest, fetch
 from .model import CLIP, build_model
 
@@ -87,7 +88,7 @@ def load(
     state_dict = read_checkpoint(path)
     try:
         model = build_model(state_dict)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's own, of sizes that it cannot have
         raise ValueError(
             f"{path} cannot be used: {error} Name a checkpoint of a CLIP such as OpenAI's."
         ) from None
@@ -125,10 +126,10 @@ def _locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | 
         return path
     if name in OPENAI:
         file, sha256 = OPENAI[name]
-        folder = Path(download_root).expanduser() if download_root else cache_folder()
+        folder = Path(os.path.expanduser(download_root)) if download_root else cache_folder()
         return fetch(f"{MODELS_URL}/{sha256}/{file}", folder / file, sha256)
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     if path.is_dir():
@@ -160,19 +161,37 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}: check the path.")
     try:
-        state = _read(path)
+        state = _state_dict(_read(path))
+        check_growth(path, sum(map(_bytes, state.values())))
     except Exception as error:  # damage shows in many ways, deep in zipfile, pickle and torch
         raise ValueError(
             f"{path} is not a checkpoint that can be read safely ({_reason(path, error)}): get it "
             "again, or save the model's state_dict() alone with torch.save."
         ) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+    if not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"{path} holds no state dict: save the model's state_dict() with torch.save."
         )
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _state_dict(content: Any) -> dict[str, Any]:
+    """The state dict in what a file held, or nothing."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        return {}
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _bytes(value: Any) -> int:
+    """Memory of a tensor once it is copied, however little of it is stored; 0 for other things."""
+    if not isinstance(value, Tensor):
+        return 0
+    plain = value.layout == torch.strided and value.device.type == "cpu"
+    if not plain or value.is_quantized or value.is_complex():
+        raise ValueError("it holds a tensor that is not of plain numbers")
+    return value.numel() * value.element_size()
 
 
 def _read(path: Path) -> Any:
@@ -181,10 +200,17 @@ def _read(path: Path) -> Any:
         return load_file(path)
     if is_archive(path):
         return read_archive(path)
+    if zipfile.is_zipfile(path):
+        return read_saved(path)
+    # torch.load would unpack archives of its own accord: a zip file by its beginning, and run it
+    # where it takes it for TorchScript (2.5 and older), or a tar file.
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            raise ValueError("its end is missing")
+    if tarfile.is_tarfile(path):
+        raise ValueError("it is a tar file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # torch 2.5 and older would warn and then run what they take for TorchScript.
-        warnings.filterwarnings("error", message=".*TorchScript archive")
+        warnings.simplefilter("ignore")  # of formats that are read no longer than they must
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -193,11 +219,11 @@ def _reason(path: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
     if not path.stat().st_size:
         return "it is empty"
-    if "central directory" in text:
-        return "its end is missing"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
     if named := re.search(r"GLOBAL (\S+)", text):
         return f"it names {named[1]}, which is no tensor; nothing was run"
-    known = isinstance(error, (ValueError, RuntimeError, SafetensorError, BadZipFile))
+    known = isinstance(error, (ValueError, RuntimeError, SafetensorError, zipfile.BadZipFile))
     if known and "weights_only" not in text:
         return text.partition(". ")[0].rstrip(".")[:160]
     return "it is no file that torch.save wrote"
@@ -217,11 +243,15 @@ def make_preprocess(input_resolution: int) -> transforms.Compose:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, whatever its mode; sixteen bits become eight, transparency is dropped."""
+    """The image in RGB, whatever its mode; transparency is dropped.
+
+    As Pillow's `convert`, which CLIP's own preprocessing calls, but for grey of sixteen bits: it
+    becomes eight bits, as Pillow does for colour; `convert` would make nearly all of it white.
+    """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # Pillow would cut everything above 255 off
-        values = np.asarray(image, dtype=np.int64).clip(0, 65535)
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.int32).clip(0, 65535)
         if image.mode != "I" or values.max(initial=0) > 255:
             values = (values + 128) // 257
         image = Image.fromarray(values.astype(np.uint8))

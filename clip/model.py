@@ -23,6 +23,7 @@ from .tokenizer import Tokenizer
 HEAD_WIDTH = 64
 RESNET_STRIDE = 32  # of a ResNet's image to its last feature map
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # the paper's temperature, section 2.5
+MAX_BLOCKS = 1000  # of a stack: a file's names alone would have this many made
 EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # carried, but no parameters
 
 
@@ -490,4 +491,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict:
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     """How many different blocks have parameters below a prefix."""
-    return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
+    count = len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
+    if count > MAX_BLOCKS:
+        _refuse(f"holds {count} blocks of", {prefix.rstrip(".")})
+    return count

@@ -24,6 +24,7 @@ from .download import cache_folder, digest, fetch
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 MERGES_URL = f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{MERGES_FILE}"
+MERGES_LIMIT = 2**26  # bytes of such a list, unpacked; OpenAI's has 3 million
 VOCABULARY = 49408  # of OpenAI's models
 BYTE_VOCABULARY = 514  # bytes, bytes that end a word, start and end of text
 END_OF_WORD = "</w>"
@@ -216,7 +217,7 @@ def find_merges(path: str | os.PathLike | None = None) -> Path:
     """
     named = path or os.environ.get("CLIP_BPE_PATH")
     if named:
-        found = Path(named).expanduser()
+        found = Path(os.path.expanduser(named))
         if not found.is_file():
             source = "the path given" if path else "CLIP_BPE_PATH"
             raise FileNotFoundError(f"There is no merges file at {found}, which is {source}.")
@@ -242,9 +243,14 @@ def read_merges(path: str | os.PathLike, count: int | None = None) -> list[tuple
         ValueError: if the file is not a list of merges.
     """
     try:
-        data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            data = (gzip.open(file) if packed else file).read(MERGES_LIMIT + 1)
+        if len(data) > MERGES_LIMIT:
+            raise ValueError(f"it is longer than {MERGES_LIMIT} bytes")
+        text = data.decode("utf-8")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is no merges file, neither text nor gzip: {error}.") from None
     lines = text.rstrip("\n").split("\n")
     first = 1 if "#version" in lines[0] else 0

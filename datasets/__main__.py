@@ -6,6 +6,7 @@ wrong usage.
 """
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -14,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
-from datasets.base import DEFAULT_ROOT, PARTS, Source, Split, few_of, find_source
+from datasets.base import DEFAULT_ROOT, PARTS, Source, Split, few_of, find_source, root_folder
+from datasets.loader import read_image
 from datasets.splits import read_split
 from datasets.table import DATASETS, find_spec
 from utils import progress
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="open every image, too")
     parser.add_argument("--list", action="store_true", help="show what is known and end")
     args = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have letters it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args.list:
         print_known()
         return 0
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if needy and not args.root_path:
         parser.error("--root_path, the folder that holds the datasets, is missing")
-    if args.root_path and not Path(args.root_path).expanduser().is_dir():
+    if args.root_path and not os.path.isdir(root_folder(args.root_path)):
         parser.error(f"--root_path {args.root_path} is not a folder")
     bar = progress(names, desc="datasets", unit="dataset")
     findings = [examine(name, args.root_path, args.decode) for name in bar]
@@ -91,8 +93,7 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
         else:
             finding.problems.append(str(error))
         return finding
-    root = Path(root_path or DEFAULT_ROOT).expanduser()
-    finding.folder = str(source.folder.relative_to(root))
+    finding.folder = str(source.folder.relative_to(root_folder(root_path)))
     finding.split = "missing"
     if spec.split and os.path.lexists(source.folder / spec.split):
         finding.split = "published"
@@ -155,11 +156,10 @@ def _broken(source: Source, paths: list[str]) -> Iterator[str | None]:
 
     def check(path: str) -> str | None:
         try:
-            with Image.open(source.images / path) as image:
-                image.convert("RGB")
+            read_image(source.locate(path))
         except FileNotFoundError:
             return None
-        except Exception:  # a damaged file makes PIL fail in any way
+        except ValueError:
             return path
         return None
 

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-Entry = tuple[str, int, str]  # path below the image folder, label, class name: as in a split file
+# Path below the image folder, label, class name: as in a split file. Texts are what UTF-8 says,
+# whatever the locale takes the names on the disk for (`on_disk`).
+Entry = tuple[str, int, str]
 
 PARTS = ("train", "val", "test")
 TEMPLATE = ["a photo of a {}."]
@@ -59,6 +61,7 @@ class DatasetSpec:
         classes: Published number of classes.
         counts: Published number of training, validation and test images; None for no such part.
         url: Official page.
+        links: Folders below `images` that may lead elsewhere as an image folder may.
         together: Training and validation images are drawn at once (see `draw_shots`).
         prepare: Makes the dataset's folder where it is not there yet; nothing to download then.
     """
@@ -71,6 +74,7 @@ class DatasetSpec:
     classes: int
     counts: tuple[int, int | None, int]
     url: str
+    links: tuple[str, ...] = ()
     together: bool = False
     prepare: Callable[[Path], None] | None = None
 
@@ -88,6 +92,10 @@ class Source:
     def images(self) -> Path:
         """The folder that the entries' paths start from."""
         return self.folder / self.spec.images
+
+    def locate(self, path: str) -> str:
+        """Where an entry's path leads on this disk."""
+        return os.path.join(self.images, on_disk(path))
 
     def error(self, text: str, kind: type[Exception] = ValueError) -> Exception:
         """An exception in the house's form: dataset, culprit and remedy, section of the manual."""
@@ -117,8 +125,8 @@ def find_source(
     if not root_path and not spec.prepare:
         names = " or ".join(spec.folders)
         raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
-    root = Path(root_path or DEFAULT_ROOT).expanduser()
-    if root_path and not root.is_dir():
+    root = root_folder(root_path)
+    if root_path and not os.path.isdir(root):
         raise FileNotFoundError(f"--root_path {root} is not a folder; {section}")
     if spec.prepare and prepare:
         try:
@@ -137,6 +145,32 @@ def find_source(
     return source
 
 
+def root_folder(root_path: str | os.PathLike | None) -> Path:
+    """The folder of all datasets, or of those that are made.
+
+    Raises:
+        ValueError: None is named, and this user has no home.
+    """
+    root = os.path.expanduser(os.fspath(root_path or DEFAULT_ROOT))
+    if not root_path and not os.path.isabs(root):
+        raise ValueError("this user has no home folder: name a folder with --root_path")
+    return Path(on_disk(root))
+
+
+def on_disk(path: str) -> str:
+    """A path as Python spells it in this locale: in C's, a letter may be two odd characters.
+
+    Raises:
+        ValueError: It cannot be the name of a file.
+    """
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+
+def as_text(name: str) -> str:
+    """The text of a file's name, whatever the locale; the opposite of `on_disk`."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
 def _completeness(spec: DatasetSpec, folder: Path) -> tuple[bool, bool]:
     """Whether images and the split file are there; `max` keeps the first of equals."""
     split = spec.split is not None and os.path.isfile(folder / spec.split)
@@ -144,16 +178,16 @@ def _completeness(spec: DatasetSpec, folder: Path) -> tuple[bool, bool]:
 
 
 def few_of(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and how many more there are, on one line whatever they hold."""
     names = list(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+    return ", ".join(n if n.isprintable() else repr(n) for n in names[:5]) + more
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
     """Sorted names of a folder's images; hidden files and other types are left out."""
     return sorted(
-        entry.name
+        as_text(entry.name)
         for entry in os.scandir(folder)
         if entry.name.lower().endswith(IMAGE_TYPES)
         and not entry.name.startswith(".")
@@ -164,7 +198,7 @@ def list_images(folder: str | os.PathLike) -> list[str]:
 def list_folders(folder: str | os.PathLike) -> list[str]:
     """Sorted names of a folder's sub-folders, hidden ones left out."""
     return sorted(
-        entry.name
+        as_text(entry.name)
         for entry in os.scandir(folder)
         if not entry.name.startswith(".") and entry.is_dir()
     )

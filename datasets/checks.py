@@ -7,7 +7,7 @@ shows them all.
 import os
 from collections.abc import Iterable
 
-from datasets.base import Entry, Source, Split, few_of
+from datasets.base import Entry, Source, Split, few_of, on_disk
 
 
 def check_split(
@@ -49,6 +49,11 @@ def check_classes(
             twice[label] = f"label {label} stands for {names[label]!r} and {name!r}"
     if twice:
         source.report(f"in {where}, {few_of(twice.values())}; get the file again")
+    # What Python makes of bytes that are no text; a folder's name may hold any.
+    if garbled := [
+        n for n in names.values() if any("\ud800" <= letter <= "\udfff" for letter in n)
+    ]:
+        source.report(f"{where} has the class {few_of(garbled)}, which is no UTF-8; rename it")
     labels = sorted(names)
     if not labels:
         source.report(f"{where} has no images at all; get it again", FileNotFoundError)
@@ -72,7 +77,7 @@ def check_files(source: Source, where: str, split: Split) -> None:
     """Report entries whose image is missing or outside the image folder.
 
     Each folder is listed once, which on a network file system is far cheaper than asking for each
-    image. Single images may be links to anywhere; folders may not lead out of the image folder.
+    image. The image folder may be a link to anywhere; what lies in it may not lead out of it.
     """
     if not os.path.isdir(source.images):
         return  # reported already
@@ -85,13 +90,17 @@ def check_files(source: Source, where: str, split: Split) -> None:
             if _leaves(source, folder):
                 outside += paths
                 continue
-            present = {item.name for item in os.scandir(source.images / folder) if item.is_file()}
+            with os.scandir(source.locate(folder)) as listing:
+                present = {item.name: item.is_symlink() for item in listing if item.is_file()}
         except (OSError, ValueError):  # no such folder, or no name that a folder can have
-            present = set()
+            present = {}
         for path in paths:
+            name = on_disk(os.path.basename(path))
             # A file system that ignores case may know a name that is not in its list.
-            if os.path.basename(path) not in present and not os.path.isfile(source.images / path):
+            if name not in present and not os.path.isfile(source.locate(path)):
                 missing.append(path)
+            elif present.get(name, True) and _leaves(source, path):
+                outside.append(path)
     if outside:
         source.report(
             f"{where} names {few_of(outside)}, outside of the image folder {source.images}: paths "
@@ -105,15 +114,12 @@ def check_files(source: Source, where: str, split: Split) -> None:
         )
 
 
-def _leaves(source: Source, folder: str) -> bool:
-    """Whether a folder of the split lies outside of the image folder, links followed."""
-    parts = folder.replace("\\", "/").split("/")
-    if os.path.isabs(folder) or ".." in parts:
+def _leaves(source: Source, path: str) -> bool:
+    """Whether a path of the split leads out of the image folder, links followed."""
+    parts = path.replace("\\", "/").split("/")
+    if os.path.isabs(path) or ".." in parts:
         return True
-    # Where paths start from the dataset's own folder, the image folders are one level further
-    # down (cars_train), and may be links as everybody's image folder may.
-    top = parts[0] if source.spec.images == "." else ""
+    top = parts[0] if parts[0] in source.spec.links else ""
     base = os.path.realpath(source.images / top)
-    return not os.path.join(os.path.realpath(source.images / folder), "").startswith(
-        os.path.join(base, "")
-    )
+    real = os.path.realpath(source.locate(path))
+    return real != base and not real.startswith(os.path.join(base, ""))

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from datasets.base import Entry, Source, Split, few_of, list_folders, list_images
-from datasets.checks import check_classes
+from datasets.checks import check_split
 from utils import progress
 
 CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")  # "n01440764 tench", one a line
@@ -36,7 +36,7 @@ def read_imagenet(source: Source) -> Split:
             for image in list_images(folder / wnid)
         ]
     classnames = [names[wnid] for wnid in ids]
-    return check_classes(source, str(source.images), parts["train"], [], parts["val"], classnames)
+    return check_split(source, str(source.images), parts["train"], [], parts["val"], classnames)
 
 
 def _names(source: Source) -> dict[str, str]:

@@ -8,7 +8,9 @@ epoch) alone, not on how many threads there are.
 import math
 import os
 import random
+import stat
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,12 @@ from torchvision.transforms import Compose
 
 import clip
 from datasets.base import Item
+
+# By content, whatever a file is called. Pillow knows more, of which EPS would run Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 2**30 // 4 // 3  # of an image, and of what it is resized to before the crop
+# At this size Pillow would warn and go on.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
@@ -126,11 +134,25 @@ class Loader:
     def _input(self, path: str) -> np.ndarray:
         """The image resized and cropped as CLIP does, (R, R, 3) uint8."""
         geometry = Compose(self.to_input.transforms[:-2])  # without tensor and normalisation
-        make = lambda: np.array(geometry(read_image(path)))  # noqa: E731
+
+        def make() -> np.ndarray:
+            image = read_image(path)
+            shape = max(image.size) / min(image.size)
+            if shape * self.resolution**2 > MAX_PIXELS:
+                raise ValueError(
+                    f"the image {path} is too thin ({image.width}x{image.height} pixels): "
+                    "replace it"
+                )
+            return np.array(geometry(image))
+
         return self.cache.get(("input", path), make, lambda array: array.nbytes)
 
     def _ahead(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
-        """Run jobs in order, the next few of them in threads while the caller works."""
+        """Run jobs in order, the next few of them in threads while the caller works.
+
+        What a job raises is raised when its batch is due, whatever the number of threads, and
+        the jobs behind it are dropped.
+        """
         if not self.pool:
             for job in jobs:
                 yield job()
@@ -138,7 +160,7 @@ class Loader:
         waiting: deque[Future[T]] = deque()
         try:
             for job in jobs:
-                waiting.append(self.pool.submit(job))
+                waiting.append(self._submit(job))
                 if len(waiting) > 2 * self.workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -147,21 +169,41 @@ class Loader:
             for future in waiting:
                 future.cancel()
 
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        """Give a job to the threads."""
+        try:
+            return self.pool.submit(job)
+        except RuntimeError as error:  # the system's limit on threads
+            raise OSError(
+                f"a thread that prepares images cannot be started ({error}): lower --num_workers"
+            ) from error
+
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """Decode an image file wholly, into RGB.
+    """Decode an image file wholly, into RGB: the first picture where there are several.
+
+    As in CLIP's own preprocessing, the turn that a camera noted in EXIF data is not made.
 
     Raises:
+        FileNotFoundError: It is missing; the message names it.
         ValueError: It cannot be read; the message names it.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")  # opening a pipe would wait for ever
+        with Image.open(path, formats=FORMATS) as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels")
             image.load()
             return clip.to_rgb(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # a damaged file makes Pillow fail in any way
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise ValueError(f"the image {path} cannot be read ({reason}): replace it") from error
 
 
@@ -202,7 +244,7 @@ def random_box(
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
     shape = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * shape)), min(height, round(width / shape))
+    w, h = min(width, round(height * shape) or 1), min(height, round(width / shape) or 1)
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

@@ -51,7 +51,7 @@ def read_class_folders(
     folders = [folder for folder in list_folders(source.images) if folder not in ignored]
     classes = []
     for folder in folders:
-        images = [f"{folder}/{name}" for name in list_images(source.images / folder)]
+        images = [f"{folder}/{name}" for name in list_images(source.locate(folder))]
         classes.append(((names or {}).get(folder, folder), images))
     return _divide(source, str(source.images), classes)
 
@@ -69,6 +69,8 @@ def read_flowers(source: Source) -> Split:
         ) from error
     if nameless := [str(label) for label in sorted(set(labels)) if label not in names or label < 1]:
         raise source.error(f"{path} has no name for the label {few_of(nameless)} of {where}")
+    if max(labels, default=0) > len(labels):  # not with an image for each of its classes
+        raise source.error(f"{where} has labels up to {max(labels)}; get it again")
     images: dict[int, list[str]] = {label: [] for label in range(1, max(labels, default=0) + 1)}
     for number, label in enumerate(labels, start=1):
         images[label].append(f"image_{number:05d}.jpg")
@@ -233,7 +235,8 @@ def _column(source: Source, path: Path, key: str, parse: Callable[[Any], T]) -> 
     from scipy.io import loadmat
 
     try:
-        values = loadmat(path, simplify_cells=True)[key]
+        # Objects of MATLAB's classes come as data; v7.3 files, which are HDF5, are refused.
+        values = loadmat(path, simplify_cells=True, variable_names=[key])[key]
         # A vector of one element comes as that element.
         values = values if isinstance(values, (list, np.ndarray)) else [values]
         return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]

@@ -85,6 +85,8 @@ def read_split_file(source: Source, path: Path) -> Split:
     if path.name == made_name(source.spec.split):
         remedy = "delete it, and it is made again"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # reading a pipe would never end
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise source.error(f"{path} cannot be read as JSON ({error}); {remedy}") from error
@@ -112,5 +114,10 @@ def _well_formed(entry: Any) -> bool:
     if not isinstance(entry, list) or len(entry) != 3:
         return False
     path, label, name = entry
-    texts = all(isinstance(text, str) and text.isprintable() for text in (path, name))
-    return texts and type(label) is int and bool(name.strip())
+    if not isinstance(path, str) or not isinstance(name, str) or type(label) is not int:
+        return False
+    try:
+        (path + name).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in path + name and bool(name.strip())

@@ -39,6 +39,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=1000,
         counts=(1281167, None, 50000),
         url="https://www.image-net.org/",
+        links=("train", "val"),
         together=True,
     ),
     "sun397": DatasetSpec(
@@ -80,6 +81,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=196,
         counts=(6509, 1635, 8041),
         url="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
+        links=("cars_train", "cars_test"),
     ),
     "food101": DatasetSpec(
         title="Food-101",
@@ -198,7 +200,7 @@ def build_dataset(name: str, root_path: str | os.PathLike | None, shots: int) ->
         raise source.error(str(error)) from error
 
     def items(entries: list[Entry]) -> list[Item]:
-        return [Item(os.path.join(source.images, path), label, cls) for path, label, cls in entries]
+        return [Item(source.locate(path), label, name) for path, label, name in entries]
 
     return FewShotDataset(
         name,

@@ -2,6 +2,7 @@
 
 import re
 import socketserver
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler
 import torch
 from torch import Tensor, nn
 
-from clip import CLIP
+from clip import CLIP, download
 from clip.model import EXTRA_KEYS
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
@@ -108,21 +109,26 @@ def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
 class Server:
     """Serves one file at every path on loopback, faithfully or not; a context manager.
 
+    While it runs it is one of the hosts that downloads may come from.
+
     Attributes:
         content: the file.
         ranges: whether Range headers are honoured.
         shift: added to where a continued answer starts, a server's mistake.
         stop_after: close the connection after so many bytes of the body.
+        delay: seconds to wait before an answer.
         stall: seconds to wait before it is closed.
         chunked: send the body as one chunk, without its length.
         status: answer with this error instead.
+        location: answer with a redirection to this address instead.
+        tls: a context to speak TLS with; plain HTTP without.
         requests: the Range header of each request so far, None where it had none.
     """
 
-    def __init__(self, content: bytes):
-        self.content = content
+    def __init__(self, content: bytes, tls: ssl.SSLContext | None = None):
+        self.content, self.tls, self.location = content, tls, None
         self.ranges, self.shift, self.stop_after, self.status = True, 0, None, None
-        self.stall, self.chunked = 0, False
+        self.delay, self.stall, self.chunked = 0, 0, False
         self.requests: list[str | None] = []
 
     def __enter__(self) -> "Server":
@@ -131,12 +137,18 @@ class Server:
             log_message = lambda *_: None  # noqa: E731
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if self.tls:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
+            self._server.handle_error = lambda *_: None  # a client that hangs up
+        scheme = "https" if self.tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
+        download.ORIGINS.add(self.url)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
+        download.ORIGINS.discard(self.url)
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -144,8 +156,13 @@ class Server:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         asked = handler.headers["Range"]
         self.requests.append(asked)
+        time.sleep(self.delay)
         if self.status:
             return handler.send_error(self.status)
+        if self.location:
+            handler.send_response(302)
+            handler.send_header("Location", self.location)
+            return handler.end_headers()
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else None
         if start is not None and start >= len(self.content):
             return handler.send_error(416)
