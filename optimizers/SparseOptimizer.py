@@ -278,8 +278,19 @@ class SO(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, also where parameters had another precision."""
-        super().load_state_dict(state_dict)
-        # Torch has cast all state to the parameters' dtype, indices included: read it once more.
+        loaded = []  # what the hooks before loading have made of it
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state)),
+            self.register_load_state_dict_post_hook(lambda _: self._reread(*loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _reread(self, state_dict: dict[str, Any]) -> None:
+        """Load state as it is: torch has cast it to the parameters' dtype, indices included."""
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(saved, params, strict=True):
