@@ -278,8 +278,19 @@ class SO(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, also where parameters had another precision."""
-        super().load_state_dict(state_dict)
-        # Torch has cast all state to the parameters' dtype, indices included: read it once more.
+        loaded = []  # what the hooks before loading have made of it
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state)),
+            self.register_load_state_dict_post_hook(lambda _: self._reread(*loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _reread(self, state_dict: dict[str, Any]) -> None:
+        """Load state as it is: torch has cast it to the parameters' dtype, indices included."""
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(saved, params, strict=True):
@@ -297,18 +308,17 @@ class SO(Optimizer):
         self._drawn = set()
 
     def _step(self, group: dict[str, Any]) -> None:
-        """Update one group's tensors, as many at once as have their step and dtype in common."""
+        """Update one group's tensors, as many at once as have their dtype in common."""
         params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
         self._dense_update([p for p in params if _is_dense(p, group)], group)
         alike = defaultdict(list)
         for p in sorted(params, key=Tensor.numel):  # equal sizes side by side: see `largest`
             if not _is_dense(p, group):
-                step = self.state[p]["step"]
-                step += 1
+                self.state[p]["step"] += 1
                 copied = hasattr(p, "low_precision")
-                alike[step.item(), p.dtype, p.device, _layout(p.grad), copied].append(p)
-        for (step, *_), rows in alike.items():
-            self._sparse_update(rows, group, step)
+                alike[p.dtype, p.device, _layout(p.grad), copied].append(p)
+        for rows in alike.values():
+            self._sparse_update(rows, group)
 
     def _resolve_seeds(self) -> None:
         """Give each group that was told no seed one from torch's global generator."""
@@ -351,8 +361,8 @@ class SO(Optimizer):
                     state["indices"] = support.clone()  # S_m = S_g at t = 1
                     state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
 
-    def _sparse_update(self, params: list[Tensor], group: dict[str, Any], step: float) -> None:
-        """Update tensors of one step, dtype, device and layout of gradients as one long row."""
+    def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update tensors of one dtype, device and layout of gradients as one long row."""
         states = [self.state[p] for p in params]
         starts = list(accumulate((p.numel() for p in params), initial=0))[:-1]
         counts = [len(state["grad_indices"]) for state in states]  # k of each tensor
@@ -381,8 +391,14 @@ class SO(Optimizer):
         union, m, v, repeats = merge_supports(
             indices, grad_indices, exp_avg, exp_avg_sq, grad, beta1, beta2
         )
-        denominator = (v / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = group["lr"] / (1 - beta1**step) * m / denominator
+        steps = [state["step"].item() for state in states]
+        bias1, bias2 = 1 - beta1 ** steps[0], 1 - beta2 ** steps[0]
+        if len(set(steps)) > 1:  # some were frozen for a while
+            table = [[1 - beta**step for step in steps] for beta in (beta1, beta2)]
+            bias = torch.tensor(table, dtype=m.dtype).to(device, non_blocking=True)
+            bias1, bias2 = bias[:, spread(list(range(len(steps))), slots, device)]
+        denominator = (v / bias2).sqrt_().add_(group["eps"])
+        update = group["lr"] / bias1 * m / denominator
         weight = read(runs, union, slots).to(m.dtype) - update
         write(runs, union, slots, weight)
         if hasattr(params[0], "low_precision"):

@@ -105,7 +105,7 @@ def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "Sam
     That is each `nn.Linear`, and each bare parameter, or slice of its rows, that a module hands to
     `F.linear`. Uses of other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`)
     and all code that `torch.compile` has traced still give strided gradients; SO takes both, and
-    their sum.
+    their sum. (Torch cannot add those of an `nn.Embedding(sparse=True)` that shares a matrix.)
 
     Supports are drawn by the first forward pass with gradients after a step, and stay until the
     next step, however many passes are accumulated; gradients must be zeroed between steps.

@@ -1,0 +1,147 @@
+"""Run the README's loops: unbroken, and killed in the middle of a window and resumed.
+
+    python tests/loops_run.py FOLDER LOOP...
+
+Each run is a process of its own, forked from this one, which imports libraries and computes
+nothing. It works in FOLDER/LOOP/unbroken or FOLDER/LOOP/killed, writes all it says to log.txt
+there, and leaves weights, optimizer state and whether gradients were sparse in final.pt.
+FOLDER/LOOP/codes.json has the exit codes. FOLDER/LOOP-sampled is the same by sampled gradients.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+ROOT = Path(__file__).parent.parent
+IMPORTS = {  # what each loop imports
+    "Plain torch": "torch",
+    "Hugging Face Trainer": "transformers.trainer",
+    "Accelerate": "accelerate",
+    "Lightning, automatic": "lightning.pytorch",
+    "Lightning, manual": "lightning.pytorch",
+}
+STEPS, EVERY, T = 17, 7, 5  # the checkpoint is at the second step of a window
+KILLED_IN_STEP = 11
+BATCH = 8  # the Trainer's default
+
+
+def code_of(loop: str) -> str:
+    """Find the code below a loop's name in the README, and what comes before it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## SO in other people's loops\n")[1].split("\n## ")[0]
+    names = ["Lightning", loop] if loop.startswith("Lightning") else [loop]
+    blocks = [section.split(f"**{name}**")[1].split("```")[1] for name in names]
+    return "".join(block.removeprefix("python") for block in blocks)
+
+
+class Model(nn.Sequential):
+    """Layers that give logits, or their loss where labels are given, as the Trainer wants it."""
+
+    def forward(self, inputs, labels=None):
+        logits = super().forward(inputs)
+        return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+class Data(Dataset):
+    """The same random items in every process; one of them may be the last that is read."""
+
+    def __init__(self, as_dict: bool, last: int | None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
+        self.labels = torch.randint(5, (len(self.inputs),), generator=generator)
+        self.as_dict, self.last, self.reads = as_dict, last, 0
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, number):
+        self.reads += 1
+        if self.reads == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pair = self.inputs[number], self.labels[number]
+        return dict(zip(("inputs", "labels"), pair, strict=True)) if self.as_dict else pair
+
+
+def train(loop: str, sampled: bool, seed: int, last: int | None) -> None:
+    """Execute a loop in the current folder; `last` is the read at which it is killed."""
+    # Not ROOT: transformers would take our folder `datasets` for Hugging Face's package.
+    sys.path.insert(0, str(ROOT / "optimizers"))
+    from sampled import sample_gradients
+    from SparseOptimizer import SO
+
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module=r"(lightning|transformers|accelerate)\b")
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # the Trainer's doing
+
+    torch.manual_seed(seed)  # decides over weights and supports: both must come from the checkpoint
+    model = Model(nn.Linear(12, 40), nn.LayerNorm(40), nn.Tanh(), nn.Linear(40, 5))
+    optimizers, sparse = [], []
+
+    def make(params, **settings):
+        optimizer = SO(params, **settings)
+        if sampled:
+            sample_gradients(model, optimizer)
+        optimizer.register_step_post_hook(lambda *_: sparse.append(model[0].weight.grad.is_sparse))
+        optimizers.append(optimizer)
+        return optimizer
+
+    data = Data(loop == "Hugging Face Trainer", last)
+    epoch = 2 * EVERY * BATCH if loop.startswith("Lightning") else len(data)
+    loader = DataLoader(Subset(data, range(epoch)), BATCH)
+
+    def batches(step):
+        items = [data[number] for number in range(2 * step * BATCH, 2 * (step + 1) * BATCH)]
+        for half in (items[:BATCH], items[BATCH:]):
+            yield [torch.stack(column) for column in zip(*half, strict=True)]
+
+    names = dict(os=os, torch=torch, SO=make, model=model, criterion=nn.CrossEntropyLoss())
+    names.update(dataset=data, loader=loader, batches=batches, steps=STEPS, every=EVERY)
+    names.update(settings=dict(lr=1e-2, weight_decay=0.01, density_ratio=0.05, T=T))
+    exec(compile(code_of(loop), loop, "exec"), names)
+
+    (optimizer,) = optimizers
+    final = dict(weights=model.state_dict(), optimizer=optimizer.state_dict(), sparse=all(sparse))
+    torch.save(final, "final.pt")
+
+
+def run(folder: Path, *arguments) -> int:
+    """Call train in a new process, with a folder to work in, and return its exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    process = multiprocessing.get_context("fork").Process(target=train, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def main(top: Path, loops: list[str]) -> None:
+    import torch._dynamo  # noqa: F401  optimizers import it in their first step
+
+    for loop in loops:
+        importlib.import_module(IMPORTS[loop])
+    last = 2 * BATCH * KILLED_IN_STEP
+    for loop in loops:
+        for sampled in (False, True):
+            folder = top / (f"{loop}-sampled" if sampled else loop)
+            codes = [
+                run(folder / "unbroken", loop, sampled, 1, None),
+                run(folder / "killed", loop, sampled, 1, last),
+                run(folder / "killed", loop, sampled, 2, None),
+            ]
+            (folder / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), sys.argv[2:])

@@ -1,0 +1,441 @@
+"""SO in other people's loops: the README's, killed and resumed, and torch's neighbours."""
+
+import copy
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops_run import IMPORTS, STEPS, T
+from torch import nn
+from torch._dynamo.eval_frame import is_dynamo_supported
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from twin import Twin, mask
+
+from optimizers import sampled
+from optimizers.sampled import sample_gradients
+from optimizers.SparseOptimizer import SO
+
+TESTS = Path(__file__).parent
+CLOSE = dict(rtol=1e-10, atol=1e-12)
+# An eps above rounding: Adam would make a step of a gradient that is zero but for rounding.
+SETTINGS = dict(lr=1e-2, eps=1e-4, weight_decay=0.01, density_ratio=0.05, T=T)
+HALFWAY = 7  # steps: the second of the second window
+
+
+def clips_sparse_gradients():
+    probe = nn.Parameter(torch.zeros(2, 2))
+    probe.grad = torch.eye(2).to_sparse()
+    try:
+        nn.utils.clip_grad_norm_([probe], 1.0)
+    except NotImplementedError:
+        return False
+    return True
+
+
+CANNOT_CLIP = "this version of torch cannot clip sparse gradients on a CPU"
+SAMPLED = pytest.mark.skipif(not clips_sparse_gradients(), reason=CANNOT_CLIP)
+BOTH = pytest.mark.parametrize("sample", [False, pytest.param(True, marks=SAMPLED)])
+
+
+@pytest.fixture(autouse=True)
+def products_entry_by_entry(monkeypatch):
+    """Matrices here are so small that all would be computed whole."""
+    monkeypatch.setattr(sampled, "PRODUCT_FROM", 2)
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 5)).double()
+
+
+def make(sample, build=make_model, **settings):
+    model = build()
+    optimizer = SO(model.parameters(), **(SETTINGS | settings))
+    if sample:
+        sample_gradients(model, optimizer)
+    return model, optimizer
+
+
+def data(step, count=6):
+    """Inputs that depend on the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(count, 12, generator=generator, dtype=torch.float64)
+
+
+def backward(model, step):
+    """Two batches, clipped."""
+    for inputs in data(step).split(3):
+        model(inputs).square().mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+
+def twin_of(p):
+    return Twin(p, **{name: SETTINGS[name] for name in ("lr", "eps", "weight_decay")})
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_identical(a, b, path=""):
+    """Equal bit for bit, types and keys included."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for number, pair in enumerate(zip(a, b, strict=True)):
+            assert_identical(*pair, f"{path}/{number}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+# The README's loops
+
+
+def installed(loop):
+    return importlib.util.find_spec(IMPORTS[loop].split(".")[0]) is not None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder in which all loops that can run here have run, in processes of their own."""
+    folder = tmp_path_factory.mktemp("loops")
+    done = subprocess.run(
+        [sys.executable, TESTS / "loops_run.py", folder, *filter(installed, IMPORTS)],
+        # Libraries take a GPU, or several, without being asked.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@BOTH
+@pytest.mark.parametrize("loop", IMPORTS)
+def test_a_loop_of_the_readme_killed_within_a_window_continues_bit_for_bit(loop, sample, request):
+    if not installed(loop):
+        pytest.skip(f"needs {IMPORTS[loop].split('.')[0]}, which is not installed")
+    folder = request.getfixturevalue("runs") / (f"{loop}-sampled" if sample else loop)
+    logs = {path.parent.name: path.read_text(errors="replace") for path in folder.glob("*/log.txt")}
+    assert json.loads((folder / "codes.json").read_text()) == [0, -signal.SIGKILL, 0], logs
+    unbroken, resumed = (
+        torch.load(folder / name / "final.pt", weights_only=True) for name in ("unbroken", "killed")
+    )
+    assert_identical(unbroken, resumed)
+    assert unbroken["sparse"] == sample
+    assert {int(state["step"]) for state in unbroken["optimizer"]["state"].values()} == {STEPS}
+
+
+# Torch's own neighbours
+
+
+SCHEDULERS = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "one cycle, momentum too": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "warm-up": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)],
+        milestones=[3],
+    ),
+    "swa": lambda o: SWALR(o, 1e-3, anneal_epochs=10),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_schedule_saved_with_its_optimizer_continues_bit_for_bit(name, sample):
+    def train(parts, steps):
+        model, optimizer, scheduler = parts
+        for step in steps:
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step(*[1.0] * (name == "plateau"))
+
+    def start():
+        model, optimizer = make(sample)
+        return model, optimizer, SCHEDULERS[name](optimizer)
+
+    def states(parts):
+        # SWALR's state names its annealing function, which no file read as data can hold.
+        return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
+
+    unbroken = start()
+    train(unbroken, range(HALFWAY))
+    saved = through_a_file(states(unbroken))
+    train(unbroken, range(HALFWAY, STEPS))
+    assert unbroken[1].param_groups[0]["lr"] != SETTINGS["lr"]
+    resumed = start()
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed, range(HALFWAY, STEPS))
+    assert_identical(states(unbroken), states(resumed))
+
+
+@BOTH
+def test_averaged_weights_are_those_of_the_iterates_and_continue_bit_for_bit(sample):
+    def train(parts, steps):
+        model, optimizer, *averages = parts
+        for step in steps:
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            for average in averages:
+                average.update_parameters(model)
+            iterates.append([p.detach().clone() for p in model.parameters()])
+
+    def start():
+        model, optimizer = make(sample)
+        moving = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        return model, optimizer, AveragedModel(model), moving
+
+    iterates = []
+    unbroken = start()
+    train(unbroken, range(HALFWAY))
+    saved = through_a_file([part.state_dict() for part in unbroken])
+    train(unbroken, range(HALFWAY, STEPS))
+    model, _, average, moving = unbroken
+    for p, q, *seen in zip(average.parameters(), moving.parameters(), *iterates, strict=True):
+        torch.testing.assert_close(p.detach(), torch.stack(seen).mean(dim=0), **CLOSE)
+        expected = seen[0]
+        for iterate in seen[1:]:
+            expected = 0.9 * expected + 0.1 * iterate
+        torch.testing.assert_close(q.detach(), expected, **CLOSE)
+
+    resumed = start()
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed, range(HALFWAY, STEPS))
+    assert_identical(*[[part.state_dict() for part in parts] for parts in (unbroken, resumed)])
+
+    average(data(0)).sum().backward()  # a plain model, which no optimizer samples
+    assert not any(p.grad.is_sparse for p in average.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_copies_in_low_precision_follow_weights_taken_from_an_average():
+    model, optimizer = make(True, build=lambda: make_model().float())
+    average = AveragedModel(model, use_buffers=True)
+    inputs = data(0).float()
+    for step in range(HALFWAY):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(data(step).float()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    update_bn([inputs], average)
+    model.load_state_dict(average.module.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), average(inputs))
+
+
+@BOTH
+def test_a_compiled_model_trains_as_the_plain_one_and_continues_bit_for_bit(sample):
+    if not is_dynamo_supported():
+        pytest.skip("torch.compile does not work with this version of Python")
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def start(compiled):
+        torch.manual_seed(0)
+        model, optimizer = make(sample and compiled, seed=1)  # compiled gradients are whole ones
+        return model, optimizer, torch.compile(model, backend="eager") if compiled else model
+
+    plain, unbroken, resumed = start(False), start(True), start(True)
+    for _, optimizer, run in (plain, unbroken):
+        train(run, optimizer, range(HALFWAY))
+    saved = through_a_file([part.state_dict() for part in unbroken[:2]])
+    for _, optimizer, run in (plain, unbroken):
+        train(run, optimizer, range(HALFWAY, STEPS))
+    for part, state in zip(resumed, saved, strict=False):
+        part.load_state_dict(state)
+    train(resumed[2], resumed[1], range(HALFWAY, STEPS))
+    assert_identical(*[[part.state_dict() for part in parts[:2]] for parts in (unbroken, resumed)])
+    for p, q in zip(plain[0].parameters(), unbroken[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, **CLOSE)
+
+
+class Tied(nn.Module):
+    """One matrix embeds words, and tells them; another is used in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 12)
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 30)
+        self.double()
+        self.head.weight, self.second.weight = self.embed.weight, self.first.weight
+
+    def forward(self, words):
+        return self.head(self.second(self.first(self.embed(words)).tanh()).tanh())
+
+
+@BOTH
+def test_tied_weights_get_one_update_of_the_sum_of_their_gradients(sample):
+    model, optimizer = make(sample, build=Tied)
+    assert len(optimizer.param_groups[0]["params"]) == 5
+    apart = Tied()
+    apart.load_state_dict(model.state_dict())
+    apart.head.weight = nn.Parameter(apart.embed.weight.detach().clone())
+    apart.second.weight = nn.Parameter(apart.first.weight.detach().clone())
+    pairs = [(model.embed.weight, "embed", "head"), (model.first.weight, "first", "second")]
+    twins = [twin_of(p) for p, *_ in pairs]
+    for _ in range(STEPS):
+        words, targets = torch.randint(30, (2, 2, 8))
+        apart.load_state_dict(model.state_dict())
+        for net in (model, apart):
+            net.zero_grad()
+            for batch, target in zip(words, targets, strict=True):
+                F.cross_entropy(net(batch), target).backward()
+        optimizer.step()
+        for (p, one, other), twin in zip(pairs, twins, strict=True):
+            gradient = getattr(apart, one).weight.grad + getattr(apart, other).weight.grad
+            twin.step(gradient, mask(optimizer.state[p]["grad_indices"], p.shape))
+            torch.testing.assert_close(p.detach(), twin.W, **CLOSE)
+    assert model.head.weight is model.embed.weight and model.second.weight is model.first.weight
+
+
+FROZEN = {0: {1, 2, 6}, 3: {0, 1, 2, 3, 9, 10}}  # steps in which a layer's matrix is frozen
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["requires_grad", "grad is None"])
+def test_a_frozen_matrix_rests_and_then_goes_on_where_it_was(how, sample):
+    model, optimizer = make(sample)
+    matrices = {number: model[number].weight for number in FROZEN}
+    twins = {number: twin_of(p) for number, p in matrices.items()}
+    seen = {number: [] for number in FROZEN}
+    for step in range(16):
+        frozen = [number for number, steps in FROZEN.items() if step in steps]
+        for number, p in matrices.items():
+            p.requires_grad_(number not in frozen or how != "requires_grad")
+        backward(model, step)
+        for number in frozen:
+            matrices[number].grad = None
+        resting = [(matrices[number], optimizer.state[matrices[number]]) for number in frozen]
+        before = copy.deepcopy(resting)
+        optimizer.step()
+        assert_identical(before, resting)
+        for number, p in matrices.items():
+            if number not in frozen:
+                support = optimizer.state[p]["grad_indices"]
+                seen[number].append(support.tolist())
+                twins[number].step(p.grad.to_dense(), mask(support, p.shape))
+                torch.testing.assert_close(p.detach(), twins[number].W, **CLOSE)
+        optimizer.zero_grad()
+    for supports in seen.values():  # a window is T steps of the matrix, not of the optimizer
+        windows = [supports[start : start + T] for start in range(0, len(supports), T)]
+        assert all(support == window[0] for window in windows for support in window)
+        assert len({tuple(window[0]) for window in windows}) == len(windows)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that torch computes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_matrices_thawed_one_after_another_are_updated_at_once():
+    def calls(together):
+        params = [nn.Parameter(torch.randn(20, 30)) for _ in range(12)]
+        optimizer = SO(params, lr=1e-2, density_ratio=0.05, T=100, seed=1)
+        for thawed in range(1, 13):
+            for p in params if together else params[:thawed]:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        with Calls() as counter:
+            optimizer.step()
+        return counter.count
+
+    assert calls(together=False) < calls(together=True) + 12
+
+
+@BOTH
+def test_gradients_set_to_zero_instead_of_none_are_accumulated_anew(sample):
+    torch.manual_seed(0)
+    ours, a = make(sample, seed=1)
+    theirs, b = make(False, seed=1)
+    theirs.load_state_dict(ours.state_dict())
+    for step in range(STEPS):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            for inputs in data(step).split(3):
+                model(inputs).square().mean().backward()
+            optimizer.step()
+        a.zero_grad(set_to_none=False)
+        b.zero_grad()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **CLOSE)
+
+
+def test_hooks_on_loading_are_heard_and_see_the_state_as_it_is():
+    w = nn.Parameter(torch.randn(20, 30).bfloat16())
+    optimizer = SO([w], density_ratio=0.05, seed=1)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    seen = []
+
+    def before(_, state):
+        state = copy.deepcopy(state)
+        state["state"][0]["exp_avg"] += 1.0
+        return state
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(dict(o.state[w])))
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[w]["exp_avg"], state["state"][0]["exp_avg"] + 1.0)
+    assert_identical(seen, [dict(optimizer.state[w])])
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(state | {"param_groups": []})  # leaves nothing behind
+    optimizer.load_state_dict(state)
+    assert len(seen) == 2
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_a_gpu_updates_matrices_thawed_one_after_another_as_a_cpu_does_and_without_waiting():
+    ours = [nn.Parameter(torch.randn(20, 30)) for _ in range(4)]
+    theirs = [nn.Parameter(p.detach().cuda()) for p in ours]
+    a, b = (SO(params, **(SETTINGS | {"seed": 1})) for params in (ours, theirs))
+    for step in range(STEPS):
+        for p, q in list(zip(ours, theirs, strict=True))[: 1 + step]:
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.cuda()
+        a.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            b.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q.cpu())
