@@ -30,7 +30,9 @@ import yaml
 from torch import Tensor
 
 import clip
+from clip.archive import read_saved
 from datasets import DATASETS, FewShotDataset
+from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
@@ -45,6 +47,7 @@ CIRCUMSTANCES = {
     "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every",
 }  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+PATHS = {"root_path", "save_path", "backbone"}
 VERSION = 1  # of checkpoints
 SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
 RESULT_LINES = {
@@ -99,7 +102,7 @@ def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> C
 def backbone(name: str) -> str:
     """A parser type: a model's name or a checkpoint that is there."""
     names = clip.available_models()
-    if name in names or Path(name).expanduser().is_file():
+    if name in names or os.path.isfile(os.path.expanduser(name)):
         return name
     if Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise argparse.ArgumentTypeError(f"there is no checkpoint at {name!r}: check the path")
@@ -283,6 +286,8 @@ def from_yaml(parser: Parser, path: Path) -> list[str]:
             parser.error(f"unknown key {key!r}{hint}; valid: {', '.join(valid)}")
         if value is None:
             continue
+        if key in PATHS and isinstance(value, str):
+            value = on_disk(value)
         if isinstance(actions[key], argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 parser.error(f"key {key!r}: must be true or false, not {value!r}")
@@ -518,7 +523,7 @@ def read_checkpoint(
         return None
     remedy = f"remove {path}, or leave --resume out, to start anew"
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_saved(path)  # as torch.load with weights_only, but safe in old versions, too
         whole = data.pop("digest") == content_digest(data)
         version, there = data["version"], dict(data["config"])
     except Exception as error:  # damage shows in many ways
@@ -627,6 +632,8 @@ def exit_status(main: Callable[[], None]) -> int:
 
     The environment variable SO_TRACEBACK brings the traceback back.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have letters that it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
@@ -635,13 +642,22 @@ def exit_status(main: Callable[[], None]) -> int:
         text = f"ended by {signal.Signals(number).name}; --resume goes on from the checkpoint"
         print(f"\nmain.py: {text}, if there is one", file=sys.stderr)
         return 128 + number
-    except (ValueError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as error:
-        if os.environ.get("SO_TRACEBACK"):
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        memory = memory or "allocate memory" in str(error)
+        mended = isinstance(error, ValueError | OSError | ArithmeticError) or memory
+        if not mended or os.environ.get("SO_TRACEBACK"):
             raise
         sentence = str(error)
         if isinstance(error, OSError) and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, torch.cuda.OutOfMemoryError):
-            sentence = sentence.splitlines()[0] + " Lower --batch_size, or use --precision bf16."
-        print(f"main.py: error: {sentence}", file=sys.stderr)
+        elif memory:
+            sentence = f"not enough memory ({sentence.splitlines()[0] if sentence else 'none'}): "
+            sentence += "lower --batch_size, use --accumulate, --text_chunk or --precision bf16"
+        print(f"main.py: error: {printable(sentence)}", file=sys.stderr)
         return 2
+
+
+def printable(text: str) -> str:
+    """Text on one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -58,10 +58,11 @@ class AblatedSO(SO):
             if not state["step"]:
                 state["indices"] = state["grad_indices"].clone()
 
-    def _sparse_update(self, params: list[Tensor], group: dict[str, Any], step: float) -> None:
+    def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         # Like the draws of S_g a function of seed and step: there is no generator to save.
-        self._scores = torch.Generator("cpu").manual_seed(hash((group["seed"], step)) % 2**63)
-        super()._sparse_update(params, group, step)
+        seed = hash((group["seed"], int(self.state[params[0]]["step"]))) % 2**63
+        self._scores = torch.Generator("cpu").manual_seed(seed)
+        super()._sparse_update(params, group)
         del self._scores
 
     def _importance(self, union: Tensor, m: Tensor, indices: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from run_utils import exit_status, read_checkpoint
 from utils import Interrupted, Signals, content_digest, lock
 
 ROOT = Path(__file__).parent.parent
+LONG = ["--n_iters", "100000", "--early_stop_loss", "0"]
 COMMON = ["--shots", "1", "--n_iters", "12", "--save_weights", "--num_workers", "0"]
 
 
@@ -112,7 +113,7 @@ def test_killed_runs_end_as_an_unbroken_one(kills, tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_leave_a_checkpoint_and_their_status(number, status, tmp_path):
-    process = start(tmp_path, "--n_iters", "100000", "--checkpoint_every", "3")
+    process = start(tmp_path, *LONG, "--checkpoint_every", "3")
     wait_for(tmp_path, "checkpoint.pt", process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -123,7 +124,7 @@ def test_signals_leave_a_checkpoint_and_their_status(number, status, tmp_path):
 
 
 def test_a_signal_before_training_ends_at_once_and_a_second_one_kills(tmp_path):
-    process = start(tmp_path, "--n_iters", "100000", "--checkpoint_every", "1")
+    process = start(tmp_path, *LONG, "--checkpoint_every", "1")
     wait_for(tmp_path, "checkpoint.pt", process)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -290,7 +291,7 @@ def test_paths_of_any_letters(tmp_path, capsys):
 
 
 def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path):
-    process = start(tmp_path, "--n_iters", "100000", "--checkpoint_every", "1")
+    process = start(tmp_path, *LONG, "--checkpoint_every", "1")
     wait_for(tmp_path, "checkpoint.pt", process)
     second = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 2 and second.stderr.count("\n") == 1
