@@ -534,8 +534,11 @@ def read_checkpoint(
     if not whole:
         raise ValueError(f"{path} is damaged (its digest does not match); {remedy}")
     if changes := differences(there, computed(config)):
+        if config.overwrite:
+            return None
         raise ValueError(
-            f"{path} is of another run ({changes}); give another --save_path, {remedy}"
+            f"{path} is of another run ({changes}); give another --save_path, or --overwrite to "
+            "replace it"
         )
     if data["base_digest"] != base_digest:
         raise ValueError(f"{path} is of a {config.backbone} of other weights; {remedy}")

@@ -107,8 +107,8 @@ def rates(planned: Sequence[Any], out: Path) -> None:
     seeds = sorted({plan.config.seed for plan in planned})
     shots = sorted({plan.config.shots for plan in planned})
     text = (
-        f"Learning rate: mean accuracy in percent on the few validation images, over seeds "
-        f"{listed(seeds)} and {listed(shots)} shots.\n\n"
+        "Learning rate: mean accuracy in percent on the few validation images of seeds "
+        f"{listed(seeds)}, each with {listed(shots)} shots.\n\n"
         + markdown(["method", *(str(rank + 1) for rank in ranks)], lines)
     )
 

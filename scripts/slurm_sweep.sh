@@ -5,6 +5,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=32G
 #SBATCH --time=12:00:00
+#SBATCH --requeue
 #SBATCH --output=logs/%A_%a.txt
 # The sweep of sweep.sh as a job array, one run a task; submit it from the repository's folder:
 #
@@ -14,7 +15,8 @@
 #
 # The dry run prints each task's command, and the --array that fits. Variables are those of runs.sh.
 # 0-494 are the eleven datasets, five numbers of shots, three seeds, three methods; a task beyond
-# the last run ends at once. Submit it again after a failure: finished runs are skipped.
+# the last run ends at once. Submit it again after a failure: finished runs are skipped. SLURM's
+# preemption (SIGTERM) leaves a checkpoint, from which the task goes on when it is requeued.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 . scripts/runs.sh
@@ -26,7 +28,7 @@ if [ "${1:-}" = --dry-run ]; then
     for number in "${!runs[@]}"; do
         read -ra arguments <<<"${runs[number]}"
         printf '%s:' "$number"
-        printf ' %q' "$python" main.py ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
+        printf ' %q' "$python" main.py --resume ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
         echo
     done
     exit
@@ -36,4 +38,4 @@ if [ "$number" -ge ${#runs[@]} ]; then
     exit 0
 fi
 read -ra arguments <<<"${runs[number]}"
-exec "$python" main.py ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
+exec "$python" main.py --resume ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Datasets x shots x seeds x methods, one run of main.py each. Finished runs are skipped, failed ones
-# are listed at the end. Stop it and start it again at any time.
+# are listed at the end. Stop it and start it again at any time: a run goes on from its checkpoint.
 #
 #     DATA=/path/to/data bash scripts/sweep.sh
 #     DATA=/path/to/data DATASETS="eurosat dtd" SHOTS="1 4" SEEDS=1 METHODS="so lora" JOBS=2 \
@@ -42,7 +42,7 @@ worker() {
         mkdir "$taken/$number" 2>/dev/null || continue # another worker has it
         run=${runs[number]}
         read -ra arguments <<<"$run"
-        arguments=(${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
+        arguments=(--resume ${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
         if [ "$jobs" -eq 1 ]; then
             echo "==> $run"
             "$python" main.py "${arguments[@]}" &
@@ -54,7 +54,7 @@ worker() {
         child=$!
         wait "$child" || echo "$run" >>"$taken/failed"
         if [ "$jobs" -gt 1 ]; then
-            echo "==> $run: $(grep -v '^$' "$log" | tail -n 1)"
+            echo "==> $run: $(grep -e '^\*\*\*\* Final' -e 'main.py: ' "$log" | tail -n 1)"
         fi
     done
 }

@@ -165,7 +165,8 @@ def test_pairs_are_of_the_same_seeds(tmp_path):
 
 
 def test_an_experiment_runs_goes_on_and_stops_cleanly(tmp_path):
-    text = "common: {config: configs/digits.yaml, shots: 1, seed: [1, 2], n_iters: %d}\n"
+    text = "common: {config: configs/digits.yaml, shots: 1, seed: [1, 2], n_iters: %d,\n"
+    text += "  early_stop_loss: 0}\n"
     text += "settings: [{method: so}, {method: adam}]\n"
     path = write(tmp_path, "real", "compare", text % 100000)
     command = [sys.executable, "scripts/experiment.py", str(path), "--root", str(tmp_path)]
@@ -179,7 +180,7 @@ def test_an_experiment_runs_goes_on_and_stops_cleanly(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in err
     path.write_text(path.read_text().replace("100000", "2"))
-    done = subprocess.run(command, env=environment, **options)
+    done = subprocess.run([*command, "--overwrite"], env=environment, **options)
     assert done.returncode == 0 and "4 runs, 0 of them finished" in done.stdout, done.stderr
     assert (tmp_path / "docs" / "tables.md").is_file()
     done = subprocess.run(command, env=environment, **options)

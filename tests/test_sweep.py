@@ -75,16 +75,34 @@ def test_a_sweep_goes_on_after_failures_lists_them_and_skips_what_is_finished(jo
 def test_a_stopped_sweep_stops_its_run_and_continues_when_started_again(sent, data, tmp_path):
     out = tmp_path / "out"
     variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "so"}
-    process = start("sweep.sh", data, out, n_iters=100000, **variables)
+    long = ["--early_stop_loss", "0", "--checkpoint_every", "5"]
+    process = start("sweep.sh", data, out, *long, n_iters=100000, **variables)
     deadline = time.monotonic() + 120
-    while not list(out.rglob("config.yaml")) and time.monotonic() < deadline:
+    while not list(out.rglob("checkpoint.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)  # which ends when its run has ended, too
     assert process.returncode == 130 and "goes on from here" in err
     assert results(out) == []
+    assert list(out.rglob("checkpoint.pt"))  # from which the same command would go on
     status, _, err = sweep(data, out, **variables)
+    assert status == 1 and "n_iters 100000 there, 2 here" in err and len(results(out)) == 1
+    status, _, err = sweep(data, out, "--overwrite", **variables)
     assert status == 0 and len(results(out)) == 2, err
+
+
+def test_a_killed_run_costs_no_other_one(data, tmp_path):
+    variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "so"}
+    process = start("sweep.sh", data, tmp_path, n_iters=300, **variables)
+    deadline = time.monotonic() + 120
+    while not (locks := list(tmp_path.rglob(".lock"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int(locks[0].read_text().split()[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "1 of 2 runs failed" in err
+    assert len(results(tmp_path)) == 1
+    status, _, err = sweep(data, tmp_path, n_iters=300, **variables)
+    assert status == 0 and len(results(tmp_path)) == 2, err
 
 
 def test_each_method_may_have_a_configuration_of_its_own(data, tmp_path):
