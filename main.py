@@ -103,6 +103,7 @@ def run(config: Namespace, folder: Path, signals: Signals) -> None:
                 set_generators(saved["generators"], device)
                 start -= saved["seconds"]
                 zero_shot = float(saved["zero_shot_accuracy"])
+            print(f"Going on from iteration {course.count} of at most {course.iterations}")
         else:
             zero_shot = accuracy(config.eval_split, "Zero-shot")
         show("zero_shot_accuracy", zero_shot)

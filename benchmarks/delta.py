@@ -1,4 +1,4 @@
-"""Bytes of weights.safetensors after so many steps, beside a checkpoint's and an adapter's.
+"""Bytes of weights.safetensors and checkpoint.pt after so many steps, beside whole ones'.
 
     python benchmarks/delta.py [--steps 100 1000 10000] [--density 5e-5] [--threads 1] [--json FILE]
 
@@ -27,6 +27,8 @@ from optimizers import SO
 from optimizers.delta import apply_delta, read_delta, save_delta, weights_digest
 from optimizers.lora import add_lora
 from optimizers.methods import PACKED
+from optimizers.snapshot import Snapshot
+from run_utils import parse_args, write_checkpoint
 from train import select_matrices
 
 MB = 1e6  # bytes, as file sizes are told
@@ -97,6 +99,7 @@ def main() -> None:
     )
 
     optimizer = SO(params, density_ratio=args.density, T=T, seed=0)
+    snapshot, config = Snapshot(optimizer), parse_args([])
     noise = torch.Generator().manual_seed(0)
     rows, done = [], 0
     with TemporaryDirectory() as folder:
@@ -115,6 +118,9 @@ def main() -> None:
             row = f"delta after {steps} steps"
             rows.append(dict(row=row, steps=steps, bytes=path.stat().st_size, entries=changed))
             rows[-1] |= dict(share=changed / entries, writing_s=writing, applying_s=applying)
+            save = lambda: write_checkpoint(path.parent, config, **snapshot.state())  # noqa: E731
+            rows[-1]["checkpoint_s"] = timed(save)
+            rows[-1]["checkpoint_bytes"] = (path.parent / "checkpoint.pt").stat().st_size
     rows.append(dict(row="LoRA adapter, rank 2", bytes=adapter_bytes(base, matrices)))
     rows.append(dict(row="the matrices, whole", bytes=4 * entries))
     rows.append(dict(row="full checkpoint, float32", bytes=full))
@@ -128,6 +134,8 @@ def main() -> None:
         "of the full checkpoint, %": lambda row: f"{100 * row['bytes'] / full:.2f}",
         "compare and write, s": lambda row: f"{row['writing_s']:.2f}",
         "check and apply, s": lambda row: f"{row['applying_s']:.2f}",
+        "checkpoint.pt, MB": lambda row: f"{row['checkpoint_bytes'] / MB:.2f}",
+        "written in, s": lambda row: f"{row['checkpoint_s']:.2f}",
     }
     print_table(columns, rows)
     write_json(args, machine=about, rows=rows)

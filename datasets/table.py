@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import random
 from functools import partial
 
 from datasets import digits
@@ -186,8 +187,10 @@ def build_dataset(name: str, root_path: str | os.PathLike | None, shots: int) ->
     spec = find_spec(name)
     if not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
+    state = random.getstate()
     source = find_source(name, spec, root_path)
     split = read_split(source)
+    random.setstate(state)  # importing what a reader needs may draw: scikit-learn does
     if source.problems:
         first, more = source.problems[0], len(source.problems) - 1
         if more:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from datasets import digits
+
+ROOT = Path(__file__).parent.parent
 
 PIXELS = "a2eacdbf2f9a2aa75bd0dc1f9a20c9a18daa11f8673558b3a50ecb585ef27f67"
 SPLIT = "063ab6403028c8602eb77eb4c7f8a9683d2e14b0e157576b69d70aa1e6cf0d3b"
@@ -178,3 +181,18 @@ def test_a_missing_scikit_learn_is_said_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install scikit-learn"):
         digits.prepare(tmp_path / "digits")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_few_shots_are_the_same_whether_or_not_the_folder_was_there(tmp_path):
+    """In a process of its own each, since importing scikit-learn draws from Python's generator."""
+    code = (
+        "import random, sys; from datasets import build_dataset; random.seed(3); "
+        "print([i.impath for i in build_dataset('digits', sys.argv[1], 1).train_x])"
+    )
+    draws = [
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert draws[0] == draws[1] and draws[0].count(".png") == 10
