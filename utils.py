@@ -131,7 +131,7 @@ class Interrupted(BaseException):
 class Signals:
     """SIGINT and SIGTERM as Interrupted: raised at once, or where `check` is called if deferred.
 
-    The first signal gives the second one back its usual effect: the end, at once.
+    A signal gives a second one of its kind its usual effect back: the end, at once.
     """
 
     def __init__(self) -> None:
@@ -149,8 +149,9 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
+        if self.pending:  # a sweep passes on as SIGTERM what the terminal has sent as SIGINT
+            return
         self.pending = number
         if not self.deferring:
             raise Interrupted(number)

@@ -138,6 +138,7 @@ def test_a_signal_before_training_ends_at_once_and_a_second_one_kills(tmp_path):
         signals.pending = 0
         with signals.deferred():
             signal.raise_signal(signal.SIGINT)  # nothing happens yet
+            signal.raise_signal(signal.SIGTERM)  # nor by one of another kind
             assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
             with pytest.raises(Interrupted):
                 signals.check()
