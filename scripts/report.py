@@ -107,7 +107,7 @@ def compare(ours: Stat | None, figure: float | None) -> tuple[float | None, str 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose columns are aligned in plain text, too."""
     lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     for line in lines:
         line[:] = [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
