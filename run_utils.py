@@ -17,6 +17,7 @@ import random
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,8 +31,9 @@ import clip
 from datasets import DATASETS, FewShotDataset
 from optimizers.methods import METHODS
 from train import POSITIONS
-from utils import atomic_write
+from utils import atomic_write, one_line
 
+MOST = 10**18  # of whole numbers
 HERE = Path(__file__).parent
 DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
 DEMO_CONFIG = HERE / "configs" / "digits.yaml"
@@ -54,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
 def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
@@ -71,7 +73,11 @@ def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
 
 
 def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> Callable[[str], Any]:
-    """A parser type: an int or float from low to high, bounds named in `open_` excluded."""
+    """A parser type: an int or float from low to high, bounds named in `open_` excluded.
+
+    Whole numbers end at MOST: far larger ones are no numbers to torch.
+    """
+    high = min(high, MOST) if kind is int else high
     signs = (">" if "low" in open_ else ">=") + f" {low:g}"
     if high < math.inf:
         signs += (" and <" if "high" in open_ else " and <=") + f" {high:g}"
@@ -93,7 +99,7 @@ def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> C
 def backbone(name: str) -> str:
     """A parser type: a model's name or a checkpoint that is there."""
     names = clip.available_models()
-    if name in names or Path(name).expanduser().is_file():
+    if name in names or os.path.isfile(os.path.expanduser(name)):
         return name
     if Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise argparse.ArgumentTypeError(f"there is no checkpoint at {name!r}: check the path")
@@ -129,7 +135,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("task").add_argument
     add("--dataset", type=choice("dataset", list(DATASETS)), help="name of the task")
     add("--root_path", help="folder of all datasets, laid out as DATASETS.md says")
-    add("--shots", type=number(int, 1), default=1, help="training images per class")
+    add("--shots", type=number(int, 1, 10**6), default=1, help="training images per class")
     add("--seed", type=number(int, 0), default=3, help="of the few shots and of the run")
 
     add = parser.add_argument_group("model").add_argument
@@ -153,7 +159,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(float, 0, open_="low"), default=2e-4,
         help="learning rate at the start; a cosine takes it to 1e-6")
-    add("--n_iters", type=number(int, 1), default=2000, help="iterations per shot")
+    add("--n_iters", type=number(int, 1, 10**9), default=2000, help="iterations per shot")
     add("--early_stop_loss", type=number(float, 0), default=0.01,
         help="end when the mean loss of an epoch is below this")
     add("--batch_size", type=number(int, 1), default=32, help="images per iteration")
@@ -180,9 +186,9 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")
-    add("--num_workers", type=number(int, 0), default=min(8, cores),
+    add("--num_workers", type=number(int, 0, 1024), default=min(8, cores),
         help="threads that prepare images")
-    add("--threads", type=number(int, 1), help="threads of torch on the CPU")
+    add("--threads", type=number(int, 1, 1024), help="threads of torch on the CPU")
     add("--cache_mb", type=number(int, 0), default=2048, help="memory for decoded images, in MB")
 
     add = parser.add_argument_group("files").add_argument
@@ -226,6 +232,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.prog = "main.py"
     config = parser.parse_args(argv, config)
     config.config = str(file) if file else None
+    for key, value in vars(config).items():
+        if value == []:  # argparse of Python 3.11 and older takes "--" out of --key=--
+            parser.error(f"argument --{key}: expected a value")
     if config.dataset is None:
         parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
     if config.select == "val" and not config.eval_every:
@@ -240,14 +249,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return config
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, of which few lines can make more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which no setting needs")
+        return super().compose_node(parent, index)
+
+
 def from_yaml(parser: Parser, path: Path) -> list[str]:
     """The entries of a YAML file, as the arguments that would say the same."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except OSError as error:
         parser.error(f"argument --config: cannot read {path}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"argument --config: {path} is not YAML: {' '.join(str(error).split())}")
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        parser.error(f"argument --config: {path} is not YAML: {error}")
     if not isinstance(entries, dict):
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -298,8 +316,8 @@ def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
     random.seed(seed)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers to compute with
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
             f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
@@ -490,19 +508,23 @@ def exit_status(main: Callable[[], None]) -> int:
 
     The environment variable SO_TRACEBACK brings the traceback back.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, which do not matter here
     try:
         main()
         return 0
     except KeyboardInterrupt:
         print("\nmain.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError, torch.cuda.OutOfMemoryError) as error:
-        if os.environ.get("SO_TRACEBACK"):
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        full = full or "can't allocate memory" in str(error)  # torch's, on a CPU
+        if os.environ.get("SO_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
         sentence = str(error)
         if isinstance(error, OSError) and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, torch.cuda.OutOfMemoryError):
-            sentence = sentence.splitlines()[0] + " Lower --batch_size, or use --precision bf16."
-        print(f"main.py: error: {sentence}", file=sys.stderr)
+        elif full:
+            reason = sentence.partition("\n")[0] or "out of memory"
+            sentence = f"{reason}: lower --batch_size, or use --precision bf16"
+        print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)
         return 2

@@ -37,6 +37,17 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> None:
         raise
 
 
+def one_line(text: str) -> str:
+    """A text on one line: white space as single spaces, what cannot be printed by its code.
+
+    The middle of a very long one is left out, for remedies stand at the end.
+    """
+    text = " ".join(text.split())
+    if len(text) > 2000:
+        text = f"{text[:1000]} ... {text[-900:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names and float32 values of all a model's weights, whatever file they are of."""
     sha = hashlib.sha256()
