@@ -100,7 +100,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
             f"The device {str(device)!r} cannot be used ({reason}): name another, such as cpu."
@@ -125,10 +125,10 @@ def _locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | 
         return path
     if name in OPENAI:
         file, sha256 = OPENAI[name]
-        folder = Path(download_root).expanduser() if download_root else cache_folder()
+        folder = Path(os.path.expanduser(download_root)) if download_root else cache_folder()
         return fetch(f"{MODELS_URL}/{sha256}/{file}", folder / file, sha256)
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     if path.is_dir():
@@ -190,7 +190,7 @@ def _read(path: Path) -> Any:
 
 def _reason(path: Path, error: Exception) -> str:
     """Why a file cannot be read, without torch's advice to read it unsafely."""
-    text = " ".join(str(error).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     if not path.stat().st_size:
         return "it is empty"
     if "central directory" in text:
