@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if needy and not args.root_path:
         parser.error("--root_path, the folder that holds the datasets, is missing")
-    if args.root_path and not Path(args.root_path).expanduser().is_dir():
+    if args.root_path and not os.path.isdir(os.path.expanduser(args.root_path)):
         parser.error(f"--root_path {args.root_path} is not a folder")
     bar = progress(names, desc="datasets", unit="dataset")
     findings = [examine(name, args.root_path, args.decode) for name in bar]
@@ -91,7 +91,7 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
         else:
             finding.problems.append(str(error))
         return finding
-    root = Path(root_path or DEFAULT_ROOT).expanduser()
+    root = Path(os.path.expanduser(root_path or DEFAULT_ROOT))
     finding.folder = str(source.folder.relative_to(root))
     finding.split = "missing"
     if spec.split and os.path.lexists(source.folder / spec.split):
@@ -154,11 +154,11 @@ def _broken(source: Source, paths: list[str]) -> Iterator[str | None]:
     """Each path that cannot be decoded, None for the others."""
 
     def check(path: str) -> str | None:
+        if not (source.images / path).is_file():
+            return None
         try:
             with Image.open(source.images / path) as image:
                 image.convert("RGB")
-        except FileNotFoundError:
-            return None
         except Exception:  # a damaged file makes PIL fail in any way
             return path
         return None

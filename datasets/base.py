@@ -117,7 +117,7 @@ def find_source(
     if not root_path and not spec.prepare:
         names = " or ".join(spec.folders)
         raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
-    root = Path(root_path or DEFAULT_ROOT).expanduser()
+    root = Path(os.path.expanduser(root_path or DEFAULT_ROOT))
     if root_path and not root.is_dir():
         raise FileNotFoundError(f"--root_path {root} is not a folder; {section}")
     if spec.prepare and prepare:
@@ -157,7 +157,7 @@ def list_images(folder: str | os.PathLike) -> list[str]:
         for entry in os.scandir(folder)
         if entry.name.lower().endswith(IMAGE_TYPES)
         and not entry.name.startswith(".")
-        and entry.is_file()
+        and there(entry.is_file)
     )
 
 
@@ -166,5 +166,13 @@ def list_folders(folder: str | os.PathLike) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(folder)
-        if not entry.name.startswith(".") and entry.is_dir()
+        if not entry.name.startswith(".") and there(entry.is_dir)
     )
+
+
+def there(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; a link to itself is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False

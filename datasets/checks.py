@@ -7,7 +7,7 @@ shows them all.
 import os
 from collections.abc import Iterable
 
-from datasets.base import Entry, Source, Split, few_of
+from datasets.base import Entry, Source, Split, few_of, there
 
 
 def check_split(
@@ -85,7 +85,8 @@ def check_files(source: Source, where: str, split: Split) -> None:
             if _leaves(source, folder):
                 outside += paths
                 continue
-            present = {item.name for item in os.scandir(source.images / folder) if item.is_file()}
+            found = os.scandir(source.images / folder)
+            present = {item.name for item in found if there(item.is_file)}
         except (OSError, ValueError):  # no such folder, or no name that a folder can have
             present = set()
         for path in paths:

@@ -24,6 +24,8 @@ import clip
 from datasets.base import Item
 
 T = TypeVar("T")
+# What is tried on an image, whatever its name: EPS would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
 
 
@@ -153,7 +155,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         ValueError: It cannot be read; the message names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return clip.to_rgb(image)
     except FileNotFoundError as error:

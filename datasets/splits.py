@@ -85,6 +85,8 @@ def read_split_file(source: Source, path: Path) -> Split:
     if path.name == made_name(source.spec.split):
         remedy = "delete it, and it is made again"
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # reading a pipe would never end
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise source.error(f"{path} cannot be read as JSON ({error}); {remedy}") from error
@@ -98,7 +100,7 @@ def read_split_file(source: Source, path: Path) -> Split:
             if _well_formed(entry):
                 parts[part].append(tuple(entry))
             else:
-                bad.append(f"{part}: {str(entry)[:60]}")
+                bad.append(f"{part}: {repr(entry)[:60]}")
     if bad:
         source.report(
             f"the split file {path} has entries that are not [path, label, class name]: "
