@@ -179,6 +179,8 @@ def read_run(folder: Path) -> Run:
         ValueError: One of them is not what a finished run leaves; the sentence says why.
         OSError, csv.Error, RecursionError: It cannot be read at all.
     """
+    if not (folder / "result.json").is_file():
+        raise ValueError("result.json is not a file")
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except ValueError as error:
