@@ -364,7 +364,7 @@ def dataset(rng: random.Random, room: Room, name: str, root: Path) -> str:
         hush()
         outcome, found = refusable(lambda: build_dataset(name, root, rng.choice((1, 3))))
         if found:
-            inside(room, name, root, found)
+            inside((str(room.data), os.path.realpath(root)), found)
         ended(0, captured())
         return outcome
     if way < 9:
@@ -374,13 +374,13 @@ def dataset(rng: random.Random, room: Room, name: str, root: Path) -> str:
     return run_main(room, rng, argv)
 
 
-def inside(room: Room, name: str, root: Path, found: Any) -> None:
-    """Check that a dataset's items have labels of its classes and lie below its root."""
+def inside(roots: tuple[str, ...], found: Any) -> None:
+    """Check that a dataset's items have labels of its classes and lie below a root."""
     for item in (*found.train_x, *found.val, *found.test):
         if found.classnames[item.label] != item.classname or item.label < 0:
             raise Finding(f"label {item.label} is not {item.classname!r}")
         parent = os.path.realpath(os.path.dirname(item.impath))
-        if not parent.startswith((os.path.realpath(root), os.path.realpath(room.data))):
+        if not parent.startswith(roots):
             raise Finding(f"{item.impath} lies outside")
 
 
@@ -749,7 +749,8 @@ def spoil_state(rng: random.Random, state: Any) -> Any:
         return rng.choice(STATES)(state if state.dim() else state[None])
     if not isinstance(state, (dict, list)) or not state or rng.random() < 0.05:
         new = value(rng)
-        return 0 if new == 10**400 else new  # no float, and nothing that a file of torch's holds
+        # torch itself refuses numbers that float32 does not hold.
+        return 0 if isinstance(new, (int, float)) and abs(new) > 1e38 else new
     state = state.copy()
     key = rng.choice(list(state)) if isinstance(state, dict) else rng.randrange(len(state))
     if rng.random() < 0.2:
@@ -776,15 +777,14 @@ TARGETS: dict[str, tuple[Callable[[random.Random, Room], str], int]] = {  # and 
 # Watching
 
 
+CACHES = (".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache")
+
+
 def listing(folder: Path) -> dict[str, Any]:
     """Size and time of all files below a folder, and what results say; caches left out."""
     found = {}
     for path, names, files in os.walk(folder):
-        names[:] = [
-            name
-            for name in names
-            if name not in (".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache")
-        ]
+        names[:] = [name for name in names if name not in CACHES]
         for name in files:
             there = os.path.join(path, name)
             stat = os.lstat(there)
@@ -960,7 +960,7 @@ def command_line(argv: list[str] | None = None) -> int:
     names = [name for name in TARGETS if args.only in (None, name)]
     shares = {name: TARGETS[name][1] for name in names}
     counts = {name: -(-args.inputs * n // sum(shares.values())) for name, n in shares.items()}
-    workspace = Path(tempfile.mkdtemp(prefix="so-fuzz-"))
+    workspace = Path(tempfile.mkdtemp(prefix="so-fuzz-")).resolve()
     findings = 0
     try:
         torch.set_num_threads(1)
