@@ -172,7 +172,21 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no state dict: save the model's state_dict() with torch.save."
         )
+    if odd := [k for k, v in state.items() if isinstance(v, Tensor) and not _is_plain(v)]:
+        raise ValueError(
+            f"{path} holds what is no plain tensor of real numbers in {odd[0]!r}: save the model's "
+            "state_dict() with torch.save."
+        )
     return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor is of real numbers, each of which has memory of its own."""
+    return (
+        value.layout == torch.strided
+        and not (value.is_meta or value.is_complex() or value.is_quantized)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def _read(path: Path) -> Any:
