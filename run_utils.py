@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -508,7 +509,9 @@ def exit_status(main: Callable[[], None]) -> int:
 
     The environment variable SO_TRACEBACK brings the traceback back.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, which do not matter here
+    # What Pillow has against an image's metadata does not matter here.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     try:
         main()
         return 0
