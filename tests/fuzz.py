@@ -28,6 +28,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ SENTENCE = 4000  # characters of the longest
 # What may stand on standard error beside the sentence: progress and notes.
 ASIDES = re.compile(
     r"note: |.*; using a split made from the raw data|[\w/ -]+: \d+(/\d+)? \w+, [\d.]+ \w+/s"
-    r"|\w*(LZW|ZIP|Fax\d|JPEG|PackBits|TIFF)\w*: "  # libtiff's own, of damaged images
+    r"|\w*(LZW|ZIP|Fax\d|JPEG|PackBits|TIFF)\w*: |tempfile\.tif: "  # libtiff's
 )
 SUCCESS, REFUSED = "success", "refused"
 
@@ -132,7 +133,8 @@ def command(call: Callable[[], Any], good: tuple[int, ...] = (0,)) -> str:
 def run_main(room: Room, rng: random.Random, argv: list[str]) -> str:
     """Run main.py in this process, or now and then in one of its own."""
     argv = [str(arg) for arg in argv]
-    if rng.random() < FRESH and not any("\0" in arg or len(arg) > 9999 for arg in argv):
+    possible = not any("\0" in arg or "\ud800" in arg or len(arg) > 9999 for arg in argv)
+    if rng.random() < FRESH and possible:
         faulthandler.dump_traceback_later(SLOW_LIMIT, exit=True, file=room.crash)
         room.fresh = True
         done = subprocess.run(
@@ -472,9 +474,7 @@ def images(rng: random.Random, room: Room) -> str:
         ending = rng.choice(("jpg", "png", "tif", "eps", "txt", ""))
         path = room.file(f"an image.{ending}", picture(rng))
         hush()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # as main.py does
-            outcome, image = refusable(lambda: read_image(path))
+        outcome, image = refusable(lambda: read_image(path))
         if image is not None and (image.mode != "RGB" or not image.width * image.height):
             raise Finding(f"{path} became {image}")
         ended(0, captured())
@@ -749,8 +749,8 @@ def spoil_state(rng: random.Random, state: Any) -> Any:
         return rng.choice(STATES)(state if state.dim() else state[None])
     if not isinstance(state, (dict, list)) or not state or rng.random() < 0.05:
         new = value(rng)
-        # torch itself refuses numbers that float32 does not hold.
-        return 0 if isinstance(new, (int, float)) and abs(new) > 1e38 else new
+        # Larger numbers torch itself refuses.
+        return 0 if isinstance(new, (int, float)) and abs(new) > 2**62 else new
     state = state.copy()
     key = rng.choice(list(state)) if isinstance(state, dict) else rng.randrange(len(state))
     if rng.random() < 0.2:
@@ -932,10 +932,8 @@ def prepare(workspace: Path) -> Path:
     GOOD_FILES.update(checkpoints())
     room = Room(shared)
     argv = [*options(room), "--save_path", str(shared / "finished"), "--save_weights"]
-    with open(os.devnull, "w") as null:
-        stdout, sys.stdout = sys.stdout, null
-        main.main([*argv, "--dataset", "digits"])
-        sys.stdout = stdout
+    with open(os.devnull, "w") as null, redirect_stdout(null):
+        run_utils.exit_status(lambda: main.main([*argv, "--dataset", "digits"]))
     clip.tokenize("a")  # reads the merges once
     import matplotlib.font_manager  # noqa: F401 # makes its list of fonts once
     import scipy.io  # noqa: F401
