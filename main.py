@@ -5,6 +5,7 @@ python main.py --root_path $DATA --dataset eurosat --shots 16     # the main job
 python main.py --help
 """
 
+import os
 import sys
 import time
 from argparse import Namespace
@@ -147,10 +148,9 @@ def run(config: Namespace, folder: Path, signals: Signals) -> None:
                 raise ValueError(
                     f"{config.backbone} changed during this run: restore it, and --resume"
                 )
+            name = os.fsencode(config.backbone).decode("utf-8", "replace")  # in any locale
             with merged(model):
-                save_delta(
-                    weights, method.matrices, before.state_dict(), base, backbone=config.backbone
-                )
+                save_delta(weights, method.matrices, before.state_dict(), base, backbone=name)
         write_result(
             folder, config, device, zero_shot_accuracy=zero_shot, final_accuracy=final,
             last_accuracy=curve[-1][-1], selected_iteration=chosen, iterations=len(curve),

@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,8 +38,9 @@ from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
-from utils import Interrupted, atomic_write, content_digest, lock
+from utils import Interrupted, atomic_write, content_digest, lock, one_line
 
+MOST = 10**18  # of whole numbers
 HERE = Path(__file__).parent
 DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
 DEMO_CONFIG = HERE / "configs" / "digits.yaml"
@@ -63,7 +66,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
 
 def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
@@ -80,7 +83,11 @@ def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
 
 
 def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> Callable[[str], Any]:
-    """A parser type: an int or float from low to high, bounds named in `open_` excluded."""
+    """A parser type: an int or float from low to high, bounds named in `open_` excluded.
+
+    Whole numbers end at MOST: far larger ones are no numbers to torch.
+    """
+    high = min(high, MOST) if kind is int else high
     signs = (">" if "low" in open_ else ">=") + f" {low:g}"
     if high < math.inf:
         signs += (" and <" if "high" in open_ else " and <=") + f" {high:g}"
@@ -138,7 +145,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("task").add_argument
     add("--dataset", type=choice("dataset", list(DATASETS)), help="name of the task")
     add("--root_path", help="folder of all datasets, laid out as DATASETS.md says")
-    add("--shots", type=number(int, 1), default=1, help="training images per class")
+    add("--shots", type=number(int, 1, 10**6), default=1, help="training images per class")
     add("--seed", type=number(int, 0), default=3, help="of the few shots and of the run")
 
     add = parser.add_argument_group("model").add_argument
@@ -167,7 +174,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(float, 0, open_="low"), default=2e-4,
         help="learning rate at the start; a cosine takes it to 1e-6")
-    add("--n_iters", type=number(int, 1), default=2000, help="iterations per shot")
+    add("--n_iters", type=number(int, 1, 10**9), default=2000, help="iterations per shot")
     add("--early_stop_loss", type=number(float, 0), default=0.01,
         help="end when the mean loss of an epoch is below this")
     add("--batch_size", type=number(int, 1), default=32, help="images per iteration")
@@ -199,9 +206,9 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")
-    add("--num_workers", type=number(int, 0), default=min(8, cores),
+    add("--num_workers", type=number(int, 0, 1024), default=min(8, cores),
         help="threads that prepare images")
-    add("--threads", type=number(int, 1), help="threads of torch on the CPU")
+    add("--threads", type=number(int, 1, 1024), help="threads of torch on the CPU")
     add("--cache_mb", type=number(int, 0), default=2048, help="memory for decoded images, in MB")
 
     add = parser.add_argument_group("files").add_argument
@@ -248,6 +255,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.prog = "main.py"
     config = parser.parse_args(argv, config)
     config.config = str(file) if file else None
+    for key, value in vars(config).items():
+        if value == []:  # argparse of Python 3.11 and older takes "--" out of --key=--
+            parser.error(f"argument --{key}: expected a value")
     if config.dataset is None:
         parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
     if config.select == "val" and not config.eval_every:
@@ -266,14 +276,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return config
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, of which few lines can make more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which no setting needs")
+        return super().compose_node(parent, index)
+
+
 def from_yaml(parser: Parser, path: Path) -> list[str]:
     """The entries of a YAML file, as the arguments that would say the same."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except OSError as error:
         parser.error(f"argument --config: cannot read {path}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"argument --config: {path} is not YAML: {' '.join(str(error).split())}")
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        parser.error(f"argument --config: {path} is not YAML: {error}")
     if not isinstance(entries, dict):
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -326,8 +345,8 @@ def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
     random.seed(seed)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers to compute with
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
             f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
@@ -635,8 +654,11 @@ def exit_status(main: Callable[[], None]) -> int:
 
     The environment variable SO_TRACEBACK brings the traceback back.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may have letters that it lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # What Pillow has against an image's metadata does not matter here.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that it lacks
     try:
         main()
         return 0
@@ -646,21 +668,15 @@ def exit_status(main: Callable[[], None]) -> int:
         print(f"\nmain.py: {text}, if there is one", file=sys.stderr)
         return 128 + number
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-        memory = memory or "allocate memory" in str(error)
-        mended = isinstance(error, ValueError | OSError | ArithmeticError) or memory
-        if not mended or os.environ.get("SO_TRACEBACK"):
+        full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        full = full or "can't allocate memory" in str(error)  # torch's, on a CPU
+        if os.environ.get("SO_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
         sentence = str(error)
         if isinstance(error, OSError) and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
-        elif memory:
-            sentence = f"not enough memory ({sentence.splitlines()[0] if sentence else 'none'}): "
-            sentence += "lower --batch_size, use --accumulate, --text_chunk or --precision bf16"
-        print(f"main.py: error: {printable(sentence)}", file=sys.stderr)
+        elif full:
+            reason = sentence.partition("\n")[0] or "out of memory"
+            sentence = f"{reason}: lower --batch_size, or use --accumulate or --precision bf16"
+        print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)
         return 2
-
-
-def printable(text: str) -> str:
-    """Text on one line, without what a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

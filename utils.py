@@ -62,6 +62,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def one_line(text: str) -> str:
+    """A text on one line: white space as single spaces, what cannot be printed by its code.
+
+    The middle of a very long one is left out, for remedies stand at the end.
+    """
+    text = " ".join(text.split())
+    if len(text) > 2000:
+        text = f"{text[:1000]} ... {text[-900:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def content_digest(data: Any) -> str:
     """SHA-256 over nested dicts, lists and tuples of plain values and tensors."""
     sha = hashlib.sha256()

@@ -101,7 +101,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
             f"The device {str(device)!r} cannot be used ({reason}): name another, such as cpu."
@@ -216,7 +216,7 @@ def _read(path: Path) -> Any:
 
 def _reason(path: Path, error: Exception) -> str:
     """Why a file cannot be read, without torch's advice to read it unsafely."""
-    text = " ".join(str(error).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     if not path.stat().st_size:
         return "it is empty"
     if isinstance(error, MemoryError):

@@ -191,7 +191,7 @@ def list_images(folder: str | os.PathLike) -> list[str]:
         for entry in os.scandir(folder)
         if entry.name.lower().endswith(IMAGE_TYPES)
         and not entry.name.startswith(".")
-        and entry.is_file()
+        and there(entry.is_file)
     )
 
 
@@ -200,5 +200,13 @@ def list_folders(folder: str | os.PathLike) -> list[str]:
     return sorted(
         as_text(entry.name)
         for entry in os.scandir(folder)
-        if not entry.name.startswith(".") and entry.is_dir()
+        if not entry.name.startswith(".") and there(entry.is_dir)
     )
+
+
+def there(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; a link to itself is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False

@@ -7,7 +7,7 @@ shows them all.
 import os
 from collections.abc import Iterable
 
-from datasets.base import Entry, Source, Split, few_of, on_disk
+from datasets.base import Entry, Source, Split, few_of, on_disk, there
 
 
 def check_split(
@@ -91,7 +91,7 @@ def check_files(source: Source, where: str, split: Split) -> None:
                 outside += paths
                 continue
             with os.scandir(source.locate(folder)) as listing:
-                present = {item.name: item.is_symlink() for item in listing if item.is_file()}
+                present = {item.name: item.is_symlink() for item in listing if there(item.is_file)}
         except (OSError, ValueError):  # no such folder, or no name that a folder can have
             present = {}
         for path in paths:

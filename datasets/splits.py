@@ -100,7 +100,7 @@ def read_split_file(source: Source, path: Path) -> Split:
             if _well_formed(entry):
                 parts[part].append(tuple(entry))
             else:
-                bad.append(f"{part}: {str(entry)[:60]}")
+                bad.append(f"{part}: {repr(entry)[:60]}")
     if bad:
         source.report(
             f"the split file {path} has entries that are not [path, label, class name]: "

@@ -277,17 +277,37 @@ class SO(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, also where parameters had another precision."""
+        """Load what `state_dict` returned, also where parameters had another precision.
+
+        Raises:
+            ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
+        """
         loaded = []  # what the hooks before loading have made of it
+
+        def take(_: Optimizer, state: dict[str, Any]) -> None:
+            self._check_saved(state)
+            loaded.append(state)
+
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state)),
+            self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(lambda _: self._reread(*loaded), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no state dict of SO: {error!r} in it") from error
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError, or what comes of its lacks, where a state is of other tensors."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            _check({**saved, "params": group["params"]})
+            for number, p in zip(saved["params"], group["params"], strict=False):
+                state = state_dict["state"].get(number, {})
+                if state != {}:
+                    _check_state(p, state, _is_dense(p, saved))
 
     def _reread(self, state_dict: dict[str, Any]) -> None:
         """Load state as it is: torch has cast it to the parameters' dtype, indices included."""
@@ -467,6 +487,25 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def _check_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
+    """Raise ValueError where a saved state is not p's: later writes go where its indices say."""
+    supports = [] if dense else [state["grad_indices"], state["indices"]]
+    moments = [state["exp_avg"], state["exp_avg_sq"]]
+    shape = p.shape if dense else state["indices"].shape
+    good = (
+        all(x.layout == torch.strided and not x.is_meta for x in state.values())
+        and all(m.shape == shape and m.is_floating_point() for m in moments)
+        and all(s.dim() == 1 and s.dtype == torch.int64 and len(s) > 0 for s in supports)
+        and all(s.min() >= 0 and s.max() < p.numel() for s in supports)
+        and all(len(s.unique()) == len(s) for s in supports)
+        and state["step"].numel() == 1
+        and state["step"].is_floating_point()
+        and 0 <= state["step"].item() < float("inf")
+    )
+    if not good:
+        raise ValueError(f"the saved state is not that of a tensor of shape {tuple(p.shape)}")
+
+
 def _check(group: dict[str, Any]) -> None:
     """Raise ValueError where a setting of a group is outside its range."""
     if not group["lr"] >= 0:
@@ -474,15 +513,17 @@ def _check(group: dict[str, Any]) -> None:
     if not group["eps"] >= 0:
         raise ValueError(f"eps must be 0 or more, not {group['eps']}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']}")
+        raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']!r}")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay must be 0 or more, not {group['weight_decay']}")
     if not 0 < group["density_ratio"] <= 1:
         raise ValueError(f"density_ratio must be in (0, 1], not {group['density_ratio']}")
     if not isinstance(group["T"], int) or isinstance(group["T"], bool) or group["T"] < 1:
         raise ValueError(f"T must be a whole number of steps, 1 or more, not {group['T']!r}")
-    if group["dense"] not in (None, True, False):
+    if not (group["dense"] is None or isinstance(group["dense"], bool)):
         raise ValueError(f"dense must be True, False or None, not {group['dense']!r}")
+    if group["seed"] is not None and not hasattr(group["seed"], "__index__"):
+        raise ValueError(f"seed must be a whole number or None, not {group['seed']!r}")
     for p in group.get("params", ()):
         if p.is_complex():
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is complex, not real")

@@ -136,8 +136,11 @@ def read_run(folder: Path) -> Run:
         ValueError: One of them is not what a finished run leaves; the sentence says why.
         OSError, csv.Error, RecursionError: It cannot be read at all.
     """
+    path = folder / "result.json"
+    if path.exists() and not path.is_file():  # reading a pipe would never end
+        raise ValueError("result.json is not a file")
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"result.json is not JSON ({error})") from error
     check_result(result)

@@ -40,7 +40,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 FORBIDDEN = {  # what no line may hold: a line that does
     r"torch\.load\((?!.*weights_only=True)": "torch.load(path)",
-    r"\byaml\.(?!safe_load|safe_dump|YAMLError)": "yaml.load(file)",
+    r"\byaml\.(?!safe_|YAMLError|SafeLoader|Alias|load\(.*=PlainLoader\))": "yaml.load(file)",
     r"shell=True|os\.(system|popen|spawn|exec)|getoutput": "subprocess.run(line, shell=True)",
     r"\beval\((?!\))|\bexec\(": "eval(text)",  # .eval() is a model's mode
     r"allow_pickle|np\.load\(|joblib|torch\.jit\.load\(": "np.load(path, allow_pickle=True)",

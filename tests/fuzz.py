@@ -1,0 +1,1035 @@
+"""Hostile inputs for everything that reads something: each must end well, or in one sentence.
+
+    python tests/fuzz.py --inputs 10000 --seed 1
+    python tests/fuzz.py --seed 1 --only yaml --case 17    # that input again; its files are kept
+
+A target makes one input of its random generator and gives it to the real entry point. That must
+succeed, or refuse with one sentence, which on the command line comes with status 2. Everything
+else is a finding: a traceback, a crash, a hang, a warning on standard error, a write outside of
+the case's folder, a changed file beside it, an unpickled object, a program started.
+
+Inputs run in forked workers, so that a crash or a hang costs one of them. All randomness of an
+input comes from (seed, target, case).
+"""
+
+import argparse
+import faulthandler
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.dont_write_bytecode = True
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import delta  # noqa: E402
+import numpy as np  # noqa: E402
+import report  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from clip_helpers import TINY_VIT, random_state_dict  # noqa: E402
+from dataset_helpers import LAYOUTS, make_dataset  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import clip  # noqa: E402
+import datasets.__main__ as doctor  # noqa: E402
+import main  # noqa: E402
+import run_utils  # noqa: E402
+from datasets import build_dataset  # noqa: E402
+from datasets.loader import read_image  # noqa: E402
+from optimizers.SparseOptimizer import SO  # noqa: E402
+from utils import content_digest  # noqa: E402
+
+LIMIT = 20  # seconds for an input
+SLOW_LIMIT = 180  # for one that starts Python anew
+FRESH = 1 / 200  # share of command lines that do
+BATCH = 200  # inputs of one worker
+MEMORY = 4 << 30  # bytes that a worker may take on top of what it starts with
+SENTENCE = 4000  # characters of the longest
+# What may stand on standard error beside the sentence: progress and notes.
+ASIDES = re.compile(
+    r"note: |.*; using a split made from the raw data|[\w/ -]+: \d+(/\d+)? \w+, [\d.]+ \w+/s"
+    r"|\w*(LZW|ZIP|Fax\d|JPEG|PackBits|TIFF)\w*: |tempfile\.tif: "  # libtiff's
+)
+SUCCESS, REFUSED = "success", "refused"
+
+
+class Finding(Exception):
+    """What an input must not do."""
+
+
+class Room:
+    """Where one input lives: `here`, its own folder and the working directory, and `shared`."""
+
+    def __init__(self, shared: Path) -> None:
+        self.shared, self.here = shared, shared.parent / "case"
+        self.data = shared / "data"
+        self.fresh = False  # whether the input may start Python
+
+    def file(self, name: str, data: bytes) -> Path:
+        """Write an input file."""
+        (self.here / name).write_bytes(data)
+        return self.here / name
+
+
+# Ends
+
+
+def sentence(text: str) -> str:
+    """Check that a text is one sentence."""
+    if "\n" in text or "Traceback" in text or len(text.split()) < 3:
+        raise Finding(f"not one sentence: {text[:1000]!r}")
+    if len(text) > SENTENCE or not text.isprintable():
+        raise Finding(f"{len(text)} characters, or unprintable ones: {text[:1000]!r}")
+    return REFUSED
+
+
+def refusable(
+    call: Callable[[], Any], kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
+) -> tuple[str, Any]:
+    """Call a function: what came of it, and what it returned. Its errors must have a sentence."""
+    try:
+        return SUCCESS, call()
+    except kinds as error:
+        return sentence(str(error)), None
+
+
+def ended(status: Any, said: str, good: tuple[int, ...] = (0,)) -> str:
+    """Check a command's status and what it left on standard error."""
+    lines = [x for x in said.split("\n") if x and not ASIDES.match(x)]
+    if status in (*good, None):
+        if lines:
+            raise Finding(f"status {status}, but standard error has {said[:2000]!r}")
+        return SUCCESS
+    if status != 2 or len(lines) != 1:
+        raise Finding(f"status {status!r} and standard error {said[:3000]!r}")
+    return sentence(lines[0])
+
+
+def command(call: Callable[[], Any], good: tuple[int, ...] = (0,)) -> str:
+    """Run a command's main function; see `ended`."""
+    hush()
+    try:
+        status = call()
+    except SystemExit as end:
+        status = end.code
+    return ended(status, captured(), good)
+
+
+def run_main(room: Room, rng: random.Random, argv: list[str]) -> str:
+    """Run main.py in this process, or now and then in one of its own."""
+    argv = [str(arg) for arg in argv]
+    possible = not any("\0" in arg or "\ud800" in arg or len(arg) > 9999 for arg in argv)
+    if rng.random() < FRESH and possible:
+        faulthandler.dump_traceback_later(SLOW_LIMIT, exit=True, file=room.crash)
+        room.fresh = True
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "main.py"), *argv], capture_output=True, check=False
+        )
+        room.fresh = False
+        return ended(done.returncode, done.stderr.decode(errors="replace"))
+    return command(lambda: run_utils.exit_status(lambda: main.main(argv)))
+
+
+def hush() -> None:
+    """Forget what came on standard error."""
+    sys.stderr.flush()
+    os.ftruncate(2, 0)
+    os.lseek(2, 0, os.SEEK_SET)
+
+
+def captured() -> str:
+    """What came on standard error since the case began."""
+    sys.stderr.flush()
+    os.lseek(2, 0, os.SEEK_SET)
+    with open(os.dup(2), "rb") as file:
+        return file.read().decode(errors="replace")
+
+
+# Spoiling
+
+
+def spoil(rng: random.Random, data: bytes) -> bytes:
+    """Flip, cut, splice, fill or overwrite bytes, often near an end, where headers lie."""
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        size = len(data)
+        near = rng.randrange(min(size, rng.choice((16, 256, 4096))) + 1)
+        at = rng.choice((near, near, size - near, size - near, rng.randrange(size + 1)))
+        length = min(size - at, rng.choice((1, 2, 4, 8, 64, 1024, 65536)))
+        other = rng.randrange(size + 1)
+        number = rng.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1)).to_bytes(8, "little")
+        flipped = bytes(byte ^ (1 << rng.randrange(8)) for byte in data[at : at + 1])
+        fill = rng.choice((bytes(length), b"\xff" * length, rng.randbytes(length)))
+        new = rng.choice((flipped, flipped, fill, data[other : other + length], number[:length]))
+        rest = rng.choice((at + len(new), at + len(new), at + length, at, size))
+        data = data[:at] + new + data[rest:]
+    return data
+
+
+NUMBERS = [0, 1, -1, 2, 7, 10**6, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308]
+NUMBERS += [float("nan"), float("inf"), -float("inf"), True, False]
+TEXTS = [
+    "", " ", "-", "--", "..", "../../outside.jpg", "/etc/passwd", "a/../../b", "~", "~nosuchuser/x",
+    "\0", "a\nb", "\x1b[31m", "\ud800", "\udcff", "é", "日本語", "\u202e", "{}", "{0.x}", "%s",
+    "$(touch pwned)", "`id`", "'", '"', "a" * 300, "a/" * 600, "nul", "true", "1", "C:\\x",
+]  # fmt: skip
+DEEP = "?deep?"  # what `as_json` replaces by brackets within brackets
+
+
+def value(rng: random.Random, depth: int = 0) -> Any:
+    """Some JSON value."""
+    kind = rng.randrange(8 if depth < 3 else 5)
+    if kind < 2:
+        return rng.choice(NUMBERS)
+    if kind < 4:
+        return text(rng)
+    if kind == 4:
+        return rng.choice((None, DEEP))
+    size = rng.choice((0, 1, 3))
+    if kind < 7:
+        return [value(rng, depth + 1) for _ in range(size)]
+    return {text(rng): value(rng, depth + 1) for _ in range(size)}
+
+
+def text(rng: random.Random) -> str:
+    """Some text, likely a hostile one."""
+    if rng.random() < 0.7:
+        return rng.choice(TEXTS)
+    ranges = ((32, 127), (0, 32), (0xA0, 0x250), (0x300, 0x370), (0x3040, 0x30FF), (0xD800, 0xE000))
+    low, high = rng.choice((*ranges, (0x1F300, 0x1F700), (0, 0x110000)))
+    return "".join(chr(rng.randrange(low, high)) for _ in range(rng.choice((1, 5, 40))))
+
+
+def spoil_json(rng: random.Random, data: Any) -> Any:
+    """Replace, drop, add or repeat something at a random depth."""
+    inside = isinstance(data, (dict, list)) and len(data)
+    if not inside or rng.random() < 0.1:
+        return value(rng)
+    data = data.copy()
+    key = rng.choice(list(data)) if isinstance(data, dict) else rng.randrange(len(data))
+    how = rng.randrange(6)
+    if how < 3:
+        data[key] = spoil_json(rng, data[key])
+    elif how == 3:
+        del data[key]
+    elif how == 4 and isinstance(data, list):
+        data += [rng.choice(data)] * rng.choice((1, 2, 100))
+    elif isinstance(data, list):
+        data.insert(key, value(rng))
+    else:
+        data[text(rng)] = data[key]
+    return data
+
+
+def as_json(rng: random.Random, data: Any) -> bytes:
+    """JSON, which may be too deep, in another encoding, or spoilt again."""
+    depth = rng.choice((200, rng.randrange(900, 1000), 100_000))
+    written = json.dumps(data).replace(json.dumps(DEEP), "[" * depth + "]" * depth)
+    encoded = written.encode(rng.choice(["utf-8"] * 20 + ["utf-8-sig", "utf-16", "utf-32"]))
+    return spoil(rng, encoded) if rng.random() < 0.2 else encoded
+
+
+# Targets: command line
+
+
+def options(room: Room) -> list[str]:
+    """What keeps a run short."""
+    argv = ["--n_iters", "1", "--shots", "1", "--num_workers", "0", "--threads", "1"]
+    return [*argv, "--root_path", str(room.data), "--save_path", "out"]
+
+
+GOOD = {  # values that a flag may well have; those that would take long are not among them
+    "dataset": ["digits", "digits", "digits", "eurosat", "imagenet"],
+    "backbone": ["ViT-Tiny/8", "ViT-Tiny/8", "RN50", "~nosuchuser/x", "."], "shots": ["1", "2"],
+    "seed": ["0", "7", str(2**32), str(2**64 - 1)], "n_iters": ["1", "2"], "rank": ["1", "3"],
+    "device": ["cpu", "cpu", "cpu:0", "cpu:3", "cuda", "cuda:7", "meta", "mps", "hpu", "xla"],
+    "threads": ["1"], "num_workers": ["0", "1", "2"], "encoder": ["text", "vision"],
+    "position": ["top", "bottom", "half-up"], "method": ["so", "lora", "adam"],
+    "precision": ["bf16", "fp16"], "s": ["0", "0.5", "0.999999"], "select": ["last", "val"],
+}  # fmt: skip
+PATHS = [
+    "", " ", ".", "out", "é 日本/ß", "it's quoted", "a\nb", "out/../other", "-x", "\udcff", "%s",
+    "$(touch pwned)", "a" * 300, "/dev/null", "/dev/null/x", "/proc/self/x", "~nosuchuser/x",
+]  # fmt: skip
+WEIRD = ["=", "a=b", "1e-400", "0x10", "٣", "１", "1 ", "[1]", "{a: 1}", "9" * 5000]
+WEIRD += [*map(str, NUMBERS), *(text for text in TEXTS if "\0" not in text)]
+SLOW = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), ("1000000",))
+SLOW |= {"threads": ("2", "7", "٣")}  # on busy cores more than one is many times slower
+
+
+def words(rng: random.Random, action: argparse.Action) -> str:
+    """A value for a flag."""
+    if action.dest in ("root_path", "save_path"):
+        return rng.choice(PATHS)
+    good = GOOD.get(action.dest, ["1", "0.5", "2"])
+    weird = [word for word in WEIRD if word not in SLOW.get(action.dest, ())]
+    return rng.choice(good) if rng.random() < 0.6 else rng.choice(weird)
+
+
+def flags(rng: random.Random, room: Room) -> str:
+    """A command line."""
+    argv = options(room)
+    actions = run_utils.make_parser()._actions
+    for _ in range(rng.randint(1, 6)):
+        action = rng.choice(actions)
+        option = rng.choice(action.option_strings)
+        if action.dest == "compile":
+            option = "--no-compile"
+        count = {None: 1, 0: 0}.get(action.nargs, action.nargs)
+        count = rng.choice((0, 1, 3)) if rng.random() < 0.05 else count
+        given = [words(rng, action) for _ in range(count)]
+        argv += [f"{option}={given[0]}"] if given and rng.random() < 0.3 else [option, *given]
+    if rng.random() < 0.1:
+        argv.insert(rng.randrange(len(argv)), rng.choice((*WEIRD, "--datset", "--", "-h")))
+    if rng.random() < 0.8:
+        return run_main(room, rng, argv)
+    shutil.copytree(room.shared / "finished", room.here / "out")
+    before = contents(room.here / "out")
+    outcome = run_main(room, rng, [arg for arg in argv if not arg.startswith("--overwrite")])
+    if before.items() - contents(room.here / "out").items():
+        raise Finding("a finished run has changed")
+    return outcome
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+SCALARS = [
+    "1", "-1", "1e-3", "1e400", "0o777", "1:30:00", ".nan", ".inf", "~", "true", "off", "'1'", "''",
+    "[1, 2]", "[0.5, 1]", "[[1]]", "{a: 1}", "2001-01-01", "2001-99-99", "!!binary aGk=", "!!int x",
+    "!!float x", "!!bool x", "!!timestamp x", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]",
+    "!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system", "!foo bar",
+    "&a [*a]", "&a {x: *a}", "&a 1", "*nope", "|\n  text\n  more", "\"\\0\"", "\"\\ud800\"", "-",
+    "\"\\e[31m\"", "\"a\\nb\"", "? x", "- 1", "@", "`", "%", "\t1", "é", "so", "lora", "digits",
+    "9" * 5000, "[" * 3000, "{a: " * 3000, "<<", "0x10", "a" * 300, "cpu", "vision", "top", "val",
+]  # fmt: skip
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+)
+
+
+def document(rng: random.Random) -> bytes:
+    """A YAML file."""
+    keys = [action.dest for action in run_utils.make_parser()._actions]
+    kind = rng.randrange(8)
+    if kind < 3:
+        lines = [f"{rng.choice(keys)}: {rng.choice(SCALARS)}" for _ in range(rng.randint(1, 4))]
+        return "\n".join(lines).encode()
+    if kind == 3:
+        data = {rng.choice(keys): value(rng) for _ in range(rng.randint(1, 4))}
+        return yaml.safe_dump(data, allow_unicode=True).encode("utf-8", "surrogatepass")
+    if kind == 4:
+        return as_json(rng, rng.choice((value(rng), {rng.choice(keys): value(rng)})))
+    if kind == 5:
+        laughs = rng.choice((LAUGHS, MERGES))
+        lines = laughs.replace("a9:", f"{rng.choice(keys)}:").splitlines()
+        return "\n".join(lines if rng.random() < 0.5 else lines[-1:] + lines[:-1]).encode()
+    if kind == 6:
+        return (f"<<: {rng.choice(SCALARS)}\n{rng.choice(SCALARS)}: 1").encode()
+    shipped = rng.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes()
+    return spoil(rng, shipped)
+
+
+def settings(rng: random.Random, room: Room) -> str:
+    """A file of settings."""
+    file = room.file("my settings.yaml", document(rng))
+    argv = ["--config", file, *options(room), "--no-compile", "--rank", 2, "--batch_size", 9]
+    return run_main(room, rng, [*argv, "--dataset", "digits", "--backbone", "ViT-Tiny/8"])
+
+
+# Targets: data
+
+
+def dataset(rng: random.Random, room: Room, name: str, root: Path) -> str:
+    """Read a dataset: by its function, by the doctor, or in a run."""
+    way = rng.randrange(10)
+    if way < 6:
+        hush()
+        outcome, found = refusable(lambda: build_dataset(name, root, rng.choice((1, 3))))
+        if found:
+            inside((str(room.data), os.path.realpath(root)), found)
+        ended(0, captured())
+        return outcome
+    if way < 9:
+        argv = ["--root_path", str(root), "--dataset", name, *["--decode"] * rng.randrange(2)]
+        return command(lambda: doctor.main(argv), good=(0, 1))
+    argv = [*options(room), "--root_path", root, "--dataset", name, "--backbone", "ViT-Tiny/8"]
+    return run_main(room, rng, argv)
+
+
+def inside(roots: tuple[str, ...], found: Any) -> None:
+    """Check that a dataset's items have labels of its classes and lie below a root."""
+    for item in (*found.train_x, *found.val, *found.test):
+        if found.classnames[item.label] != item.classname or item.label < 0:
+            raise Finding(f"label {item.label} is not {item.classname!r}")
+        parent = os.path.realpath(os.path.dirname(item.impath))
+        if not parent.startswith(roots):
+            raise Finding(f"{item.impath} lies outside")
+
+
+def split(rng: random.Random, room: Room) -> str:
+    """A split file."""
+    folder = room.here / "root" / "eurosat"
+    folder.mkdir(parents=True)
+    (folder / "2750").symlink_to(room.data / "eurosat" / "2750")
+    data = json.loads((room.data / "eurosat" / "split_zhou_EuroSAT.json").read_bytes())
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        data = spoil_json(rng, data)
+    kind = rng.choice(("zhou", "zhou", "so"))
+    (folder / f"split_{kind}_EuroSAT.json").write_bytes(as_json(rng, data))
+    return dataset(rng, room, "eurosat", room.here / "root")
+
+
+def vandalise(rng: random.Random, room: Room, root: Path) -> None:
+    """Do something to a file or a folder below the root."""
+    paths = sorted(root.rglob("*"))
+    if not paths:
+        return
+    path, how = rng.choice(paths), rng.randrange(9)
+    data = b""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        data = path.read_bytes() if path.is_file() else b""
+        path.unlink()
+    if how < 2:
+        path.write_bytes(spoil(rng, data) if how else rng.randbytes(99))
+    elif how == 2:
+        path.mkdir()
+    elif how == 3:
+        path.symlink_to(rng.choice((path, "/", "..", "/dev/zero", room.shared, "nowhere")))
+    elif how == 4:
+        path.touch()
+    elif how == 5:
+        os.mkfifo(path)
+    elif how == 6:
+        path.with_name(rng.choice(("a b.jpg", "é.jpg", "a\nb.jpg", ".hidden.jpg", "A.JPG"))).touch()
+
+
+def tree(rng: random.Random, room: Room) -> str:
+    """A dataset's folder."""
+    name, root = rng.choice(list(LAYOUTS)), room.here / "root"
+    classes = 10 if name == "digits" else rng.choice((2, 3))
+    make_dataset(name, root, rng.choice(("coop", "lora")), rng.random() < 0.3, classes, 4)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        vandalise(rng, room, root)
+    return dataset(rng, room, name, root)
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"]
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "DDS", "SGI"]
+FORMATS += ["JPEG2000", "IM", "MSP", "XBM", "SPIDER", "EPS", "PDF", "ICNS", "AVIF", "MPO", "QOI"]
+HEADERS = [
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 99999 99999 255\n", b"P5\n-1 1 1\n",
+    b"GIF89a\xff\xff\xff\xff", b"BM" + bytes(60), b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"",
+    b"RIFF\xff\xff\xff\xffWEBPVP8X", b"\xff\xd8\xff\xe1\xff\xffExif\0\0", b"\xd7\xcd\xc6\x9a",
+]  # fmt: skip
+
+
+def picture(rng: random.Random) -> bytes:
+    """An image file, whole or spoilt."""
+    if rng.random() < 0.1:
+        return rng.choice(HEADERS) + rng.randbytes(rng.choice((0, 9, 999)))
+    side = rng.choice((1, 2, 9, 32, 65)), rng.choice((1, 8, 40))
+    image = Image.frombytes("RGB", side, rng.randbytes(3 * side[0] * side[1]))
+    mode = rng.choice(MODES)
+    image = image.convert("L").convert(mode) if mode in ("I;16", "I", "F") else image.convert(mode)
+    extra = {}
+    if rng.random() < 0.2:
+        extra["exif"] = rng.choice((b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0", b"x"))
+    if rng.random() < 0.2:
+        extra["transparency"] = rng.choice((0, b"\0\1\2", 255))
+    if rng.random() < 0.2:
+        extra["compression"] = rng.choice(("tiff_lzw", "tiff_deflate", "packbits", "jpeg"))
+    file = io.BytesIO()
+    try:
+        image.save(file, rng.choice(FORMATS), **extra)
+    except Exception:  # a format that has no such mode, or no such setting
+        image.convert("RGB").save(file, rng.choice(("PNG", "JPEG", "TIFF", "GIF", "WEBP")))
+    return spoil(rng, file.getvalue()) if rng.random() < 0.8 else file.getvalue()
+
+
+def images(rng: random.Random, room: Room) -> str:
+    """An image, alone or in a run."""
+    if rng.random() < 0.97:
+        ending = rng.choice(("jpg", "png", "tif", "eps", "txt", ""))
+        path = room.file(f"an image.{ending}", picture(rng))
+        hush()
+        outcome, image = refusable(lambda: read_image(path))
+        if image is not None and (image.mode != "RGB" or not image.width * image.height):
+            raise Finding(f"{path} became {image}")
+        ended(0, captured())
+        return outcome
+    root = room.here / "root"
+    shutil.copytree(room.data / "digits", root / "digits")
+    for path in rng.sample(sorted(root.rglob("*.png")), 20):
+        path.write_bytes(picture(rng))
+    return run_main(room, rng, [*options(room), "--root_path", root])
+
+
+# Targets: weights
+
+
+def checkpoints() -> dict[str, bytes]:
+    """Good checkpoints by file name, in all formats; small, with space for a prompt."""
+    state = random_state_dict({**TINY_VIT, "context_length": 48})
+    root = torch.nn.Module()
+    for key, tensor in state.items():
+        *path, name = key.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_buffer(name, tensor)
+    files = {name: io.BytesIO() for name in ("zip.pt", "old.pt", "nested.pth", "script.pt")}
+    torch.save(state, files["zip.pt"])
+    torch.save(state, files["old.pt"], _use_new_zipfile_serialization=False)
+    halves = {f"module.{key}": tensor.half() for key, tensor in state.items()}
+    torch.save({"state_dict": halves}, files["nested.pth"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates its own format
+        torch.jit.save(torch.jit.script(root), files["script.pt"])
+    good = {name: file.getvalue() for name, file in files.items()}
+    good["tensors.safetensors"] = safetensors.torch.save(state)
+    return good | {"shipped.pt": (clip.loading.WEIGHTS / "ViT-Tiny-8.pt").read_bytes()}
+
+
+def spoil_tensors(rng: random.Random) -> tuple[str, bytes]:
+    """A checkpoint of which tensors are missing, renamed, of other shapes, types or values."""
+    state: dict = dict(torch.load(io.BytesIO(GOOD_FILES["zip.pt"]), weights_only=True))
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        key = rng.choice(list(state))
+        tensor = state.pop(key)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        make = rng.choice(TENSORS)
+        try:
+            state[rng.choice((key, key, key, key + ".x", "x"))] = make(tensor)
+        except (RuntimeError, TypeError, IndexError):  # not of a tensor like this
+            pass
+    file = io.BytesIO()
+    if rng.random() < 0.3:
+        try:
+            return "spoilt.safetensors", safetensors.torch.save(state)
+        except Exception:  # what this format does not hold
+            pass
+    torch.save(state, file)
+    return "spoilt.pt", file.getvalue()
+
+
+TENSORS: list[Callable[[torch.Tensor], Any]] = [
+    lambda t: t.double(), lambda t: t.to(torch.complex64), lambda t: t.to(torch.int8),
+    lambda t: t.bool(), lambda t: t.to_sparse(), lambda t: t.t(), lambda t: t[:0], lambda t: t[:-1],
+    lambda t: t[None], lambda t: t.repeat(2, *[1] * (t.dim() - 1)), lambda t: t.flatten(),
+    lambda t: t * float("nan"), lambda t: t + float("inf"), lambda t: t * 1e38, lambda t: None,
+    lambda t: 3, lambda t: "text", lambda t: [t], lambda t: {"a": t}, lambda t: t.to("meta"),
+    lambda t: t.reshape(-1)[:1].expand(10**12, 64), lambda t: torch.zeros(()).expand(10**6, 10**6),
+    lambda t: t.to(torch.float8_e4m3fn), lambda t: t.bfloat16(), lambda t: torch.nn.Parameter(t),
+    lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), lambda t: t.clone(),
+]  # fmt: skip
+
+
+def rezip(rng: random.Random, data: bytes) -> bytes:
+    """A zip file of which one entry is spoilt, with right checksums, and all may be compressed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        new.compression = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        names = old.namelist()
+        pickles = [name for name in names if name.endswith(".pkl")]
+        chosen = rng.choice(pickles if rng.random() < 0.8 else names)
+        for name in names:
+            content = old.read(name)
+            if name == chosen:
+                name = rng.choice((name, name, name, "../" + name, name.upper()))
+                content = spoil(rng, content)
+            new.writestr(name, content)
+    return file.getvalue()
+
+
+def spoil_header(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file with another header, as long as the first eight bytes say."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = as_json(rng, spoil_json(rng, json.loads(data[8:start])))
+    return len(header).to_bytes(8, "little") + header + data[start:]
+
+
+def backbone(rng: random.Random, room: Room) -> str:
+    """A checkpoint."""
+    kind = rng.randrange(4)
+    name, data = rng.choice(list(GOOD_FILES.items()))
+    if kind == 0:
+        name, data = spoil_tensors(rng)
+    elif kind == 1 and data[:2] == b"PK":
+        data = rezip(rng, data)
+    elif kind == 2 and name.endswith(".safetensors"):
+        data = spoil_header(rng, data)
+    else:
+        data = spoil(rng, data)
+    path = room.file(rng.choice((name, name, name, "a.safetensors", "b.pt")), data)
+    hush()
+    if rng.random() < 0.8:
+        outcome, _ = refusable(lambda: clip.load(path, "cpu"))
+        ended(0, captured())
+        return outcome
+    return run_main(room, rng, [*options(room), "--dataset", "digits", "--backbone", path])
+
+
+def weights(rng: random.Random, room: Room) -> str:
+    """Saved weights, for --eval_only."""
+    shutil.copytree(room.shared / "finished", room.here / "out")
+    (path,) = (room.here / "out").rglob("*.safetensors")
+    path.write_bytes(rng.choice((spoil, spoil_header))(rng, path.read_bytes()))
+    return run_main(room, rng, [*options(room), "--dataset", "digits", "--eval_only"])
+
+
+def deltas(rng: random.Random, room: Room) -> str:
+    """Saved weights, for scripts/delta.py."""
+    (path,) = (room.shared / "finished").rglob("*.safetensors")
+    spoilt = rng.choice((spoil, spoil_header))(rng, path.read_bytes())
+    path = str(room.file("a delta.safetensors", spoilt))
+    shape = rng.choice((["inspect", path], ["apply", path, "--out", "full.pt"]))
+    return command(lambda: delta.main(shape))
+
+
+def resumed(rng: random.Random, room: Room) -> str:
+    """An interrupted run's checkpoint."""
+    shutil.copytree(room.shared / "halted", room.here / "out")
+    (path,) = (room.here / "out").rglob("checkpoint.pt")
+    kind = rng.randrange(3)
+    if kind == 0:
+        path.write_bytes(spoil(rng, path.read_bytes()))
+    elif kind == 1:
+        path.write_bytes(rezip(rng, path.read_bytes()))
+    else:  # of other content, with the digest that belongs to it
+        data = torch.load(path, weights_only=True)
+        data.pop("digest")
+        try:
+            data = spoil_state(rng, data)
+            torch.save({**data, "digest": content_digest(data)}, path)
+        except (TypeError, RuntimeError, NotImplementedError):  # what cannot be saved
+            pass
+    return run_main(room, rng, [*HALTED, "--save_path", "out", "--root_path", room.data])
+
+
+HALTED = ["--dataset", "digits", "--n_iters", "3", "--shots", "1", "--num_workers", "0", "--resume"]
+HALTED += ["--threads", "1", "--checkpoint_every", "1"]
+
+
+# Targets: text, reports, optimizer
+
+
+def prompts(rng: random.Random, room: Room) -> str:
+    """Texts to tokenize."""
+    tokens = clip.Tokenizer.for_vocabulary(rng.choice((514, 49408)))
+    plain = " ".join(
+        rng.choice(("a", "photo", "été", "日本", "7")) for _ in range(rng.randrange(20))
+    )
+    if tokens.decode(tokens.encode(plain)) != plain:
+        raise Finding(f"{plain!r} does not come back")
+    texts = [text(rng) * rng.choice((1, 1, 1, 50)) for _ in range(rng.choice((1, 1, 3)))]
+    texts = rng.choice((texts, texts, texts[0], value(rng)))
+    length, cut = rng.choice((77, 77, 77, 2, 1, 0, -1)), rng.random() < 0.5
+    outcome, rows = refusable(lambda: tokens(texts, length, cut))
+    for row in rows.tolist() if rows is not None else ():
+        if len(row) != length or row[0] != tokens.start or tokens.end not in row:
+            raise Finding(f"{texts!r} became {row}")
+        tokens.decode(row)
+    return outcome
+
+
+def reports(rng: random.Random, room: Room) -> str:
+    """A folder of results."""
+    (finished,) = (room.shared / "finished").rglob("result.json")
+    for number in range(rng.choice((1, 2, 4))):
+        result = json.loads(finished.read_bytes()) | {"seed": number}
+        folder = room.here / "results" / rng.choice(("so", "lora", "é x")) / "ViT-Tiny-8" / "digits"
+        folder = folder / "1shots" / f"seed{number}"
+        folder.mkdir(parents=True)
+        for name in ("curve.csv", "config.yaml"):
+            data = (finished.parent / name).read_bytes()
+            (folder / name).write_bytes(spoil(rng, data) if rng.random() < 0.3 else data)
+        for _ in range(rng.choice((0, 1, 1, 3))):
+            result = spoil_json(rng, result)
+        (folder / "result.json").write_bytes(as_json(rng, result))
+    for _ in range(rng.choice((0, 0, 0, 1, 3))):
+        vandalise(rng, room, room.here / "results")
+    report.can_draw = (lambda: True) if rng.random() < 0.02 else (lambda: False)
+    argv = ["results", "--out", "my report"]
+    try:
+        status = report.main(argv)
+    except SystemExit as end:
+        status = end.code
+    lines = captured().split("\n")[:-1]
+    for line in lines:
+        if not line.startswith("report.py: "):
+            raise Finding(f"status {status} and standard error {captured()!r}")
+        sentence(line)
+    if status not in (0, 2) or (status == 2) != bool(lines and "error: " in lines[-1]):
+        raise Finding(f"status {status} and standard error {captured()!r}")
+    return REFUSED if status else SUCCESS
+
+
+SETTINGS = {
+    "lr": [1e-2, 0, -1, "x", None, float("nan"), float("inf"), 1j, True, [1], torch.tensor(0.1)],
+    "betas": [(0.9, 0.99), (0, 0), (1, 1), (-1, 0), (0.9,), None, "ab", 3, (float("nan"), 0)],
+    "eps": [1e-8, 0, -1, None, "x", float("nan"), 1e308],
+    "weight_decay": [0, 0.1, -1, None, "x", float("inf"), [1]],
+    "density_ratio": [0.1, 1.0, 1e-9, 0, -1, 2, None, "x", float("nan"), True, [0.1]],
+    "T": [1, 3, 0, -1, 2.5, None, "x", True, 10**30],
+    "seed": [0, 7, None, -1, 10**30, "x", 1.5, [1], float("nan")],
+    "dense": [None, True, False, 1, "x", 0.0, [], torch.ones(2)],
+}  # fmt: skip
+GRADIENTS: list[Callable[[torch.Tensor], torch.Tensor | None]] = [
+    torch.randn_like, torch.randn_like, torch.randn_like, torch.zeros_like, lambda p: None,
+    lambda p: torch.full_like(p, float("nan")), lambda p: torch.full_like(p, float("inf")),
+    lambda p: torch.randn_like(p).to_sparse(), lambda p: torch.randn_like(p).to_sparse(1),
+    lambda p: torch.zeros_like(p).to_sparse(), lambda p: torch.ones((), dtype=p.dtype).expand_as(p),
+    lambda p: twice(torch.randn_like(p).to_sparse()),
+    lambda p: torch.randn_like(p).transpose(0, -1).contiguous().transpose(0, -1),
+]  # fmt: skip
+
+
+def twice(grad: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient with each entry listed twice."""
+    indices, values = torch.cat([grad.indices()] * 2, 1), torch.cat([grad.values()] * 2)
+    return torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=False)
+
+
+def make_optimizer(rng: random.Random, tensors: list, hostile: bool) -> SO:
+    """SO with settings of which some may be out of range."""
+
+    def chosen(names: list[str]) -> dict:
+        some = rng.sample(names, rng.randrange(3))
+        return {name: rng.choice(SETTINGS[name][: None if hostile else 2]) for name in some}
+
+    names = [name for name in SETTINGS if name != "dense"]
+    if rng.random() < 0.5:
+        return SO(tensors, **chosen(names))
+    half = rng.randrange(1, len(tensors))
+    parts = tensors[:half], tensors[half:]
+    groups = [{"params": part, **chosen(list(SETTINGS))} for part in parts]
+    if hostile and rng.random() < 0.2:
+        groups[0]["params"] = rng.choice((None, [], [3], tensors[half], tensors[half:], "x"))
+    return SO(groups, **chosen(names))
+
+
+def optimizer(rng: random.Random, room: Room) -> str:
+    """Settings of SO, gradients, a state to continue from."""
+    dtype = rng.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    row = torch.randn(140, dtype=dtype)  # five tensors side by side; the third is not trained
+    shapes = [(5, 4), (4, 5), (20,), (2, 5, 2), (60,)]
+    parts = row.split([20, 20, 20, 20, 60])
+    tensors = [torch.nn.Parameter(x.view(shape)) for x, shape in zip(parts, shapes, strict=True)]
+    if rng.random() < 0.2:
+        tensors[0] = torch.nn.Parameter(row[:20].view(4, 5).t())
+    still = tensors.pop(2)
+    before = still.detach().clone()
+    kinds = ValueError, TypeError
+    hostile = rng.random() < 0.5
+    outcome, made = refusable(lambda: make_optimizer(rng, tensors, hostile), kinds)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            for p in tensors:
+                p.grad = rng.choice(GRADIENTS)(p)
+            made.step()
+
+    if made is None:
+        return outcome
+    outcome, _ = refusable(lambda: train(rng.randrange(5)), kinds)
+    if outcome == SUCCESS and not hostile:
+        state = made.state_dict()
+        for _ in range(rng.choice((0, 1, 1, 3))):
+            state = spoil_state(rng, state)
+        outcome, _ = refusable(lambda: (made.load_state_dict(state), train(3)), kinds)
+    if not torch.equal(still, before):
+        raise Finding("a tensor that is not the optimizer's has changed")
+    ended(0, captured())
+    return outcome
+
+
+STATES: list[Callable[[torch.Tensor], Any]] = [
+    lambda t: t + 1000, lambda t: t - 1000, lambda t: t[:-1], lambda t: t[None], lambda t: t.long(),
+    lambda t: t.double(), lambda t: torch.zeros_like(t), lambda t: t * float("nan"), lambda t: t[0],
+    lambda t: t.flip(0), lambda t: torch.cat([t, t]), lambda t: t.to_sparse(), lambda t: t.bool(),
+    lambda t: t.to("meta"), lambda t: None, lambda t: t.tolist(), lambda t: t.expand(2, *t.shape),
+]  # fmt: skip
+
+
+def spoil_state(rng: random.Random, state: Any) -> Any:
+    """Change something within a state dict."""
+    if isinstance(state, torch.Tensor):
+        return rng.choice(STATES)(state if state.dim() else state[None])
+    if not isinstance(state, (dict, list)) or not state or rng.random() < 0.05:
+        new = value(rng)
+        # Larger numbers torch itself refuses.
+        return 0 if isinstance(new, (int, float)) and abs(new) > 2**62 else new
+    state = state.copy()
+    key = rng.choice(list(state)) if isinstance(state, dict) else rng.randrange(len(state))
+    if rng.random() < 0.2:
+        del state[key]
+    else:
+        state[key] = spoil_state(rng, state[key])
+    return state
+
+
+TARGETS: dict[str, tuple[Callable[[random.Random, Room], str], int]] = {  # and their shares
+    "flags": (flags, 3),
+    "yaml": (settings, 3),
+    "split": (split, 3),
+    "tree": (tree, 3),
+    "image": (images, 4),
+    "backbone": (backbone, 4),
+    "weights": (weights, 1),
+    "delta": (deltas, 2),
+    "checkpoint": (resumed, 2),
+    "prompt": (prompts, 2),
+    "report": (reports, 2),
+    "optimizer": (optimizer, 4),
+}
+
+
+# Watching
+
+
+CACHES = (".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache")
+
+
+def listing(folder: Path) -> dict[str, Any]:
+    """Size and time of all files below a folder, and what results say; caches left out."""
+    found = {}
+    for path, names, files in os.walk(folder):
+        names[:] = [name for name in names if name not in CACHES]
+        for name in files:
+            there = os.path.join(path, name)
+            stat = os.lstat(there)
+            content = Path(there).read_bytes() if name == "result.json" else None
+            found[there] = stat.st_size, stat.st_mtime_ns, content
+    return found
+
+
+# Which arguments of an audited event name what is written.
+WRITES = dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"), (0,))
+WRITES |= {"os.utime": (0,), "shutil.rmtree": (0,), "os.rename": (0, 1)}
+WRITES |= {"os.link": (1,), "os.symlink": (1,)}
+STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+STARTS += ("pickle.find_class",)
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def guard(room: Room, faults: list[str]) -> None:
+    """Note each write outside of the case's folder and each program started; allow no network."""
+    cache = room.shared / "home/.cache/clip"  # where downloads go
+    places = room.here, room.shared.parent / "tmp", cache, "/dev", "/proc"
+    tops = tuple(f"{place}{os.sep}" for place in places)
+    active = False
+
+    def writes(event: str, args: tuple) -> list:
+        if event == "open":
+            return [args[0]] if isinstance(args[2], int) and args[2] & WRITE_FLAGS else []
+        return [args[i] for i in WRITES.get(event, ())]
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal active
+        if active or room.idle:
+            return
+        if event.startswith("socket.") and event != "socket.__new__":
+            raise OSError("the fuzzer has no network")
+        active = True
+        try:
+            for path in writes(event, args):
+                if isinstance(path, (str, bytes)):
+                    top, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                    real = os.path.join(os.path.realpath(top), name)
+                    real = os.path.realpath(real) if event == "open" else real
+                    if not (real + os.sep).startswith(tops):
+                        faults.append(f"{event} {args!r:.300}")
+                        raise PermissionError(13, "the fuzzer forbids this", os.fsdecode(path))
+            if event in STARTS and not room.fresh:
+                faults.append(f"{event} {args!r:.300}")
+        finally:
+            active = False
+
+    sys.addaudithook(hook)
+
+
+def examine(room: Room, name: str, seed: int, case: int, faults: list[str]) -> tuple[str, str]:
+    """Run one input: its outcome, and what is wrong with it."""
+    for number in (1, 2):
+        os.ftruncate(number, 0)
+        os.lseek(number, 0, os.SEEK_SET)
+    shutil.rmtree(room.here, ignore_errors=True)
+    room.here.mkdir()
+    os.chdir(room.here)
+    rng = random.Random(f"{seed} {name} {case}")
+    random.seed(case)
+    np.random.seed(case)
+    torch.manual_seed(case)
+    torch.set_num_threads(1)
+    before = listing(room.shared) | listing(ROOT)
+    faults.clear()
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=room.crash)
+    room.idle = False
+    outcome, wrong = "finding", ""
+    try:
+        outcome = TARGETS[name][0](rng, room)
+    except Finding as error:
+        wrong = str(error)
+    except BaseException:
+        wrong = traceback.format_exc()
+    room.idle = True
+    faulthandler.cancel_dump_traceback_later()
+    after = listing(room.shared) | listing(ROOT)
+    changed = [p for p in before.keys() | after.keys() if before.get(p) != after.get(p)]
+    wrong = "\n".join(filter(None, (wrong, *faults, *(f"changed: {path}" for path in changed))))
+    return ("finding" if wrong else outcome), wrong
+
+
+def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash: Path) -> None:
+    """A worker: run inputs, and write a line of JSON about each into the pipe."""
+    room, faults = Room(shared), []
+    room.idle, room.crash = True, open(crash, "w")
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        os.dup2(os.open(shared.parent / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    faulthandler.enable(room.crash)
+    warnings.filterwarnings("always", append=True)
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    run_utils.git_commit = lambda: None
+    guard(room, faults)
+    with open(pipe, "w") as lines:
+        for name, case in jobs:
+            outcome, wrong = examine(room, name, seed, case, faults)
+            print(json.dumps((outcome, wrong)), file=lines, flush=True)
+
+
+def run(shared: Path, jobs: list[tuple[str, int]], seed: int) -> list[tuple[str, str]]:
+    """Give inputs to a worker, a new one where it dies: the outcome of each."""
+    results: list[tuple[str, str]] = []
+    crash = shared.parent / "crash"
+    while len(results) < len(jobs):
+        rest = jobs[len(results) :]
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            try:
+                work(shared, rest, seed, write, crash)
+            finally:
+                os._exit(0)
+        os.close(write)
+        with open(read) as lines:
+            done = [tuple(json.loads(line)) for line in lines]
+        results += done
+        _, status = os.waitpid(child, 0)
+        if len(done) < len(rest):
+            text = crash.read_text(errors="replace")
+            results.append(("finding", f"the worker died, status {status}\n{text}"))
+    return results
+
+
+def prepare(workspace: Path) -> Path:
+    """Make what inputs share: a home, two datasets, a finished run with its weights."""
+    shared = workspace / "shared"
+    for folder in (shared / "home", workspace / "tmp"):
+        folder.mkdir(parents=True)
+    os.environ.update(HOME=str(shared / "home"), TMPDIR=str(workspace / "tmp"), MPLBACKEND="Agg")
+    os.environ["MPLCONFIGDIR"] = str(workspace / "tmp")
+    for name in ("XDG_CACHE_HOME", "CLIP_BPE_PATH", "SO_TRACEBACK"):
+        os.environ.pop(name, None)
+    tempfile.tempdir = None
+    make_dataset("digits", shared / "data", classes=10, per_class=4, size=(32, 32))
+    make_dataset("eurosat", shared / "data", classes=3, per_class=8)
+    make_dataset("digits", shared / "home/.cache/so", classes=10, per_class=4, size=(32, 32))
+    GOOD_FILES.update(checkpoints())
+    room = Room(shared)
+    argv = [*options(room), "--save_path", str(shared / "finished"), "--save_weights"]
+    with open(os.devnull, "w") as null, redirect_stdout(null):
+        run_utils.exit_status(lambda: main.main([*argv, "--dataset", "digits"]))
+        write_result, main.write_result = main.write_result, None  # which ends in a TypeError
+        with suppress(TypeError):
+            main.main(
+                [*HALTED, "--root_path", str(room.data), "--save_path", str(shared / "halted")]
+            )
+        main.write_result = write_result
+    clip.tokenize("a")  # reads the merges once
+    import matplotlib.font_manager  # noqa: F401 # makes its list of fonts once
+    import scipy.io  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+
+    return shared
+
+
+GOOD_FILES: dict[str, bytes] = {}
+
+
+def command_line(argv: list[str] | None = None) -> int:
+    """Run inputs, print what came of them; status 1 where there is a finding."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1000, help="how many, over all targets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=TARGETS, help="one target")
+    parser.add_argument("--case", type=int, help="one input of that target; its files are kept")
+    args = parser.parse_args(argv)
+    if args.case is not None and not args.only:
+        parser.error("--case needs --only TARGET")
+    names = [name for name in TARGETS if args.only in (None, name)]
+    shares = {name: TARGETS[name][1] for name in names}
+    counts = {name: -(-args.inputs * n // sum(shares.values())) for name, n in shares.items()}
+    workspace = Path(tempfile.mkdtemp(prefix="so-fuzz-")).resolve()
+    findings = 0
+    try:
+        torch.set_num_threads(1)
+        shared = prepare(workspace)
+        print(f"{'target':12}{'inputs':>8}{'success':>9}{'refused':>9}{'findings':>9}{'ms':>6}")
+        for name in names:
+            cases = range(counts[name]) if args.case is None else [args.case]
+            jobs = [(name, case) for case in cases]
+            start, results = os.times().elapsed, []
+            for at in range(0, len(jobs), BATCH):
+                results += run(shared, jobs[at : at + BATCH], args.seed)
+            milliseconds = 1000 * (os.times().elapsed - start) / len(jobs)
+            tally = [sum(kind == k for kind, _ in results) for k in (SUCCESS, REFUSED, "finding")]
+            print(f"{name:12}{len(jobs):8}" + "".join(f"{n:9}" for n in tally), end="")
+            print(f"{milliseconds:6.0f}", flush=True)
+            for (_, case), (kind, wrong) in zip(jobs, results, strict=True):
+                if kind == "finding":
+                    findings += 1
+                    again = f"python tests/fuzz.py --seed {args.seed} --only {name} --case {case}"
+                    print(f"FINDING {again}\n{wrong}\n", flush=True)
+        if args.case is not None:
+            print(f"{results[0][0]}; standard error, output and files lie in {workspace}")
+    finally:
+        if args.case is None:
+            shutil.rmtree(workspace, ignore_errors=True)
+    print(f"{findings} findings" if findings != 1 else "1 finding")
+    return int(findings > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

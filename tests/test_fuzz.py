@@ -1,0 +1,308 @@
+"""A few hundred of the fuzzer's inputs, whether it sees faults, and what it has found so far."""
+
+import importlib.util
+import io
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from clip_helpers import TINY_VIT, random_state_dict
+from dataset_helpers import LAYOUTS, make_dataset
+from PIL import EpsImagePlugin, Image
+from torch import nn
+
+import clip
+import main
+import run_utils
+from datasets import __main__ as doctor
+from datasets import build_dataset
+from datasets.loader import read_image
+from optimizers.SparseOptimizer import SO
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_some_hundred_hostile_inputs_end_well_or_in_one_sentence():
+    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "--inputs", "200", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+FAULTS = """
+import os, sys, time, warnings
+sys.path.insert(0, {tests!r})
+import fuzz
+
+def trace(rng, room): raise KeyError("x")
+def hang(rng, room): time.sleep(9)
+def crash(rng, room): os.abort()
+def warn(rng, room): return fuzz.command(lambda: warnings.warn("spilt"))
+def babble(rng, room): return fuzz.command(lambda: print("a\\nb", file=sys.stderr) or 2)
+def status(rng, room): return fuzz.command(lambda: 1)
+def write(rng, room): (room.shared / "new").touch()
+def change(rng, room): os.system(f"touch {{room.shared}}/new")
+def start(rng, room): os.system("true")
+def fine(rng, room): return fuzz.SUCCESS
+
+targets = trace, hang, crash, warn, babble, status, write, change, start, fine
+fuzz.TARGETS = {{target.__name__: (target, 1) for target in targets}}
+fuzz.LIMIT = 1
+sys.exit(fuzz.command_line(["--inputs", "10"]))
+"""
+
+
+def test_the_fuzzer_sees_faults_of_every_kind(tmp_path):
+    code = FAULTS.format(tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    found = [line.split("--only ")[1] for line in done.stdout.splitlines() if "FINDING" in line]
+    kinds = "trace hang crash warn babble status write change start".split()
+    assert found == [f"{kind} --case 0" for kind in kinds], done.stdout
+    assert "Timeout" in done.stdout and "Aborted" in done.stdout and "9 findings" in done.stdout
+
+
+# The command line
+
+
+def refused(*argv):
+    """The one sentence that main.py ends with."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = run_utils.exit_status(lambda: main.main([str(arg) for arg in argv]))
+        except SystemExit as end:
+            status = end.code
+    assert status == 2 and err.getvalue().count("\n") == 1, err.getvalue()
+    return err.getvalue()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--device", "hpu"], "--device hpu cannot be used"),
+        (["--precision=--"], "--precision: expected a value"),
+        (["--save_path=--"], "--save_path: expected a value"),
+        (["--root_path", "a\nb\x1b[31m"], r"a b\x1b[31m is not a folder"),
+        (["--root_path", "~no-such-user/x"], "~no-such-user/x is not a folder"),
+        (["--backbone", "~no-such-user/x"], "unknown backbone"),
+        (["--seed", 10**30], "--seed"),
+        (["--n_iters", 10**30], "--n_iters"),
+        (["--num_workers", 10**6], "--num_workers"),
+    ],
+)
+def test_odd_values_of_flags_are_refused(argv, words):
+    assert words in refused(*argv)
+
+
+def test_a_very_long_argument_is_shown_in_part():
+    message = refused("--method", "9" * 5000)
+    assert len(message) < 2100 and "valid: so, lora, adam" in message
+
+
+LAUGHS = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))
+MERGES = "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 3000, "{a: " * 3000, "lr: !!bool x", "lr: !!timestamp x", "lr: !!int x", "9" * 5000]
+    + ["lr: 2001-99-99", "lr: &a [*a]", "a0: &a0 [x]\n" + LAUGHS, "a0: &a0 {x: 1}\n" + MERGES],
+)
+def test_settings_that_are_deep_mistyped_or_endless_are_refused(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert "mine.yaml is not YAML" in refused("--config", tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")]
+)
+def test_a_lack_of_memory_is_one_sentence(error, capsys):
+    def lack():
+        raise error
+
+    assert run_utils.exit_status(lack) == 2
+    said = capsys.readouterr().err
+    assert "memory" in said and "--batch_size" in said and said.count("\n") == 1
+
+
+def test_what_is_wrong_with_the_program_keeps_its_traceback():
+    def fail():
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError):
+        run_utils.exit_status(fail)
+
+
+def test_warnings_of_odd_metadata_stay_silent(capsys):
+    def warn():
+        logging.getLogger("PIL.TiffImagePlugin").error("more samples than can be decoded")
+        warnings.warn_explicit("corrupt", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
+
+    assert run_utils.exit_status(warn) == 0
+    assert capsys.readouterr().err == ""
+
+
+# Data
+
+
+def test_no_image_starts_ghostscript(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(ValueError, match="none of JPEG"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_pipe_in_place_of_a_split_file_is_refused(tmp_path):
+    make_dataset("eurosat", tmp_path)
+    split = tmp_path / "eurosat" / LAYOUTS["eurosat"][2]
+    split.unlink()
+    os.mkfifo(split)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        build_dataset("eurosat", tmp_path, 1)
+
+
+def test_the_doctor_opens_no_pipe(tmp_path):
+    make_dataset("eurosat", tmp_path)
+    image = next((tmp_path / "eurosat" / "2750").rglob("*.jpg"))
+    image.unlink()
+    os.mkfifo(image)
+    finding = doctor.examine("eurosat", str(tmp_path), decode=True)
+    assert any(image.name in problem for problem in finding.problems)
+
+
+def test_links_to_themselves_are_no_images_and_no_classes(tmp_path, capsys):
+    make_dataset("dtd", tmp_path, split=False)
+    classes = tmp_path / "dtd" / "images"
+    for link in (classes / "loop", classes / "banded" / "loop.jpg"):
+        link.symlink_to(link)
+    found = build_dataset("dtd", tmp_path, 1)
+    assert found.classnames == ["banded", "meshed", "polka-dotted"]
+
+
+def test_entries_of_a_split_file_are_shown_on_one_line(tmp_path):
+    make_dataset("eurosat", tmp_path)
+    (tmp_path / "eurosat" / LAYOUTS["eurosat"][2]).write_text(
+        '{"train": ["a\\nb"], "val": [], "test": []}'
+    )
+    with pytest.raises(ValueError, match=r"train: 'a\\nb'"):
+        build_dataset("eurosat", tmp_path, 1)
+
+
+def test_the_report_reads_no_pipe(tmp_path):
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    os.mkfifo(tmp_path / "result.json")
+    said = []
+    assert report.find_runs([tmp_path], said.append) == []
+    assert "result.json is not a file" in said[0]
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.to("meta"),
+        lambda t: t.to(torch.complex64),
+        lambda t: t.to_sparse(),
+        lambda t: torch.zeros(()).expand(10**12, 64),
+    ],
+    ids=["no values", "complex", "sparse", "endless"],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(make, tmp_path):
+    state = random_state_dict(TINY_VIT)
+    state["token_embedding.weight"] = make(state["token_embedding.weight"])
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd\.pt"):
+        clip.load(tmp_path / "odd.pt", "cpu")
+
+
+def test_what_a_checkpoint_names_is_shown_in_letters(tmp_path):
+    content = pickle.dumps(random_state_dict(TINY_VIT)["logit_scale"], 2)
+    content = content.replace(b"_rebuild_tensor_v2", b"_rebuild\x00\x1b[31mr_v2")
+    (tmp_path / "odd.pt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        clip.load(tmp_path / "odd.pt", "cpu")
+    assert str(error.value).isprintable()
+
+
+# The optimizer
+
+
+def trained():
+    """A sparse and a dense tensor, and their optimizer after three steps."""
+    params = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(6))]
+    optimizer = SO(params, density_ratio=0.3, seed=1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return params, optimizer
+
+
+CHANGES = {
+    "an index beyond the tensor": lambda s: s["indices"].add_(1000),
+    "a negative index": lambda s: s["grad_indices"].sub_(1000),
+    "a repeated index": lambda s: s["indices"].fill_(2),
+    "indices that are floats": lambda s: s.update(indices=s["indices"].float()),
+    "moments of another length": lambda s: s.update(exp_avg=s["exp_avg"][:-1]),
+    "moments that are integers": lambda s: s.update(exp_avg=s["exp_avg"].long()),
+    "no support": lambda s: s.pop("grad_indices"),
+    "no step": lambda s: s.pop("step"),
+    "several steps": lambda s: s.update(step=torch.ones(2)),
+    "a step that is not a number": lambda s: s["step"].fill_(float("nan")),
+    "what is no tensor": lambda s: s.update(exp_avg_sq="x"),
+    "what has no values": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].to("meta")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_state_that_does_not_fit_is_refused_and_not_loaded(change):
+    _, source = trained()
+    saved = source.state_dict()
+    change(saved["state"][0])
+    params, optimizer = trained()
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"the saved state is not|no state dict of SO"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[params[0]]["exp_avg"] is before["state"][0]["exp_avg"]
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        None,
+        [],
+        {},
+        {"state": {}, "param_groups": 3},
+        {"state": [], "param_groups": [{"params": [0]}]},
+    ],
+)
+def test_what_is_no_state_dict_is_refused(saved):
+    with pytest.raises(ValueError, match="no state dict of SO"):
+        trained()[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["seed", "T", "dense", "betas"])
+def test_a_state_without_a_setting_is_refused(name):
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0][name]
+    with pytest.raises(ValueError, match=name):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("settings", [{"dense": torch.ones(2)}, {"dense": 1}, {"seed": "x"}])
+def test_settings_of_odd_types_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SO([{"params": [nn.Parameter(torch.ones(2, 2))], **settings}])
