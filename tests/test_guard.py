@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from clip_helpers import TINY_VIT, Server, random_state_dict
 from dataset_helpers import make_dataset, write_image
@@ -260,7 +261,8 @@ def results(folder):
     """The result of the only run below a folder, and its weights."""
     (result,) = folder.rglob("result.json")
     content = json.loads(result.read_text(encoding="utf-8"))
-    return content["final_accuracy"], (result.parent / "weights.safetensors").read_bytes()
+    tensors = safetensors.torch.load_file(result.parent / "weights.safetensors")
+    return content["final_accuracy"], {name: t.tolist() for name, t in tensors.items()}
 
 
 def test_a_run_is_the_same_in_every_locale_whatever_its_paths(tmp_path):
