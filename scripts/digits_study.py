@@ -206,7 +206,8 @@ def page(out: Path, root: Path, extra: Sequence[str]) -> str:
     parts += [f"![curves]({path.relative_to(out)})" for path in curves]
     parts += [
         "## Time",
-        "Seconds of all runs together, of which two went at a time: "
+        "Seconds of all runs together, two of which go at a time; whatever else the machine did "
+        "is in them, and in the times of the tables: "
         + ", ".join(f"{part} {count:,.0f}" for part, count in seconds.items())
         + ".",
     ]

@@ -157,13 +157,14 @@ def grid(planned: Sequence[Any], out: Path) -> None:
 
     config = done[0].config
     seeds = sorted({config.seed for _, config in done})
+    labels = ["never" if t >= config.n_iters * config.shots else str(t) for t in windows]
     lines = [[density(kappa), *(text_of(kappa, t) for t in windows)] for kappa in kappas]
     zero_shot = fmean(run.zero_shot for run, _ in done)
     text = (
         f"Test accuracy in percent, mean ± standard deviation over {plural(len(seeds), 'seed')}: "
         f"{config.dataset}, {plural(config.shots, 'shot')}, learning rate {config.lr:g}; "
         f"zero-shot {zero_shot:.1f}.\n\n"
-        + markdown(["density", *(f"T = {t}" for t in windows)], lines)
+        + markdown(["density", *(f"T = {label}" for label in labels)], lines)
     )
 
     def draw() -> Any:
@@ -179,7 +180,7 @@ def grid(planned: Sequence[Any], out: Path) -> None:
                 axes.text(
                     column, row, text_of(kappa, t), ha="center", va="center", color=ink, fontsize=9
                 )
-        axes.set_xticks(range(len(windows)), labels=map(str, windows))
+        axes.set_xticks(range(len(windows)), labels=labels)
         axes.set_yticks(range(len(kappas)), labels=map(density, kappas))
         axes.set(xlabel="T (iterations between two draws)", ylabel="density (share of entries)")
         axes.grid(False)
@@ -206,7 +207,11 @@ def ablation(planned: Sequence[Any], out: Path) -> None:
         key = config.grad_support, config.moment_support, redrawn
         rows.setdefault(key, {})[config.seed] = run.accuracy
     usual = ("random", "magnitude", True)
-    rows = dict(sorted(rows.items(), key=lambda row: (row[0] != usual, not row[0][2], row[0])))
+
+    def order(key: tuple[str, str, bool]) -> tuple:
+        return key != usual, not key[2], key[0] != "random", key[1]
+
+    rows = {key: rows[key] for key in sorted(rows, key=order)}
 
     def name(key: tuple[str, str, bool]) -> tuple[str, str, str]:
         gradient = {"random": "random", "magnitude": "largest g"}[key[0]]
