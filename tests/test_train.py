@@ -14,6 +14,7 @@ from clip import build_model
 from datasets import Item
 from datasets.loader import Loader
 from optimizers import SO
+from optimizers.sampled import sample_gradients
 from train import (
     MATRICES,
     POSITIONS,
@@ -153,6 +154,22 @@ def test_workers_do_not_change_a_run(items, workers):
         optimizer = SO(select_matrices(model, "both", "top").values(), lr=1e-3, seed=1)
         curves.append(adapt(model, items, optimizer, workers=count))
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("encoder", ["both", "vision"])
+def test_parts_of_a_batch_add_up_to_its_gradient(items, encoder):
+    def run(**options):
+        model = tiny().double()
+        optimizer = SO(select_matrices(model, encoder, "top").values(), lr=1e-3, seed=1)
+        sample_gradients(model, optimizer)
+        curve = adapt(model, items, optimizer, **options)
+        return [row[1] for row in curve], model.visual.transformer.resblocks[-1].mlp.c_fc.weight
+
+    losses, weight = run()
+    for parts in (2, 3, 99):
+        again, other = run(accumulate=parts)
+        assert again == pytest.approx(losses, rel=1e-5)
+        torch.testing.assert_close(other, weight, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
