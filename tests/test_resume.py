@@ -63,6 +63,7 @@ def broken_at(monkeypatch, iterations):
     monkeypatch.setattr(Signals, "check", check)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast")  # torch 2.4's own, when recomputing
 @pytest.mark.parametrize(
     "extra",
     [
