@@ -28,7 +28,7 @@ from clip import CLIP, build_model, read_checkpoint  # noqa: E402
 from clip.loading import _locate  # noqa: E402
 from optimizers.delta import Delta, apply_delta, changed_entries, read_delta  # noqa: E402
 from run_utils import Parser, backbone  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from utils import atomic_write, one_line  # noqa: E402
 
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             error = f"{error.filename}: {error.strerror}"
-        print(f"delta.py: error: {error}", file=sys.stderr)
+        print(one_line(f"delta.py: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("delta.py: interrupted", file=sys.stderr)

@@ -36,7 +36,7 @@ from torch import Tensor
 import clip
 from optimizers.delta import apply_delta, read_delta
 from run_utils import Parser
-from utils import atomic_write
+from utils import atomic_write, one_line
 
 HERE = Path(__file__).resolve().parent
 PARTS = {
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(page(args.root / "docs" / "digits", args.root, extra))
         return 0
     except (ValueError, OSError) as error:
-        print(f"digits_study.py: error: {error}", file=sys.stderr)
+        print(one_line(f"digits_study.py: error: {error}"), file=sys.stderr)
         return 2
 
 

@@ -31,6 +31,7 @@ from experiment_report import KINDS, best_rates
 from report_data import plural
 
 from run_utils import Parser, finished, make_parser, parse_args, run_folder
+from utils import one_line
 
 HERE = Path(__file__).resolve().parent
 KEYS = {"kind", "save_path", "out", "rates", "common", "settings"}
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             error = f"{error.filename}: {error.strerror}"
-        print(f"experiment.py: error: {error}", file=sys.stderr)
+        print(one_line(f"experiment.py: error: {error}"), file=sys.stderr)
         return 2
 
 

@@ -41,7 +41,7 @@ from scipy.stats import binomtest, sem
 from scipy.stats import t as student
 
 from run_utils import Parser
-from utils import atomic_write
+from utils import atomic_write, one_line
 
 FIGURES = """## Figures
 
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def complain(sentence: str) -> None:
-        print(f"report.py: {sentence}", file=sys.stderr, flush=True)
+        print(one_line(f"report.py: {sentence}"), file=sys.stderr, flush=True)
 
     try:
         report(args.results, args.out or args.results[0] / "report", complain)

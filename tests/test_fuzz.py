@@ -11,6 +11,7 @@ import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import delta
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
@@ -306,3 +307,11 @@ def test_a_state_without_a_setting_is_refused(name):
 def test_settings_of_odd_types_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SO([{"params": [nn.Parameter(torch.ones(2, 2))], **settings}])
+
+
+def test_a_delta_with_unprintable_names_is_refused_in_printable_words(tmp_path, capsys):
+    header = b'{"\\u0000":{"dtype":"F32","shape":[1],"data_offsets":[0,9]}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(9))
+    assert delta.main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
