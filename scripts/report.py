@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
 from datasets import DATASETS  # noqa: E402
 from run_utils import Parser  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from utils import atomic_write, one_line  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}  # others are ablations, by their own name
@@ -785,7 +785,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def complain(sentence: str) -> None:
-        print(f"report.py: {sentence}", file=sys.stderr, flush=True)
+        print(one_line(f"report.py: {sentence}"), file=sys.stderr, flush=True)
 
     try:
         report(args.results, args.out or args.results[0] / "report", complain)

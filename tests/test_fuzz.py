@@ -196,10 +196,20 @@ def test_entries_of_a_split_file_are_shown_on_one_line(tmp_path):
         build_dataset("eurosat", tmp_path, 1)
 
 
-def test_the_report_reads_no_pipe(tmp_path):
+@pytest.fixture(scope="module")
+def report():
     spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_report_complains_in_letters_on_one_line(report, tmp_path, capsys):
+    assert report.main([str(tmp_path / "no\nsuch\x1b[31m")]) == 2
+    assert r"no such\x1b[31m" in capsys.readouterr().err
+
+
+def test_the_report_reads_no_pipe(report, tmp_path):
     os.mkfifo(tmp_path / "result.json")
     said = []
     assert report.find_runs([tmp_path], said.append) == []
