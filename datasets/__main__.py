@@ -154,7 +154,7 @@ def _broken(source: Source, paths: list[str]) -> Iterator[str | None]:
     """Each path that cannot be decoded, None for the others."""
 
     def check(path: str) -> str | None:
-        if not (source.images / path).is_file():
+        if not os.path.isfile(source.images / path):
             return None
         try:
             with Image.open(source.images / path) as image:

@@ -178,6 +178,14 @@ def test_the_doctor_opens_no_pipe(tmp_path):
     assert any(image.name in problem for problem in finding.problems)
 
 
+def test_the_doctor_opens_no_impossible_name(tmp_path):
+    make_dataset("eurosat", tmp_path)
+    split = tmp_path / "eurosat" / LAYOUTS["eurosat"][2]
+    split.write_text(split.read_text().replace("Forest_0000.jpg", "a" * 300))
+    finding = doctor.examine("eurosat", str(tmp_path), decode=True)
+    assert any("a" * 300 in problem for problem in finding.problems)
+
+
 def test_links_to_themselves_are_no_images_and_no_classes(tmp_path, capsys):
     make_dataset("dtd", tmp_path, split=False)
     classes = tmp_path / "dtd" / "images"
