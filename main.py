@@ -31,6 +31,7 @@ from run_utils import (
     read_checkpoint,
     run_folder,
     set_generators,
+    tidy,
     whats_next,
     write_checkpoint,
     write_curve,
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv)
     folder = run_folder(config)
     if result := finished(folder, config):
+        tidy(folder)
         print(f"This run is finished: {folder}")
         return print_results(result, split=config.eval_split)
     with Signals() as signals:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -430,6 +430,14 @@ def computed(config: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a run that was killed at its very end has left, unless one is at work there."""
+    if any(folder.glob("checkpoint.pt")) or any(folder.glob(".*")):
+        with suppress(OSError, ValueError), lock(folder):
+            for path in (folder / "checkpoint.pt", *folder.glob(".*.tmp")):
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
 def open_folder(folder: Path, config: argparse.Namespace) -> Iterator[None]:
     """Make the folder, keep other processes out of it, and write config.yaml.
@@ -544,7 +552,7 @@ def read_checkpoint(
     try:
         data = read_saved(path)  # as torch.load with weights_only, but safe in old versions, too
         whole = data.pop("digest") == content_digest(data)
-        version, there = data["version"], dict(data["config"])
+        version, there, base = data["version"], dict(data["config"]), data["base_digest"]
     except Exception as error:  # damage shows in many ways
         reason = (str(error).splitlines() or [repr(error)])[0][:160]
         raise ValueError(f"{path} is damaged ({reason}); {remedy}") from None
@@ -559,7 +567,7 @@ def read_checkpoint(
             f"{path} is of another run ({changes}); give another --save_path, or --overwrite to "
             "replace it"
         )
-    if data["base_digest"] != base_digest:
+    if base != base_digest:
         raise ValueError(f"{path} is of a {config.backbone} of other weights; {remedy}")
     return Checkpoint(data, path)
 

@@ -179,6 +179,14 @@ def test_the_doctor_opens_no_pipe(tmp_path):
     assert any(image.name in problem for problem in finding.problems)
 
 
+def test_the_doctor_opens_no_impossible_name(tmp_path):
+    make_dataset("eurosat", tmp_path)
+    split = tmp_path / "eurosat" / LAYOUTS["eurosat"][2]
+    split.write_text(split.read_text().replace("Forest_0000.jpg", "a" * 300))
+    finding = doctor.examine("eurosat", str(tmp_path), decode=True)
+    assert any("a" * 300 in problem for problem in finding.problems)
+
+
 def test_links_to_themselves_are_no_images_and_no_classes(tmp_path, capsys):
     make_dataset("dtd", tmp_path, split=False)
     classes = tmp_path / "dtd" / "images"
@@ -197,10 +205,20 @@ def test_entries_of_a_split_file_are_shown_on_one_line(tmp_path):
         build_dataset("eurosat", tmp_path, 1)
 
 
-def test_the_report_reads_no_pipe(tmp_path):
+@pytest.fixture(scope="module")
+def report():
     spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_report_complains_in_letters_on_one_line(report, tmp_path, capsys):
+    assert report.main([str(tmp_path / "no\nsuch\x1b[31m")]) == 2
+    assert r"no such\x1b[31m" in capsys.readouterr().err
+
+
+def test_the_report_reads_no_pipe(report, tmp_path):
     os.mkfifo(tmp_path / "result.json")
     said = []
     assert report.find_runs([tmp_path], said.append) == []

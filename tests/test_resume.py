@@ -92,8 +92,11 @@ def test_a_resumed_run_ends_as_an_unbroken_one(extra, tmp_path, monkeypatch, cap
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     assert not checkpoint.exists()
     capsys.readouterr()
+    for name in ("checkpoint.pt", ".lock", ".curve.csv.99.tmp"):  # killed at its very end
+        (checkpoint.parent / name).write_text("left")
     adapt(tmp_path / "broken", "--resume", *extra)
     assert "This run is finished" in capsys.readouterr().out
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
 def test_a_checkpoint_of_so_holds_what_changed_and_not_the_model(tmp_path, monkeypatch):
@@ -207,6 +210,10 @@ def test_a_checkpoint_of_another_run_is_refused(checkpoint, capsys):
     assert "other weights" in refused(checkpoint, capsys)
     change(checkpoint, version=99)
     assert "version 99" in refused(checkpoint, capsys)
+    data = torch.load(checkpoint, weights_only=True)
+    del data["base_digest"], data["digest"]
+    torch.save({**data, "digest": content_digest(data)}, checkpoint)
+    assert "damaged" in refused(checkpoint, capsys)
 
 
 @pytest.mark.parametrize(
