@@ -36,6 +36,7 @@ POSITIONS: dict[str, tuple[float, float] | int] = {
 MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FINAL_LR = 1e-6  # where the cosine ends
 TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 LOOK_EVERY = 50  # iterations between two looks at the loss on a GPU, each of which waits for it
 
 
@@ -297,9 +298,16 @@ class Course:
             ValueError: It is of another number of iterations, or contradicts itself.
         """
         other = Course(**state)
-        orderly = 0 <= other.epoch_start <= other.count and 0 <= other.looked <= other.count
+        counts = other.iterations, other.count, other.looked, other.epoch_start
+        kinds = [type(other.ended) is bool, *(type(count) is int for count in counts)]
+        kinds += [isinstance(part, dict) for part in (other.accuracies, other.scaler)]
+        kinds += [type(i) is int and type(a) is float for i, a in other.accuracies.items()]
+        kinds += [isinstance(value, int | float) for value in other.scaler.values()]
+        if not all(kinds) or other.scaler.keys() not in (set(), SCALER):
+            raise ValueError("an entry is of another kind")
         if other.iterations != self.iterations or not 0 < other.count <= self.iterations:
             raise ValueError(f"{other.count} of {other.iterations} iterations")
+        orderly = 0 <= other.epoch_start <= other.count and 0 <= other.looked <= other.count
         if not orderly or other.losses.shape != (other.count,):
             raise ValueError("its numbers of iterations contradict each other")
         self.__dict__.update(vars(other))

@@ -36,7 +36,8 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():  # TorchScript cannot hold an autograd function
+        # TorchScript cannot hold an autograd function, nor can torch.compile in old versions.
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return x * torch.sigmoid(1.702 * x)
         return _QuickGELU.apply(x)
 

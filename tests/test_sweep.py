@@ -38,6 +38,8 @@ def start(script, data, out, *flags, n_iters=2, **variables):
     return subprocess.Popen(
         list(map(str, command)), env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell cannot trap what was ignored as it started, as where the tests run behind a `&`.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
