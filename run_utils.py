@@ -38,7 +38,7 @@ from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
-from utils import Interrupted, atomic_write, content_digest, lock, one_line
+from utils import Interrupted, atomic_write, content_digest, explain, lock, one_line
 
 MOST = 10**18  # of whole numbers
 HERE = Path(__file__).parent
@@ -346,7 +346,7 @@ def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has no numbers to compute with
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
             f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
@@ -680,10 +680,8 @@ def exit_status(main: Callable[[], None]) -> int:
         full = full or "can't allocate memory" in str(error)  # torch's, on a CPU
         if os.environ.get("SO_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
-        sentence = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            sentence = f"{error.filename}: {error.strerror}"
-        elif full:
+        sentence = explain(error)
+        if full:
             reason = sentence.partition("\n")[0] or "out of memory"
             sentence = f"{reason}: lower --batch_size, or use --accumulate or --precision bf16"
         print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)

@@ -73,6 +73,21 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def explain(error: Exception) -> str:
+    """An error in words; of the system's own, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def say(text: str) -> None:
+    """Print, until whoever reads it, such as `head`, has seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def content_digest(data: Any) -> str:
     """SHA-256 over nested dicts, lists and tuples of plain values and tensors."""
     sha = hashlib.sha256()

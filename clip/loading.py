@@ -84,7 +84,7 @@ def load(
         ConnectionError: if a download fails.
     """
     device = _device(device)
-    path = _locate(name_or_path, download_root)
+    path = locate(name_or_path, download_root)
     state_dict = read_checkpoint(path)
     try:
         model = build_model(state_dict)
@@ -101,14 +101,14 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
             f"The device {str(device)!r} cannot be used ({reason}): name another, such as cpu."
         ) from None
 
 
-def _locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | None) -> Path:
+def locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | None) -> Path:
     """The file of a model's name, verified, or the one that a path means."""
     name = os.fspath(name_or_path)
     if name in SHIPPED:

@@ -11,9 +11,7 @@ format if the name of --out ends so, else written by torch.save.
 """
 
 import argparse
-import io
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +23,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clip import CLIP, build_model, read_checkpoint  # noqa: E402
-from clip.loading import _locate  # noqa: E402
+from clip.loading import locate  # noqa: E402
 from optimizers.delta import Delta, apply_delta, changed_entries, read_delta  # noqa: E402
 from run_utils import Parser, backbone  # noqa: E402
-from utils import atomic_write, one_line  # noqa: E402
+from utils import atomic_write, explain, one_line, say  # noqa: E402
 
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
@@ -117,7 +115,7 @@ def find_base(delta: Delta, base: str | None) -> Path:
     if not name:
         raise ValueError(f"{delta.path} names no backbone: name its base with --base")
     try:
-        return _locate(backbone(name), None)
+        return locate(backbone(name), None)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from None
 
@@ -155,9 +153,7 @@ def write(out: Path, state: dict[str, Tensor]) -> None:
     }
     if out.suffix.lower() == ".safetensors":
         return atomic_write(out, safetensors.torch.save(tensors))
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    atomic_write(out, buffer.getvalue())
+    atomic_write(out, lambda file: torch.save(tensors, file))
 
 
 # The command line
@@ -192,17 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = run(**args)
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            error = f"{error.filename}: {error.strerror}"
-        print(one_line(f"delta.py: error: {error}"), file=sys.stderr)
+        print(one_line(f"delta.py: error: {explain(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("delta.py: interrupted", file=sys.stderr)
         return 130
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever reads it, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(text)
     return 0
 
 

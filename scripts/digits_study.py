@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from experiment import Experiment, Planned, read_experiment
+from experiment import Experiment, read_experiment
 from pretrain_tiny import (
     CLASSNAMES,
     COLOURS,
@@ -36,7 +36,7 @@ from torch import Tensor
 import clip
 from optimizers.delta import apply_delta, read_delta
 from run_utils import Parser
-from utils import atomic_write, one_line
+from utils import atomic_write, explain, one_line
 
 HERE = Path(__file__).resolve().parent
 PARTS = {
@@ -166,7 +166,7 @@ def page(out: Path, root: Path, extra: Sequence[str]) -> str:
         atomic_write(out / "forgetting.png", png(lambda: draw_forgetting(before, after)))
 
     seconds = {
-        part: sum(read_run(run.folder).seconds for run in experiment.runs if exists(run))
+        part: sum(read_run(run.folder).seconds for run in experiment.runs if run.is_done)
         for part, experiment in experiments.items()
     }
     version = found[0].made_by[1]
@@ -216,11 +216,6 @@ def page(out: Path, root: Path, extra: Sequence[str]) -> str:
     return text
 
 
-def exists(run: Planned) -> bool:
-    """Whether a run is finished."""
-    return (run.folder / "result.json").is_file()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = Parser(prog="digits_study.py", description=__doc__.split("\n")[0])
@@ -231,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(page(args.root / "docs" / "digits", args.root, extra))
         return 0
     except (ValueError, OSError) as error:
-        print(one_line(f"digits_study.py: error: {error}"), file=sys.stderr)
+        print(one_line(f"digits_study.py: error: {explain(error)}"), file=sys.stderr)
         return 2
 
 

@@ -31,7 +31,7 @@ from experiment_report import KINDS, best_rates
 from report_data import plural
 
 from run_utils import Parser, finished, make_parser, parse_args, run_folder
-from utils import one_line
+from utils import explain, one_line
 
 HERE = Path(__file__).resolve().parent
 KEYS = {"kind", "save_path", "out", "rates", "common", "settings"}
@@ -55,6 +55,11 @@ class Planned(NamedTuple):
     def folder(self) -> Path:
         """Where its results are, or will be."""
         return run_folder(self.config)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a result, of whatever settings."""
+        return (self.folder / "result.json").is_file()
 
 
 def read_experiment(path: Path, extra: Sequence[str] = (), root: Path = Path()) -> Experiment:
@@ -186,9 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             KINDS[experiment.kind](experiment.runs, experiment.out)
         return status
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            error = f"{error.filename}: {error.strerror}"
-        print(one_line(f"experiment.py: error: {error}"), file=sys.stderr)
+        print(one_line(f"experiment.py: error: {explain(error)}"), file=sys.stderr)
         return 2
 
 

@@ -28,7 +28,7 @@ def read_done(planned: Sequence[Any]) -> list[Done]:
     """
     done = []
     for plan in planned:
-        if (plan.folder / "result.json").is_file():
+        if plan.is_done:
             try:
                 done.append(Done(read_run(plan.folder), plan.config))
             except ValueError as error:
@@ -38,11 +38,11 @@ def read_done(planned: Sequence[Any]) -> list[Done]:
     return done
 
 
-def write(out: Path, title: str, text: str, draw: Callable[[], Any] | None) -> None:
+def write(out: Path, title: str, text: str, draw: Callable[[], Any]) -> None:
     """Write and print a table, draw its figure: table.md and figure.png."""
     out.mkdir(parents=True, exist_ok=True)
     link = ""
-    if draw is not None and can_draw():
+    if can_draw():
         atomic_write(out / "figure.png", png(draw))
         link = "\n![figure](figure.png)\n"
     atomic_write(out / "table.md", f"# {title}\n\n{text}\n{link}")
@@ -54,7 +54,7 @@ def write(out: Path, title: str, text: str, draw: Callable[[], Any] | None) -> N
 
 def compare(planned: Sequence[Any], out: Path) -> None:
     """The whole report of scripts/report.py, on these runs alone."""
-    folders = sorted({plan.folder for plan in planned if (plan.folder / "result.json").is_file()})
+    folders = sorted({plan.folder for plan in planned if plan.is_done})
     if not folders:
         raise ValueError("no run of this experiment is finished")
     report(folders, out, lambda sentence: print(f"experiment.py: {sentence}", flush=True))
@@ -77,7 +77,7 @@ def best_rates(planned: Sequence[Any]) -> dict[str, float]:
     Raises:
         ValueError: Not all runs are finished.
     """
-    if missing := [plan for plan in planned if not (plan.folder / "result.json").is_file()]:
+    if missing := [plan for plan in planned if not plan.is_done]:
         raise ValueError(
             f"{plural(len(missing), 'run')} of the learning rates' choice are not finished, "
             f"such as {missing[0].folder}: run that experiment first"
@@ -137,6 +137,11 @@ def listed(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
+def with_spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, if there are several."""
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
 # Density and T
 
 
@@ -153,7 +158,7 @@ def grid(planned: Sequence[Any], out: Path) -> None:
         values = cells.get((kappa, window))
         if values is None:
             return "-"
-        return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+        return with_spread(values)
 
     config = done[0].config
     seeds = sorted({config.seed for _, config in done})
@@ -221,7 +226,7 @@ def ablation(planned: Sequence[Any], out: Path) -> None:
     lines = []
     for key, by_seed in rows.items():
         values = list(by_seed.values())
-        accuracy = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+        accuracy = with_spread(values)
         both = by_seed.keys() & rows.get(usual, {}).keys()
         difference = "-"
         if key != usual and both:

@@ -12,7 +12,6 @@ matplotlib; without it there are tables alone.
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from scipy.stats import binomtest, sem
 from scipy.stats import t as student
 
 from run_utils import Parser
-from utils import atomic_write, one_line
+from utils import atomic_write, explain, one_line, say
 
 FIGURES = """## Figures
 
@@ -330,14 +329,6 @@ def report(folders: Sequence[Path], out: Path, complain: Callable[[str], None]) 
     say(f"{plural(len(runs), 'run')}: tables{drawn} in {out}")
 
 
-def say(text: str) -> None:
-    """Print, until whoever reads it, such as `head`, has seen enough; files are written anyway."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = Parser(prog="report.py", description=__doc__.split("\n")[0])
@@ -354,9 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(args.results, args.out or args.results[0] / "report", complain)
         return 0
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            error = f"{error.filename}: {error.strerror}"
-        complain(f"error: {error}")
+        complain(f"error: {explain(error)}")
         return 2
     except KeyboardInterrupt:
         complain("interrupted; the same command starts it again")

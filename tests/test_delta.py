@@ -1,22 +1,20 @@
 """Sparse deltas: exact in every precision, refused where they do not belong, and their command."""
 
 import importlib.util
-import io
 import json
 import struct
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
+from commands import call, call_main
 from safetensors import safe_open
 from torch import nn
 
 import clip
 import main
-import run_utils
 from benchmarks import delta as benchmark
 from optimizers import SO
 from optimizers.delta import (
@@ -317,21 +315,6 @@ def test_what_was_read_stays_when_the_file_goes(saved):
 
 
 # The run
-
-
-def call(run, *argv):
-    """A command in this process: (status, standard output, standard error)."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = run([str(arg) for arg in argv])
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def call_main(*argv):
-    return call(lambda argv: run_utils.exit_status(lambda: main.main(argv)), *argv)
 
 
 def final_line(text):

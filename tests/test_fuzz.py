@@ -1,26 +1,24 @@
 """A few hundred of the fuzzer's inputs, whether it sees faults, and what it has found so far."""
 
-import importlib.util
-import io
 import logging
 import os
 import pickle
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import delta
 import pytest
+import report
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
+from commands import call_main
 from dataset_helpers import LAYOUTS, make_dataset
 from PIL import EpsImagePlugin, Image
 from torch import nn
 
 import clip
-import main
 import run_utils
 from datasets import __main__ as doctor
 from datasets import build_dataset
@@ -74,14 +72,9 @@ def test_the_fuzzer_sees_faults_of_every_kind(tmp_path):
 
 def refused(*argv):
     """The one sentence that main.py ends with."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = run_utils.exit_status(lambda: main.main([str(arg) for arg in argv]))
-        except SystemExit as end:
-            status = end.code
-    assert status == 2 and err.getvalue().count("\n") == 1, err.getvalue()
-    return err.getvalue()
+    status, _, err = call_main(*argv)
+    assert status == 2 and err.count("\n") == 1, err
+    return err
 
 
 @pytest.mark.parametrize(
@@ -205,20 +198,12 @@ def test_entries_of_a_split_file_are_shown_on_one_line(tmp_path):
         build_dataset("eurosat", tmp_path, 1)
 
 
-@pytest.fixture(scope="module")
-def report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_report_complains_in_letters_on_one_line(report, tmp_path, capsys):
+def test_the_report_complains_in_letters_on_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path / "no\nsuch\x1b[31m")]) == 2
     assert r"no such\x1b[31m" in capsys.readouterr().err
 
 
-def test_the_report_reads_no_pipe(report, tmp_path):
+def test_the_report_reads_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "result.json")
     said = []
     assert report.find_runs([tmp_path], said.append) == []

@@ -1,7 +1,6 @@
 """The command line end to end: what it prints, what it leaves, what it refuses."""
 
 import csv
-import io
 import json
 import os
 import pickle
@@ -9,13 +8,13 @@ import random
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from commands import call_main
 from dataset_helpers import LAYOUTS, make_dataset
 
 import main
@@ -36,20 +35,9 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-def run(*argv):
-    """main.py in this process: (status, standard output, standard error)."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = run_utils.exit_status(lambda: main.main([str(arg) for arg in argv]))
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), err.getvalue()
-
-
 def refused(*argv):
     """The one sentence that a command ends with."""
-    status, _, err = run(*argv)
+    status, _, err = call_main(*argv)
     lines = err.strip().splitlines()
     assert status == 2 and lines[-1].startswith("main.py"), err
     assert "Traceback" not in err and len(lines) == 1, err
@@ -81,7 +69,7 @@ def folder_of(tmp_path, seed=3, method="so"):
 
 
 def test_a_run_prints_both_accuracies_and_leaves_its_folder(command, tmp_path):
-    status, out, err = run(*command, "--save_weights")
+    status, out, err = call_main(*command, "--save_weights")
     assert status == 0, err
     zero_shot, final = map(float, LINES.search(out).groups())
     folder = folder_of(tmp_path)
@@ -107,17 +95,17 @@ def test_a_run_repeats_bit_for_bit_with_any_number_of_workers(command, tmp_path)
     curves = []
     for number, workers in enumerate((0, 1, 3)):
         options = ["--save_path", tmp_path / str(number), "--num_workers", workers]
-        assert run(*command, *options)[0] == 0
+        assert call_main(*command, *options)[0] == 0
         (curve,) = (tmp_path / str(number)).rglob("curve.csv")
         curves.append(curve.read_text())
     assert curves[0] == curves[1] == curves[2]
 
 
 def test_saved_weights_evaluate_to_the_final_accuracy(command, data, tmp_path):
-    _, out, _ = run(*command, "--save_weights", "--filename", "mine")
+    _, out, _ = call_main(*command, "--save_weights", "--filename", "mine")
     final = LINES.search(out).group(2)
     kept = {p: p.read_bytes() for p in folder_of(tmp_path).iterdir()}
-    status, out, _ = run(*command, "--eval_only", "--filename", "mine")
+    status, out, _ = call_main(*command, "--eval_only", "--filename", "mine")
     assert status == 0 and f"**** Final test accuracy: {final}. ****" in out
     assert kept == {p: p.read_bytes() for p in folder_of(tmp_path).iterdir()}
     # Under the same name, another model: its weights are not those that were adapted.
@@ -134,7 +122,7 @@ def test_saved_weights_evaluate_to_the_final_accuracy(command, data, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_share_the_protocol_and_save_what_they_learnt(method, command, tmp_path):
     argv = [*command, "--method", method, "--lr", 0.01, "--save_weights"]
-    status, out, err = run(*argv)
+    status, out, err = call_main(*argv)
     assert status == 0, err
     zero_shot, final = map(float, LINES.search(out).groups())
     folder = folder_of(tmp_path, method=method)
@@ -142,13 +130,13 @@ def test_methods_share_the_protocol_and_save_what_they_learnt(method, command, t
     assert result["method"] == method and result["last_accuracy"] == result["final_accuracy"]
     assert result["selected_iteration"] == result["iterations"] == 4
     # The first loss is taken before anything is learnt: same images, same augmentation, same model.
-    assert run(*command, "--save_path", tmp_path / "reference", "--n_iters", 1)[0] == 0
+    assert call_main(*command, "--save_path", tmp_path / "reference", "--n_iters", 1)[0] == 0
     (reference,) = (tmp_path / "reference").rglob("curve.csv")
     losses = [
         f.read_text().splitlines()[1].split(",")[1] for f in (folder / "curve.csv", reference)
     ]
     assert losses[0] == losses[1]
-    _, out, _ = run(*argv, "--eval_only")
+    _, out, _ = call_main(*argv, "--eval_only")
     assert f"**** Final test accuracy: {final:.2f}. ****" in out
 
 
@@ -157,13 +145,13 @@ def test_an_unknown_method_names_the_valid_ones(command):
 
 
 def test_accuracy_is_measured_while_training(command, tmp_path):
-    status, _, err = run(*command, "--n_iters", 5, "--early_stop_loss", 0, "--eval_every", 4)
+    status, _, err = call_main(*command, "--n_iters", 5, "--early_stop_loss", 0, "--eval_every", 4)
     assert status == 0, err
     with open(folder_of(tmp_path) / "curve.csv", newline="") as file:
         measured = {int(r["iteration"]): r["test_accuracy"] for r in csv.DictReader(file)}
     assert [i for i, accuracy in measured.items() if accuracy] == [4, 8, 10]
     whole = (folder_of(tmp_path) / "curve.csv").read_text()
-    run(*command, "--n_iters", 5, "--early_stop_loss", 0, "--overwrite")
+    call_main(*command, "--n_iters", 5, "--early_stop_loss", 0, "--overwrite")
     losses = [line.rpartition(",")[0] for line in whole.splitlines()]
     again = (folder_of(tmp_path) / "curve.csv").read_text().splitlines()
     assert losses == [line.rpartition(",")[0] for line in again]  # looking changes nothing
@@ -180,7 +168,7 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
 
     monkeypatch.setattr(main, "evaluate", evaluate)
     argv = [*command, "--method", method, "--n_iters", 3, "--eval_every", 2, "--select", "val"]
-    status, out, err = run(*argv, "--save_weights")
+    status, out, err = call_main(*argv, "--save_weights")
     assert status == 0, err
     result = json.loads((folder_of(tmp_path, method=method) / "result.json").read_text())
     assert (result["final_accuracy"], result["last_accuracy"]) == (20.0, 30.0)
@@ -190,44 +178,44 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
 
 
 def test_a_finished_run_is_told_not_repeated(command, tmp_path):
-    _, first, _ = run(*command)
+    _, first, _ = call_main(*command)
     before = (folder_of(tmp_path) / "result.json").stat().st_mtime_ns
-    status, second, _ = run(*command)
+    status, second, _ = call_main(*command)
     assert status == 0 and LINES.search(first).groups() == LINES.search(second).groups()
     assert (folder_of(tmp_path) / "result.json").stat().st_mtime_ns == before
     config = folder_of(tmp_path) / "config.yaml"
-    status, third, _ = run("--config", config)
+    status, third, _ = call_main("--config", config)
     assert status == 0 and LINES.search(first).groups() == LINES.search(third).groups()
 
 
 def test_the_resolved_configuration_repeats_the_run(command, tmp_path):
-    run(*command)
+    call_main(*command)
     folder = folder_of(tmp_path)
     other = tmp_path / "other"
-    status, _, err = run("--config", folder / "config.yaml", "--save_path", other)
+    status, _, err = call_main("--config", folder / "config.yaml", "--save_path", other)
     assert status == 0, err
     (curve,) = other.rglob("curve.csv")
     assert curve.read_text() == (folder / "curve.csv").read_text()
 
 
 def test_a_result_from_before_a_flag_existed_counts_as_one_of_its_default(command, tmp_path):
-    run(*command)
+    call_main(*command)
     path = folder_of(tmp_path) / "result.json"
     result = json.loads(path.read_text())
     del result["config"]["rank"], result["config"]["text_chunk"]
     path.write_text(json.dumps(result))
-    status, out, _ = run(*command)
+    status, out, _ = call_main(*command)
     assert status == 0 and "This run is finished" in out
     assert "rank 2 there, 3 here" in refused(*command, "--rank", 3)
 
 
 def test_another_configurations_result_is_kept_unless_overwritten(command, tmp_path):
-    run(*command)
+    call_main(*command)
     message = refused(*command, "--lr", 0.002)
     assert "lr 0.001 there, 0.002 here" in message
     assert "--save_path" in message and "--overwrite" in message
     before = json.loads((folder_of(tmp_path) / "result.json").read_text())
-    status, _, err = run(*command, "--lr", 0.002, "--overwrite")
+    status, _, err = call_main(*command, "--lr", 0.002, "--overwrite")
     assert status == 0, err
     after = json.loads((folder_of(tmp_path) / "result.json").read_text())
     assert before["config"]["lr"] == 0.001 and after["config"]["lr"] == 0.002
@@ -291,14 +279,14 @@ def test_folder_names_come_from_names_and_stems(backbone, folder):
 @pytest.mark.parametrize("encoder", ["text", "vision", "both"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_encoder_and_precision_runs(command, encoder, precision):
-    status, out, err = run(*command, "--encoder", encoder, "--precision", precision)
+    status, out, err = call_main(*command, "--encoder", encoder, "--precision", precision)
     assert status == 0 and LINES.search(out), err
 
 
 def test_a_resnet_adapts_its_text_tower(command, data):
     options = ["--backbone", data / "tiny-resnet.pt"]
     assert "ResNet" in refused(*command, *options, "--encoder", "vision")
-    status, out, err = run(*command, *options)
+    status, out, err = call_main(*command, *options)
     assert status == 0 and LINES.search(out), err
 
 
@@ -306,7 +294,7 @@ def test_a_resnet_adapts_its_text_tower(command, data):
 @pytest.mark.parametrize("convention", ["coop", "lora"])
 def test_every_dataset_runs_in_both_conventions(name, convention, command, tmp_path):
     make_dataset(name, tmp_path, convention, split=convention == "lora", per_class=10)
-    status, out, err = run(*command, "--root_path", tmp_path, "--dataset", name)
+    status, out, err = call_main(*command, "--root_path", tmp_path, "--dataset", name)
     assert status == 0 and LINES.search(out), err
 
 
@@ -321,7 +309,7 @@ def test_python_random_is_used_for_the_few_shots_alone(command, monkeypatch):
         return dataset
 
     monkeypatch.setattr(main, "build_dataset", watched)
-    assert run(*command)[0] == 0
+    assert call_main(*command)[0] == 0
     assert random.getstate() == states[0]
 
 
@@ -416,7 +404,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_by_name(
 
 def test_a_broken_image_is_named_and_nothing_finished_is_lost(command, tmp_path):
     make_dataset("eurosat", tmp_path)
-    run(*command)
+    call_main(*command)
     kept = {p: p.read_bytes() for p in folder_of(tmp_path).iterdir()}
     images = tmp_path / LAYOUTS["eurosat"][0]
     for path in images.rglob("*.jpg"):
@@ -437,13 +425,13 @@ def test_a_loss_that_is_not_finite_keeps_the_curve(command, tmp_path):
 
 def refused_after_start(*argv):
     """The last line of a command that fails when it has begun to work."""
-    status, _, err = run(*argv)
+    status, _, err = call_main(*argv)
     assert status == 2 and "Traceback" not in err, err
     return err.strip().splitlines()[-1]
 
 
 def test_help_names_every_flag_of_the_specification():
-    status, out, _ = run("--help")
+    status, out, _ = call_main("--help")
     assert status == 0
     for flag in (
         "seed device root_path dataset shots backbone position encoder lr n_iters early_stop_loss "

@@ -127,7 +127,7 @@ def test_signals_leave_a_checkpoint_and_their_status(number, status, tmp_path):
     assert {p.name for p in path.parent.iterdir()} == {"checkpoint.pt", "config.yaml"}
 
 
-def test_a_signal_before_training_ends_at_once_and_a_second_one_kills(tmp_path):
+def test_a_second_signal_kills_and_deferred_ones_wait(tmp_path):
     process = start(tmp_path, *LONG, "--checkpoint_every", "1")
     wait_for(tmp_path, "checkpoint.pt", process)
     process.send_signal(signal.SIGTERM)
