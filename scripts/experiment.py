@@ -30,7 +30,7 @@ import yaml
 from experiment_report import KINDS, best_rates
 from report_data import plural
 
-from run_utils import Parser, finished, make_parser, parse_args, run_folder
+from run_utils import Parser, make_parser, parse_args, run_folder
 from utils import explain, one_line
 
 HERE = Path(__file__).resolve().parent
@@ -140,12 +140,8 @@ def to_arguments(flags: dict[str, Any]) -> list[str]:
 
 def sweep(runs: Sequence[Planned]) -> int:
     """Make those runs that are not finished, through sweep.sh, and return its exit status."""
-    left = [run for run in runs if not is_finished(run)]
-    print(f"{plural(len(runs), 'run')}, {len(runs) - len(left)} of them finished", flush=True)
-    if not left:
-        return 0
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.writelines(" ".join(run.arguments) + "\n" for run in left)
+        file.writelines(" ".join(run.arguments) + "\n" for run in runs)
         file.flush()
         # In a session of its own: an interrupt reaches it through us alone, and once.
         process = subprocess.Popen(
@@ -161,14 +157,6 @@ def sweep(runs: Sequence[Planned]) -> int:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
     return status
-
-
-def is_finished(run: Planned) -> bool:
-    """Whether a run's result is there; one that is not as it should be is left to main.py."""
-    try:
-        return finished(run.folder, run.config) is not None
-    except ValueError:
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,6 +35,17 @@ stop() {
 trap stop INT TERM
 trap 'rm -rf "$taken"' EXIT
 
+# In a file, since old versions of bash lose the status of what they read lines from.
+printf '%s\n' "${runs[@]}" |
+    "$python" scripts/unfinished.py ${common[@]+"${common[@]}"} "$@" >"$taken/left" || exit $?
+runs=()
+while IFS= read -r run; do
+    runs+=("$run")
+done <"$taken/left"
+if [ ${#runs[@]} -eq 0 ]; then
+    exit
+fi
+
 worker() {
     local number run arguments log child=
     trap 'kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_some_hundred_hostile_inputs_end_well_or_in_one_sentence():
-    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "--inputs", "200", "--seed", "1"]
+    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "--inputs", "300", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,0 +1,42 @@
+"""Print those of main.py's command lines on standard input whose runs are not finished.
+
+    python scripts/unfinished.py [arguments that all of them share] < lines.txt
+
+sweep.sh asks this once, where main.py would take seconds for each finished run.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+
+from report_data import plural
+
+from run_utils import exit_status, finished, parse_args, run_folder, tidy
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the lines to run on standard output, and how many there were on standard error."""
+    shared = sys.argv[1:] if argv is None else argv
+    lines = sys.stdin.read().splitlines()
+    with redirect_stdout(sys.stderr):  # for a --help among the arguments
+        left = [line for line in lines if not is_finished([*line.split(), *shared])]
+    print(*left, sep="\n", end="\n" * bool(left))
+    done = len(lines) - len(left)
+    print(f"{plural(len(lines), 'run')}, {done} of them finished", file=sys.stderr)
+
+
+def is_finished(arguments: Sequence[str]) -> bool:
+    """Whether the run's result is there; one that is not as it should be is left to main.py."""
+    config = parse_args(arguments)
+    folder = run_folder(config)
+    try:
+        done = finished(folder, config) is not None
+    except ValueError:
+        return False
+    if done:
+        tidy(folder)
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
