@@ -92,7 +92,8 @@ def refused(*argv):
         (["--num_workers", 10**6], "--num_workers"),
     ],
 )
-def test_odd_values_of_flags_are_refused(argv, words):
+def test_odd_values_of_flags_are_refused(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no earlier run has left a result
     assert words in refused(*argv)
 
 
