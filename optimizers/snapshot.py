@@ -1,8 +1,9 @@
 """An optimizer and the weights that it trains, as little of both as it takes to go on from there.
 
-SO moves none but the entries of its supports. Those that it ever drew are noted as it draws them:
-neither a copy of the weights it began with is needed, nor a comparison with them. At density 5e-5
-a checkpoint of ViT-B/16 is a few megabytes. Of other optimizers' tensors all is kept.
+SO moves none but the entries of its supports. Those that it ever drew are noted as it draws them,
+one bit for each entry of the tensors: neither a copy of the weights it began with is needed, nor a
+comparison with them. At density 5e-5 a checkpoint of ViT-B/16 is a few megabytes. Of other
+optimizers' tensors all is kept.
 """
 
 from collections.abc import Sequence
@@ -25,25 +26,30 @@ class Snapshot:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        # Of each tensor the supports drawn since `entries` was called, and what it then returned.
-        self.noted: list[list[Tensor]] = [[] for _ in self.params]
+        self.noted: list[Tensor | None] = [None] * len(self.params)  # each tensor's latest support
+        self.moved: list[Tensor | None] = [None] * len(self.params)  # and all of them, as bits
         if isinstance(optimizer, SO):
             optimizer.register_step_post_hook(lambda *_: self._note())
 
     def _note(self) -> None:
-        for p, noted in zip(self.params, self.noted, strict=True):
+        for index, p in enumerate(self.params):
             support = self.optimizer.state[p].get("grad_indices")
-            if support is not None and not (noted and noted[-1] is support):
-                noted.append(support)
+            if support is not None and support is not self.noted[index]:
+                self.noted[index] = support
+                self._mark(index, support)
+
+    def _mark(self, index: int, at: Tensor) -> None:
+        """Set the bits of distinct positions in a tensor."""
+        if self.moved[index] is None:
+            self.moved[index] = at.new_zeros(-(-self.params[index].numel() // 8), dtype=torch.uint8)
+        bits, byte = self.moved[index], at >> 3
+        new = torch.bitwise_left_shift(1, at & 7).to(torch.uint8) & ~bits[byte]
+        bits.index_add_(0, byte, new)  # of one byte several may be new: their sum is their union
 
     def entries(self) -> list[Tensor | None]:
         """Flat positions that may have moved, increasing (c,), of each tensor; None for all."""
-        for p, noted in zip(self.params, self.noted, strict=True):
-            if len(noted) > 1:
-                united = torch.cat([part.long() for part in noted]).unique()
-                smallest = torch.int32 if p.numel() < 2**31 else torch.int64
-                noted[:] = [united.to(smallest), noted[-1]]
-        return [noted[0] if noted else None for noted in self.noted]
+        pairs = zip(self.params, self.moved, strict=True)
+        return [None if bits is None else _positions(bits, p.numel()) for p, bits in pairs]
 
     def state(self) -> dict[str, Any]:
         """Both as plain values and CPU tensors."""
@@ -57,8 +63,10 @@ class Snapshot:
         """
         self.put(state["weights"], self.params)
         self.optimizer.load_state_dict(state["optimizer"])
-        for noted, (at, _) in zip(self.noted, state["weights"], strict=True):
-            noted[:] = [] if at is None else [at.to(self.params[0].device)]
+        self.moved = [None] * len(self.params)
+        for index, (at, _) in enumerate(state["weights"]):
+            if at is not None:
+                self._mark(index, at.to(self.params[index].device).long())
 
     def take(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
         """Read tensors of these shapes at `entries`: positions and values."""
@@ -85,6 +93,14 @@ class Snapshot:
                 tensor.put_(at.to(tensor.device).long(), values)
 
 
+def _positions(bits: Tensor, n: int) -> Tensor:
+    """Where the bits of n entries are set."""
+    byte = bits.nonzero().flatten()
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    row, place = (bits[byte, None] >> places & 1).nonzero(as_tuple=True)
+    return (byte[row] * 8 + place).to(torch.int32 if n < 2**31 else torch.int64)
+
+
 def _fits(taken: tuple[Tensor | None, Tensor], tensor: Tensor) -> bool:
     """Whether positions and values may be written into the tensor."""
     at, values = taken
@@ -93,4 +109,6 @@ def _fits(taken: tuple[Tensor | None, Tensor], tensor: Tensor) -> bool:
     if at is None:
         return values.shape == tensor.shape
     good = at.dtype in (torch.int32, torch.int64) and at.dim() == 1 and at.shape == values.shape
-    return good and (len(at) == 0 or 0 <= int(at.min()) <= int(at.max()) < tensor.numel())
+    if not good or len(at) == 0:
+        return good
+    return bool((at[1:] > at[:-1]).all()) and 0 <= int(at[0]) and int(at[-1]) < tensor.numel()

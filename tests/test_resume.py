@@ -1,5 +1,6 @@
 """Nothing lost: resumed runs end as unbroken ones, whatever ended them; checkpoints and locks."""
 
+import copy
 import errno
 import json
 import os
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import main
 import utils
 from benchmarks.kills import outcome, trial
+from optimizers.snapshot import Snapshot
+from optimizers.SparseOptimizer import SO
 from run_utils import exit_status, read_checkpoint
 from utils import Interrupted, Signals, content_digest, lock
 
@@ -108,6 +112,28 @@ def test_a_checkpoint_of_so_holds_what_changed_and_not_the_model(tmp_path, monke
     entries = sum(len(at) for at, _ in data["weights"])
     assert 1 < entries / 884 <= 3  # of 885 thousand entries, three draws of 884
     assert path.stat().st_size < 300_000
+
+
+def test_a_snapshot_knows_every_entry_that_was_ever_drawn():
+    params = [nn.Parameter(torch.randn(*shape)) for shape in ((37, 11), (64, 50), (5,))]
+
+    def begin():
+        return Snapshot(SO(params, density_ratio=0.02, T=2, seed=1))
+
+    snapshot, drawn = begin(), [set(), set()]
+    for step in range(40):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        snapshot.optimizer.step()
+        for p, entries in zip(params, drawn, strict=False):
+            entries.update(snapshot.optimizer.state[p]["grad_indices"].tolist())
+        if step == 20:
+            state = copy.deepcopy(snapshot.state())  # of which another goes on
+            snapshot = begin()
+            snapshot.load(state)
+    *sparse, dense = snapshot.entries()
+    assert [at.tolist() for at in sparse] == [sorted(entries) for entries in drawn]
+    assert dense is None
 
 
 @pytest.mark.parametrize("kills", [3])
