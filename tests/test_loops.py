@@ -161,6 +161,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # old versions' SequentialLR uses it
 @BOTH
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_schedule_saved_with_its_optimizer_continues_bit_for_bit(name, sample):
