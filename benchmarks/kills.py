@@ -126,7 +126,7 @@ def main() -> None:
         extra = ["--method", args.method, *args.extra]
         moments = trial(args.kills, args.seed, extra, Path(scratch))
     how = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
-    print(f"{args.method}: {moments.total()} kills ({how}); every end equal bit for bit")
+    print(f"{' '.join(extra)}: {moments.total()} kills ({how}); every end equal bit for bit")
 
 
 if __name__ == "__main__":
