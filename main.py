@@ -13,30 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import clip
+from checkpoint import generator_states, read_checkpoint, set_generators, write_checkpoint
 from datasets import build_dataset
 from datasets.loader import Loader
 from optimizers.delta import apply_delta, read_delta, save_delta, weights_digest
 from optimizers.lora import merged
 from optimizers.methods import make_method
 from optimizers.snapshot import Snapshot
-from run_utils import (
+from results import (
     describe,
-    exit_status,
     finished,
-    generator_states,
     open_folder,
-    parse_args,
-    prepare_machine,
     print_results,
-    read_checkpoint,
     run_folder,
-    set_generators,
     tidy,
     whats_next,
-    write_checkpoint,
     write_curve,
     write_result,
 )
+from run_utils import exit_status, parse_args, prepare_machine
 from train import (
     BestIterate,
     Course,
@@ -68,7 +63,7 @@ def run(config: Namespace, folder: Path, signals: Signals) -> None:
     weights = folder / f"{config.filename}.safetensors"
     device = prepare_machine(config.device, config.threads, config.seed)
     dataset = build_dataset(config.dataset, config.root_path, config.shots)
-    model, _ = clip.load(config.backbone, device)
+    model, _ = clip.load(config.backbone, device, activation=config.activation, heads=config.heads)
     matrices = select_matrices(model, config.encoder, config.position)
     prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
     loader = Loader(model.visual.input_resolution, config.num_workers, config.cache_mb)

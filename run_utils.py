@@ -5,58 +5,38 @@ file's entries pass through the same parser as the command line's, so both are c
 """
 
 import argparse
-import csv
 import ctypes
 import difflib
 import io
-import json
 import logging
 import math
 import os
-import platform
 import random
-import resource
 import signal
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy
 import torch
-import torchvision
 import yaml
-from torch import Tensor
 
 import clip
-from clip.archive import read_saved
-from datasets import DATASETS, FewShotDataset
+from datasets import DATASETS
 from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
-from utils import Interrupted, atomic_write, content_digest, explain, lock, one_line
+from utils import Interrupted, explain, one_line
 
 MOST = 10**18  # of whole numbers
 HERE = Path(__file__).parent
 DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
 DEMO_CONFIG = HERE / "configs" / "digits.yaml"
-# Where and how a run goes, as opposed to what it computes.
-CIRCUMSTANCES = {
-    "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
-    "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every",
-}  # fmt: skip
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PATHS = {"root_path", "save_path", "backbone"}
-VERSION = 1  # of checkpoints
 SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
-RESULT_LINES = {
-    "zero_shot_accuracy": "**** Zero-shot CLIP's {} accuracy: {:.2f}. ****",
-    "final_accuracy": "**** Final {} accuracy: {:.2f}. ****",
-}
 
 
 # Flags
@@ -150,6 +130,10 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", type=backbone, default="ViT-B/16", help="a name, or a checkpoint's path")
+    add("--activation", type=choice("activation", ["quickgelu", "gelu"]),
+        help="activation that the backbone's weights were trained with")
+    add("--heads", type=number(int, 1, 1024), nargs=2, metavar=("VISION", "TEXT"),
+        help="attention heads of the backbone's two towers")
     add("--encoder", type=choice("encoder", ["text", "vision", "both"]), default="both",
         help="tower to adapt: text, vision or both")
     add("--position", type=choice("position", list(POSITIONS)), default="all",
@@ -366,292 +350,6 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-# The run's folder
-
-
-def run_folder(config: argparse.Namespace) -> Path:
-    """Where a run's files lie: save_path/method/backbone/dataset/<N>shots/seed<N>.
-
-    An ablation's method says what is other than usual, as in so-grad_magnitude.
-    """
-    name = config.backbone
-    if name not in clip.available_models():
-        name = Path(name).stem
-    name = name.replace("/", "-").replace("@", "-")
-    shots, seed = f"{config.shots}shots", f"seed{config.seed}"
-    method = config.method
-    for key, usual in SUPPORTS.items():
-        if (value := getattr(config, key)) != usual:
-            method += f"-{key.removesuffix('_support')}_{value}"
-    return Path(config.save_path) / method / name / config.dataset / shots / seed
-
-
-def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
-    """The result of this very configuration, if the folder holds it.
-
-    Raises:
-        ValueError: The folder holds another configuration's result, or one that is damaged, and
-            `overwrite` is not set.
-    """
-    path = folder / "result.json"
-    if config.overwrite or config.eval_only or not path.exists():
-        return None
-    remedies = "give another --save_path, or --overwrite to replace it"
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        there = vars(make_parser().parse_args([])) | result["config"]  # older than some flag
-        for key in RESULT_LINES:
-            float(result[key])
-        changes = differences(there, computed(config))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's result ({error!r}); {remedies}") from error
-    if changes:
-        raise ValueError(f"{folder} holds another run's result ({changes}); {remedies}")
-    weights = folder / f"{config.filename}.safetensors"
-    if config.save_weights and not weights.exists():
-        raise ValueError(f"{folder} holds this run's result, but not {weights.name}; {remedies}")
-    return result
-
-
-def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Which settings that numbers depend on differ, in words; "" for none."""
-    keys = sorted((there.keys() | here.keys()) - CIRCUMSTANCES)
-    return "; ".join(
-        f"{key} {there.get(key)} there, {here.get(key)} here"
-        for key in keys
-        if there.get(key) != here.get(key)
-    )
-
-
-def computed(config: argparse.Namespace) -> dict[str, Any]:
-    """The settings that a run's numbers depend on."""
-    return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
-
-
-def tidy(folder: Path) -> None:
-    """Remove what a run that was killed at its very end has left, unless one is at work there."""
-    if any(folder.glob("checkpoint.pt")) or any(folder.glob(".*")):
-        with suppress(OSError, ValueError), lock(folder):
-            for path in (folder / "checkpoint.pt", *folder.glob(".*.tmp")):
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def open_folder(folder: Path, config: argparse.Namespace) -> Iterator[None]:
-    """Make the folder, keep other processes out of it, and write config.yaml.
-
-    What cannot be written shows before the training.
-
-    Raises:
-        ValueError: The folder cannot be made or written, or another process is at work in it.
-    """
-    settings = {key: value for key, value in vars(config).items() if key != "config"}
-    settings.update(overwrite=False, eval_only=False, resume=False)
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(folder))
-            for left in folder.glob(".*.tmp"):  # of processes that were killed
-                left.unlink()
-            atomic_write(folder / "config.yaml", text)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to {folder} ({error.strerror}); give another --save_path"
-            ) from error
-        yield
-
-
-def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
-    """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["iteration", "loss", "lr", "test_accuracy"])
-    writer.writerows(rows)
-    atomic_write(folder / "curve.csv", text.getvalue())
-
-
-def write_result(
-    folder: Path, config: argparse.Namespace, device: torch.device, **measured: Any
-) -> dict[str, Any]:
-    """Write result.json, the last of a run's files, and return what it says."""
-    result = {
-        **{key: getattr(config, key) for key in ("method", "backbone", "dataset", "shots", "seed")},
-        **measured,
-        "peak_memory_mb": round(peak_memory(device), 1),
-        "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__,
-        },
-        "git_commit": git_commit(),
-        "config": computed(config),
-    }
-    atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return result
-
-
-# Checkpoints
-
-
-class Checkpoint(dict):
-    """What a checkpoint holds, and the file that it is from."""
-
-    def __init__(self, content: dict[str, Any], path: Path) -> None:
-        super().__init__(content)
-        self.path = path
-
-    @contextmanager
-    def usable(self) -> Iterator[None]:
-        """Turn whatever goes wrong in its use into a ValueError that names the file."""
-        try:
-            yield
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0][:160]
-            raise ValueError(
-                f"{self.path} does not fit this run ({reason}); remove it to start anew"
-            ) from error
-
-
-def write_checkpoint(folder: Path, config: argparse.Namespace, **content: Any) -> None:
-    """Write checkpoint.pt: plain values and tensors, which need no trust to be read.
-
-    Where that fails, as on a full disk, a note says so: the run is worth more, and the checkpoint
-    before stays.
-    """
-    path = folder / "checkpoint.pt"
-    data = {"version": VERSION, "config": computed(config), **content}
-    data["digest"] = content_digest(data)
-    try:
-        atomic_write(path, lambda file: torch.save(data, file))
-    except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        print(f"note: {path} could not be written ({reason})", file=sys.stderr)
-
-
-def read_checkpoint(
-    folder: Path, config: argparse.Namespace, base_digest: str
-) -> Checkpoint | None:
-    """Read the checkpoint of this very run, if --resume asks for one and it is there.
-
-    Raises:
-        ValueError: It is damaged, or of another version, configuration or backbone.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    if not config.resume:
-        print(f"note: --resume would go on from {path}; starting anew", file=sys.stderr)
-        return None
-    remedy = f"remove {path}, or leave --resume out, to start anew"
-    try:
-        data = read_saved(path)  # as torch.load with weights_only, but safe in old versions, too
-        whole = data.pop("digest") == content_digest(data)
-        version, there, base = data["version"], dict(data["config"]), data["base_digest"]
-    except Exception as error:  # damage shows in many ways
-        reason = (str(error).splitlines() or [repr(error)])[0][:160]
-        raise ValueError(f"{path} is damaged ({reason}); {remedy}") from None
-    if version != VERSION:
-        raise ValueError(f"{path} is of version {version!r}, not {VERSION}; {remedy}")
-    if not whole:
-        raise ValueError(f"{path} is damaged (its digest does not match); {remedy}")
-    if changes := differences(there, computed(config)):
-        if config.overwrite:
-            return None
-        raise ValueError(
-            f"{path} is of another run ({changes}); give another --save_path, or --overwrite to "
-            "replace it"
-        )
-    if base != base_digest:
-        raise ValueError(f"{path} is of a {config.backbone} of other weights; {remedy}")
-    return Checkpoint(data, path)
-
-
-def generator_states(device: torch.device) -> list[Tensor]:
-    """States of torch's generators that a run may draw from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def set_generators(states: Sequence[Tensor], device: torch.device) -> None:
-    """Restore what `generator_states` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
-# What a device is
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in MB: torch's on a CUDA device, else the whole process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
-
-
-def device_name(device: torch.device) -> str:
-    """The device as its maker calls it, where that can be told."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def git_commit() -> str | None:
-    """The commit of this repository, with + where files differ from it; None outside git."""
-    try:
-        git = ["git", "-C", str(HERE)]
-        options = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        return commit + ("+" if subprocess.run(status, **options).stdout else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def print_results(result: dict[str, Any], *keys: str, split: str = "test") -> None:
-    """Print accuracies in the form that users of few-shot CLIP code parse."""
-    for key in keys or RESULT_LINES:
-        print("\n" + RESULT_LINES[key].format(SPLITS[split], result[key]), flush=True)
-
-
-# What a person reads
-
-
-def describe(
-    config: argparse.Namespace,
-    dataset: FewShotDataset,
-    method: str,
-    device: torch.device,
-) -> None:
-    """Print what is about to happen."""
-    evaluated = f"{len(dataset.test)} to test"
-    if config.eval_split == "val":
-        evaluated = f"{len(dataset.val)} to validate"
-    print(
-        f"{config.dataset}: {len(dataset.classnames)} classes, {len(dataset.train_x)} images to "
-        f"adapt with ({config.shots} per class, seed {config.seed}), {evaluated}\n"
-        f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
-        flush=True,
-    )
-
-
-def whats_next(config: argparse.Namespace, folder: Path) -> None:
-    """Print where the results lie, and after the embedded default how to go on from it."""
-    print(f"\nResults: {folder}")
-    if all(getattr(config, key) == value for key, value in DEMO.items()):
-        print(
-            "The same with OpenAI's ViT-B/16 (downloaded once) on EuroSAT (see DATASETS.md):\n"
-            "    python main.py --root_path $DATA --dataset eurosat --shots 16"
-        )
 
 
 # Endings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from run_utils import peak_memory
+from results import peak_memory
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from clip_helpers import CONFIGS, TINY_VIT  # noqa: E402

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import BACKBONES, T, machine, print_table, write_json
+from checkpoint import write_checkpoint
 from clip import CLIP, build_model
 from optimizers import SO
 from optimizers.delta import apply_delta, read_delta, save_delta, weights_digest
 from optimizers.lora import add_lora
 from optimizers.methods import PACKED
 from optimizers.snapshot import Snapshot
-from run_utils import parse_args, write_checkpoint
+from run_utils import parse_args
 from train import select_matrices
 
 MB = 1e6  # bytes, as file sizes are told

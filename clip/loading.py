@@ -63,6 +63,9 @@ def load(
     name_or_path: str | os.PathLike,
     device: str | torch.device | None = None,
     download_root: str | os.PathLike | None = None,
+    *,
+    activation: str | None = None,
+    heads: tuple[int, int] | None = None,
 ) -> tuple[CLIP, transforms.Compose]:
     """Load a CLIP and the preprocessing of its images.
 

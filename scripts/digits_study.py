@@ -28,13 +28,14 @@ from pretrain_tiny import (
     place,
 )
 from report import interval, markdown, pairs_table
-from report_data import LABELS, METHODS, find_runs, plural, read_run, studies
-from report_figures import COLOURS as INKS
-from report_figures import LINES, MARKS, can_draw, canvas, png, with_legend
+from reporting.figures import COLOURS as INKS
+from reporting.figures import LINES, MARKS, can_draw, canvas, png, with_legend
+from reporting.numbers import LABELS, METHODS, find_runs, plural, studies
 from torch import Tensor
 
 import clip
 from optimizers.delta import apply_delta, read_delta
+from results import read_run
 from run_utils import Parser
 from utils import atomic_write, explain, one_line
 

@@ -6,7 +6,7 @@
 DATA, JOBS, GPUS, LOGS and PYTHON are sweep.sh's. Finished runs are not run again; stop it and start
 it again at any time. Arguments that are not its own are passed on to main.py. The file says:
 
-    kind       compare, rates, grid or ablation: what is made of the runs (experiment_report.py)
+    kind       compare, rates, grid or ablation: what is made of the runs (reporting/kinds.py)
     save_path  folder of the runs, and `out` that of the table and the figure
     rates      a file of the kind rates, whose chosen learning rates are taken; optional
     common     flags of main.py for all runs
@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from experiment_report import KINDS, best_rates
-from report_data import plural
+from reporting.kinds import KINDS, best_rates
+from reporting.numbers import plural
 
-from run_utils import Parser, make_parser, parse_args, run_folder
+from results import run_folder
+from run_utils import Parser, make_parser, parse_args
 from utils import explain, one_line
 
 HERE = Path(__file__).resolve().parent

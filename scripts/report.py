@@ -4,7 +4,7 @@
     python scripts/report.py results more --out docs/study
 
 Per backbone: accuracy by dataset, method and shots as mean and standard deviation over seeds,
-beside published figures (scripts/published.yaml); memory and time; accuracy against shots; curves.
+beside published figures (reporting/published.yaml); memory and time; accuracy by shots; curves.
 tables.md is for reading, tables.csv holds the same numbers, one line per cell and published figure.
 Runs that are broken or unfinished are named on standard error and left out. Figures need
 matplotlib; without it there are tables alone.
@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from report_data import (  # which puts the repository on the path
+from reporting.figures import can_draw, figures, png
+from reporting.numbers import (  # which puts the repository on the path
     LABELS,
     METHODS,
     Published,
@@ -35,7 +36,6 @@ from report_data import (  # which puts the repository on the path
     title_of,
     zero_shot,
 )
-from report_figures import can_draw, figures, png
 from scipy.stats import binomtest, sem
 from scipy.stats import t as student
 

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-from report_data import plural
+from reporting.numbers import plural
 
-from run_utils import exit_status, finished, parse_args, run_folder, tidy
+from results import finished, run_folder, tidy
+from run_utils import exit_status, parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

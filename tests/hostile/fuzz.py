@@ -1,7 +1,7 @@
 """Hostile inputs for everything that reads something: each must end well, or in one sentence.
 
-    python tests/fuzz.py --inputs 10000 --seed 1
-    python tests/fuzz.py --seed 1 --only yaml --case 17    # that input again; its files are kept
+    python tests/hostile/fuzz.py --inputs 10000 --seed 1
+    python tests/hostile/fuzz.py --seed 1 --only yaml --case 17   # one input again
 
 A target makes one input of its random generator and gives it to the real entry point. That must
 succeed, or refuse with one sentence, which on the command line comes with status 2. Everything
@@ -32,7 +32,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.dont_write_bytecode = True
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +50,7 @@ from PIL import Image  # noqa: E402
 import clip  # noqa: E402
 import datasets.__main__ as doctor  # noqa: E402
 import main  # noqa: E402
+import results  # noqa: E402
 import run_utils  # noqa: E402
 from datasets import build_dataset  # noqa: E402
 from datasets.loader import read_image  # noqa: E402
@@ -920,7 +921,7 @@ def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    run_utils.git_commit = lambda: None
+    results.git_commit = lambda: None
     guard(room, faults)
     with open(pipe, "w") as lines:
         for name, case in jobs:
@@ -1020,7 +1021,7 @@ def command_line(argv: list[str] | None = None) -> int:
             for (_, case), (kind, wrong) in zip(jobs, results, strict=True):
                 if kind == "finding":
                     findings += 1
-                    again = f"python tests/fuzz.py --seed {args.seed} --only {name} --case {case}"
+                    again = f"tests/hostile/fuzz.py --seed {args.seed} --only {name} --case {case}"
                     print(f"FINDING {again}\n{wrong}\n", flush=True)
         if args.case is not None:
             print(f"{results[0][0]}; standard error, output and files lie in {workspace}")

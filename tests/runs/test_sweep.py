@@ -14,7 +14,7 @@ import torch
 from clip_helpers import TINY_VIT, random_state_dict
 from dataset_helpers import make_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 

@@ -18,12 +18,13 @@ from torch import nn
 import main
 import utils
 from benchmarks.kills import outcome, trial
+from checkpoint import read_checkpoint
 from optimizers.snapshot import Snapshot
 from optimizers.SparseOptimizer import SO
-from run_utils import exit_status, read_checkpoint
+from run_utils import exit_status
 from utils import Interrupted, Signals, content_digest, lock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LONG = ["--n_iters", "100000", "--early_stop_loss", "0"]
 COMMON = ["--shots", "1", "--n_iters", "12", "--save_weights", "--num_workers", "0"]
 

@@ -27,7 +27,7 @@ from optimizers.delta import (
 from optimizers.methods import METHODS
 
 spec = importlib.util.spec_from_file_location(
-    "scripts_delta", Path(__file__).parent.parent / "scripts" / "delta.py"
+    "scripts_delta", Path(__file__).parents[2] / "scripts" / "delta.py"
 )
 command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)

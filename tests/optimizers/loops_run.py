@@ -1,6 +1,6 @@
 """Run the README's loops: unbroken, and killed in the middle of a window and resumed.
 
-    python tests/loops_run.py FOLDER LOOP...
+    python tests/optimizers/loops_run.py FOLDER LOOP...
 
 Each run is a process of its own, forked from this one, which imports libraries and computes
 nothing. It works in FOLDER/LOOP/unbroken or FOLDER/LOOP/killed, writes all it says to log.txt
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMPORTS = {  # what each loop imports
     "Plain torch": "torch",
     "Hugging Face Trainer": "transformers.trainer",

@@ -25,11 +25,18 @@ from datasets import build_dataset
 from datasets.loader import read_image
 from optimizers.SparseOptimizer import SO
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_some_hundred_hostile_inputs_end_well_or_in_one_sentence():
-    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "--inputs", "300", "--seed", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/hostile/fuzz.py"),
+        "--inputs",
+        "300",
+        "--seed",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -58,7 +65,7 @@ sys.exit(fuzz.command_line(["--inputs", "10"]))
 
 
 def test_the_fuzzer_sees_faults_of_every_kind(tmp_path):
-    code = FAULTS.format(tests=str(ROOT / "tests"))
+    code = FAULTS.format(tests=str(ROOT / "tests/hostile"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     found = [line.split("--only ")[1] for line in done.stdout.splitlines() if "FINDING" in line]

@@ -7,9 +7,10 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from report import interval, markdown, report
-from report_data import METHODS, Run, plural, read_run
-from report_figures import COLOURS, LINES, MARKS, can_draw, canvas, png, with_legend
 
+from reporting.figures import COLOURS, LINES, MARKS, can_draw, canvas, png, with_legend
+from reporting.numbers import METHODS, plural
+from results import Run, read_run
 from utils import atomic_write
 
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import report
-import report_data
-import report_figures
 import yaml
 from PIL import Image
+from reporting import figures, numbers
 
 from datasets import DATASETS
 
-ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = yaml.safe_load((ROOT / "scripts" / "published.yaml").read_text())
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = yaml.safe_load((ROOT / "scripts/reporting/published.yaml").read_text())
 ELEVEN = PUBLISHED["datasets"]
 
 
@@ -461,9 +460,9 @@ def drawn(tmp_path):
 
     def draw(*names, **results):
         plausible_results(tmp_path, **results)
-        published, _ = report_data.read_published()
-        (study,) = report_data.studies(report_data.find_runs([tmp_path], pytest.fail))
-        plan = report_figures.figures(study, published)
+        published, _ = numbers.read_published()
+        (study,) = numbers.studies(numbers.find_runs([tmp_path], pytest.fail))
+        plan = figures.figures(study, published)
         return [plan[f"ViT-B-16/{name}.png"]() for name in names]
 
     return draw
@@ -514,8 +513,8 @@ def test_curves_have_loss_and_where_measured_accuracy(drawn):
 def test_run_that_ended_early_is_carried_on(tmp_path):
     for seed, n in ((1, 4), (2, 10)):
         make_run(tmp_path, seed=seed, iterations=n)
-    runs = report_data.find_runs([tmp_path], pytest.fail)
-    x, (short, long) = report_figures.loss_lines(runs, width=4)
+    runs = numbers.find_runs([tmp_path], pytest.fail)
+    x, (short, long) = figures.loss_lines(runs, width=4)
     assert list(x) == [2.5, 6.5, 9.5]
     assert list(short) == pytest.approx([runs[0].loss.mean()] * 3)
     assert list(long) == pytest.approx([runs[1].loss[i : i + 4].mean() for i in (0, 4, 8)])

@@ -12,20 +12,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from report_data import (
+
+from reporting.numbers import (
     LABELS,
     METHODS,
     Published,
-    Run,
     Study,
     complete,
     mean_over,
     plural,
     published_for,
-    slug,
     title_of,
     zero_shot,
 )
+from results import Run, slug
 
 # Colours of Okabe and Ito; the first three differ in lightness, all in mark, line and hatch, too.
 COLOURS = ["#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00"]

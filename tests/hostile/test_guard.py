@@ -32,7 +32,7 @@ from clip.tokenizer import MERGES_LIMIT, read_merges
 from datasets import DATASETS, build_dataset
 from datasets.base import find_source
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 

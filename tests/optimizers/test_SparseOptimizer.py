@@ -15,7 +15,7 @@ from twin import Twin, mask
 
 from optimizers.SparseOptimizer import SO, draw_support
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHAPES = [(7, 9), (3, 4, 5), (2, 3, 3, 3), (2, 2, 2, 3, 2)]
 SPARSE_STATE = {"step", "grad_indices", "indices", "exp_avg", "exp_avg_sq"}
 

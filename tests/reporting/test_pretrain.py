@@ -14,7 +14,7 @@ import clip
 from clip.loading import SHIPPED, WEIGHTS
 from datasets import digits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "ViT-Tiny/8"
 
 

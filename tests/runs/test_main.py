@@ -18,12 +18,13 @@ from commands import call_main
 from dataset_helpers import LAYOUTS, make_dataset
 
 import main
+import results
 import run_utils
 from clip import available_models
 from datasets import DATASETS
 from optimizers.methods import METHODS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LINES = re.compile(
     r"\*\*\*\* Zero-shot CLIP's test accuracy: (\d+\.\d\d)\. \*\*\*\*\s+"
     r"\*\*\*\* Final test accuracy: (\d+\.\d\d)\. \*\*\*\*"
@@ -273,7 +274,7 @@ def test_the_embedded_default_is_left_by_naming_something_else(argv, embedded):
 def test_folder_names_come_from_names_and_stems(backbone, folder):
     config = run_utils.parse_args(["--dataset", "eurosat"])
     config.backbone = backbone
-    assert str(run_utils.run_folder(config)) == f"results/so/{folder}/eurosat/1shots/seed3"
+    assert str(results.run_folder(config)) == f"results/so/{folder}/eurosat/1shots/seed3"
 
 
 @pytest.mark.parametrize("encoder", ["text", "vision", "both"])

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import experiment
-import experiment_report
 import pytest
-from experiment_report import best_rates
 from report import pairs
-from report_data import find_runs, studies
+from reporting import kinds
+from reporting.kinds import best_rates
+from reporting.numbers import find_runs, studies
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
 BASE = "kind: {kind}\nsave_path: runs\nout: docs\n"
 
@@ -103,7 +103,7 @@ def test_the_chosen_rates_are_the_best_on_average_and_the_lower_of_equals(tmp_pa
         best_rates(runs)
     finish(runs[-1], accuracy[runs[-1].config.method, runs[-1].config.lr][runs[-1].config.seed - 1])
     assert best_rates(runs) == {"so": 0.001, "adam": 0.001}
-    experiment_report.rates(runs, tmp_path / "docs")
+    kinds.rates(runs, tmp_path / "docs")
     table = (tmp_path / "docs" / "table.md").read_text()
     assert "0.001: 55.5 (chosen)" in table and "0.01: 55.0" in table
     assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
@@ -121,7 +121,7 @@ def test_a_grid_shows_means_and_what_is_missing(tmp_path, capsys):
     for run in runs:
         if (run.config.s, run.config.t) != (0.99, 5):
             finish(run, 60 + run.config.t + run.config.seed)
-    experiment_report.grid(runs, tmp_path / "docs")
+    kinds.grid(runs, tmp_path / "docs")
     table = (tmp_path / "docs" / "table.md").read_text()
     assert "| 0.1     | 62.5 ± 0.7 | 66.5 ± 0.7 |" in table
     assert "| 0.01    | 62.5 ± 0.7 |          - |" in table
@@ -136,7 +136,7 @@ def test_an_ablation_is_paired_with_so_by_seed(tmp_path, capsys):
     for run in runs:
         loss = {"random": 0, "magnitude": 3}[run.config.grad_support] + (run.config.t > 5)
         finish(run, 70 + 10 * run.config.seed - loss)
-    experiment_report.ablation(runs, tmp_path / "docs")
+    kinds.ablation(runs, tmp_path / "docs")
     lines = (tmp_path / "docs" / "table.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line][2:]
     assert table[0] == ["random", "largest m", "yes", "85.0 ± 7.1", "-", "2"]  # SO itself
