@@ -33,8 +33,8 @@ __all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
 
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
 WITHOUT_DDP = (
-    "DistributedDataParallel cannot reduce sampled gradients: use the model without it, or leave "
-    "sample_gradients out"
+    "DistributedDataParallel cannot reduce sampled gradients: use the model itself and average the "
+    "values of its gradients over the processes before each step, or leave sample_gradients out"
 )
 TORCHS_OWN = (nn.MultiheadAttention, nn.RNNBase)  # use their matrices otherwise than by F.linear
 CHUNK = {"cpu": 2**18}
