@@ -11,7 +11,8 @@ from torchvision.transforms.functional import resized_crop
 
 import clip
 from datasets import Item
-from datasets.loader import ImageCache, Loader, augment, normalise, random_box, read_image
+from datasets.images import augment, normalise, random_box, read_image
+from datasets.loader import ImageCache, Loader
 
 FULL = (0.08, 1.0), (3 / 4, 4 / 3)
 
