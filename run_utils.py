@@ -23,7 +23,6 @@ import yaml
 
 import clip
 from datasets import DATASETS
-from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
@@ -34,7 +33,6 @@ HERE = Path(__file__).parent
 DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
 DEMO_CONFIG = HERE / "configs" / "digits.yaml"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PATHS = {"root_path", "save_path", "backbone"}
 SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
 
 
@@ -281,8 +279,6 @@ def from_yaml(parser: Parser, path: Path) -> list[str]:
             parser.error(f"unknown key {key!r}{hint}; valid: {', '.join(valid)}")
         if value is None:
             continue
-        if key in PATHS and isinstance(value, str):
-            value = on_disk(value)
         if isinstance(actions[key], argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 parser.error(f"key {key!r}: must be true or false, not {value!r}")
