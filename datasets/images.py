@@ -66,12 +66,10 @@ def _many_bands(path: str | os.PathLike) -> str:
             file.seek(tags.next)
             tags.load(file)
         bands = tags[TiffImagePlugin.SAMPLESPERPIXEL]
-    except Exception:  # no TIFF, or a damaged one
+    except Exception:  # not a TIFF, or a damaged one
         return ""
-    return (
-        f"a TIFF of {bands} bands, as in EuroSAT's multi-spectral download; wanted is the RGB "
-        "one, EuroSAT_RGB.zip"
-    )
+    wanted = "as in EuroSAT's multi-spectral download; wanted is the RGB one, EuroSAT_RGB.zip"
+    return f"a TIFF of {bands} bands, {wanted}" if bands > 4 else ""
 
 
 def augment(
