@@ -152,12 +152,13 @@ class Source:
         """An exception in one form: dataset, fault and remedy, section of DATASETS.md."""
         return kind(f"{self.name}: {text}; see DATASETS.md, section {self.spec.title}")
 
-    def missing(self, text: str, kind: type[Exception] = FileNotFoundError) -> Exception:
-        """An exception for data that is not where it should be; says where it lies instead."""
-        hint = ""
+    def missing(
+        self, text: str, remedy: str = "", kind: type[Exception] = FileNotFoundError
+    ) -> Exception:
+        """An exception for data that is not there: the remedy is to move it, if it is near."""
         with suppress(OSError):  # of folders that may not be read
-            hint = misplaced(self)
-        return self.error(text + hint, kind)
+            remedy = misplaced(self) or remedy
+        return self.error(f"{text}; {remedy}" if remedy else text, kind)
 
     def unreadable(self, path: Path, fault: str) -> Exception:
         """An exception for a file whose content is not what it should be, by its first bytes."""
@@ -200,7 +201,7 @@ def find_source(
     if not folders:
         names = " or ".join(spec.folders)
         remedy = "put the dataset there or correct --root_path"
-        raise preferred.missing(f"there is no {names} in {root}; {remedy}")
+        raise preferred.missing(f"there is no {names} in {root}", remedy)
 
     def completeness(folder: Path) -> tuple[bool, bool]:  # `max` keeps the first of equals
         return spec.lies_in(folder), bool(spec.split) and os.path.isfile(folder / spec.split)
@@ -221,11 +222,11 @@ def root_folder(root_path: str | os.PathLike | None) -> Path:
 
 
 def misplaced(source: Source) -> str:
-    """What to move or rename, where the data lies deeper or under another name: "; ...", or ""."""
+    """What to move or rename, where the data lies deeper or under another name; "" elsewhere."""
     spec, root, home = source.spec, source.root, source.folder
     if not spec.lies_in(home):
         if root.name in spec.folders and spec.lies_in(root):
-            return f"; name the folder above, {root.parent}, as --root_path"
+            return f"name the folder above, {root.parent}, as --root_path"
         for name in (*spec.folders, *spec.aliases):
             for folder in _three_levels(root / name):
                 if spec.lies_in(folder):
@@ -242,15 +243,15 @@ def misplaced(source: Source) -> str:
                     home = root / spec.folders[0] if found == home else home
                     return _move(found, home / spec.images)
     for name, remedy in spec.others:
-        hints += [f"; {p / name} is {remedy}" for p in (home, root) if os.path.isdir(p / name)]
-    return "".join(hints)
+        hints += [f"{p / name} is {remedy}" for p in (home, root) if os.path.isdir(p / name)]
+    return "; ".join(hints)
 
 
 def _move(found: Path, wanted: Path) -> str:
     """The instruction that brings a folder to where it is looked for."""
     if os.path.isdir(wanted):
-        return f"; move all that is in {found} to {wanted}"
-    return f"; {'rename' if found.parent == wanted.parent else 'move'} {found} to {wanted}"
+        return f"move all that is in {found} to {wanted}"
+    return f"{'rename' if found.parent == wanted.parent else 'move'} {found} to {wanted}"
 
 
 def _three_levels(folder: Path) -> Iterator[Path]:

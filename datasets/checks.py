@@ -29,7 +29,7 @@ def check_classes(source: Source, split: Split) -> Iterator[Exception]:
         yield source.error(f"in {where}, {first_few(twice.values())}; get the file again")
     labels = sorted({*names, *(label for _, label, _ in split.entries())})
     if not labels:
-        yield source.missing(f"{where} has no images at all; get it again")
+        yield source.missing(f"{where} has no images at all", "get it again")
     elif labels != list(range(len(labels))):
         odd = set(labels) ^ set(range(len(labels)))
         yield source.error(
@@ -40,7 +40,7 @@ def check_classes(source: Source, split: Split) -> Iterator[Exception]:
         present = {label for _, label, _ in getattr(split, part)}
         if lacking := [repr(names[label]) for label in sorted(set(names) - present)]:
             yield source.missing(
-                f"{where} has no {WORDS[part]} images of the class {first_few(lacking)}; "
+                f"{where} has no {WORDS[part]} images of the class {first_few(lacking)}",
                 "the download or the list is incomplete",
                 ValueError,
             )
@@ -99,8 +99,8 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
             instead = f" ({others[0]} is there instead)" if others else ""
     if missing:
         yield source.missing(
-            f"{first_few(missing)}: named in {split.where}, missing in {source.images}{instead}; "
-            "the download is incomplete or lies elsewhere"
+            f"{first_few(missing)}: named in {split.where}, missing in {source.images}{instead}",
+            "the download is incomplete or lies elsewhere",
         )
 
 
