@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from clip.impostor import impostor
@@ -67,22 +68,22 @@ class Split:
 
     def entries(self) -> Iterator[Entry]:
         """All entries, in the order of PARTS."""
-        for part in PARTS:
-            yield from getattr(self, part)
+        return chain(self.train, self.val, self.test)
+
+    def counts(self) -> dict[str, int]:
+        """Number of images in each part."""
+        return {part: len(getattr(self, part)) for part in PARTS}
 
     def digest(self) -> str:
         """SHA-256 of all entries in their order: the same wherever the same data lies."""
-        sha = hashlib.sha256()
-        for part in PARTS:
-            sha.update(f"{part} {len(getattr(self, part))}\0".encode())
-            for path, label, name in getattr(self, part):
-                sha.update(f"{path}\0{label}\0{name}\0".encode(errors="surrogateescape"))
+        sha = hashlib.sha256(repr(self.counts()).encode())
+        for path, label, name in self.entries():
+            sha.update(f"{path}\0{label}\0{name}\0".encode(errors="surrogateescape"))
         return sha.hexdigest()
 
     def data(self) -> dict[str, str | int]:
         """What a result says of its data: kind of split, digest, images in each part."""
-        counts = {part: len(getattr(self, part)) for part in PARTS}
-        return {"split": self.kind, "digest": self.digest(), **counts}
+        return {"split": self.kind, "digest": self.digest(), **self.counts()}
 
 
 @dataclass(frozen=True)

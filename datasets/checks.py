@@ -5,11 +5,14 @@ shows them all.
 """
 
 import os
+import re
 from collections.abc import Iterator
 
-from datasets.base import PARTS, DatasetSpec, Source, Split, exists
+from datasets.base import DatasetSpec, Source, Split, exists
 from utils import first_few
 
+NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
+OUTSIDE = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -48,22 +51,10 @@ def check_classes(source: Source, split: Split) -> Iterator[Exception]:
 
 def check_names(source: Source, split: Split) -> Iterator[Exception]:
     """Yield faults of names: not text, or leading out of the image folder."""
-    garbled, outside = [], []
-    for path in dict.fromkeys([*(path for path, _, _ in split.entries()), *split.names.values()]):
-        try:
-            path.encode()
-        except UnicodeEncodeError:  # bytes on the disk that are not UTF-8
-            garbled.append(path)
-    for path in dict.fromkeys(path for path, _, _ in split.entries()):
-        if (
-            os.path.isabs(path)
-            or path[:1] in ("/", "\\")
-            or ".." in path.replace("\\", "/").split("/")
-        ):
-            outside.append(path)
-    if garbled:
+    paths = dict.fromkeys(path for path, _, _ in split.entries())
+    if garbled := [name for name in (*paths, *split.names.values()) if NOT_UTF_8.search(name)]:
         yield source.error(f"{split.where} has {first_few(garbled)}, not UTF-8; rename it")
-    if outside:
+    if outside := [path for path in paths if OUTSIDE.search(path)]:
         yield source.error(
             f"{split.where} names {first_few(outside)}, outside of the image folder "
             f"{source.images}: paths must be relative and without '..'"
@@ -86,17 +77,14 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
                 present = {item.name for item in listing if exists(item.is_file)}
         except (OSError, ValueError):  # no such folder, or a name that no folder can have
             present = set()
-        # A file system that ignores case may know a name that is not in its list.
-        lost = [
-            path
-            for path in paths
-            if os.path.basename(path) not in present and not os.path.isfile(source.locate(path))
-        ]
-        missing += lost
-        if lost and not instead:
-            stem = os.path.splitext(os.path.basename(lost[0]))[0]
-            others = [name for name in present if os.path.splitext(name)[0] == stem]
-            instead = f" ({others[0]} is there instead)" if others else ""
+        for path in paths:
+            name = os.path.basename(path)
+            # A file system that ignores case may know a name that is not in its list.
+            if name not in present and not os.path.isfile(source.locate(path)):
+                if not missing:
+                    stem = os.path.splitext(name)[0] + "."
+                    instead = next((f" ({n} is there)" for n in present if n.startswith(stem)), "")
+                missing.append(path)
     if missing:
         yield source.missing(
             f"{first_few(missing)}: named in {split.where}, missing in {source.images}{instead}",
@@ -110,7 +98,7 @@ def numbers(spec: DatasetSpec, split: Split) -> dict[str, str]:
     Returns:
         By "classes" and the names in PARTS; without parts that the dataset does not have.
     """
-    found = {"classes": len(split.names), **{part: len(getattr(split, part)) for part in PARTS}}
+    found = {"classes": len(split.names), **split.counts()}
     published = dict(zip(found, (spec.classes, *spec.counts), strict=True))
     return {
         key: str(count) if count == published[key] else f"{count} of {published[key]}"

@@ -90,9 +90,7 @@ class Loader:
         """
         change = partial(augment, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip)
         order = shuffled(len(items), batch_size, seed, start)
-        return self._ahead(
-            partial(self._train_batch, items, seed, change, *place) for place in order
-        )
+        return self._ahead(partial(self._train_batch, items, seed, change, *at) for at in order)
 
     def test_batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as CLIP's own images are."""
@@ -100,33 +98,19 @@ class Loader:
         return self._ahead(partial(self._test_batch, items[at : at + batch_size]) for at in starts)
 
     def _train_batch(
-        self,
-        items: Sequence[Item],
-        seed: int,
-        change: Callable[..., np.ndarray],
-        epoch: int,
-        first: int,
-        chosen: list[int],
+        self, items: Sequence[Item], seed: int, change: Callable, epoch: int, chosen: dict[int, int]
     ) -> tuple[Batch, bool]:
-        """The batch of the chosen items, the first of which stands at this place in its epoch."""
-        images = []
-        for position, index in enumerate(chosen, start=first):
-            rng = random.Random(f"{seed} {epoch} {position}")
-            images.append(change(self._decoded(items[index].impath), rng=rng))
-        ends = first + len(chosen) == len(items)
-        return stack(images, [items[index].label for index in chosen]), ends
+        """The batch of the items chosen by position in the epoch, and whether it ends that."""
+        images = [
+            change(self._decoded(items[index].impath), rng=random.Random(f"{seed} {epoch} {at}"))
+            for at, index in chosen.items()
+        ]
+        batch = stack(images, [items[index].label for index in chosen.values()])
+        return batch, len(items) - 1 in chosen
 
     def _test_batch(self, items: Sequence[Item]) -> Batch:
         """The batch of these items."""
-        images = [
-            self.cache.get(
-                ("input", item.impath),
-                partial(self._input, item.impath),
-                lambda array: array.nbytes,
-            )
-            for item in items
-        ]
-        return stack(images, [item.label for item in items])
+        return stack([self._input(item.impath) for item in items], [item.label for item in items])
 
     def _decoded(self, path: str) -> Image.Image:
         """The whole image in RGB."""
@@ -134,6 +118,10 @@ class Loader:
 
     def _input(self, path: str) -> np.ndarray:
         """The image resized and cropped as CLIP does, (R, R, 3) uint8."""
+        return self.cache.get(("input", path), partial(self._resized, path), lambda a: a.nbytes)
+
+    def _resized(self, path: str) -> np.ndarray:
+        """The same, made from the file."""
         image = read_image(path)
         if max(image.size) / min(image.size) * self.resolution**2 > MAX_PIXELS:
             raise ValueError(
@@ -175,19 +163,23 @@ class Loader:
 
 def shuffled(
     count: int, batch_size: int, seed: int, start: int = 0
-) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield for each batch its epoch, its first position in that, and which images it has.
+) -> Iterator[tuple[int, dict[int, int]]]:
+    """Yield the order of the images for ever, batch by batch.
 
     Args:
         count: Number of images in an epoch.
         batch_size: Images per batch.
         seed: Seed of the order, which is another in each epoch.
         start: Number of batches to leave out at the beginning.
+
+    Yields:
+        The batch's epoch, and the index of the image at each of its positions in that.
     """
     epoch, skipped = divmod(start, math.ceil(count / batch_size))
     while True:
         order = list(range(count))
         random.Random(f"{seed} {epoch}").shuffle(order)
+        places = list(enumerate(order))
         for first in range(skipped * batch_size, count, batch_size):
-            yield epoch, first, order[first : first + batch_size]
+            yield epoch, dict(places[first : first + batch_size])
         epoch, skipped = epoch + 1, 0

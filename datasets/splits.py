@@ -32,8 +32,9 @@ def read_split(source: Source, save: bool = True) -> Read:
     spec = source.spec
     if spec.prepare and not os.path.lexists(source.folder / spec.split):
         return spec.read(source), []  # as it will be made on first use
-    if not os.path.isdir(source.images):
-        raise source.missing(f"the image folder {source.images} is missing")
+    folders = [str(path) for path in spec.image_folders(source.folder) if not path.is_dir()]
+    if folders:
+        raise source.missing(f"the image folder {first_few(folders)} is missing")
     if spec.split and os.path.lexists(source.folder / spec.split):
         return read_split_file(source, source.folder / spec.split)
     try:

@@ -64,7 +64,7 @@ BROKEN = {  # how the split file is spoilt: what the error must say
     "folder": (first(["Forest", 1, "Forest"]), "Forest: named in .*, missing"),
     "pipe": (first(["Forest/pipe.jpg", 1, "Forest"]), "Forest/pipe.jpg: named in .*, missing"),
     "long": (first([f"Forest/{'a' * 300}", 1, "Forest"]), "Forest/a*: named in .*, missing"),
-    "other type": (first(["Forest/Forest_0000.tif", 1, "Forest"]), "Forest_0000.jpg is there in"),
+    "other type": (first(["Forest/Forest_0000.tif", 1, "Forest"]), "Forest_0000.jpg is there"),
     "no test": (lambda s: s.update(test=[]), "has no test images of the class 'Annual Crop Land'"),
     "no training": (
         lambda s: s.update(train=[e for e in s["train"] if e[1] != 1]),
