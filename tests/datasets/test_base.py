@@ -112,15 +112,15 @@ MOVED = [
 
 
 @pytest.mark.parametrize("name, place, remedy", MOVED)
-@pytest.mark.parametrize("split", [True, False])
 def test_a_dataset_one_level_deeper_or_under_another_name_says_what_to_move(
-    tmp_path, name, place, remedy, split
+    tmp_path, name, place, remedy
 ):
-    make_dataset(name, tmp_path / "made", split=split, size=(8, 8))
-    root = tmp_path / "root"
-    (root / place).parent.mkdir(parents=True)
-    (tmp_path / "made" / LAYOUTS[name][0]).rename(root / place)
-    assert remedy.replace("{}", str(root)) in refusal(name, root)
+    for split in (True, False):
+        make_dataset(name, tmp_path / "made", split=split, size=(8, 8))
+        root = tmp_path / str(split)
+        (root / place).parent.mkdir(parents=True)
+        (tmp_path / "made" / LAYOUTS[name][0]).rename(root / place)
+        assert remedy.replace("{}", str(root)) in refusal(name, root)
 
 
 # dataset, folder below its own, where that lies instead, what to do

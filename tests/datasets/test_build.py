@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from dataset_helpers import ELEVEN, LAYOUTS, ROOT, WITH_SPLIT, change_split, make_dataset
 
-from datasets import DATASETS, Item, build_dataset, describe_data, digits, find_spec
+from datasets import DATASETS, Item, build_dataset, describe_data, find_spec
 
 
 @pytest.fixture(scope="module", params=["coop", "lora"])
@@ -176,13 +176,6 @@ def test_other_data_has_another_digest(tmp_path, change):
     assert describe_data("eurosat", tmp_path)["digest"] != before["digest"]
 
 
-def test_the_digits_are_described_before_they_are_made(tmp_path):
-    data = describe_data("digits", tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert data == build_dataset("digits", tmp_path, 1).data == describe_data("digits", tmp_path)
-    assert (data["train"], data["val"], data["test"]) == (898, 359, 540)
-
-
 def test_numbers_that_were_published_and_are_not_there_are_said_once(tmp_path, capsys, monkeypatch):
     make_dataset("imagenet", tmp_path, size=(8, 8))
     build_dataset("imagenet", tmp_path, 1)
@@ -238,16 +231,3 @@ def test_many_problems_are_counted_and_the_doctor_is_named(tmp_path):
     change_split(tmp_path / "eurosat", lambda s: s["train"].append(["/x.jpg", 9, "a"]))
     with pytest.raises(ValueError, match="--dataset eurosat` lists this and 3 more"):
         build_dataset("eurosat", tmp_path, 1)
-
-
-def test_the_digits_are_made_on_first_use_and_need_no_root(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = tmp_path / ".cache/so/digits"
-    assert build_dataset("digits", None, 1).classnames == list(digits.CLASSNAMES)
-    assert (folder / digits.SPLIT_FILE).is_file()
-    (folder / digits.SPLIT_FILE).unlink()
-    for use in (lambda: build_dataset("digits", None, 1), lambda: describe_data("digits", None)):
-        with pytest.raises(
-            ValueError, match="digits: .*--root_path; see DATASETS.md, section Digi"
-        ):
-            use()

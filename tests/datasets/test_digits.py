@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_dataset, digits
+from datasets import build_dataset, describe_data, digits
 
 PIXELS = "a2eacdbf2f9a2aa75bd0dc1f9a20c9a18daa11f8673558b3a50ecb585ef27f67"
 SPLIT = "063ab6403028c8602eb77eb4c7f8a9683d2e14b0e157576b69d70aa1e6cf0d3b"
@@ -174,7 +174,7 @@ def test_a_missing_scikit_learn_is_said_in_a_sentence(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_few_shots_are_the_same_whether_or_not_the_folder_was_there(
+def test_the_first_use_makes_what_was_described_before_and_draws_the_same_images(
     tmp_path, monkeypatch, rendered
 ):
     """Importing scikit-learn draws from Python's generator, in the process that makes them."""
@@ -184,8 +184,18 @@ def test_the_few_shots_are_the_same_whether_or_not_the_folder_was_there(
         return rendered
 
     monkeypatch.setattr(digits, "render", drawing)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = describe_data("digits", None)
+    assert list(tmp_path.iterdir()) == []
     draws = []
     for _ in range(2):
         random.seed(3)
-        draws.append(build_dataset("digits", tmp_path, 1))
+        draws.append(build_dataset("digits", None, 1))
     assert draws[0] == draws[1] and len(draws[0].train_x) == 10
+    assert draws[0].data == data == describe_data("digits", None)
+    (tmp_path / ".cache/so/digits" / digits.SPLIT_FILE).unlink()
+    for use in (lambda: build_dataset("digits", None, 1), lambda: describe_data("digits", None)):
+        with pytest.raises(
+            ValueError, match="digits: .*--root_path; see DATASETS.md, section Digi"
+        ):
+            use()

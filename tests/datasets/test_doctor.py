@@ -1,12 +1,13 @@
 """The doctor, `python -m datasets`: what it shows and names, and how it ends."""
 
 import os
-import subprocess
+import runpy
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
-from dataset_helpers import ELEVEN, LAYOUTS, ROOT, change_split, make_dataset
+from dataset_helpers import ELEVEN, LAYOUTS, change_split, make_dataset
 
 from datasets import DATASETS, digits
 from datasets.__main__ import main
@@ -104,19 +105,14 @@ def test_many_missing_images_are_named_and_counted(tmp_path, capsys, small):
     assert status == 1 and out.count("Forest/Forest_") == 5 and "and 3 more: named in" in out
 
 
-@pytest.mark.parametrize("split", ["{", None])
-def test_a_dataset_that_cannot_be_read_is_incomplete_without_a_traceback(tmp_path, capsys, split):
+def test_a_dataset_that_cannot_be_read_is_incomplete_without_a_traceback(tmp_path, capsys):
     make_dataset("oxford_pets", tmp_path, split=False, size=(8, 8))
     folder = tmp_path / "oxford_pets"
-    if split:
-        (folder / "split_zhou_OxfordPets.json").write_text(split)
-    else:
-        (folder / "images").rename(tmp_path / "aside")
-    status, out = run(capsys, "--root_path", tmp_path, "--dataset", "oxford_pets", "--decode")
-    assert status == 1 and out.splitlines()[1].endswith("incomplete")
-    message = "cannot be read as JSON" if split else f"the image folder {folder / 'images'} is mis"
-    assert "* oxford_pets: " in out
-    assert message in out
+    (folder / "split_zhou_OxfordPets.json").write_text("{")
+    for message in ("cannot be read as JSON", f"the image folder {folder}/images is missing"):
+        status, out = run(capsys, "--root_path", tmp_path, "--dataset", "oxford_pets", "--decode")
+        assert status == 1 and out.splitlines()[1].endswith("incomplete") and message in out
+        shutil.rmtree(folder / "images", ignore_errors=True)
 
 
 def test_decode_names_damaged_images_and_says_what_the_first_is(tmp_path, capsys, small):
@@ -145,7 +141,7 @@ def test_the_digits_are_shown_once_they_are_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(capsys, "--dataset", "digits")[0] == 0
     digits.prepare(tmp_path / ".cache/so/digits")
-    status, out = run(capsys, "--dataset", "digits", "--decode")
+    status, out = run(capsys, "--dataset", "digits")
     assert status == 0
     assert out.splitlines()[1].split() == "digits digits published 10 898 359 540 ok".split()
 
@@ -173,8 +169,10 @@ def test_list_names_folders_classes_counts_and_sources(capsys):
         assert spec.url in out and all(folder in out for folder in spec.folders)
 
 
-def test_the_command_runs_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "datasets", "--root_path", tmp_path, "--dataset", "dtd"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and "there is no dtd or DTD in" in result.stdout
-    assert result.stderr == ""
+def test_the_command_runs_as_a_module(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "datasets.__main__")
+    monkeypatch.setattr(sys, "argv", ["", "--root_path", str(tmp_path), "--dataset", "dtd"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("datasets", run_name="__main__")
+    said = capsys.readouterr()
+    assert caught.value.code == 1 and "there is no dtd or DTD in" in said.out and said.err == ""

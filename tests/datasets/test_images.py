@@ -164,7 +164,7 @@ def test_each_flipped_bit_of_a_header_is_read_or_refused(tmp_path):
     for form in ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP"):
         picture("P" if form == "GIF" else "RGB", (8, 8)).save(path, form)
         whole = path.read_bytes()
-        for position in range(min(len(whole), 60)):
+        for position in range(0, min(len(whole), 60), 2):
             content = bytearray(whole)
             content[position] ^= 1 << position % 8
             path.write_bytes(content)
