@@ -102,7 +102,7 @@ class DatasetSpec:
         holds: Folders that `images` must have; with them a folder is taken for the dataset's.
         aliases: Names that archives, torchvision and Kaggle give the dataset's folder.
         image_aliases: Names that they give the image folder.
-        others: Folders of another release that people have instead, and what is to be said.
+        others: Folders of another release that people have instead, and what to say of each.
         together: Training and validation images are drawn at once (see `draw_shots`).
         prepare: Makes the dataset's folder, if it is not there yet, instead of a download.
     """
@@ -163,8 +163,10 @@ class Source:
 
     def unreadable(self, path: Path, fault: str) -> Exception:
         """An exception for a file whose content is not what it should be, by its first bytes."""
-        words = impostor(path) if path.is_file() else None  # opening a pipe would wait for ever
-        return self.error(f"{path} is {words}" if words else f"{path} {fault}")
+        with suppress(OSError):  # of a file that may not be read
+            if path.is_file() and (words := impostor(path)):  # a pipe would be waited for
+                fault = f"is {words}"
+        return self.error(f"{path} {fault}")
 
 
 def find_source(
@@ -183,9 +185,8 @@ def find_source(
         ValueError: No root_path, or the folder could not be made.
         FileNotFoundError: The root or the dataset's folder is not there.
     """
-    section = f"see DATASETS.md, section {spec.title}"
+    names, section = " or ".join(spec.folders), f"see DATASETS.md, section {spec.title}"
     if not root_path and not spec.prepare:
-        names = " or ".join(spec.folders)
         raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
     root = root_folder(root_path)
     if root_path and not os.path.isdir(root):
@@ -200,7 +201,6 @@ def find_source(
         return preferred
     folders = [root / folder for folder in spec.folders if os.path.isdir(root / folder)]
     if not folders:
-        names = " or ".join(spec.folders)
         remedy = "put the dataset there or correct --root_path"
         raise preferred.missing(f"there is no {names} in {root}", remedy)
 

@@ -48,20 +48,20 @@ def read_split(source: Source, save: bool = True) -> Read:
 
 def _made_split(source: Source, fresh: Split, save: bool) -> Read:
     """The split that an earlier run saved, if it was made of the same data; else the fresh one."""
-    spec, listing = source.spec, fresh.digest()
+    spec, digest = source.spec, fresh.digest()
     path = source.folder / made_name(spec.split)
     saved = _load(source, path) if os.path.lexists(path) else None
-    if saved and saved.get("listing") == listing:
+    if saved and saved.get("digest") == digest:
         split, problems = read_split_file(source, path)
         split, state = replace(split, kind="made"), "made earlier"
     else:
         split, problems, state = fresh, check_split(source, fresh), "made now"
         if saved:
             state = "made anew: the data has changed since the saved one was made"
-            if "listing" not in saved:
+            if "digest" not in saved:
                 state = "made anew: the saved one does not say of which data it was made"
         if save and not problems:
-            state += _save(path, split, listing)
+            state += _save(path, split, digest)
     if save and not problems:
         print(
             f"note: {source.name}: there is no {spec.split} in {source.folder}; using a split made "
@@ -77,12 +77,12 @@ def made_name(split: str) -> str:
     return split.replace("split_zhou_", "split_so_")
 
 
-def _save(path: Path, split: Split, listing: str) -> str:
+def _save(path: Path, split: Split, digest: str) -> str:
     """Write a split in the published ones' form; return what to say of a failure."""
     note = "made by datasets/raw.py from the raw download; not comparable to published figures"
     parts = {part: getattr(split, part) for part in PARTS}
     try:
-        atomic_write(path, json.dumps({"note": note, "listing": listing, **parts}))
+        atomic_write(path, json.dumps({"note": note, "digest": digest, **parts}))
     except OSError as error:
         return f", not saved: {error.strerror or error}"
     return ""

@@ -202,7 +202,7 @@ def test_a_made_split_of_an_older_version_is_made_anew(dtd, capsys):
     build_dataset("dtd", dtd.parent, 1)
     saved = json.loads((dtd / MADE).read_text())
     saved["train"].reverse()
-    del saved["listing"]
+    del saved["digest"]
     (dtd / MADE).write_text(json.dumps(saved))
     capsys.readouterr()
     build_dataset("dtd", dtd.parent, 1)
