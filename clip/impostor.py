@@ -11,10 +11,13 @@ def impostor(path: str | os.PathLike) -> str | None:
 
     Returns:
         Words such as "a Git LFS pointer, not the file itself: run `git lfs pull`", or None where
-        the file is neither a pointer nor a web page.
+        the file is neither a pointer nor a web page, or cannot be opened.
     """
-    with open(path, "rb") as file:
-        start = file.read(1024).lstrip().lower()
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512).lstrip().lower()
+    except OSError:
+        return None
     if start.startswith(b"version https://git-lfs"):
         return POINTER
     return PAGE if start.startswith((b"<!doctype html", b"<html")) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from clip.impostor import impostor
+import clip
 
 Entry = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
@@ -99,7 +99,7 @@ class DatasetSpec:
         classes: Published number of classes.
         counts: Published number of training, validation and test images; None for no such part.
         url: Official page.
-        holds: Folders that `images` must have; with them a folder is taken for the dataset's.
+        holds: Folders below `images` that tell the dataset's folder from others.
         aliases: Names that archives, torchvision and Kaggle give the dataset's folder.
         image_aliases: Names that they give the image folder.
         others: Folders of another release that people have instead, and what to say of each.
@@ -163,10 +163,8 @@ class Source:
 
     def unreadable(self, path: Path, fault: str) -> Exception:
         """An exception for a file whose content is not what it should be, by its first bytes."""
-        with suppress(OSError):  # of a file that may not be read
-            if path.is_file() and (words := impostor(path)):  # a pipe would be waited for
-                fault = f"is {words}"
-        return self.error(f"{path} {fault}")
+        words = clip.impostor(path) if path.is_file() else None  # a pipe would be waited for
+        return self.error(f"{path} is {words}" if words else f"{path} {fault}")
 
 
 def find_source(
@@ -223,7 +221,7 @@ def root_folder(root_path: str | os.PathLike | None) -> Path:
 
 
 def misplaced(source: Source) -> str:
-    """What to move or rename, where the data lies deeper or under another name; "" elsewhere."""
+    """What to move or rename where the data lies deeper or under another name, or ""."""
     spec, root, home = source.spec, source.root, source.folder
     if not spec.lies_in(home):
         if root.name in spec.folders and spec.lies_in(root):

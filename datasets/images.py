@@ -17,7 +17,6 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 import clip
-from clip.impostor import impostor
 
 # By content, whatever a file is called. Pillow knows more, of which EPS would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
@@ -50,7 +49,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # a damaged file makes Pillow fail in any way
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            if words := impostor(path):
+            if words := clip.impostor(path):
                 raise ValueError(f"the image {path} is {words}") from error
             reason = _many_bands(path) or f"none of {', '.join(FORMATS)}"
         elif isinstance(error, OSError) and error.strerror:
