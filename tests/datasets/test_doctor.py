@@ -97,14 +97,6 @@ def test_all_problems_of_a_dataset_are_listed(tmp_path, capsys, small):
     assert out.count("section EuroSAT") == 5
 
 
-def test_many_missing_images_are_named_and_counted(tmp_path, capsys, small):
-    make_dataset("eurosat", tmp_path, size=(8, 8))
-    for path in (tmp_path / "eurosat/2750/Forest").iterdir():
-        path.unlink()
-    status, out = run(capsys, "--root_path", tmp_path, "--dataset", "eurosat")
-    assert status == 1 and out.count("Forest/Forest_") == 5 and "and 3 more: named in" in out
-
-
 def test_a_dataset_that_cannot_be_read_is_incomplete_without_a_traceback(tmp_path, capsys):
     make_dataset("oxford_pets", tmp_path, split=False, size=(8, 8))
     folder = tmp_path / "oxford_pets"
