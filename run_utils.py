@@ -6,7 +6,6 @@ file's entries pass through the same parser as the command line's, so both are c
 
 import argparse
 import ctypes
-import difflib
 import io
 import logging
 import math
@@ -24,18 +23,16 @@ import yaml
 
 import clip
 from datasets import DATASETS
-from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
-from utils import Interrupted, explain, one_line
+from utils import Interrupted, explain, nearest, one_line
 
 MOST = 10**18  # of whole numbers
 HERE = Path(__file__).parent
 DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
 DEMO_CONFIG = HERE / "configs" / "digits.yaml"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PATHS = {"root_path", "save_path", "backbone"}
 SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
 
 
@@ -102,13 +99,6 @@ def backbone(name: str) -> str:
 def logit_scale(text: str) -> float | str:
     """A parser type: a positive number, or "checkpoint"."""
     return text if text == "checkpoint" else number(float, 0, open_="low")(text)
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A hint at the valid name that looks most like this one, if any does."""
-    lower = {known.lower(): known for known in valid}
-    found = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
 
 
 # fmt: off
@@ -289,8 +279,6 @@ def from_yaml(parser: Parser, path: Path) -> list[str]:
             parser.error(f"unknown key {key!r}{hint}; valid: {', '.join(valid)}")
         if value is None:
             continue
-        if key in PATHS and isinstance(value, str):
-            value = on_disk(value)
         if isinstance(actions[key], argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 parser.error(f"key {key!r}: must be true or false, not {value!r}")

@@ -1,5 +1,6 @@
 """CLIP: models in OpenAI's layout, their tokenizer, and what brings their weights."""
 
+from .impostor import impostor
 from .loading import (
     MEAN,
     STD,
@@ -20,6 +21,7 @@ __all__ = [
     "available_models",
     "build_model",
     "find_merges",
+    "impostor",
     "load",
     "make_preprocess",
     "read_checkpoint",

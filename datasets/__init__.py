@@ -1,10 +1,20 @@
 """Eleven image datasets and one that needs no download, as few-shot tasks.
 
-`build_dataset("eurosat", root, shots=16)` reads one; `python -m datasets --root_path ROOT` checks
-what is on the disk; DATASETS.md says where to get it and how it must lie.
+`build_dataset("eurosat", root, shots=16)` reads one, `describe_data("eurosat", root)` says which
+data that is; `python -m datasets --root_path ROOT` checks what is on the disk; DATASETS.md says
+where to get it and how it must lie.
 """
 
 from datasets.base import DatasetSpec, FewShotDataset, Item
-from datasets.table import DATASETS, build_dataset, find_spec
+from datasets.build import build_dataset, describe_data, find_spec
+from datasets.table import DATASETS
 
-__all__ = ["DATASETS", "DatasetSpec", "FewShotDataset", "Item", "build_dataset", "find_spec"]
+__all__ = [
+    "DATASETS",
+    "DatasetSpec",
+    "FewShotDataset",
+    "Item",
+    "build_dataset",
+    "describe_data",
+    "find_spec",
+]

@@ -1,8 +1,8 @@
 """The doctor: `python -m datasets --root_path ROOT [--dataset NAME] [--decode]`, or `--list`.
 
-Shows what was found where, the counts against the published ones, and what to do about all that is
-amiss. Writes nothing. Exit status: 0 all is well, 1 something is amiss (a missing dataset is), 2
-wrong usage.
+Shows which datasets were found and where, their numbers of classes and images beside the published
+ones, and what to do about each fault. Writes nothing. Exit status: 0 where all are well, 1 where
+one has a fault or is missing, 2 for wrong usage.
 """
 
 import argparse
@@ -10,16 +10,17 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets.base import DEFAULT_ROOT, PARTS, Source, Split, few_of, find_source, root_folder
-from datasets.loader import read_image
+from datasets.base import PARTS, Source, Split, find_source, root_folder
+from datasets.build import find_spec
+from datasets.checks import numbers, shortfall
+from datasets.images import read_image
 from datasets.splits import read_split
-from datasets.table import DATASETS, find_spec
-from utils import progress
+from datasets.table import DATASETS
+from utils import first_few, progress
 
 HEADER = ("dataset", "folder", "split", "classes", *PARTS, "status")
 
@@ -31,42 +32,42 @@ class Finding:
     name: str
     folder: str = "-"
     split: str = "-"
-    counts: list[str] = field(default_factory=lambda: ["-"] * 4)  # classes, then PARTS
+    counts: dict[str, str] = field(default_factory=dict)
     status: str = "ok"
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
         """The row's texts, in the order of HEADER."""
-        return (self.name, self.folder, self.split, *self.counts, self.status)
+        counts = [self.counts.get(key, "-") for key in ("classes", *PARTS)]
+        return (self.name, self.folder, self.split, *counts, self.status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the doctor; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m datasets", description="Check the datasets.")
     parser.add_argument("--root_path", help="folder that holds all datasets")
-    parser.add_argument("--dataset", help="check this one alone")
-    parser.add_argument("--decode", action="store_true", help="open every image, too")
-    parser.add_argument("--list", action="store_true", help="show what is known and end")
+    parser.add_argument("--dataset", help="name of the only dataset to check")
+    parser.add_argument("--decode", action="store_true", help="open every image as well")
+    parser.add_argument("--list", action="store_true", help="print the known datasets and end")
     args = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have letters it lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack letters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     if args.list:
         print_known()
         return 0
     try:
         names = [args.dataset] if args.dataset else list(DATASETS)
-        needy = [name for name in names if not find_spec(name).prepare]
+        to_be_found = [name for name in names if not find_spec(name).prepare]
     except ValueError as error:
         parser.error(str(error))
-    if needy and not args.root_path:
+    if to_be_found and not args.root_path:
         parser.error("--root_path, the folder that holds the datasets, is missing")
     if args.root_path and not os.path.isdir(root_folder(args.root_path)):
         parser.error(f"--root_path {args.root_path} is not a folder")
     bar = progress(names, desc="datasets", unit="dataset")
     findings = [examine(name, args.root_path, args.decode) for name in bar]
     print_table([HEADER, *(finding.cells() for finding in findings)])
-    print("\nImages and classes: as published, or found/published.")
     for finding in findings:
         for line in (*finding.problems, *finding.notes):
             print(f"* {line}")
@@ -84,100 +85,72 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
     spec, finding = DATASETS[name], Finding(name)
     try:
         source = find_source(name, spec, root_path, prepare=False)
+        if spec.prepare and not source.folder.exists():
+            finding.status = "made on first use"
+            finding.notes.append(f"{name}: made in {source.folder} when it is first used")
+            return finding
     except (OSError, ValueError) as error:
-        finding.status = "not found"
-        if spec.prepare:
-            finding.status = "on use"
-            where = Path(root_path or DEFAULT_ROOT) / spec.folders[0]
-            finding.notes.append(f"{name}: made in {where} when it is first used")
-        else:
-            finding.problems.append(str(error))
+        finding.status, finding.problems = "not found", [str(error)]
         return finding
-    finding.folder = str(source.folder.relative_to(root_folder(root_path)))
-    finding.split = "missing"
-    if spec.split and os.path.lexists(source.folder / spec.split):
-        finding.split = "published"
+    finding.folder = str(source.folder.relative_to(source.root))
     try:
-        split = read_split(source, save=False)
+        split, problems = read_split(source, save=False)
     except (OSError, ValueError) as error:
-        source.problems.append(error)
+        problems = [error]
     else:
-        _count(source, split, finding)
+        finding.split, finding.counts = split.kind, numbers(spec, split)
+        if split.kind == "made":
+            finding.notes.append(
+                f"{name}: without {spec.split} in {source.folder}, a split made from the raw data "
+                "is used, not comparable to published figures; DATASETS.md, section "
+                f"{spec.title}, says where to get it"
+            )
+        problems += filter(None, [shortfall(source, split)])
         if decode:
-            _decode(source, split)
-    finding.problems += [str(problem) for problem in source.problems]
-    finding.status = "amiss" if finding.problems else "ok"
+            problems += undecodable(source, split)
+    finding.problems = [str(problem) for problem in problems]
+    finding.status = "incomplete" if finding.problems else "ok"
     return finding
 
 
-def _count(source: Source, split: Split, finding: Finding) -> None:
-    """Hold numbers of classes and images against the published ones."""
-    spec = source.spec
-    finding.split = "published" if split.published else "from raw"
-    if not split.published:
-        finding.notes.append(
-            f"{source.name}: without {spec.split} in {source.folder}, a split made from the raw "
-            "data is used, not comparable to published figures; DATASETS.md, section "
-            f"{spec.title}, says where to get it"
-        )
-    found = {"classes": len(split.classnames), **{p: len(getattr(split, p)) for p in PARTS}}
-    wrong = []
-    for column, (what, number) in enumerate(found.items()):
-        published = (spec.classes, *spec.counts)[column]
-        if published is None:
-            continue
-        finding.counts[column] = str(number)
-        if number != published:
-            finding.counts[column] = f"{number}/{published}"
-            what = what if what == "classes" else f"{what} images"
-            wrong.append(f"{number} {what} ({published} published)")
-    if wrong:
-        source.report(
-            f"{source.folder} has {', '.join(wrong)}: the download is incomplete, or the split "
-            "file is another one"
-        )
+def undecodable(source: Source, split: Split) -> list[Exception]:
+    """One fault that names the images that cannot be decoded, or none; missing ones were named."""
 
-
-def _decode(source: Source, split: Split) -> None:
-    """Report the images that cannot be decoded; missing ones have been reported."""
-    paths = list(dict.fromkeys(path for part in PARTS for path, _, _ in getattr(split, part)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
-        results = progress(_broken(source, paths), len(paths), f"{source.name} images", "image")
-        broken = [path for path in results if path is not None]
-    if broken:
-        source.report(
-            f"{few_of(broken)} in {source.images} cannot be decoded; download or unpack them again"
-        )
-
-
-def _broken(source: Source, paths: list[str]) -> Iterator[str | None]:
-    """Each path that cannot be decoded, None for the others."""
-
-    def check(path: str) -> str | None:
+    def check(path: str) -> tuple[str, str] | None:
         try:
             read_image(source.locate(path))
         except FileNotFoundError:
             return None
-        except ValueError:
-            return path
+        except ValueError as error:
+            return path, str(error)
         return None
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 4096):  # a few at a time, for ImageNet has a million
-            yield from pool.map(check, paths[start : start + 4096])
+    paths = list(dict.fromkeys(path for path, _, _ in split.entries()))
+    some = (paths[start : start + 4096] for start in range(0, len(paths), 4096))  # of a million
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
+        results = (result for chunk in some for result in pool.map(check, chunk))
+        bar = progress(results, len(paths), f"{source.name} images", "image")
+        broken = dict(filter(None, bar))
+    if not broken:
+        return []
+    text = (
+        f"{first_few(broken)} in {source.images} cannot be decoded: download or unpack them again"
+    )
+    return [source.error(f"{text} (of the first: {next(iter(broken.values()))})")]
 
 
-def print_table(rows: Sequence[Sequence[str]], width: int = 100) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns: text to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    gap = "  " if sum(widths) + 2 * len(widths) <= width else " "
+    gap = "  " if sum(widths) + 2 * len(widths) <= 100 else " "
     for row in rows:
         cells = [
             cell.rjust(size) if 3 <= column < 7 else cell.ljust(size)
             for column, (cell, size) in enumerate(zip(row, widths, strict=True))
         ]
         print(gap.join(cells).rstrip())
+    print()
 
 
 def print_known() -> None:

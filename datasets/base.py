@@ -1,23 +1,29 @@
 """What all datasets share: their records, the way to their folder, the listing of folders."""
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-# Path below the image folder, label, class name: as in a split file. Texts are what UTF-8 says,
-# whatever the locale takes the names on the disk for (`on_disk`).
-Entry = tuple[str, int, str]
+import clip
+
+Entry = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
 PARTS = ("train", "val", "test")
 TEMPLATE = ["a photo of a {}."]
-DEFAULT_ROOT = "~/.cache/so"  # of datasets that are made, not downloaded
+DEFAULT_ROOT = "~/.cache/so"  # holds the datasets that are made, not downloaded
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+# Folders that archives and file servers leave behind, besides hidden ones; in lower case.
+LEFT_OVERS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
+LEFT_OVERS += ("#snapshot", "system volume information")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where it is (root_path joined with what is below it), its label and class."""
+    """One image: where it is (root_path joined with the path below it), its label and class."""
 
     impath: str
     label: int
@@ -26,26 +32,58 @@ class Item:
 
 @dataclass(frozen=True)
 class FewShotDataset:
-    """The few images to adapt with, and all images to test on."""
+    """The few images to adapt with, and all images to test on.
+
+    Attributes:
+        classnames: By label.
+        template: Prompts with {} for the class name.
+        data: What the few were drawn from, for results to be told apart by (see `Split.data`).
+    """
 
     name: str
     train_x: list[Item]
     val: list[Item]
     test: list[Item]
-    classnames: list[str]  # by label
-    template: list[str]  # prompts with {} for the class name
-    published: bool  # False when the split was made here, from the raw download
+    classnames: list[str]
+    template: list[str]
+    data: dict[str, str | int]
 
 
 @dataclass(frozen=True)
 class Split:
-    """All entries of a dataset."""
+    """All entries of a dataset as they were read, checked by nobody yet.
 
+    Attributes:
+        where: The file or folder that they were read from, for messages.
+        names: Class name of each label.
+        kind: "published", "made" here from the raw download, or "own" for a user's images.
+    """
+
+    where: str
     train: list[Entry]
     val: list[Entry]
     test: list[Entry]
-    classnames: list[str]  # by label
-    published: bool = True
+    names: dict[int, str]
+    kind: str = "published"
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries, in the order of PARTS."""
+        return chain(self.train, self.val, self.test)
+
+    def counts(self) -> dict[str, int]:
+        """Number of images in each part."""
+        return {part: len(getattr(self, part)) for part in PARTS}
+
+    def digest(self) -> str:
+        """SHA-256 of all entries in their order: the same wherever the same data lies."""
+        sha = hashlib.sha256(repr(self.counts()).encode())
+        for path, label, name in self.entries():
+            sha.update(f"{path}\0{label}\0{name}\0".encode(errors="surrogateescape"))
+        return sha.hexdigest()
+
+    def data(self) -> dict[str, str | int]:
+        """What a result says of its data: kind of split, digest, images in each part."""
+        return {"split": self.kind, "digest": self.digest(), **self.counts()}
 
 
 @dataclass(frozen=True)
@@ -61,32 +99,46 @@ class DatasetSpec:
         classes: Published number of classes.
         counts: Published number of training, validation and test images; None for no such part.
         url: Official page.
-        links: Folders below `images` that may lead elsewhere as an image folder may.
+        holds: Folders below `images` that tell the dataset's folder from others.
+        aliases: Names that archives, torchvision and Kaggle give the dataset's folder.
+        image_aliases: Names that they give the image folder.
+        others: Folders of another release that people have instead, and what to say of each.
         together: Training and validation images are drawn at once (see `draw_shots`).
-        prepare: Makes the dataset's folder where it is not there yet; nothing to download then.
+        prepare: Makes the dataset's folder, if it is not there yet, instead of a download.
     """
 
     title: str
     folders: tuple[str, ...]
     images: str
     split: str | None
-    read: Callable[["Source"], Split] | None
-    classes: int
-    counts: tuple[int, int | None, int]
+    read: Callable[["Source"], Split]
+    classes: int | None
+    counts: tuple[int | None, int | None, int | None]
     url: str
-    links: tuple[str, ...] = ()
+    holds: tuple[str, ...] = (".",)
+    aliases: tuple[str, ...] = ()
+    image_aliases: tuple[str, ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
     together: bool = False
     prepare: Callable[[Path], None] | None = None
+
+    def image_folders(self, folder: Path) -> list[Path]:
+        """The folders of images, where the dataset's own folder is this one."""
+        return [folder / self.images / name for name in self.holds]
+
+    def lies_in(self, folder: Path) -> bool:
+        """Whether a folder has the folders of images."""
+        return all(os.path.isdir(path) for path in self.image_folders(folder))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset's folder on this disk, and what was found to be wrong with it."""
+    """A dataset's folder on this disk."""
 
     name: str
     spec: DatasetSpec
+    root: Path
     folder: Path
-    problems: list[Exception] = field(default_factory=list)
 
     @property
     def images(self) -> Path:
@@ -94,16 +146,25 @@ class Source:
         return self.folder / self.spec.images
 
     def locate(self, path: str) -> str:
-        """Where an entry's path leads on this disk."""
-        return os.path.join(self.images, on_disk(path))
+        """Where an entry's image is on this disk."""
+        return os.path.join(self.images, path)
 
     def error(self, text: str, kind: type[Exception] = ValueError) -> Exception:
-        """An exception in the house's form: dataset, culprit and remedy, section of the manual."""
+        """An exception in one form: dataset, fault and remedy, section of DATASETS.md."""
         return kind(f"{self.name}: {text}; see DATASETS.md, section {self.spec.title}")
 
-    def report(self, text: str, kind: type[Exception] = ValueError) -> None:
-        """Note a problem; reading goes on, for there may be more."""
-        self.problems.append(self.error(text, kind))
+    def missing(
+        self, text: str, remedy: str = "", kind: type[Exception] = FileNotFoundError
+    ) -> Exception:
+        """An exception for data that is not there: the remedy is to move it, if it is near."""
+        with suppress(OSError):  # of folders that may not be read
+            remedy = misplaced(self) or remedy
+        return self.error(f"{text}; {remedy}" if remedy else text, kind)
+
+    def unreadable(self, path: Path, fault: str) -> Exception:
+        """An exception for a file whose content is not what it should be, by its first bytes."""
+        words = clip.impostor(path) if path.is_file() else None  # a pipe would be waited for
+        return self.error(f"{path} is {words}" if words else f"{path} {fault}")
 
 
 def find_source(
@@ -115,34 +176,36 @@ def find_source(
         name: The dataset's name in the table.
         spec: Its row.
         root_path: The folder of all datasets; needed unless the row has `prepare`.
-        prepare: Make the folder where it is not there and the row says how.
+        prepare: Make the folder where it is missing and the row says how. Without it, such a
+            row's folder need not be there.
 
     Raises:
         ValueError: No root_path, or the folder could not be made.
         FileNotFoundError: The root or the dataset's folder is not there.
     """
-    section = f"see DATASETS.md, section {spec.title}"
+    names, section = " or ".join(spec.folders), f"see DATASETS.md, section {spec.title}"
     if not root_path and not spec.prepare:
-        names = " or ".join(spec.folders)
         raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
     root = root_folder(root_path)
     if root_path and not os.path.isdir(root):
         raise FileNotFoundError(f"--root_path {root} is not a folder; {section}")
-    if spec.prepare and prepare:
+    preferred = Source(name, spec, root, root / spec.folders[0])
+    if spec.prepare:
         try:
-            spec.prepare(root / spec.folders[0])
+            if prepare:
+                spec.prepare(preferred.folder)
         except OSError as error:
-            raise ValueError(f"{name}: {error}; {section}") from error
+            raise preferred.error(str(error)) from error
+        return preferred
     folders = [root / folder for folder in spec.folders if os.path.isdir(root / folder)]
     if not folders:
-        raise FileNotFoundError(
-            f"{name}: there is no {' or '.join(spec.folders)} in {root}; put the dataset there "
-            f"or correct --root_path; {section}"
-        )
-    source = Source(name, spec, max(folders, key=lambda folder: _completeness(spec, folder)))
-    if not os.path.isdir(source.images):
-        source.report(f"the image folder {source.images} is missing", FileNotFoundError)
-    return source
+        remedy = "put the dataset there or correct --root_path"
+        raise preferred.missing(f"there is no {names} in {root}", remedy)
+
+    def completeness(folder: Path) -> tuple[bool, bool]:  # `max` keeps the first of equals
+        return spec.lies_in(folder), bool(spec.split) and os.path.isfile(folder / spec.split)
+
+    return Source(name, spec, root, max(folders, key=completeness))
 
 
 def root_folder(root_path: str | os.PathLike | None) -> Path:
@@ -154,58 +217,74 @@ def root_folder(root_path: str | os.PathLike | None) -> Path:
     root = os.path.expanduser(os.fspath(root_path or DEFAULT_ROOT))
     if not root_path and not os.path.isabs(root):
         raise ValueError("this user has no home folder: name a folder with --root_path")
-    return Path(on_disk(root))
+    return Path(root)
 
 
-def on_disk(path: str) -> str:
-    """A path as Python spells it in this locale: in C's, a letter may be two odd characters.
+def misplaced(source: Source) -> str:
+    """What to move or rename where the data lies deeper or under another name, or ""."""
+    spec, root, home = source.spec, source.root, source.folder
+    if not spec.lies_in(home):
+        if root.name in spec.folders and spec.lies_in(root):
+            return f"name the folder above, {root.parent}, as --root_path"
+        for name in (*spec.folders, *spec.aliases):
+            for folder in _three_levels(root / name):
+                if spec.lies_in(folder):
+                    return _move(folder, home)
+    hints = []
+    for wanted in spec.image_folders(home):
+        nested = wanted / wanted.name
+        if wanted != home and os.path.isdir(nested):  # cars_train/cars_train
+            hints.append(_move(nested, wanted))
+        for place in [] if os.path.isdir(wanted) else [home, root]:
+            for found in [place / alias for alias in spec.image_aliases]:
+                if os.path.isdir(found) and list_folders(found):
+                    # torchvision's $DATA/SUN397/a is the image folder, not the dataset's.
+                    home = root / spec.folders[0] if found == home else home
+                    return _move(found, home / spec.images)
+    for name, remedy in spec.others:
+        hints += [f"{p / name} is {remedy}" for p in (home, root) if os.path.isdir(p / name)]
+    return "; ".join(hints)
 
-    Raises:
-        ValueError: It cannot be the name of a file.
-    """
-    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+def _move(found: Path, wanted: Path) -> str:
+    """The instruction that brings a folder to where it is looked for."""
+    if os.path.isdir(wanted):
+        return f"move all that is in {found} to {wanted}"
+    return f"{'rename' if found.parent == wanted.parent else 'move'} {found} to {wanted}"
 
 
-def as_text(name: str) -> str:
-    """The text of a file's name, whatever the locale; the opposite of `on_disk`."""
-    return os.fsencode(name).decode("utf-8", "surrogateescape")
-
-
-def _completeness(spec: DatasetSpec, folder: Path) -> tuple[bool, bool]:
-    """Whether images and the split file are there; `max` keeps the first of equals."""
-    split = spec.split is not None and os.path.isfile(folder / spec.split)
-    return os.path.isdir(folder / spec.images), split
-
-
-def few_of(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are, on one line whatever they hold."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(n if n.isprintable() else repr(n) for n in names[:5]) + more
+def _three_levels(folder: Path) -> Iterator[Path]:
+    """A folder, the folders in it, and the folders in those."""
+    level = [folder] if os.path.isdir(folder) else []
+    for _ in range(3):
+        yield from level
+        level = [path / name for path in level for name in list_folders(path)]
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
     """Sorted names of a folder's images; hidden files and other types are left out."""
     return sorted(
-        as_text(entry.name)
+        entry.name
         for entry in os.scandir(folder)
         if entry.name.lower().endswith(IMAGE_TYPES)
         and not entry.name.startswith(".")
-        and there(entry.is_file)
+        and exists(entry.is_file)
     )
 
 
 def list_folders(folder: str | os.PathLike) -> list[str]:
-    """Sorted names of a folder's sub-folders, hidden ones left out."""
+    """Sorted names of a folder's sub-folders, without hidden ones and left-overs."""
     return sorted(
-        as_text(entry.name)
+        entry.name
         for entry in os.scandir(folder)
-        if not entry.name.startswith(".") and there(entry.is_dir)
+        if not entry.name.startswith(".")
+        and entry.name.lower() not in LEFT_OVERS
+        and exists(entry.is_dir)
     )
 
 
-def there(kind: Callable[[], bool]) -> bool:
-    """Whether an entry is of a kind; a link to itself is of none."""
+def exists(kind: Callable[[], bool]) -> bool:
+    """Whether an entry of a folder is of a kind, its link followed; a link to itself is of none."""
     try:
         return kind()
     except OSError:

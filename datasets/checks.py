@@ -1,125 +1,121 @@
-"""Checks of a split's labels, classes and files: what is wrong is reported, not raised.
+"""Checks of a split: labels, classes, files, numbers. Faults are returned, not raised.
 
-One set of checks serves `build_dataset`, which ends with the first report, and the doctor, which
+One set of checks serves `build_dataset`, which ends with the first fault, and the doctor, which
 shows them all.
 """
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
 
-from datasets.base import Entry, Source, Split, few_of, on_disk, there
+from datasets.base import DatasetSpec, Source, Split, exists
+from utils import first_few
 
-
-def check_split(
-    source: Source,
-    where: str,
-    train: list[Entry],
-    val: list[Entry],
-    test: list[Entry],
-    classnames: Iterable[str] = (),
-) -> Split:
-    """Make a split of entries, reporting all that is wrong with its classes and its files."""
-    split = check_classes(source, where, train, val, test, classnames)
-    check_files(source, where, split)
-    return split
+NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
+OUTSIDE = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
+WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
-def check_classes(
-    source: Source,
-    where: str,
-    train: list[Entry],
-    val: list[Entry],
-    test: list[Entry],
-    classnames: Iterable[str] = (),
-) -> Split:
-    """Make a split of entries, reporting labels and classes that do not add up.
+def check_split(source: Source, split: Split) -> list[Exception]:
+    """All faults of a split: in its classes, in its names, in its files."""
+    return [*check_classes(source, split), *check_names(source, split), *check_files(source, split)]
 
-    Args:
-        source: Takes the reports.
-        where: What the entries were read from.
-        train: Its entries; so are `val` and `test`.
-        val: May be empty.
-        test: Must hold every class, like `train`.
-        classnames: By label, where they are known apart from the entries.
-    """
-    names = dict(enumerate(classnames))
+
+def check_classes(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield faults of labels and classes that do not add up."""
+    where, names = split.where, split.names
     twice = {}
-    for _, label, name in (*train, *val, *test):
-        if names.setdefault(label, name) != name:
+    for _, label, name in split.entries():
+        if names.get(label, name) != name:
             twice[label] = f"label {label} stands for {names[label]!r} and {name!r}"
     if twice:
-        source.report(f"in {where}, {few_of(twice.values())}; get the file again")
-    # What Python makes of bytes that are no text; a folder's name may hold any.
-    if garbled := [
-        n for n in names.values() if any("\ud800" <= letter <= "\udfff" for letter in n)
-    ]:
-        source.report(f"{where} has the class {few_of(garbled)}, which is no UTF-8; rename it")
-    labels = sorted(names)
+        yield source.error(f"in {where}, {first_few(twice.values())}; get the file again")
+    labels = sorted({*names, *(label for _, label, _ in split.entries())})
     if not labels:
-        source.report(f"{where} has no images at all; get it again", FileNotFoundError)
+        yield source.missing(f"{where} has no images at all", "get it again")
     elif labels != list(range(len(labels))):
         odd = set(labels) ^ set(range(len(labels)))
-        source.report(
+        yield source.error(
             f"labels in {where} must run from 0 to {len(labels) - 1}, one for each class, "
-            f"which {few_of(map(str, sorted(odd)))} breaks; get the file again"
+            f"which {first_few(map(str, sorted(odd)))} breaks; get the file again"
         )
-    for part, entries in (("training", train), ("test", test)):
-        if lacking := set(names) - {label for _, label, _ in entries}:
-            classes = few_of(repr(names[label]) for label in sorted(lacking))
-            source.report(
-                f"{where} has no {part} images of the class {classes}; "
-                "the download or the list is incomplete"
+    for part in ("train", "test"):
+        present = {label for _, label, _ in getattr(split, part)}
+        if lacking := [repr(names[label]) for label in sorted(set(names) - present)]:
+            yield source.missing(
+                f"{where} has no {WORDS[part]} images of the class {first_few(lacking)}",
+                "the download or the list is incomplete",
+                ValueError,
             )
-    return Split(train, val, test, [names[label] for label in labels])
 
 
-def check_files(source: Source, where: str, split: Split) -> None:
-    """Report entries whose image is missing or outside the image folder.
+def check_names(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield faults of names: not text, or leading out of the image folder."""
+    paths = dict.fromkeys(path for path, _, _ in split.entries())
+    if garbled := [name for name in (*paths, *split.names.values()) if NOT_UTF_8.search(name)]:
+        yield source.error(f"{split.where} has {first_few(garbled)}, not UTF-8; rename it")
+    if outside := [path for path in paths if OUTSIDE.search(path)]:
+        yield source.error(
+            f"{split.where} names {first_few(outside)}, outside of the image folder "
+            f"{source.images}: paths must be relative and without '..'"
+        )
+
+
+def check_files(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield the entries whose image is missing.
 
     Each folder is listed once, which on a network file system is far cheaper than asking for each
-    image. The image folder may be a link to anywhere; what lies in it may not lead out of it.
+    image.
     """
-    if not os.path.isdir(source.images):
-        return  # reported already
     by_folder: dict[str, list[str]] = {}
-    for path in dict.fromkeys(path for path, _, _ in (*split.train, *split.val, *split.test)):
+    for path in dict.fromkeys(path for path, _, _ in split.entries()):
         by_folder.setdefault(os.path.dirname(path), []).append(path)
-    missing, outside = [], []
+    missing, instead = [], ""
     for folder, paths in by_folder.items():
         try:
-            if _leaves(source, folder):
-                outside += paths
-                continue
             with os.scandir(source.locate(folder)) as listing:
-                present = {item.name: item.is_symlink() for item in listing if there(item.is_file)}
-        except (OSError, ValueError):  # no such folder, or no name that a folder can have
-            present = {}
+                present = {item.name for item in listing if exists(item.is_file)}
+        except (OSError, ValueError):  # no such folder, or a name that no folder can have
+            present = set()
         for path in paths:
-            name = on_disk(os.path.basename(path))
+            name = os.path.basename(path)
             # A file system that ignores case may know a name that is not in its list.
             if name not in present and not os.path.isfile(source.locate(path)):
+                if not missing:
+                    stem = os.path.splitext(name)[0] + "."
+                    instead = next((f" ({n} is there)" for n in present if n.startswith(stem)), "")
                 missing.append(path)
-            elif present.get(name, True) and _leaves(source, path):
-                outside.append(path)
-    if outside:
-        source.report(
-            f"{where} names {few_of(outside)}, outside of the image folder {source.images}: paths "
-            "must be relative, without '..' and not through a link that leads elsewhere"
-        )
     if missing:
-        source.report(
-            f"{few_of(missing)}: named in {where}, missing in {source.images}; "
+        yield source.missing(
+            f"{first_few(missing)}: named in {split.where}, missing in {source.images}{instead}",
             "the download is incomplete or lies elsewhere",
-            FileNotFoundError,
         )
 
 
-def _leaves(source: Source, path: str) -> bool:
-    """Whether a path of the split leads out of the image folder, links followed."""
-    parts = path.replace("\\", "/").split("/")
-    if os.path.isabs(path) or ".." in parts:
-        return True
-    top = parts[0] if parts[0] in source.spec.links else ""
-    base = os.path.realpath(source.images / top)
-    real = os.path.realpath(source.locate(path))
-    return real != base and not real.startswith(os.path.join(base, ""))
+def numbers(spec: DatasetSpec, split: Split) -> dict[str, str]:
+    """Classes and images of each part: "47", "12 of 47" where another number was published.
+
+    Returns:
+        By "classes" and the names in PARTS; without parts that the dataset does not have.
+    """
+    found = {"classes": len(split.names), **split.counts()}
+    published = dict(zip(found, (spec.classes, *spec.counts), strict=True))
+    return {
+        key: str(count) if count == published[key] else f"{count} of {published[key]}"
+        for key, count in found.items()
+        if published[key] is not None
+    }
+
+
+def shortfall(source: Source, split: Split) -> str:
+    """A sentence on numbers that differ from the published ones; "" where none does."""
+    nouns = {"classes": "classes", **{part: f"{word} images" for part, word in WORDS.items()}}
+    found = numbers(source.spec, split)
+    differing = [f"{text} {nouns[key]}" for key, text in found.items() if " of " in text]
+    if not differing:
+        return ""
+    return (
+        f"{source.name}: not the published numbers in {source.folder}: {', '.join(differing)}; the "
+        "download is incomplete, or this is another split; see DATASETS.md, section "
+        f"{source.spec.title}"
+    )

@@ -28,12 +28,14 @@ import math
 import os
 import random
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["CLASSNAMES", "SPLIT_FILE", "place", "prepare", "render", "split_indices"]
+from datasets.base import Entry, Source, Split
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLIT_FILE = "split_zhou_Digits.json"
@@ -59,17 +61,15 @@ def prepare(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if (folder / SPLIT_FILE).is_file():
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise OSError(
-            f"{folder} exists but holds no {SPLIT_FILE}: move it away to have the digits made "
-            "there, or name another folder with --root_path"
-        )
+    _refuse_other_content(folder)
     images, labels = render()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             draft = Path(scratch) / folder.name  # has the umask's permissions, unlike the scratch
             _write(draft, images, labels)
+            with suppress(OSError):
+                folder.rmdir()  # an empty one, which Windows would not replace
             try:
                 os.rename(draft, folder)
             except OSError:
@@ -82,6 +82,20 @@ def prepare(folder: str | os.PathLike) -> None:
         ) from error
 
 
+def read_digits(source: Source) -> Split:
+    """The split that `prepare` will write, for whoever asks before it did.
+
+    Raises:
+        ValueError: scikit-learn is not installed, or the folder holds something else already.
+    """
+    try:
+        _refuse_other_content(source.folder)
+    except OSError as error:
+        raise source.error(str(error)) from error
+    labels = _load().target
+    return Split("the digits", **_entries(labels), names=dict(enumerate(CLASSNAMES)))
+
+
 def render() -> tuple[np.ndarray, np.ndarray]:
     """Place every digit of the source on its canvas.
 
@@ -91,14 +105,7 @@ def render() -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits  # takes a second, and only this data set needs it
-    except ImportError as error:
-        raise ValueError(
-            f"the digits come from scikit-learn, which cannot be imported ({error}): "
-            "pip install scikit-learn, or name another --dataset"
-        ) from error
-    source = load_digits()
+    source = _load()
     draws = np.random.RandomState(PLACING_SEED)
     canvases = []
     for digit in source.images:
@@ -159,15 +166,39 @@ def place(digit: np.ndarray, size: float, right: float, down: float, turn: float
     return np.rint(255 * (upper * (1 - along) + lower * along)).astype(np.uint8)
 
 
+def _load() -> Any:
+    """The source, as scikit-learn gives it."""
+    try:
+        from sklearn.datasets import load_digits  # takes a second, and only this data set needs it
+    except ImportError as error:
+        raise ValueError(
+            f"the digits come from scikit-learn, which cannot be imported ({error}): "
+            "pip install scikit-learn, or name another --dataset"
+        ) from error
+    return load_digits()
+
+
+def _entries(labels: np.ndarray) -> dict[str, list[Entry]]:
+    """The entries of each part."""
+    entries = [
+        (f"{CLASSNAMES[n]}/{i:04d}.png", int(n), CLASSNAMES[n]) for i, n in enumerate(labels)
+    ]
+    return {part: [entries[i] for i in chosen] for part, chosen in split_indices(labels).items()}
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Raise OSError where a folder holds something that is not ours."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OSError(
+            f"{folder} exists but holds no {SPLIT_FILE}: move it away to have the digits made "
+            "there, or name another folder with --root_path"
+        )
+
+
 def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write images and split file into a new folder."""
-    names = [f"{CLASSNAMES[label]}/{index:04d}.png" for index, label in enumerate(labels)]
     for name in CLASSNAMES:
         (folder / "images" / name).mkdir(parents=True)
-    for name, image in zip(names, images, strict=True):
-        Image.fromarray(image).save(folder / "images" / name)
-    split = {
-        part: [[names[i], int(labels[i]), CLASSNAMES[labels[i]]] for i in indices]
-        for part, indices in split_indices(labels).items()
-    }
-    (folder / SPLIT_FILE).write_text(json.dumps(split), encoding="utf-8")
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        Image.fromarray(image).save(folder / "images" / CLASSNAMES[label] / f"{index:04d}.png")
+    (folder / SPLIT_FILE).write_text(json.dumps(_entries(labels)), encoding="utf-8")

@@ -3,31 +3,30 @@
 import os
 from pathlib import Path
 
-from datasets.base import Entry, Source, Split, few_of, list_folders, list_images
-from datasets.checks import check_split
-from utils import progress
+from datasets.base import Entry, Source, Split, list_folders, list_images
+from utils import first_few, progress
 
-CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")  # "n01440764 tench", one a line
+CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")  # lines "n01440764 tench"
 
 
 def read_imagenet(source: Source) -> Split:
     """Read train/ and val/; labels follow the sorted WordNet ids of the folders in train/."""
-    parts: dict[str, list[Entry]] = {}
     folders = {part: source.images / part for part in ("train", "val")}
-    if missing := [str(folder) for folder in folders.values() if not os.path.isdir(folder)]:
-        raise source.error(f"the image folder {few_of(missing)} is missing", FileNotFoundError)
     found = {part: list_folders(folder) for part, folder in folders.items()}
     if flat := [str(folders[part]) for part in found if not found[part]]:
-        raise source.error(f"{few_of(flat)} has no class folders like n01440764: sort its images")
+        raise source.error(
+            f"{first_few(flat)} has no class folders like n01440764: sort its images"
+        )
     ids = found["train"]
-    if other := set(found["val"]) - set(ids):
-        source.report(f"{folders['train']} lacks the folders {few_of(sorted(other))} of val")
+    if other := sorted(set(found["val"]) - set(ids)):
+        raise source.error(f"{folders['train']} lacks the folders {first_few(other)} of val")
     names = _names(source)
     if unnamed := [wnid for wnid in ids if wnid not in names]:
         raise source.error(
-            f"there is no class name for {few_of(unnamed)} in {folders['train']}: give them "
+            f"there is no class name for {first_few(unnamed)} in {folders['train']}: give them "
             "one in a classnames.txt with lines like 'n01440764 tench'"
         )
+    parts: dict[str, list[Entry]] = {}
     for part, folder in folders.items():
         parts[part] = [
             (f"{part}/{wnid}/{image}", label, names[wnid])
@@ -35,8 +34,8 @@ def read_imagenet(source: Source) -> Split:
             if os.path.isdir(folder / wnid)
             for image in list_images(folder / wnid)
         ]
-    classnames = [names[wnid] for wnid in ids]
-    return check_split(source, str(source.images), parts["train"], [], parts["val"], classnames)
+    classnames = {label: names[wnid] for label, wnid in enumerate(ids)}
+    return Split(str(source.images), parts["train"], [], parts["val"], classnames)
 
 
 def _names(source: Source) -> dict[str, str]:
@@ -49,5 +48,5 @@ def _names(source: Source) -> dict[str, str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         return dict(line.split(maxsplit=1) for line in lines if line)
     except (OSError, ValueError) as error:
-        form = "lines like 'n01440764 tench'"
-        raise source.error(f"{path} is not made of {form} ({error}); correct it") from error
+        fault = f"is not made of lines like 'n01440764 tench' ({error}); correct it"
+        raise source.unreadable(path, fault) from error

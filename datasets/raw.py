@@ -1,8 +1,8 @@
-"""Splits made from raw downloads by the published rules, for whoever lacks the split file.
+"""Splits made from raw downloads, by the lists in them and the published rules.
 
-The rules are CoOp's; the random numbers are a generator's of this file alone. Two rules divide a
-class: 50 % train, 20 % validation, the rest test; or, where the download says what is for testing,
-20 % of the training images become validation. Shares are rounded for each class.
+The rules are CoOp's; the random numbers come from a generator of this file alone. Two rules divide
+a class: 50 % train, 20 % validation, the rest test; or, where the download says which images are
+for testing, 20 % of the training images become validation. Shares are rounded for each class.
 """
 
 import json
@@ -12,48 +12,39 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets.base import (
-    Entry,
-    Source,
-    Split,
-    few_of,
-    list_folders,
-    list_images,
-)
-from datasets.checks import check_split
+from datasets.base import PARTS, Entry, Source, Split, list_folders, list_images
+from utils import first_few
 
 SEED = 1
 T = TypeVar("T")
-
-EUROSAT_NAMES = {
-    "AnnualCrop": "Annual Crop Land",
-    "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road",
-    "Industrial": "Industrial Buildings",
-    "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land",
-    "Residential": "Residential Buildings",
-    "SeaLake": "Sea or Lake",
-}
-CALTECH_NAMES = {
-    "airplanes": "airplane",
-    "Faces": "face",
-    "Leopards": "leopard",
-    "Motorbikes": "motorbike",
-}
-CALTECH_IGNORED = ("BACKGROUND_Google", "Faces_easy")
 
 
 def read_class_folders(
     source: Source, names: Mapping[str, str] | None = None, ignored: Collection[str] = ()
 ) -> Split:
     """One folder for each class, in sorted order; the folder's name unless `names` has another."""
-    folders = [folder for folder in list_folders(source.images) if folder not in ignored]
     classes = []
-    for folder in folders:
-        images = [f"{folder}/{name}" for name in list_images(source.locate(folder))]
-        classes.append(((names or {}).get(folder, folder), images))
-    return _divide(source, str(source.images), classes)
+    for folder in list_folders(source.images):
+        if folder not in ignored:
+            images = [f"{folder}/{name}" for name in list_images(source.locate(folder))]
+            classes.append(((names or {}).get(folder, folder), images))
+    return _divide(source.images, classes)
+
+
+def read_fgvc(source: Source) -> Split:
+    """Lines "0034309 Boeing 707-320" in the lists; labels follow the order in variants.txt."""
+    lists = [source.folder / f"images_variant_{part}.txt" for part in PARTS]
+    require(source, source.folder / "variants.txt", *lists)
+    names = parse_lines(source, source.folder / "variants.txt", "variant", str)
+    labels = {name: label for label, name in enumerate(names)}
+
+    def entry(line: str) -> Entry:
+        image, name = line.split(maxsplit=1)
+        return f"{image}.jpg", labels[name], name
+
+    form = "image variant, with a variant of variants.txt"
+    parts = [parse_lines(source, path, form, entry) for path in lists]
+    return Split(f"{source.folder}/images_variant_*.txt", *parts, dict(enumerate(names)))
 
 
 def read_flowers(source: Source) -> Split:
@@ -64,18 +55,16 @@ def read_flowers(source: Source) -> Split:
     try:
         names = {int(k): str(v) for k, v in json.loads(read_text(source, path)).items()}
     except (ValueError, AttributeError) as error:
-        raise source.error(
-            f"{path} does not map numbers to names ({error}); get it again"
-        ) from error
+        fault = f"does not map numbers to names ({error}); get it again"
+        raise source.unreadable(path, fault) from error
     if nameless := [str(label) for label in sorted(set(labels)) if label not in names or label < 1]:
-        raise source.error(f"{path} has no name for the label {few_of(nameless)} of {where}")
-    if max(labels, default=0) > len(labels):  # not with an image for each of its classes
+        raise source.error(f"{path} has no name for the label {first_few(nameless)} of {where}")
+    if max(labels, default=0) > len(labels):  # then some classes can have no image
         raise source.error(f"{where} has labels up to {max(labels)}; get it again")
     images: dict[int, list[str]] = {label: [] for label in range(1, max(labels, default=0) + 1)}
     for number, label in enumerate(labels, start=1):
         images[label].append(f"image_{number:05d}.jpg")
-    classes = [(names.get(label, str(label)), images[label]) for label in images]
-    return _divide(source, str(where), classes)
+    return _divide(where, [(names.get(label, str(label)), images[label]) for label in images])
 
 
 def read_cars(source: Source) -> Split:
@@ -84,19 +73,18 @@ def read_cars(source: Source) -> Split:
     tests = devkit / tests if (devkit / tests).is_file() else source.folder / tests
     meta, training = devkit / "cars_meta.mat", devkit / "cars_train_annos.mat"
     require(source, meta, training, tests)
-    names = [name.rsplit(" ", 1) for name in _column(source, meta, "class_names", str)]
-    names = [" ".join(reversed(name)) for name in names]
-    by_label = dict(enumerate(names))  # a list would take -1, too
+    words = [name.rsplit(" ", 1) for name in _column(source, meta, "class_names", str)]
+    names = {label: " ".join(reversed(name)) for label, name in enumerate(words)}
 
     def entries(path: Path, folder: str) -> list[Entry]:
         def entry(record: Any) -> Entry:
             label = int(record["class"]) - 1
-            return f"{folder}/{record['fname']}", label, by_label[label]
+            return f"{folder}/{record['fname']}", label, names[label]
 
         return _column(source, path, "annotations", entry)
 
     train, test = entries(training, "cars_train"), entries(tests, "cars_test")
-    return _hold_out(source, str(devkit), train, test, names)
+    return _hold_out(devkit, train, test, names)
 
 
 def read_pets(source: Source) -> Split:
@@ -109,7 +97,8 @@ def read_pets(source: Source) -> Split:
     lists = [source.folder / "annotations" / name for name in ("trainval.txt", "test.txt")]
     require(source, *lists)
     train, test = (parse_lines(source, path, "image class species breed", entry) for path in lists)
-    return _hold_out(source, str(lists[0]), train, test)
+    names = {label: name for _, label, name in reversed([*train, *test])}
+    return _hold_out(lists[0], train, test, dict(sorted(names.items())))
 
 
 def read_sun397(source: Source) -> Split:
@@ -126,7 +115,7 @@ def read_sun397(source: Source) -> Split:
 
     form = "/letter/class/image of a class in ClassName.txt"
     train, test = (parse_lines(source, path, form, entry) for path in lists)
-    return _hold_out(source, str(lists[0]), train, test, [name for _, name in classes])
+    return _hold_out(lists[0], train, test, dict(enumerate(name for _, name in classes)))
 
 
 def _sun_class(line: str) -> tuple[str, str]:
@@ -160,11 +149,11 @@ def read_ucf101(source: Source) -> Split:
 
     form = "class/video of a class in classInd.txt"
     train, test = (parse_lines(source, path, form, entry) for path in lists)
-    words = [rename(name) for _, name in sorted(classes)]
-    return _hold_out(source, str(lists[0]), train, test, words)
+    names = {label: rename(name) for label, name in sorted(classes)}
+    return _hold_out(lists[0], train, test, names)
 
 
-def _divide(source: Source, where: str, classes: list[tuple[str, list[str]]]) -> Split:
+def _divide(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
     """Divide each class (name, its images) 50 / 20 / 30."""
     rng = random.Random(SEED)
     train, val, test = [], [], []
@@ -176,12 +165,10 @@ def _divide(source: Source, where: str, classes: list[tuple[str, list[str]]]) ->
         train += entries[:first]
         val += entries[first:second]
         test += entries[second:]
-    return check_split(source, where, train, val, test, [name for name, _ in classes])
+    return Split(str(where), train, val, test, dict(enumerate(name for name, _ in classes)))
 
 
-def _hold_out(
-    source: Source, where: str, train: list[Entry], test: list[Entry], names: Collection[str] = ()
-) -> Split:
+def _hold_out(where: Path, train: list[Entry], test: list[Entry], names: dict[int, str]) -> Split:
     """Make 20 % of each class's training images validation."""
     rng = random.Random(SEED)
     rest, val = [], []
@@ -191,11 +178,15 @@ def _hold_out(
         count = round(0.2 * len(entries))
         val += entries[:count]
         rest += entries[count:]
-    return check_split(source, where, rest, val, test, names)
+    return Split(str(where), rest, val, test, names)
 
 
 def parse_lines(source: Source, path: Path, form: str, parse: Callable[[str], T]) -> list[T]:
-    """Parse each line of a list; lines of another form are reported together."""
+    """Parse each line of a list.
+
+    Raises:
+        ValueError: Lines are of another form; the first few are named.
+    """
     parsed, bad = [], []
     for number, line in enumerate(read_text(source, path).splitlines(), start=1):
         if line.strip():
@@ -204,21 +195,22 @@ def parse_lines(source: Source, path: Path, form: str, parse: Callable[[str], T]
             except (ValueError, LookupError):
                 bad.append(f"line {number} ({line.strip()[:60]!r})")
     if bad:
-        source.report(f"{path} has lines that are not '{form}': {few_of(bad)}; get the file again")
+        fault = f"has lines that are not '{form}': {first_few(bad)}; get the file again"
+        raise source.unreadable(path, fault)
     return parsed
 
 
 def require(source: Source, *lists: Path) -> None:
-    """Name all lists of the download that are not there.
+    """Check that all lists of the download are there.
 
     Raises:
-        FileNotFoundError: At least one is not.
+        FileNotFoundError: At least one is not; all such are named.
     """
     if missing := [str(path) for path in lists if not path.is_file()]:
-        lacking = f"the download lacks {few_of(missing)}"
+        lacking = f"the download lacks {first_few(missing)}"
         if source.spec.split:
             lacking = f"there is no {source.spec.split}, and {lacking} to make a split from"
-        raise source.error(lacking, FileNotFoundError)
+        raise source.missing(lacking)
 
 
 def read_text(source: Source, path: Path) -> str:
@@ -226,7 +218,7 @@ def read_text(source: Source, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise source.error(f"{path} cannot be read ({error}); get the file again") from error
+        raise source.unreadable(path, f"cannot be read ({error}); get the file again") from error
 
 
 def _column(source: Source, path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
@@ -241,5 +233,5 @@ def _column(source: Source, path: Path, key: str, parse: Callable[[Any], T]) -> 
         values = values if isinstance(values, (list, np.ndarray)) else [values]
         return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]
     except Exception as error:  # a damaged file makes the reader fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise source.error(f"{path} has no readable '{key}' ({reason}); get it again") from error
+        fault = f"has no readable '{key}' ({type(error).__name__}: {error}); get it again"
+        raise source.unreadable(path, fault) from error

@@ -8,12 +8,12 @@ from datasets.base import Entry, Split
 def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[Entry], list[Entry]]:
     """Draw the few training and validation images with Python's global `random`.
 
-    The order of draws is that of the earlier CLIP adaptation code, so that one seed gives one set
-    of images everywhere: validation (min(shots, 4) a class) before training; in each, the classes
-    in order of first appearance; in each class one `random.sample` of its images as they are
-    listed, or one `random.choices` where there are fewer than wanted. With `together` (ImageNet)
-    one `random.sample` of shots + min(shots, 4) training images a class instead: training images
-    first, validation behind them. Nothing else here uses the global generator.
+    The order of draws is that of CLIP-LoRA's loaders, which SO's authors use as well, so that one
+    seed gives one set of images everywhere: validation (min(shots, 4) a class) before training; in
+    each, the classes in order of first appearance; in each class one `random.sample` of its images
+    as they are listed, or one `random.choices` where there are fewer than wanted. With `together`
+    (ImageNet) one `random.sample` of shots + min(shots, 4) training images a class instead:
+    training images first, validation behind them. Nothing else here uses the global generator.
 
     Args:
         split: What to draw from.

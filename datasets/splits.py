@@ -1,4 +1,4 @@
-"""Split files: the published ones, and those made from a raw download when there is none."""
+"""Split files: the published ones, and those made from a raw download where there is none."""
 
 import json
 import os
@@ -7,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets.base import PARTS, Entry, Source, Split, few_of
+from datasets.base import PARTS, Entry, Source, Split
 from datasets.checks import check_split
-from utils import atomic_write
+from utils import atomic_write, first_few
+
+Read = tuple[Split, list[Exception]]
 
 
-def read_split(source: Source, save: bool = True) -> Split:
-    """Read all entries of a dataset; what is wrong with them goes to `source.problems`.
+def read_split(source: Source, save: bool = True) -> Read:
+    """Read all entries of a dataset, and all that is wrong with them.
 
-    The published split file decides when it is there. Otherwise the split made by an earlier run
-    is used again, or one is made from the raw download, which leaves Python's global generator
-    alone, and saved beside the data under a name of its own.
+    The published split file decides when it is there. Otherwise a split is made from the raw
+    download, which leaves Python's global generator alone, and saved beside the data under a name
+    of its own. The saved one is used as long as the download gives the same.
 
     Args:
         source: The dataset's folder.
@@ -25,42 +27,49 @@ def read_split(source: Source, save: bool = True) -> Split:
 
     Raises:
         ValueError: A list or split file cannot be read at all.
-        FileNotFoundError: There is neither split file nor raw list.
+        FileNotFoundError: The image folder is missing, or all that a split can be made of.
     """
     spec = source.spec
-    if spec.split is None:
-        return _read_raw(source)
-    published = source.folder / spec.split
-    if os.path.lexists(published):
-        return read_split_file(source, published)
-    made = source.folder / made_name(spec.split)
-    if os.path.lexists(made):
-        split, state = read_split_file(source, made), "made earlier"
-    elif spec.read is None:
-        remedy = f"move {source.folder} away, and it is made again"
-        raise source.error(f"the split file {published} is missing; {remedy}", FileNotFoundError)
-    elif source.problems:  # no image folder: there is nothing to make a split of
-        raise source.problems.pop()
+    if spec.prepare and not os.path.lexists(source.folder / spec.split):
+        return spec.read(source), []  # as it will be made on first use
+    folders = [str(path) for path in spec.image_folders(source.folder) if not path.is_dir()]
+    if folders:
+        raise source.missing(f"the image folder {first_few(folders)} is missing")
+    if spec.split and os.path.lexists(source.folder / spec.split):
+        return read_split_file(source, source.folder / spec.split)
+    try:
+        split = spec.read(source)
+    except PermissionError as error:
+        raise source.error(f"{error.filename} may not be read; correct its permissions") from error
+    if spec.split:
+        return _made_split(source, replace(split, kind="made"), save)
+    return split, check_split(source, split)
+
+
+def _made_split(source: Source, fresh: Split, save: bool) -> Read:
+    """The split that an earlier run saved, if it was made of the same data; else the fresh one."""
+    spec, digest = source.spec, fresh.digest()
+    path = source.folder / made_name(spec.split)
+    saved = _load(source, path) if os.path.lexists(path) else None
+    if saved and saved.get("digest") == digest:
+        split, problems = read_split_file(source, path)
+        split, state = replace(split, kind="made"), "made earlier"
     else:
-        split, state = _read_raw(source), "not saved"
-        if save and not source.problems:
-            state = _save(made, split)
-    if save and not source.problems:
+        split, problems, state = fresh, check_split(source, fresh), "made now"
+        if saved:
+            state = "made anew: the data has changed since the saved one was made"
+            if "digest" not in saved:
+                state = "made anew: the saved one does not say of which data it was made"
+        if save and not problems:
+            state += _save(path, split, digest)
+    if save and not problems:
         print(
-            f"{source.name}: there is no {spec.split} in {source.folder}; using a split made from "
-            f"the raw data ({made.name}, {state}), not comparable to published figures. "
+            f"note: {source.name}: there is no {spec.split} in {source.folder}; using a split made "
+            f"from the raw data ({path.name}, {state}), not comparable to published figures. "
             f"DATASETS.md, section {spec.title}, says where to get the published one.",
             file=sys.stderr,
         )
-    return replace(split, published=False)
-
-
-def _read_raw(source: Source) -> Split:
-    """Read the download's own folders and lists."""
-    try:
-        return source.spec.read(source)
-    except PermissionError as error:
-        raise source.error(f"{error.filename} may not be read; correct its permissions") from error
+    return split, problems
 
 
 def made_name(split: str) -> str:
@@ -68,45 +77,67 @@ def made_name(split: str) -> str:
     return split.replace("split_zhou_", "split_so_")
 
 
-def _save(path: Path, split: Split) -> str:
-    """Write a split in the published ones' form; say what became of it."""
-    parts = {part: getattr(split, part) for part in PARTS}
+def _save(path: Path, split: Split, digest: str) -> str:
+    """Write a split in the published ones' form; return what to say of a failure."""
     note = "made by datasets/raw.py from the raw download; not comparable to published figures"
+    parts = {part: getattr(split, part) for part in PARTS}
     try:
-        atomic_write(path, json.dumps({"note": note, **parts}))
+        atomic_write(path, json.dumps({"note": note, "digest": digest, **parts}))
     except OSError as error:
-        return f"not saved: {error.strerror or error}"
-    return "saved for the next run"
+        return f", not saved: {error.strerror or error}"
+    return ""
 
 
-def read_split_file(source: Source, path: Path) -> Split:
+def read_split_file(source: Source, path: Path) -> Read:
     """Read {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}."""
-    remedy = "get the file again"
-    if path.name == made_name(source.spec.split):
-        remedy = "delete it, and it is made again"
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no file")  # reading a pipe would never end
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise source.error(f"{path} cannot be read as JSON ({error}); {remedy}") from error
-    data = data if isinstance(data, dict) else {}
-    if lacking := [part for part in PARTS if not isinstance(data.get(part), list)]:
-        raise source.error(f"the split file {path} lacks the part {', '.join(lacking)}; {remedy}")
+    data = _load(source, path)
     parts: dict[str, list[Entry]] = {part: [] for part in PARTS}
+    names: dict[int, str] = {}
     bad = []
     for part in PARTS:
         for entry in data[part]:
             if _well_formed(entry):
-                parts[part].append(tuple(entry))
+                image, label, name = entry
+                parts[part].append((_slashes(source, image), label, name))
+                names.setdefault(label, name)
             else:
                 bad.append(f"{part}: {repr(entry)[:60]}")
+    split = Split(str(path), **parts, names=dict(sorted(names.items())))
+    problems = check_split(source, split)
     if bad:
-        source.report(
-            f"the split file {path} has entries that are not [path, label, class name]: "
-            f"{few_of(bad)}; {remedy}"
+        form = "entries that are not [path, label, class name]"
+        problems.insert(
+            0, source.unreadable(path, f"has {form}: {first_few(bad)}; {_remedy(path)}")
         )
-    return check_split(source, str(path), **parts)
+    return split, problems
+
+
+def _load(source: Source, path: Path) -> dict[str, Any]:
+    """The content of a split file, with a list for each part."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")  # reading a pipe would never end
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        fault = f"cannot be read as JSON ({error}); {_remedy(path)}"
+        raise source.unreadable(path, fault) from error
+    data = data if isinstance(data, dict) else {}
+    if lacking := [part for part in PARTS if not isinstance(data.get(part), list)]:
+        raise source.unreadable(path, f"lacks the part {', '.join(lacking)}; {_remedy(path)}")
+    return data
+
+
+def _remedy(path: Path) -> str:
+    """What helps with a broken split file."""
+    made = path.name.startswith("split_so_")
+    return "delete it, and it is made again" if made else "get the file again"
+
+
+def _slashes(source: Source, path: str) -> str:
+    """A path as written on Windows, with "/" where that finds the file."""
+    if "\\" in path and os.path.isfile(source.locate(path.replace("\\", "/"))):
+        return path.replace("\\", "/")
+    return path
 
 
 def _well_formed(entry: Any) -> bool:
@@ -117,7 +148,7 @@ def _well_formed(entry: Any) -> bool:
     if not isinstance(path, str) or not isinstance(name, str) or type(label) is not int:
         return False
     try:
-        (path + name).encode("utf-8", "surrogateescape")
+        (path + name).encode()
     except UnicodeEncodeError:
         return False
     return "\0" not in path + name and bool(name.strip())

@@ -1,34 +1,38 @@
-"""The table of datasets, and `build_dataset`, which makes the few-shot task of a row."""
+"""The table of datasets: one row each, in the order of DATASETS.md."""
 
-import difflib
-import os
-import random
 from functools import partial
 
 from datasets import digits
-from datasets.base import (
-    TEMPLATE,
-    DatasetSpec,
-    Entry,
-    FewShotDataset,
-    Item,
-    find_source,
-)
-from datasets.fgvc import read_fgvc
+from datasets.base import DatasetSpec
 from datasets.imagenet import read_imagenet
 from datasets.raw import (
-    CALTECH_IGNORED,
-    CALTECH_NAMES,
-    EUROSAT_NAMES,
     read_cars,
     read_class_folders,
+    read_fgvc,
     read_flowers,
     read_pets,
     read_sun397,
     read_ucf101,
 )
-from datasets.sampling import draw_shots
-from datasets.splits import read_split
+
+EUROSAT_NAMES = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
+CALTECH_NAMES = {
+    "airplanes": "airplane",
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+}
+CALTECH_IGNORED = ("BACKGROUND_Google", "Faces_easy")
+MULTI_SPECTRAL = "EuroSAT's multi-spectral download: get the RGB one, EuroSAT_RGB.zip"
 
 DATASETS: dict[str, DatasetSpec] = {
     "imagenet": DatasetSpec(
@@ -40,7 +44,14 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=1000,
         counts=(1281167, None, 50000),
         url="https://www.image-net.org/",
-        links=("train", "val"),
+        holds=("train", "val"),
+        aliases=(
+            "ImageNet",
+            "imagenet-1k",
+            "ILSVRC2012",
+            "ILSVRC/Data/CLS-LOC",
+            "imagenet/ILSVRC/Data/CLS-LOC",
+        ),
         together=True,
     ),
     "sun397": DatasetSpec(
@@ -52,6 +63,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=397,
         counts=(15880, 3970, 19850),
         url="https://vision.princeton.edu/projects/2010/SUN/",
+        image_aliases=("SUN397",),
     ),
     "fgvc": DatasetSpec(
         title="FGVC-Aircraft",
@@ -62,6 +74,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=100,
         counts=(3334, 3333, 3333),
         url="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+        aliases=("fgvc-aircraft-2013b", "FGVCAircraft", "FGVC-Aircraft"),
     ),
     "eurosat": DatasetSpec(
         title="EuroSAT",
@@ -72,6 +85,9 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=10,
         counts=(13500, 5400, 8100),
         url="https://github.com/phelber/EuroSAT",
+        aliases=("EuroSAT",),
+        image_aliases=("EuroSAT_RGB", "EuroSAT"),
+        others=(("EuroSAT_MS", MULTI_SPECTRAL), ("EuroSATallBands", MULTI_SPECTRAL)),
     ),
     "stanford_cars": DatasetSpec(
         title="Stanford Cars",
@@ -82,7 +98,15 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=196,
         counts=(6509, 1635, 8041),
         url="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-        links=("cars_train", "cars_test"),
+        holds=("cars_train", "cars_test"),
+        aliases=("stanford-cars-dataset", "stanford-cars", "cars"),
+        others=(
+            (
+                "car_ims",
+                "another release, whose images are numbered otherwise: get the folders cars_train "
+                "and cars_test",
+            ),
+        ),
     ),
     "food101": DatasetSpec(
         title="Food-101",
@@ -93,6 +117,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=101,
         counts=(50500, 20200, 30300),
         url="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        aliases=("food101", "Food-101", "food41"),
     ),
     "oxford_pets": DatasetSpec(
         title="Oxford-IIIT Pets",
@@ -103,6 +128,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=37,
         counts=(2944, 736, 3669),
         url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        aliases=("oxford-iiit-pet", "OxfordIIITPet", "the-oxfordiiit-pet-dataset", "pets"),
     ),
     "oxford_flowers": DatasetSpec(
         title="Flowers-102",
@@ -113,6 +139,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=102,
         counts=(4093, 1633, 2463),
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        aliases=("flowers-102", "102flowers", "flowers102", "Flowers102", "oxford-102-flowers"),
     ),
     "caltech101": DatasetSpec(
         title="Caltech-101",
@@ -123,6 +150,8 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=100,
         counts=(4128, 1649, 2465),
         url="https://data.caltech.edu/records/mzrjq-6wc02",
+        aliases=("caltech101", "Caltech-101", "caltech_101"),
+        image_aliases=("101_ObjectCategories", "caltech101_classes"),
     ),
     "dtd": DatasetSpec(
         title="DTD",
@@ -133,6 +162,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=47,
         counts=(2820, 1128, 1692),
         url="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+        aliases=("dtd-r1.0.1", "describable-textures-dataset-dtd"),
     ),
     "ucf101": DatasetSpec(
         title="UCF101",
@@ -143,74 +173,18 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=101,
         counts=(7639, 1898, 3783),
         url="https://www.crcv.ucf.edu/data/UCF101.php",
+        aliases=("UCF-101", "ucf-101"),
+        image_aliases=("UCF-101-midframes", "UCF101_midframes"),
     ),
     "digits": DatasetSpec(
         title="Digits",
         folders=("digits",),
         images="images",
         split=digits.SPLIT_FILE,
-        read=None,
+        read=digits.read_digits,
         classes=10,
         counts=(898, 359, 540),
         url="https://doi.org/10.24432/C50P49",
         prepare=digits.prepare,
     ),
 }
-
-
-def find_spec(name: str) -> DatasetSpec:
-    """The row of a dataset.
-
-    Raises:
-        ValueError: There is no such name; the error lists those that there are.
-    """
-    if name in DATASETS:
-        return DATASETS[name]
-    nearest = difflib.get_close_matches(str(name).lower(), DATASETS, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"unknown dataset {name!r}: did you mean {nearest!r}? Known: {', '.join(DATASETS)}"
-    )
-
-
-def build_dataset(name: str, root_path: str | os.PathLike | None, shots: int) -> FewShotDataset:
-    """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
-
-    Args:
-        name: A name of the table `DATASETS`.
-        root_path: The folder of all datasets; None for those that are made on first use.
-        shots: Training images per class; min(shots, 4) are drawn for validation.
-
-    Raises:
-        ValueError: An unknown name, shots below 1, no root_path, or broken data.
-        FileNotFoundError: A folder, list or image is missing.
-    """
-    spec = find_spec(name)
-    if not isinstance(shots, int) or shots < 1:
-        raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
-    state = random.getstate()
-    source = find_source(name, spec, root_path)
-    split = read_split(source)
-    random.setstate(state)  # importing what a reader needs may draw: scikit-learn does
-    if source.problems:
-        first, more = source.problems[0], len(source.problems) - 1
-        if more:
-            command = f"python -m datasets --root_path {root_path} --dataset {name}"
-            raise type(first)(f"{first} (`{command}` lists this and {more} more)")
-        raise first
-    try:
-        train, val = draw_shots(split, shots, spec.together)
-    except ValueError as error:
-        raise source.error(str(error)) from error
-
-    def items(entries: list[Entry]) -> list[Item]:
-        return [Item(source.locate(path), label, name) for path, label, name in entries]
-
-    return FewShotDataset(
-        name,
-        items(train),
-        items(val),
-        items(split.test),
-        split.classnames,
-        list(TEMPLATE),
-        split.published,
-    )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import subprocess
+import random
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +12,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import digits
-
-ROOT = Path(__file__).parents[2]
+from datasets import build_dataset, describe_data, digits
 
 PIXELS = "a2eacdbf2f9a2aa75bd0dc1f9a20c9a18daa11f8673558b3a50ecb585ef27f67"
 SPLIT = "063ab6403028c8602eb77eb4c7f8a9683d2e14b0e157576b69d70aa1e6cf0d3b"
+TOTALS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)  # images of each class
 
 
 @pytest.fixture(scope="module")
 def rendered():
-    return digits.render()
+    before = np.random.get_state()[1].copy()
+    images = digits.render()
+    assert (np.random.get_state()[1] == before).all()  # the global generator is left alone
+    return images
+
+
+@pytest.fixture
+def quick(monkeypatch, rendered):
+    """Render once for all tests, and write a tenth of the images."""
+    images, labels = rendered[0][::10], rendered[1][::10]
+    monkeypatch.setattr(digits, "render", lambda: (images, labels))
+    return len(images)
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +42,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def split(folder):
-    return json.loads((folder / digits.SPLIT_FILE).read_text(encoding="utf-8"))
-
-
 def test_the_pixels_are_the_same_on_every_machine_and_numpy(rendered):
     images, labels = rendered
     assert images.shape == (1797, 32, 32) and images.dtype == np.uint8
     assert hashlib.sha256(images.tobytes()).hexdigest() == PIXELS
-    assert Counter(labels.tolist()) == dict(
-        enumerate((178, 182, 177, 183, 181, 182, 181, 179, 174, 180))
-    )
-
-
-def test_rendering_leaves_the_global_generator_alone(rendered):
-    before = np.random.get_state()[1].copy()
-    digits.render()
-    assert (np.random.get_state()[1] == before).all()
+    assert Counter(labels.tolist()) == dict(enumerate(TOTALS))
 
 
 def test_the_files_hold_the_rendered_pixels(folder, rendered):
@@ -72,13 +69,13 @@ def test_placing_upright_and_centred_at_a_whole_factor_is_plain_enlargement():
 
 
 def test_placing_shifts_right_and_down_and_turns_counter_clockwise():
-    digit = np.zeros((8, 8))
-    digit[3:5, 3:5] = 1
     weights = np.arange(32) - 15.5
 
     def centre(canvas):
         return np.array([canvas.sum(0) @ weights, canvas.sum(1) @ weights]) / canvas.sum()
 
+    digit = np.zeros((8, 8))
+    digit[3:5, 3:5] = 1
     assert centre(digits.place(digit, 20, 3, -2, 0)) == pytest.approx([3, -2], abs=0.05)
     digit = np.zeros((8, 8))
     digit[3:5, 6:] = 1  # to the right of the centre; counter-clockwise takes it up
@@ -86,48 +83,42 @@ def test_placing_shifts_right_and_down_and_turns_counter_clockwise():
     assert x > 5 and y < -1
 
 
-def test_the_split_has_its_sizes_and_every_image_once(split, folder):
-    assert {part: len(items) for part, items in split.items()} == {
-        "train": 898,
-        "val": 359,
-        "test": 540,
-    }
+def test_the_split_never_changes_is_stratified_and_has_every_image_once(folder):
+    content = (folder / digits.SPLIT_FILE).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == SPLIT
+    split = json.loads(content)
     paths = [path for items in split.values() for path, _, _ in items]
-    assert len(set(paths)) == 1797
-    assert all((folder / "images" / path).is_file() for path in paths)
-
-
-def test_the_split_is_stratified_and_names_the_classes(split):
-    shares = {"train": 0.5, "val": 0.2, "test": 0.3}
-    for part, items in split.items():
-        for path, label, name in items:
+    assert [len(split[part]) for part in ("train", "val", "test")] == [898, 359, 540]
+    assert len(set(paths)) == 1797 and all((folder / "images" / path).is_file() for path in paths)
+    for part, share in {"train": 0.5, "val": 0.2, "test": 0.3}.items():
+        for path, label, name in split[part]:
             assert name == digits.CLASSNAMES[label] == Path(path).parent.name
-        counts = Counter(label for _, label, _ in items)
-        for label, total in enumerate((178, 182, 177, 183, 181, 182, 181, 179, 174, 180)):
-            assert abs(counts[label] - shares[part] * total) <= 1
+        counts = Counter(label for _, label, _ in split[part])
+        assert all(abs(counts[label] - share * total) <= 1 for label, total in enumerate(TOTALS))
 
 
-def test_the_split_never_changes(folder):
-    assert hashlib.sha256((folder / digits.SPLIT_FILE).read_bytes()).hexdigest() == SPLIT
-
-
-def test_a_folder_that_is_whole_stays_untouched(folder, monkeypatch):
+def test_a_whole_folder_stays_untouched_and_alone(folder, monkeypatch):
     monkeypatch.setattr(digits, "render", lambda: pytest.fail("rendered again"))
     digits.prepare(folder)
-
-
-def test_nothing_but_the_folder_is_left_behind(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["digits"]
 
 
-def test_an_empty_folder_and_missing_parents_will_do(tmp_path):
+def test_an_empty_folder_and_missing_parents_will_do(tmp_path, quick, monkeypatch):
     folder = tmp_path / "data" / "digits"
     folder.mkdir(parents=True)
+    rename = digits.os.rename
+
+    def as_on_windows(source, target):
+        if Path(target).exists():
+            raise FileExistsError(17, "Cannot create a file when that file already exists")
+        rename(source, target)
+
+    monkeypatch.setattr(digits.os, "rename", as_on_windows)
     digits.prepare(folder)
     assert (folder / digits.SPLIT_FILE).is_file()
 
 
-def test_who_comes_second_keeps_the_first_ones_folder(tmp_path, monkeypatch):
+def test_the_second_of_two_keeps_the_folder_of_the_first(tmp_path, monkeypatch, quick):
     write, folder = digits._write, tmp_path / "digits"
 
     def overtaken(draft, images, labels):
@@ -141,15 +132,15 @@ def test_who_comes_second_keeps_the_first_ones_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
-def test_several_may_prepare_at_once(tmp_path):
+def test_several_may_prepare_at_once(tmp_path, quick):
     folder = tmp_path / "digits"
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(digits.prepare, [folder] * 4))
-    assert len(list((folder / "images").glob("*/*.png"))) == 1797
+    assert len(list((folder / "images").glob("*/*.png"))) == quick
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, quick):
     def interrupted(draft, images, labels):
         (draft / "images").mkdir(parents=True)
         raise KeyboardInterrupt
@@ -160,7 +151,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path, quick):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "digits"
     with pytest.raises(OSError, match="--root_path") as caught:
@@ -183,16 +174,28 @@ def test_a_missing_scikit_learn_is_said_in_a_sentence(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_few_shots_are_the_same_whether_or_not_the_folder_was_there(tmp_path):
-    """In a process of its own each, since importing scikit-learn draws from Python's generator."""
-    code = (
-        "import random, sys; from datasets import build_dataset; random.seed(3); "
-        "print([i.impath for i in build_dataset('digits', sys.argv[1], 1).train_x])"
-    )
-    draws = [
-        subprocess.run(
-            [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
-        ).stdout
-        for _ in range(2)
-    ]
-    assert draws[0] == draws[1] and draws[0].count(".png") == 10
+def test_the_first_use_makes_what_was_described_before_and_draws_the_same_images(
+    tmp_path, monkeypatch, rendered
+):
+    """Importing scikit-learn draws from Python's generator, in the process that makes them."""
+
+    def drawing():
+        random.random()
+        return rendered
+
+    monkeypatch.setattr(digits, "render", drawing)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = describe_data("digits", None)
+    assert list(tmp_path.iterdir()) == []
+    draws = []
+    for _ in range(2):
+        random.seed(3)
+        draws.append(build_dataset("digits", None, 1))
+    assert draws[0] == draws[1] and len(draws[0].train_x) == 10
+    assert draws[0].data == data == describe_data("digits", None)
+    (tmp_path / ".cache/so/digits" / digits.SPLIT_FILE).unlink()
+    for use in (lambda: build_dataset("digits", None, 1), lambda: describe_data("digits", None)):
+        with pytest.raises(
+            ValueError, match="digits: .*--root_path; see DATASETS.md, section Digi"
+        ):
+            use()

@@ -1,17 +1,27 @@
-"""Images to batches: what is read, how it is cropped, what is kept, what is refused."""
+"""Images to batches: the order, the crop, the cache, and failures while a run goes on."""
 
+import gc
 import random
+import re
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clip_helpers import TINY_VIT, random_state_dict
+from commands import call_main
+from dataset_helpers import make_dataset
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
 import clip
+import datasets.loader
 from datasets import Item
-from datasets.loader import ImageCache, Loader, augment, normalise, random_box, read_image
+from datasets.images import MAX_PIXELS, augment, normalise, random_box, read_image
+from datasets.loader import ImageCache, Loader
 
 FULL = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -38,6 +48,12 @@ def test_test_images_are_clips_own_input(items):
         assert labels.tolist() == list(range(start, min(start + 4, 7)))
 
 
+def test_images_are_normalised_by_the_mean_and_deviation_given():
+    images = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    normal = normalise(images, mean=(0.2, 0.1, 0.0), std=(1.0, 0.5, 0.1))
+    torch.testing.assert_close(normal[0, :, 0, 0], torch.tensor([0.0, 0.2, 2.0]))
+
+
 def test_an_epoch_has_each_image_once_and_says_where_it_ends(items):
     batches = take(Loader(16), items, 6)
     assert [ends for _, ends in batches] == [False, False, True] * 2
@@ -50,19 +66,19 @@ def test_an_epoch_has_each_image_once_and_says_where_it_ends(items):
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("cache_mb", [0, 0.01, 10])
-def test_images_depend_on_neither_workers_nor_cache(items, workers, cache_mb):
+@pytest.mark.parametrize("start", [0, 4])
+def test_images_depend_on_neither_workers_nor_cache_nor_where_one_begins(
+    items, workers, cache_mb, start
+):
     state = random.getstate(), torch.get_rng_state()
-    expected = take(Loader(16), items, 7)
-    for ((a, b), _), ((c, d), _) in zip(
-        expected, take(Loader(16, workers, cache_mb), items, 7), strict=True
-    ):
-        assert torch.equal(a, c) and torch.equal(b, d)
+    expected = take(Loader(16), items, 7)[start:]
+    found = take(Loader(16, workers, cache_mb), items, 7 - start, start=start)
+    for ((a, b), c), ((d, e), f) in zip(expected, found, strict=True):
+        assert torch.equal(a, d) and torch.equal(b, e) and c == f
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
 
 
 def test_an_image_is_decoded_once_while_the_budget_lasts(items, monkeypatch):
-    import datasets.loader
-
     opened = []
     monkeypatch.setattr(
         datasets.loader, "read_image", lambda path: opened.append(path) or read_image(path)
@@ -80,25 +96,26 @@ def test_the_cache_never_exceeds_its_budget():
     assert len(cache.kept) == 3 and cache.left >= 0
 
 
-def test_augmentation_is_torchvisions_crop_of_the_box_drawn():
+def test_augmentation_is_torchvisions_crop_of_the_box_drawn_mirrored_by_a_coin():
     image = Image.effect_noise((60, 45), 80).convert("RGB")
-    for seed in range(20):
+    coins = []
+    for seed in range(40):
         rng = random.Random(seed)
         left, top, right, bottom = random_box(60, 45, rng, *FULL)
         expected = resized_crop(
             image, top, left, bottom - top, right - left, [16, 16], InterpolationMode.BICUBIC
         )
-        mirrored = rng.random() < 0.5
+        coins.append(rng.random() < 0.5)
         ours = augment(image, 16, random.Random(seed), *FULL, flip=True)
         plain = augment(image, 16, random.Random(seed), *FULL, flip=False)
         assert np.array_equal(plain, np.asarray(expected))
-        assert np.array_equal(ours, plain[:, ::-1] if mirrored else plain)
+        assert np.array_equal(ours, plain[:, ::-1] if coins[-1] else plain)
+    assert 10 < sum(coins) < 30
 
 
 @pytest.mark.parametrize("size", [(60, 45), (300, 20)])
 def test_boxes_have_torchvisions_distribution(size):
     rng = random.Random(0)
-    torch.manual_seed(0)
     image = torch.empty(3, size[1], size[0])
     ours, theirs = [], []
     for _ in range(4000):
@@ -111,21 +128,97 @@ def test_boxes_have_torchvisions_distribution(size):
     assert np.allclose(ours.std(0), theirs.std(0), atol=0.06 * max(size))
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
-def test_an_unreadable_image_is_named(tmp_path, content):
-    path = tmp_path / "broken image.png"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="broken image.png cannot be read"):
-        read_image(path)
-    with pytest.raises(ValueError, match="broken image.png cannot be read"):
-        take(Loader(16, workers=2), [Item(str(path), 0, "x")], 1)
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (2, 3)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (9.0, 9.0), (0.1, 0.1)])
+def test_the_smallest_images_have_crops(size, ratio):
+    for seed in range(5):
+        left, top, right, bottom = random_box(*size, random.Random(seed), (0.08, 1.0), ratio)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        image = Image.new("RGB", size)
+        cropped = augment(image, 8, random.Random(seed), (0.08, 1.0), ratio, True)
+        assert cropped.shape == (8, 8, 3)
 
 
-def test_truncated_and_missing_images_are_named(items, tmp_path):
-    path = tmp_path / "cut.jpg"
-    Image.effect_noise((60, 60), 80).save(path)
-    path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="cut.jpg cannot be read"):
-        read_image(path)
-    with pytest.raises(FileNotFoundError, match="gone.jpg is missing"):
-        read_image(tmp_path / "gone.jpg")
+def test_an_image_too_thin_to_be_enlarged_is_named(tmp_path):
+    path = tmp_path / "thread.png"
+    Image.new("L", (1, 20_000)).save(path)
+    with pytest.raises(ValueError, match="thread.png is too thin .1x20000 pixels."):
+        next(Loader(100).test_batches([Item(str(path), 0, "x")], 1))
+    assert 20_000 * 100**2 > MAX_PIXELS
+
+
+# Failures while a run goes on
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Arguments of a run whose images are read anew each time, by threads."""
+    make_dataset("eurosat", tmp_path)
+    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), tmp_path / "tiny.pt")
+    return [
+        "--root_path", tmp_path, "--dataset", "eurosat", "--backbone", tmp_path / "tiny.pt",
+        "--n_iters", 40, "--batch_size", 2, "--num_workers", 3, "--cache_mb", 0,
+        "--save_path", tmp_path / "out",
+    ]  # fmt: skip
+
+
+def image_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+
+
+@pytest.mark.parametrize(
+    ("workers", "spoil", "words"),
+    [
+        (
+            0,
+            lambda path: path.write_bytes(path.read_bytes()[:400]),
+            "cannot be read .*: replace it",
+        ),
+        (3, Path.unlink, "is missing: put it back"),
+    ],
+    ids=["cut", "deleted"],
+)
+def test_an_image_spoilt_while_training_ends_the_run_with_its_name(
+    command, monkeypatch, workers, spoil, words
+):
+    before = image_threads()
+    seen, lock = {}, threading.Lock()
+
+    def read(path):
+        with lock:
+            seen[path] = seen.get(path, 0) + 1
+            if seen[path] == 5:  # long after the test images were read
+                spoil(Path(path))
+        return read_image(path)
+
+    monkeypatch.setattr(datasets.loader, "read_image", read)
+    status, _, err = call_main(*command, "--num_workers", workers)
+    assert status == 2
+    assert re.fullmatch(rf"main.py: error: the image .*jpg {words}", err.splitlines()[-1])
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while len(image_threads()) > len(before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(image_threads()) == len(before)
+
+
+def test_a_thread_that_runs_out_of_memory_names_the_image(command, monkeypatch):
+    def no_memory(_):
+        raise MemoryError
+
+    monkeypatch.setattr("clip.to_rgb", no_memory)
+    status, _, err = call_main(*command)
+    assert status == 2 and re.search(r"the image .*jpg cannot be read \(MemoryError\)", err)
+
+
+def test_threads_that_cannot_be_started_are_said_to_be_too_many(command, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.startswith("images"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    status, _, err = call_main(*command)
+    assert status == 2 and "cannot be started (can't start new thread): lower --num_workers" in err

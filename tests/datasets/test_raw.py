@@ -1,7 +1,6 @@
-"""Splits made from raw downloads: counts, names, labels, saving, and broken lists."""
+"""Splits made from raw downloads: rules, names, labels; ImageNet's folders and FGVC's lists."""
 
 import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -9,54 +8,16 @@ import pytest
 from dataset_helpers import CALTECH_NAMES, EUROSAT_NAMES, LAYOUTS, WITH_SPLIT, make_dataset
 from scipy.io import savemat
 
-import datasets.splits
-from datasets import DATASETS, build_dataset
-from datasets.base import find_source
-from datasets.splits import read_split
+from datasets import build_dataset
 
 RAW = tuple(name for name in WITH_SPLIT if name != "digits")
 SHARED = ("dtd", "eurosat", "caltech101", "food101", "oxford_flowers")  # 50 / 20 / 30
 
 
-def made_split(name, root):
-    """The split that a run left beside the data."""
-    folder = root / LAYOUTS[name][0]
-    return json.loads((folder / LAYOUTS[name][2].replace("zhou", "so")).read_text())
-
-
-def paths(part):
-    return {path for path, _, _ in part}
-
-
-@pytest.mark.parametrize("convention", ["coop", "lora"])
-@pytest.mark.parametrize("name", RAW)
-def test_a_split_is_made_once_saved_and_announced(tmp_path, capsys, name, convention):
-    make_dataset(name, tmp_path, convention, split=False, size=(8, 8))
-    random.seed(11)
-    first = build_dataset(name, tmp_path, 2)
-    announced = capsys.readouterr().err.splitlines()
-    assert len(announced) == 1 and "not comparable to published figures" in announced[0]
-    assert f"section {DATASETS[name].title}" in announced[0]
-    assert not first.published
-    folder = tmp_path / LAYOUTS[name][("coop", "lora").index(convention)]
-    made = folder / LAYOUTS[name][2].replace("zhou", "so")
-    stamp = made.stat().st_mtime_ns
-    random.seed(11)
-    assert build_dataset(name, tmp_path, 2) == first  # the saved one is used again
-    assert made.stat().st_mtime_ns == stamp
-    assert "made earlier" in capsys.readouterr().err
-    made.unlink()
-    random.seed(11)
-    assert build_dataset(name, tmp_path, 2) == first  # another making gives the same
-
-
-@pytest.mark.parametrize("name", RAW)
-def test_making_a_split_leaves_the_global_generator_alone(tmp_path, name):
-    make_dataset(name, tmp_path, split=False, size=(8, 8))
-    random.seed(11)
-    before = random.getstate()
-    split = read_split(find_source(name, DATASETS[name], tmp_path))
-    assert split.train and random.getstate() == before
+def refused(name, root, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        build_dataset(name, root, 1)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -66,7 +27,7 @@ def test_the_published_rule_divides_each_class(tmp_path, name):
     published = json.loads((folder / LAYOUTS[name][2]).read_text())
     (folder / LAYOUTS[name][2]).unlink()
     build_dataset(name, tmp_path, 1)
-    split = made_split(name, tmp_path)
+    split = json.loads((folder / LAYOUTS[name][2].replace("zhou", "so")).read_text())
     # 6 or 9 images for training and 3 or 2 for validation: 13 in all, or 9 besides 4 for testing.
     counts = (6, 3, 4) if name in SHARED else (7, 2, 4)
     for part, count in zip(("train", "val", "test"), counts, strict=True):
@@ -75,9 +36,9 @@ def test_the_published_rule_divides_each_class(tmp_path, name):
     whole = [tuple(entry) for part in ("train", "val", "test") for entry in split[part]]
     expected = [tuple(entry) for part in ("train", "val", "test") for entry in published[part]]
     assert sorted(whole) == sorted(expected)  # the same images, labels and class names
-    assert not paths(split["train"]) & paths(split["val"])
+    assert not {path for path, _, _ in split["train"]} & {path for path, _, _ in split["val"]}
     if name not in SHARED:
-        assert paths(split["test"]) == paths(published["test"])
+        assert sorted(split["test"]) == sorted(published["test"])
 
 
 def test_class_names_are_the_published_ones(tmp_path):
@@ -104,47 +65,6 @@ def test_background_and_easy_faces_are_left_out_of_caltech(tmp_path):
     assert folders == {"Faces", "Leopards", "Motorbikes"}
 
 
-def test_the_published_split_decides_when_both_are_there(tmp_path, capsys):
-    make_dataset("dtd", tmp_path, split=False, size=(8, 8))
-    build_dataset("dtd", tmp_path, 1)
-    make_dataset("dtd", tmp_path, split=True, size=(8, 8))
-    capsys.readouterr()
-    assert build_dataset("dtd", tmp_path, 1).published
-    assert capsys.readouterr().err == ""
-
-
-def test_a_folder_that_cannot_be_written_still_gives_its_split(tmp_path, capsys, monkeypatch):
-    make_dataset("dtd", tmp_path, split=False, size=(8, 8))
-
-    def refuse(path, data):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(datasets.splits, "atomic_write", refuse)
-    assert len(build_dataset("dtd", tmp_path, 1).train_x) == 3
-    assert "not saved: Permission denied" in capsys.readouterr().err
-
-
-def test_a_damaged_split_of_ours_says_how_to_have_it_made_again(tmp_path):
-    make_dataset("dtd", tmp_path, split=False, size=(8, 8))
-    (tmp_path / "dtd/split_so_DescribableTextures.json").write_text("{")
-    with pytest.raises(ValueError, match="split_so_.*delete it, and it is made again"):
-        build_dataset("dtd", tmp_path, 1)
-
-
-def test_nothing_is_saved_of_a_broken_download(tmp_path):
-    make_dataset("dtd", tmp_path, split=False, size=(8, 8))
-    (tmp_path / "dtd/images/zigzagged").mkdir()
-    with pytest.raises(ValueError, match="no training images of the class 'zigzagged'"):
-        build_dataset("dtd", tmp_path, 1)
-    assert not list((tmp_path / "dtd").glob("split_so_*"))
-
-
-def test_a_download_without_class_folders_has_no_images(tmp_path):
-    (tmp_path / "dtd/images").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="dtd/images has no images at all"):
-        build_dataset("dtd", tmp_path, 1)
-
-
 def test_the_cars_test_list_may_lie_in_the_devkit(tmp_path):
     make_dataset("stanford_cars", tmp_path, split=False, size=(8, 8))
     folder = tmp_path / "stanford_cars"
@@ -169,31 +89,25 @@ LISTS = {
 FILES = [(name, file) for name, files in LISTS.items() for file in files]
 
 
-@pytest.mark.parametrize("name, file", FILES)
-def test_a_missing_list_is_named_beside_the_split_file_that_would_replace_it(tmp_path, name, file):
+@pytest.mark.parametrize("name", LISTS)
+def test_missing_lists_are_named_beside_the_split_file_that_would_replace_them(tmp_path, name):
     make_dataset(name, tmp_path, split=False, size=(8, 8))
-    path = tmp_path / LAYOUTS[name][0] / file
-    path.unlink()
-    with pytest.raises(FileNotFoundError) as caught:
-        build_dataset(name, tmp_path, 1)
-    assert f"there is no {LAYOUTS[name][2]}, and the download lacks {path}" in str(caught.value)
-    for other in LISTS[name]:
-        (tmp_path / LAYOUTS[name][0] / other).unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError) as caught:
-        build_dataset(name, tmp_path, 1)
-    assert all(other in str(caught.value) for other in LISTS[name])
+    for file in LISTS[name]:
+        (tmp_path / LAYOUTS[name][0] / file).unlink()
+        message = refused(name, tmp_path, f"there is no {LAYOUTS[name][2]}, and the download lacks")
+        assert str(tmp_path / LAYOUTS[name][0] / file) in message
 
 
 @pytest.mark.parametrize("name, file", FILES)
 def test_a_list_of_rubbish_is_named(tmp_path, name, file):
     make_dataset(name, tmp_path, split=False, size=(8, 8))
     path = tmp_path / LAYOUTS[name][0] / file
-    for rubbish in (b"what is this\n", b"\xff\xfe\x80", path.read_bytes()[:200]):
-        path.write_bytes(rubbish)
-        if not path.suffix == ".mat" and rubbish.isascii() and rubbish != b"what is this\n":
-            continue  # a shorter list of text is still a list
-        with pytest.raises((ValueError, FileNotFoundError), match=f"{path}.*get (it|the file)"):
-            build_dataset(name, tmp_path, 1)
+    rubbish = [b"what is this\n", b"\xff\xfe\x80"]
+    for content in rubbish + [path.read_bytes()[:200]] * (path.suffix == ".mat"):
+        path.write_bytes(content)
+        refused(name, tmp_path, f"{path}.*get (it|the file)")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:58\nsize 1\n")
+    refused(name, tmp_path, f"{path} is a Git LFS pointer")
 
 
 @pytest.mark.parametrize(
@@ -216,32 +130,89 @@ def test_a_wrong_line_is_named(tmp_path, name, file, line, message):
     make_dataset(name, tmp_path, split=False, size=(8, 8))
     path = tmp_path / LAYOUTS[name][0] / file
     path.write_text(f"{path.read_text()}{line}\n")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        build_dataset(name, tmp_path, 1)
+    refused(name, tmp_path, message)
 
 
-def test_mat_files_without_what_they_should_hold_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ({"other": [1]}, "no readable 'labels' .KeyError"),
+        ({"labels": np.array([[1, 1, 9]])}, "no name for the label 9"),
+        ({"labels": np.array([[1, 1, 0]])}, "no name for the label 0"),
+        ({"labels": np.array([[np.nan]])}, "no readable 'labels'"),
+        ({"labels": np.array([["__import__('os').abort()"]], object)}, "no readable 'labels'"),
+        ({"labels": np.array([[1, 1, 10**11]])}, "has labels up to 100000000000"),
+    ],
+)
+def test_labels_of_flowers_that_cannot_be_are_named(tmp_path, labels, message):
     make_dataset("oxford_flowers", tmp_path, split=False, size=(8, 8))
-    labels = tmp_path / "oxford_flowers/imagelabels.mat"
-    savemat(labels, {"other": [1]})
-    with pytest.raises(ValueError, match="no readable 'labels' .KeyError"):
-        build_dataset("oxford_flowers", tmp_path, 1)
-    savemat(labels, {"labels": np.array([[1, 1, 9]])})
-    with pytest.raises(ValueError, match="no name for the label 9"):
-        build_dataset("oxford_flowers", tmp_path, 1)
-    savemat(labels, {"labels": np.array([[1, 1, 0]])})
-    with pytest.raises(ValueError, match="no name for the label 0"):
-        build_dataset("oxford_flowers", tmp_path, 1)
+    folder = tmp_path / "oxford_flowers"
+    if "up to" in message:
+        (folder / "cat_to_name.json").write_text('{"1": "a", "100000000000": "b"}')
+    savemat(folder / "imagelabels.mat", labels)
+    refused("oxford_flowers", tmp_path, message)
+
+
+def test_annotations_of_cars_without_a_class_are_named(tmp_path):
     make_dataset("stanford_cars", tmp_path, split=False, size=(8, 8))
     cars = tmp_path / "stanford_cars/devkit/cars_train_annos.mat"
     record = np.array([[(9.0, "00001.jpg")]], dtype=[("class", object), ("fname", object)])
     savemat(cars, {"annotations": record})
-    with pytest.raises(ValueError, match="no readable 'annotations' .KeyError: 8"):
-        build_dataset("stanford_cars", tmp_path, 1)
+    refused("stanford_cars", tmp_path, "no readable 'annotations' .KeyError: 8")
 
 
 def test_more_labels_than_flowers_are_missing_images(tmp_path):
     make_dataset("oxford_flowers", tmp_path, split=False, size=(8, 8))
     (tmp_path / "oxford_flowers/jpg/image_00003.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="image_00003.jpg: named in .*imagelabels.mat"):
-        build_dataset("oxford_flowers", tmp_path, 1)
+    refused("oxford_flowers", tmp_path, "image_00003.jpg: named in .*imagelabels.mat")
+
+
+# ImageNet and FGVC
+
+
+@pytest.mark.parametrize("convention", ["coop", "lora"])
+def test_imagenet_without_a_part_or_class_folders_says_so(tmp_path, convention):
+    make_dataset("imagenet", tmp_path, convention, size=(8, 8))
+    folder = tmp_path / LAYOUTS["imagenet"][("coop", "lora").index(convention)]
+    (folder / "val").rename(tmp_path / "val")
+    refused("imagenet", tmp_path, f"the image folder {folder}/val is missing")
+    (folder / "val").mkdir()
+    (folder / "val/ILSVRC2012_val_00000001.JPEG").touch()
+    refused("imagenet", tmp_path, f"{folder}/val has no class folders")
+
+
+def test_imagenet_names_come_from_classnames_txt_when_it_is_there(tmp_path):
+    make_dataset("imagenet", tmp_path, classes=2, size=(8, 8))
+    names = tmp_path / "imagenet/classnames.txt"
+    names.write_text("n01440764 a fish\nn01443537 gold fish\nn99999999 nothing\n")
+    assert build_dataset("imagenet", tmp_path, 1).classnames == ["a fish", "gold fish"]
+    names.write_text("n01440764\n")
+    refused("imagenet", tmp_path, "classnames.txt is not made of lines like")
+    names.write_text("n01440764 tench\n")
+    refused("imagenet", tmp_path, "no class name for n01443537.*classnames.txt")
+
+
+def test_imagenet_classes_without_images_are_named(tmp_path):
+    make_dataset("imagenet", tmp_path, "lora", classes=2, size=(8, 8))
+    folder = tmp_path / "imagenet"
+    (folder / "val/n01440764").rename(folder / "val/n01484850")
+    refused("imagenet", tmp_path, "lacks the folders n01484850 of val")
+    (folder / "val/n01484850").rename(tmp_path / "aside")
+    refused("imagenet", tmp_path, "no test images of the class 'tench'")
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("images_variant_train.txt", "0000001\n", "lines that are not 'image variant"),
+        ("images_variant_train.txt", "0000001 Concorde\n", r"line 1 \('0000001 Concorde'\)"),
+        ("images_variant_val.txt", "7777777 A300B4\n", "7777777.jpg: named in .*, missing"),
+        ("variants.txt", "707-320\nA300B4\nBoeing 717\nConcorde\n", "the class 'Concorde'"),
+        ("variants.txt", None, "the download lacks .*variants.txt; see"),
+    ],
+)
+def test_broken_aircraft_lists_are_named(tmp_path, file, text, message):
+    make_dataset("fgvc", tmp_path, size=(8, 8))
+    path = tmp_path / "fgvc_aircraft" / file
+    path.unlink() if text is None else path.write_text(text)
+    refused("fgvc", tmp_path, message)

@@ -1,0 +1,140 @@
+"""Images: read, cropped, mirrored, stacked, brought to the device, normalised.
+
+Batches are uint8, a quarter of what float images weigh on their way to a GPU; `normalise` makes
+them a model's input there.
+"""
+
+import math
+import os
+import random
+import stat
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+import clip
+
+# By content, whatever a file is called. Pillow knows more, of which EPS would run Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 2**30 // 4 // 3  # of an image, and of what it is resized to before the crop
+# At this size Pillow would warn and go on.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Decode an image file wholly, into RGB: the first picture where there are several.
+
+    As in CLIP's own preprocessing, the turn that a camera noted in EXIF data is not made.
+
+    Raises:
+        FileNotFoundError: It is missing; the message names it.
+        ValueError: It cannot be read; the message names it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
+        with Image.open(path, formats=FORMATS) as image:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels")
+            image.load()
+            return clip.to_rgb(image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the image {path} is missing: put it back") from error
+    except Exception as error:  # a damaged file makes Pillow fail in any way
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            if words := clip.impostor(path):
+                raise ValueError(f"the image {path} is {words}") from error
+            reason = _many_bands(path) or f"none of {', '.join(FORMATS)}"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise ValueError(f"the image {path} cannot be read ({reason}): replace it") from error
+
+
+def _many_bands(path: str | os.PathLike) -> str:
+    """What to say of a TIFF with more bands than a picture has; "" for other files."""
+    try:
+        with open(path, "rb") as file:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+        bands = tags[TiffImagePlugin.SAMPLESPERPIXEL]
+    except Exception:  # not a TIFF, or a damaged one
+        return ""
+    wanted = "as in EuroSAT's multi-spectral download; wanted is the RGB one, EuroSAT_RGB.zip"
+    return f"a TIFF of {bands} bands, {wanted}" if bands > 4 else ""
+
+
+def augment(
+    image: Image.Image,
+    resolution: int,
+    rng: random.Random,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+) -> np.ndarray:
+    """Crop at random, resize bicubically, mirror with probability 1/2: (R, R, 3) uint8."""
+    image = image.crop(random_box(image.width, image.height, rng, scale, ratio))
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def random_box(
+    width: int,
+    height: int,
+    rng: random.Random,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Draw a crop of random area and shape: (left, top, right, bottom).
+
+    The distribution is that of torchvision's RandomResizedCrop: an area uniform in `scale`, a
+    shape log-uniform in `ratio`, ten tries, then the largest centred box of an allowed shape.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    shape = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * shape) or 1), min(height, round(width / shape) or 1)
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def stack(images: Sequence[np.ndarray], labels: Sequence[int]) -> Batch:
+    """Stack images (R, R, 3) to (B, 3, R, R), channels last in memory, and labels to (B,)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Bring a batch to the device, without waiting where that is possible."""
+    if device.type == "cuda":
+        batch = batch[0].pin_memory(), batch[1].pin_memory()
+    return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float] = clip.MEAN, std: Sequence[float] = clip.STD
+) -> Tensor:
+    """Turn uint8 images into a model's input: (B, 3, R, R) float32.
+
+    Args:
+        images: (B, 3, R, R) uint8.
+        mean: Mean of red, green and blue in the images that the model was trained on, 0 to 1.
+        std: Their standard deviation.
+    """
+    mean = torch.tensor(mean, device="cpu").to(images.device, non_blocking=True)
+    std = torch.tensor(std, device="cpu").to(images.device, non_blocking=True)
+    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
