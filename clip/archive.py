@@ -2,9 +2,11 @@
 
 Both hold a `data.pkl`, which pickles a structure, and `data/`, the storages of its tensors. OpenAI
 published CLIP as TorchScript: the structure is the module's attributes, and `code/` holds its
-program, whose constructors `torch.jit.load` would run. Here `code/` is never opened, and the
-pickle may name a handful of harmless things and nothing else. Sizes are believed only as far as
-there are bytes for them; older versions of torch.load read beyond a storage that says it is longer.
+program, whose constructors `torch.jit.load` would run. Here `code/` is never opened. A pickle
+makes tensors and plain containers; whatever else it names, such as the argparse.Namespace in a
+training checkpoint, becomes a placeholder that does nothing, without being imported; and a file
+that names what runs programs is refused. Sizes are believed only as far as there are bytes for
+them; older versions of torch.load read beyond a storage that says it is longer.
 """
 
 import pickle
@@ -30,6 +32,18 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
+# Modules that no training checkpoint needs, with which a pickle could run programs.
+SUSPECTS = {
+    "_posixsubprocess", "asyncio", "builtins", "__builtin__", "clip", "code", "codeop", "commands",
+    "ctypes", "functools", "gc", "imp", "importlib", "inspect", "marshal", "multiprocessing", "nt",
+    "operator", "os", "pickle", "pip", "pkgutil", "platform", "posix", "pty", "runpy", "shutil",
+    "signal", "socket", "subprocess", "sys", "threading", "torch", "types", "webbrowser", "zipfile",
+}  # fmt: skip
+PLAIN = {  # exceptions to them
+    "builtins": {"bytearray", "complex", "frozenset", "object", "range", "set", "slice"},
+    "types": {"SimpleNamespace"},
+}
+PLAIN["__builtin__"] = PLAIN["builtins"]
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 DEPTH = 16  # modules within modules; CLIP needs six
 ATTRIBUTES = 1_000_000  # of all modules; CLIP's largest has some ten thousand
@@ -39,6 +53,27 @@ SLACK = 2**24  # bytes that any file may unpack to
 
 class Record:
     """What a module of the archive becomes: its attributes, and no behaviour."""
+
+
+class Placeholder:
+    """What an object of unknown kind becomes: it takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Placeholder":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> "Placeholder":
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def add(self, value: Any) -> None:
+        pass
+
+    append = extend = add
 
 
 def is_archive(path: Path) -> bool:
@@ -63,7 +98,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
 
 
 def read_saved(path: Path) -> Any:
-    """What torch.save wrote, if that is made of tensors, dicts, lists, texts and numbers.
+    """What torch.save wrote: tensors, dicts, lists, texts and numbers, and placeholders between.
 
     Args:
         path: a zip file, as torch.save writes them.
@@ -72,8 +107,8 @@ def read_saved(path: Path) -> Any:
         The structure, with parameters as tensors, on the CPU. It may contain itself.
 
     Raises:
-        ValueError: if the file names anything that does harm, a tensor reaches beyond its storage,
-            or the content is far larger than the file.
+        ValueError: if the file names anything that runs programs, a tensor reaches beyond its
+            storage, or the content is far larger than the file.
         zipfile.BadZipFile: if the zip file is damaged.
         Exception: of many kinds, if the pickle is.
     """
@@ -107,7 +142,7 @@ def check_growth(path: Path, size: int) -> None:
 # Python's own unpickler rather than C's, where BUILD could not be kept from setting attributes of
 # functions and tensors.
 class _Reader(pickle._Unpickler):
-    """An unpickler that knows tensors, plain containers and inert records."""
+    """An unpickler that knows tensors, plain containers, inert records and placeholders."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str):
         super().__init__(file)
@@ -134,14 +169,18 @@ class _Reader(pickle._Unpickler):
         }
         if (module, name) in harmless:
             return harmless[module, name]
-        raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
+        root = module.partition(".")[0]
+        harmful = root in SUSPECTS and name not in PLAIN.get(module, ())
+        if "." in name or harmful and not module.startswith("torch.optim."):
+            raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
+        return Placeholder
 
     def load_build(self) -> None:
-        """Fill a record; what torch hangs on a state dict (its versions) is dropped."""
+        """Fill a record; what a placeholder or a state dict (its versions) would get is dropped."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record) and isinstance(state, dict):
             vars(self.stack[-1]).update(state)
-        elif not isinstance(self.stack[-1], OrderedDict):
+        elif not isinstance(self.stack[-1], OrderedDict | Placeholder):
             raise ValueError(f"it sets attributes of a {type(self.stack[-1]).__name__}")
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
@@ -162,7 +201,7 @@ class _Reader(pickle._Unpickler):
             self.storages[entry, dtype] = (
                 torch.frombuffer(data, dtype=dtype, count=count)
                 if count
-                else torch.empty(0, dtype=dtype)
+                else torch.empty(0, dtype=dtype, device="cpu")
             )
         storage = self.storages[entry, dtype]
         if length > len(storage):

@@ -19,7 +19,7 @@ import regex
 import torch
 from torch import Tensor
 
-from .download import cache_folder, digest, fetch
+from clip.download import cache_folder, digest, fetch
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"

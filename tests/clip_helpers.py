@@ -106,6 +106,29 @@ def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
+def random_images(model, count=3, seed=1):
+    """Normalised images of the model's input size."""
+    side = model.visual.input_resolution
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(model, count=4, seed=2):
+    """Texts of different lengths: start, random tokens, end, zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    start, end = model.vocab_size - 2, model.vocab_size - 1
+    tokens = torch.randint(start, (count, model.context_length), generator=generator)
+    tokens[:, 0] = start
+    for row, length in zip(tokens, range(3, 3 + 2 * count, 2), strict=True):
+        row[length - 1] = end
+        row[length:] = 0
+    return tokens
+
+
+def relative_error(ours, theirs):
+    """The largest error of a row, as a share of the row's length."""
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+
+
 class Server:
     """Serves one file at every path on loopback, faithfully or not; a context manager.
 

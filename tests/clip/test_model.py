@@ -28,27 +28,6 @@ def tiny(name="vit", **changes):
     return build_model(random_state_dict({**TINY[name], **changes}))
 
 
-def random_images(model, count=3, seed=1):
-    side = model.visual.input_resolution
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def random_tokens(model, count=4, seed=2):
-    """Texts of different lengths: start, random tokens, end, zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    start, end = model.vocab_size - 2, model.vocab_size - 1
-    tokens = torch.randint(start, (count, model.context_length), generator=generator)
-    tokens[:, 0] = start
-    for row, length in zip(tokens, range(3, 3 + 2 * count, 2), strict=True):
-        row[length - 1] = end
-        row[length:] = 0
-    return tokens
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
-
-
 @pytest.mark.parametrize("name", REFERENCE)
 @torch.no_grad()
 def test_features_equal_open_clip(name):
