@@ -40,9 +40,12 @@ SUSPECTS = {
     "signal", "socket", "subprocess", "sys", "threading", "torch", "types", "webbrowser", "zipfile",
 }  # fmt: skip
 PLAIN = {  # exceptions to them
-    "builtins": {"bytearray", "complex", "frozenset", "object", "range", "set", "slice"},
+    "builtins": {
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
+        "object", "range", "set", "slice", "str", "tuple",
+    },
     "types": {"SimpleNamespace"},
-}
+}  # fmt: skip
 PLAIN["__builtin__"] = PLAIN["builtins"]
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 DEPTH = 16  # modules within modules; CLIP needs six

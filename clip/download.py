@@ -117,7 +117,10 @@ def _download(url: str, partial: Path, name: str) -> str:
         response = opener.open(request, timeout=TIMEOUT)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error or type(error).__name__
-        code = f"{error.code} " if isinstance(error, urllib.error.HTTPError) else ""
+        code = ""
+        if isinstance(error, urllib.error.HTTPError):
+            code = f"{error.code} "
+            error.close()
         raise ConnectionError(f"{code}{reason}") from None
 
     length = response.headers["Content-Length"] or ""
@@ -144,7 +147,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirections to ORIGINS alone."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: D102
-        _check_origin(newurl)
+        try:
+            _check_origin(newurl)
+        except urllib.error.URLError:
+            fp.close()
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

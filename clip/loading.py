@@ -92,13 +92,13 @@ def load(
     state = read_checkpoint(path)
     try:
         recipe = _recipe(name, path)
-        said = recipe.sizes.items() - sizes(state).items() if recipe else set()
-        if said:
-            key, value = min(said)
-            raise ValueError(
-                f"{recipe.source} describes another model ({key} {value}, and the weights have "
-                f"{sizes(state)[key]}): keep each checkpoint in a folder of its own"
-            )
+        has = sizes(state)
+        for key, said in recipe.sizes.items() if recipe else ():
+            if said != has[key]:
+                raise ValueError(
+                    f"{recipe.source} describes another model ({key} {said}, and the weights have "
+                    f"{has[key]}): keep each checkpoint in a folder of its own"
+                )
         if recipe:
             _say_overruled(recipe, activation, heads)
             model = build_model(state, recipe.activation, recipe.heads)
@@ -224,14 +224,16 @@ def _from_open_clip(name: str, folder: Path | None) -> Path:
     from open_clip.pretrained import download_pretrained
 
     errors = []
-    for hub in (True, False):  # its two sources; the weights may lie in either one's cache
+    # The hub, then the address; the weights may lie in the cache of either.
+    for hub in (True, False) if source.get("hf_hub") and source.get("url") else (True,):
         try:
             return Path(download_pretrained(source, hub, folder and str(folder)))
         except Exception as error:  # of many kinds, from several packages
             errors.append(" ".join(str(error).split()).partition(". ")[0][:200])
+    model = name.removeprefix(OPEN_CLIP).partition("/")[0]
     raise ConnectionError(
-        f"open_clip cannot bring the weights of {name} ({errors[0]}): get them on a machine that "
-        f"can, and name open_clip:NAME/FILE with the file's path"
+        f"open_clip cannot bring the weights of {name} ({errors[0]}): get the file on a machine "
+        f"that can, and name {OPEN_CLIP}{model}/FILE with its path"
     )
 
 
@@ -249,7 +251,7 @@ def _find(name: str) -> Path:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {known[near[0]]}? " if near else ""
     if len(path.parts) == 2 and not near:
-        hint = "of the Hugging Face hub, download the folder and name that; "
+        hint = f"`hf download {name} --local-dir FOLDER` brings what the Hugging Face hub has; "
     raise ValueError(
         f"unknown model {name!r}: {hint}known are {', '.join(available_models())}, "
         "open_clip:NAME/PRETRAINED, and the path of a checkpoint or its folder"

@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from clip_helpers import CONFIGS, TINY_RESNET, TINY_VIT, open_clip_model, random_state_dict
+from clip_helpers import (
+    CONFIGS,
+    TINY_RESNET,
+    TINY_VIT,
+    open_clip_model,
+    random_images,
+    random_state_dict,
+    random_tokens,
+    relative_error,
+)
 from torch import nn
 
 from clip import CLIP, build_model
@@ -238,9 +247,9 @@ def test_batch_counts_may_be_missing_and_masks_may_be_there():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="Patches of 7 pixels do not tile 32"):
+    with pytest.raises(ValueError, match="patches of 7 pixels do not tile 32"):
         CLIP(**TINY_VIT | {"vision_patch_size": 7})
-    with pytest.raises(ValueError, match="width of 200 cannot be shared by 3"):
+    with pytest.raises(ValueError, match="width of 200 cannot be shared by 3 attention heads"):
         CLIP(**TINY_VIT | {"transformer_width": 200})
 
 

@@ -110,7 +110,7 @@ def test_what_is_no_text_is_refused(texts):
 
 
 def test_a_context_without_room_for_start_and_end_is_refused():
-    with pytest.raises(ValueError, match="context length of 1"):
+    with pytest.raises(ValueError, match="a context length of 1"):
         tokenize("a", context_length=1)
 
 
@@ -241,7 +241,7 @@ def test_a_merges_file_that_is_not_there_is_named(tmp_path, monkeypatch, by_envi
 def test_a_file_that_is_no_list_of_merges_is_refused_by_name(tmp_path, content):
     path = tmp_path / "merges.txt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="merges.txt is no merges file"):
+    with pytest.raises(ValueError, match="merges.txt is not a merges file"):
         read_merges(path)
 
 
