@@ -47,6 +47,7 @@ PLAIN = {  # exceptions to them
     "types": {"SimpleNamespace"},
 }  # fmt: skip
 PLAIN["__builtin__"] = PLAIN["builtins"]
+OBJECTS = ("torch.nn.modules.", "torch.optim.")  # whose classes are left in checkpoints
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 DEPTH = 16  # modules within modules; CLIP needs six
 ATTRIBUTES = 1_000_000  # of all modules; CLIP's largest has some ten thousand
@@ -174,7 +175,7 @@ class _Reader(pickle._Unpickler):
             return harmless[module, name]
         root = module.partition(".")[0]
         harmful = root in SUSPECTS and name not in PLAIN.get(module, ())
-        if "." in name or harmful and not module.startswith("torch.optim."):
+        if "." in name or harmful and not module.startswith(OBJECTS):
             raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
         return Placeholder
 

@@ -261,8 +261,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Turn uint8 images into CLIP's input: (B, 3, R, R) float32."""
-    mean = torch.tensor(clip.MEAN, device="cpu").to(images.device, non_blocking=True)
-    std = torch.tensor(clip.STD, device="cpu").to(images.device, non_blocking=True)
+def normalise(
+    images: Tensor, mean: Sequence[float] = clip.MEAN, std: Sequence[float] = clip.STD
+) -> Tensor:
+    """Turn uint8 images into CLIP's input: (B, 3, R, R) float32.
+
+    Args:
+        images: RGB.
+        mean: of a model's training images, its `image_mean`.
+        std: their standard deviation, its `image_std`.
+    """
+    mean = torch.tensor(mean, device="cpu").to(images.device, non_blocking=True)
+    std = torch.tensor(std, device="cpu").to(images.device, non_blocking=True)
     return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)

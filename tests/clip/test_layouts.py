@@ -233,7 +233,10 @@ def test_images_resized_otherwise_in_training_are_said(tiny, capsys):
         ({"vision_cfg": {"pool_type": "avg", "no_ln_pre": True}}, "no layer norm before"),
         ({"text_cfg": {"pool_type": "last"}}, "the pool_type 'last'"),
         ({"vision_cfg": {}}, r"another model \(vision_width 768, .* have 128\)"),
-        ({"vision_cfg": {"width": 128, "patch_size": 8, "layers": 4, "head_width": 40}}, "3 attention heads"),
+        (
+            {"vision_cfg": {"width": 128, "patch_size": 8, "layers": 4, "head_width": 40}},
+            "3 attention heads",
+        ),
         ({"vision_cfg": {"head_width": 0}}, "cannot be understood"),
         ({"embed_dim": []}, r"another model \(embed_dim \[\]"),
         ({"text_cfg": 5}, "cannot be understood"),
