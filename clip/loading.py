@@ -7,6 +7,7 @@ features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -92,55 +93,48 @@ def load(
     state = read_checkpoint(path)
     try:
         recipe = _recipe(name, path)
-        has = sizes(state)
-        for key, said in recipe.sizes.items() if recipe else ():
-            if said != has[key]:
-                raise ValueError(
-                    f"{recipe.source} describes another model ({key} {said}, and the weights have "
-                    f"{has[key]}): keep each checkpoint in a folder of its own"
-                )
-        if recipe:
-            _say_overruled(recipe, activation, heads)
-            model = build_model(state, recipe.activation, recipe.heads)
-        else:
-            model = build_model(state, activation or "quickgelu", heads)
+        recipe.check(sizes(state))
+        activation_used = recipe.activation or activation or "quickgelu"
+        model = build_model(state, activation_used, recipe.heads or heads)
     except (ValueError, RuntimeError) as error:  # torch's own, of sizes that it cannot have
         raise ValueError(f"{path} cannot be used: {error}") from None
-    if not recipe and not (activation and heads) and not _is_known(path):
-        assumed = [] if activation else ["QuickGELU"]
-        assumed += [] if heads else ["{} and {} attention heads".format(*model.heads)]
-        print(
-            f"note: nothing beside {path} says how it was trained: {' and '.join(assumed)} (image "
-            "and text tower) are assumed by OpenAI's rule; --activation and --heads (activation=, "
-            "heads=) name others",
-            file=sys.stderr,
-        )
-    if recipe and recipe.normalisation:
-        model.image_mean, model.image_std = recipe.normalisation
+    model.image_mean, model.image_std = recipe.normalisation
+    for note in _notes(path, model, recipe, activation, heads):
+        print(f"note: {note}", file=sys.stderr)
     resolution = model.visual.input_resolution
     return model.to(device), make_preprocess(resolution, model.image_mean, model.image_std)
 
 
-def _recipe(name: str, path: Path) -> Recipe | None:
+def _recipe(name: str, path: Path) -> Recipe:
     """What is said about a checkpoint other than by its tensors."""
     if name in available_models():
-        return None
+        return Recipe()
     return from_package(name)[0] if name.startswith(OPEN_CLIP) else beside(path)
 
 
-def _say_overruled(recipe: Recipe, activation: str | None, heads: tuple[int, int] | None) -> None:
-    """Name on standard error what a configuration says otherwise than the caller."""
-    for asked, said in ((activation, recipe.activation), (heads, recipe.heads)):
-        if asked not in (None, said):
-            print(
-                f"note: {recipe.source} says {said}, which decides, and not {asked}",
-                file=sys.stderr,
-            )
+def _notes(
+    path: Path,
+    model: CLIP,
+    recipe: Recipe,
+    activation: str | None,
+    heads: tuple[int, int] | None,
+) -> Iterator[str]:
+    """What a user should know: that a wish was overruled, or how a choice was made."""
+    for asked, used in ((activation, model.activation), (heads, model.heads)):
+        if asked not in (None, used):
+            yield f"{recipe.source} says {used}, which decides, and not {asked}"
     if recipe.geometry:
-        print(
-            f"note: {recipe.source} resizes images otherwise ({recipe.geometry}) than is done here "
-            "(short side, bicubic, centre crop)",
-            file=sys.stderr,
+        yield (
+            f"{recipe.source} resizes images otherwise ({recipe.geometry}) than is done here "
+            "(short side, bicubic, centre crop)"
+        )
+    if not recipe.source and not (activation and heads) and not _is_known(path):
+        assumed = [] if activation else ["QuickGELU"]
+        assumed += [] if heads else ["{} and {} attention heads".format(*model.heads)]
+        yield (
+            f"nothing beside {path} says how it was trained: {' and '.join(assumed)} (image and "
+            "text tower) are assumed by OpenAI's rule; --activation and --heads (activation=, "
+            "heads=) name others"
         )
 
 

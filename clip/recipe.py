@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip.preprocess import MEAN, STD
+
 OPEN_CLIP = "open_clip:"  # what precedes NAME/PRETRAINED of the installed open_clip package
 
 # What configurations leave out where it is as usual.
@@ -53,26 +55,35 @@ AS_USUAL = ("pool_type", "pos_embed_type", "proj_type")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a configuration says.
+    """What a configuration says, or, without arguments, that there is none.
 
     Attributes:
         source: the configuration, as an error or a note names it.
         activation: "quickgelu" or "gelu".
         heads: attention heads of the image tower and of the text tower.
         sizes: arguments of `CLIP` that the weights must agree with.
-        normalisation: mean and standard deviation of images, RGB; none where nothing is said.
+        normalisation: mean and standard deviation of images, RGB.
         geometry: how images were brought to the model's size, where it is not as CLIP does.
     """
 
-    source: str
+    source: str = ""
     activation: str | None = None
     heads: tuple[int, int] | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = (MEAN, STD)
     geometry: str = ""
 
+    def check(self, sizes: Mapping[str, Any]) -> None:
+        """Refuse weights of other sizes: the configuration is then another model's."""
+        for key, said in self.sizes.items():
+            if said != sizes[key]:
+                raise ValueError(
+                    f"{self.source} describes another model ({key} {said}, and the weights have "
+                    f"{sizes[key]}): keep each checkpoint in a folder of its own"
+                )
 
-def beside(path: Path) -> Recipe | None:
+
+def beside(path: Path) -> Recipe:
     """What the configuration in a checkpoint's folder says, if there is one.
 
     Raises:
@@ -89,7 +100,7 @@ def beside(path: Path) -> Recipe | None:
                 f"{path.with_name(name)} cannot be understood ({type(error).__name__}: {error}): "
                 "get it again, or move it away and name activation and heads"
             ) from None
-    return None
+    return Recipe()
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -195,10 +206,10 @@ def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
     )
 
 
-def _normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation as three floats each, or None where nothing is said."""
+def _normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation as three floats each, OpenAI's where nothing is said."""
     if mean is None or std is None:
-        return None
+        return MEAN, STD
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise TypeError(f"images normalised by {mean} and {std}")
