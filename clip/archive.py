@@ -2,11 +2,11 @@
 
 Both hold a `data.pkl`, which pickles a structure, and `data/`, the storages of its tensors. OpenAI
 published CLIP as TorchScript: the structure is the module's attributes, and `code/` holds its
-program, whose constructors `torch.jit.load` would run. Here `code/` is never opened. A pickle
-makes tensors and plain containers; whatever else it names, such as the argparse.Namespace in a
-training checkpoint, becomes a placeholder that does nothing, without being imported; and a file
-that names what runs programs is refused. Sizes are believed only as far as there are bytes for
-them; older versions of torch.load read beyond a storage that says it is longer.
+program, whose constructors `torch.jit.load` would run. Here `code/` is never opened, and the
+pickle may name a handful of harmless things. Whatever else a training checkpoint names, such as
+argparse.Namespace, becomes a placeholder that does nothing, without being imported; a file that
+names what runs programs is refused. Sizes are believed only as far as there are bytes for them;
+older versions of torch.load read beyond a storage that says it is longer.
 """
 
 import pickle
@@ -32,21 +32,15 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
-# Modules that no training checkpoint needs, with which a pickle could run programs.
+# A checkpoint that names one of these modules means to run something: refused as a whole.
 SUSPECTS = {
-    "_posixsubprocess", "asyncio", "builtins", "__builtin__", "clip", "code", "codeop", "commands",
-    "ctypes", "functools", "gc", "imp", "importlib", "inspect", "marshal", "multiprocessing", "nt",
-    "operator", "os", "pickle", "pip", "pkgutil", "platform", "posix", "pty", "runpy", "shutil",
-    "signal", "socket", "subprocess", "sys", "threading", "torch", "types", "webbrowser", "zipfile",
+    "builtins", "__builtin__", "ctypes", "importlib", "nt", "os", "posix", "runpy", "shutil",
+    "socket", "subprocess", "sys", "torch",
 }  # fmt: skip
-PLAIN = {  # exceptions to them
-    "builtins": {
-        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
-        "object", "range", "set", "slice", "str", "tuple",
-    },
-    "types": {"SimpleNamespace"},
+HARMLESS = {  # exceptions to them, which ordinary values need
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
+    "range", "set", "slice", "str", "tuple",
 }  # fmt: skip
-PLAIN["__builtin__"] = PLAIN["builtins"]
 OBJECTS = ("torch.nn.modules.", "torch.optim.")  # whose classes are left in checkpoints
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 DEPTH = 16  # modules within modules; CLIP needs six
@@ -101,18 +95,20 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     return _tensors(read_saved(path))
 
 
-def read_saved(path: Path) -> Any:
-    """What torch.save wrote: tensors, dicts, lists, texts and numbers, and placeholders between.
+def read_saved(path: Path, placeholders: bool = False) -> Any:
+    """What torch.save wrote: tensors, dicts, lists, texts and numbers.
 
     Args:
         path: a zip file, as torch.save writes them.
+        placeholders: whether it may hold objects of other kinds, which are passed over; refused
+            otherwise.
 
     Returns:
         The structure, with parameters as tensors, on the CPU. It may contain itself.
 
     Raises:
-        ValueError: if the file names anything that runs programs, a tensor reaches beyond its
-            storage, or the content is far larger than the file.
+        ValueError: if the file names anything else, or what runs programs; if a tensor reaches
+            beyond its storage; or if the content is far larger than the file.
         zipfile.BadZipFile: if the zip file is damaged.
         Exception: of many kinds, if the pickle is.
     """
@@ -126,7 +122,7 @@ def read_saved(path: Path) -> Any:
         if order in archive.NameToInfo and archive.read(order) != sys.byteorder.encode():
             raise ValueError("its numbers are in another machine's order of bytes")
         with archive.open(pickles[0]) as file:
-            return _Reader(file, archive, folder).load()
+            return _Reader(file, archive, folder, placeholders).load()
 
 
 def check_growth(path: Path, size: int) -> None:
@@ -148,9 +144,9 @@ def check_growth(path: Path, size: int) -> None:
 class _Reader(pickle._Unpickler):
     """An unpickler that knows tensors, plain containers, inert records and placeholders."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str, placeholders: bool):
         super().__init__(file)
-        self.archive, self.folder = archive, folder
+        self.archive, self.folder, self.placeholders = archive, folder, placeholders
         self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -173,9 +169,9 @@ class _Reader(pickle._Unpickler):
         }
         if (module, name) in harmless:
             return harmless[module, name]
-        root = module.partition(".")[0]
-        harmful = root in SUSPECTS and name not in PLAIN.get(module, ())
-        if "." in name or harmful and not module.startswith(OBJECTS):
+        suspect = module.partition(".")[0] in SUSPECTS and name not in HARMLESS
+        suspect = suspect and not module.startswith(OBJECTS)
+        if suspect or "." in name or not self.placeholders:
             raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
         return Placeholder
 

@@ -5,7 +5,6 @@ import sys
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +127,14 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size()
 
 
-def _read(path: Path) -> Mapping | Any:
+def _read(path: Path) -> Any:
     """What a file holds, by the reader that its format needs."""
     if path.suffix.lower() == ".safetensors":
         return load_file(path, device="cpu")
     if is_archive(path):
         return read_archive(path)
     if zipfile.is_zipfile(path):
-        return read_saved(path)
+        return read_saved(path, placeholders=True)
     # torch.load would unpack archives of its own accord: a zip file by its beginning, and run it
     # where it takes it for TorchScript (2.5 and older), or a tar file.
     with open(path, "rb") as file:

@@ -42,12 +42,6 @@ OTHERWISE = {
     "proj_bias": "a text projection with a bias",
     "act_kwargs": "a GELU of its own",
     "norm_kwargs": "layer norms of its own",
-    "qk_norm": "normalised queries and keys",
-    "scaled_cosine_attn": "cosine attention",
-    "scale_heads": "scaled heads",
-    "scale_attn_inner": "layer norms inside attention",
-    "scale_attn": "layer norms behind attention",
-    "scale_fc": "layer norms inside its MLPs",
 }
 # ... and those that have to be as in OPEN_VISION and OPEN_TEXT.
 AS_USUAL = ("pool_type", "pos_embed_type", "proj_type")

@@ -19,7 +19,7 @@ from clip_helpers import (
 from torch import nn
 
 from clip import CLIP, build_model
-from clip.model import EXTRA_KEYS, Attention, heads_for
+from clip.model import EXTRA_KEYS, Attention
 
 TINY = {"vit": TINY_VIT, "resnet": TINY_RESNET}
 SHALLOW = {"transformer_layers": 2, "vocab_size": 2000}
@@ -66,28 +66,21 @@ def test_attention_equals_that_of_torch(causal):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_sizes_of_all_nine_models_are_read_from_shapes(name):
-    with torch.device("meta"):
-        state = CLIP(**CONFIGS[name]).state_dict()
-    model = build_model(state)
-    assert {k: v.shape for k, v in model.state_dict().items()} == {
-        k: v.shape for k, v in state.items()
-    }
-    assert model.visual.input_resolution == CONFIGS[name]["image_resolution"]
-    assert model.context_length == 77
-    assert model.vocab_size == 49408
-    assert len(model.transformer.resblocks) == 12
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_names_and_shapes_of_all_nine_models_are_those_of_open_clip(name):
+def test_names_and_sizes_of_all_nine_models_are_those_of_open_clip(name):
     open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
     config = open_clip.get_model_config(OPEN_CLIP_NAMES[name])
     sizes = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
     with torch.device("meta"):
         theirs = open_clip.CLIP(**sizes, quick_gelu=True).state_dict()
-        ours = CLIP(**CONFIGS[name]).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+        ours = CLIP(**CONFIGS[name])
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.items()
+    }
+    heads = config["vision_cfg"]["width"] * (32 if name.startswith("RN") else 1) // 64
+    read = build_model(theirs)
+    assert read.heads == ours.heads == (heads, config["text_cfg"]["heads"])
+    assert read.visual.input_resolution == CONFIGS[name]["image_resolution"]
+    assert (read.context_length, read.vocab_size) == (77, 49408)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -172,20 +165,6 @@ def test_logits_are_scaled_cosines():
     logits, _ = model(images, tokens)
     cosines = nn.functional.cosine_similarity(image_features[:, None], text_features[None], dim=-1)
     torch.testing.assert_close(logits, 100 * cosines, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(("width", "heads"), [(32, 1), (64, 1), (128, 2), (768, 12), (2048, 32)])
-def test_there_is_one_head_for_64_channels_and_at_least_one(width, heads):
-    assert heads_for(width) == heads
-
-
-def test_towers_and_pooling_use_the_heads_rule():
-    with torch.device("meta"):
-        vit, resnet = CLIP(**CONFIGS["ViT-L/14"]), CLIP(**CONFIGS["RN50x4"])
-    assert vit.visual.transformer.resblocks[0].attn.heads == 16
-    assert vit.transformer.resblocks[0].attn.heads == 12
-    assert resnet.visual.attnpool.heads == 40
-    assert resnet.transformer.resblocks[0].attn.heads == 10
 
 
 def test_random_weights_follow_the_published_initialisation():
