@@ -229,7 +229,8 @@ def _is_extra(key: str) -> bool:
 
 
 def _first_few(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
+    """The first three names, in letters alone, and how many more there are."""
+    names = ["".join(filter(str.isprintable, name)) for name in names]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip.preprocess import MEAN, STD
+from clip.tokenizer import VOCABULARY
 
 OPEN_CLIP = "open_clip:"  # what precedes NAME/PRETRAINED of the installed open_clip package
 
@@ -21,18 +22,17 @@ OPEN_CLIP = "open_clip:"  # what precedes NAME/PRETRAINED of the installed open_
 CLIP_VISION = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
                "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
 CLIP_TEXT = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
-             "vocab_size": 49408, "eos_token_id": 49407, "hidden_act": "quick_gelu",
+             "vocab_size": VOCABULARY, "eos_token_id": 49407, "hidden_act": "quick_gelu",
              "layer_norm_eps": 1e-5}  # fmt: skip
 OPEN_VISION = {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "pool_type": "tok",
                "pos_embed_type": "learnable"}  # fmt: skip
 OPEN_TEXT = {"width": 512, "layers": 12, "heads": 8, "pool_type": "argmax", "proj_type": "linear"}
 ACTIVATIONS = {"quick_gelu": "quickgelu", "gelu": "gelu"}  # transformers' names, and ours
 
-# What tells open_clip's towers from OpenAI's: settings in whose place nothing may stand ...
+# Settings of open_clip that make a tower another than OpenAI's where they are set ...
 OTHERWISE = {
     "timm_model_name": "a timm trunk as image tower",
     "hf_model_name": "a Hugging Face text tower",
-    "hf_tokenizer_name": "a tokenizer of its own",
     "attentional_pool": "attentional pooling",
     "no_ln_pre": "no layer norm before its blocks",
     "final_ln_after_pool": "a layer norm after pooling",
@@ -43,8 +43,8 @@ OTHERWISE = {
     "act_kwargs": "a GELU of its own",
     "norm_kwargs": "layer norms of its own",
 }
-# ... and those that have to be as in OPEN_VISION and OPEN_TEXT.
-AS_USUAL = ("pool_type", "pos_embed_type", "proj_type")
+# ... and where they are not as in OPEN_VISION and OPEN_TEXT.
+AS_USUAL = {"pool_type", "pos_embed_type", "proj_type"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def of_transformers(config: Mapping[str, Any], path: Path) -> Recipe:
                 "not of 1e-5"
             )
     end = text["eos_token_id"]  # 2 where transformers, too, takes the highest id
-    if isinstance(end, int) and end != 2 and end < text["vocab_size"] - 1 and end < 49407:
+    if isinstance(end, int) and end != 2 and end < min(text["vocab_size"], VOCABULARY) - 1:
         raise ValueError(f"{path} describes texts that end in token {end}, not in the highest")
     processor = _json(path.with_name("preprocessor_config.json"))
     if processor is None:
@@ -163,13 +163,15 @@ def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
     """
     model = config["model_cfg"]
     vision, text = {**OPEN_VISION, **model["vision_cfg"]}, {**OPEN_TEXT, **model["text_cfg"]}
-    otherwise = [OTHERWISE[key] for key in OTHERWISE if vision.get(key) or text.get(key)]
+    otherwise = [what for key, what in OTHERWISE.items() if vision.get(key) or text.get(key)]
     otherwise += [
         f"the {key} {tower[key]!r}"
         for tower, usual in ((vision, OPEN_VISION), (text, OPEN_TEXT))
-        for key in AS_USUAL
-        if tower.get(key) != usual.get(key) and (key, tower.get(key)) != ("pool_type", "eos")
+        for key in AS_USUAL & usual.keys()
+        if tower[key] != usual[key]
     ]
+    if text.get("hf_tokenizer_name") and text.get("vocab_size", VOCABULARY) != VOCABULARY:
+        otherwise.append("a tokenizer of its own")
     if model.get("init_logit_bias") is not None:
         otherwise.insert(0, "a SigLIP's logit bias")
     if model.get("multimodal_cfg"):

@@ -145,6 +145,23 @@ def test_openais_layout_takes_the_heads_that_are_named(tmp_path, kind, heads):
     assert (model.activation, model.heads) == ("gelu", heads)
 
 
+@pytest.mark.parametrize(
+    "name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-B-16-plus-240", "ViT-S-32-alt", "RN50x64"]
+)
+def test_towers_of_every_size_are_built_as_open_clip_builds_them(name):
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        theirs = open_clip.CLIP(**config).state_dict()
+    recipe = clip.recipe.of_open_clip({"model_cfg": config}, name)
+    recipe.check(clip.layouts.sizes(theirs))
+    model = clip.build_model(theirs, recipe.activation, recipe.heads)
+    assert (model.activation, model.heads) == ("gelu", recipe.heads)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in theirs.items()
+    }
+
+
 # What decides, and what is said
 
 
@@ -228,7 +245,7 @@ def test_images_resized_otherwise_in_training_are_said(tiny, capsys):
         ({"multimodal_cfg": {"width": 1}}, "CoCa"),
         ({"init_logit_bias": -10}, "SigLIP"),
         ({"text_cfg": {"hf_model_name": "roberta"}}, "Hugging Face text tower"),
-        ({"text_cfg": {"hf_tokenizer_name": "bert"}}, "tokenizer of its own"),
+        ({"text_cfg": {"hf_tokenizer_name": "bert", "vocab_size": 9}}, "tokenizer of its own"),
         ({"vision_cfg": {"attentional_pool": True}}, "attentional pooling"),
         ({"vision_cfg": {"pool_type": "avg", "no_ln_pre": True}}, "no layer norm before"),
         ({"text_cfg": {"pool_type": "last"}}, "the pool_type 'last'"),

@@ -119,7 +119,7 @@ def test_a_folder_without_one_checkpoint_is_refused(state, tmp_path):
         ("open_clip:ViT-B-16-SigLIP/webli", "SigLIP"),
         ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "CoCa"),
         ("open_clip:convnext_base/laion400m_s13b_b51k", "timm trunk"),
-        ("open_clip:ViT-L-14-CLIPA/datacomp1b", "tokenizer of its own"),
+        ("open_clip:ViT-L-14-CLIPA/datacomp1b", "no layer norm before"),
         ("open_clip:xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k", "Hugging Face text tower"),
     ],
 )
