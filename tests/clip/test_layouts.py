@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from clip_helpers import (
+    CONFIGS,
     TINY_RESNET,
     TINY_VIT,
     random_images,
@@ -145,18 +146,20 @@ def test_openais_layout_takes_the_heads_that_are_named(tmp_path, kind, heads):
     assert (model.activation, model.heads) == ("gelu", heads)
 
 
-@pytest.mark.parametrize(
-    "name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-B-16-plus-240", "ViT-S-32-alt", "RN50x64"]
-)
+@pytest.mark.parametrize("name", [*CONFIGS, "ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-S-32-alt"])
 def test_towers_of_every_size_are_built_as_open_clip_builds_them(name):
     open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
-    config = open_clip.get_model_config(name)
+    theirs_name = name.replace("/", "-").replace("@336px", "-336")
+    config = open_clip.get_model_config(theirs_name)
     with torch.device("meta"):
         theirs = open_clip.CLIP(**config).state_dict()
     recipe = clip.recipe.of_open_clip({"model_cfg": config}, name)
-    recipe.check(clip.layouts.sizes(theirs))
+    sizes = clip.layouts.sizes(theirs)
+    recipe.check(sizes)
+    assert CONFIGS.get(name, {}).items() <= sizes.items()
     model = clip.build_model(theirs, recipe.activation, recipe.heads)
     assert (model.activation, model.heads) == ("gelu", recipe.heads)
+    assert name not in CONFIGS or recipe.heads == clip.build_model(theirs).heads
     assert {k: v.shape for k, v in model.state_dict().items()} == {
         k: v.shape for k, v in theirs.items()
     }

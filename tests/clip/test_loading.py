@@ -204,15 +204,6 @@ def test_a_shipped_model_is_verified(monkeypatch, tmp_path, state):
         clip.load("Tiny")
 
 
-def test_without_a_network_a_name_says_which_file_to_place_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "MODELS_URL", "http://127.0.0.1:9/models")
-    with pytest.raises(ConnectionError) as caught:
-        clip.load("ViT-B/16", device="cpu", download_root=tmp_path)
-    file, sha256 = loading.OPENAI["ViT-B/16"]
-    assert f"http://127.0.0.1:9/models/{sha256}/{file}" in str(caught.value)
-    assert f"place it at {tmp_path / file}" in str(caught.value)
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_a_name_is_downloaded_to_the_folder_named_or_the_cache(tmp_path, monkeypatch, state, named):
     file = io.BytesIO()
@@ -224,6 +215,10 @@ def test_a_name_is_downloaded_to_the_folder_named_or_the_cache(tmp_path, monkeyp
     folder = tmp_path / "weights" if named else Path.home() / ".cache" / "clip"
     with Server(file.getvalue()) as server:
         monkeypatch.setattr(loading, "MODELS_URL", server.url)
+        server.status = 404
+        with pytest.raises(ConnectionError, match=f"{sha256}/RN50.pt .*place it at {folder}/RN50"):
+            clip.load("RN50", "cpu", folder if named else None)
+        server.status = None
         model, _ = clip.load("RN50", "cpu", folder if named else None)
     assert torch.equal(model.logit_scale.detach(), state["logit_scale"])
     assert [path.name for path in folder.iterdir()] == ["RN50.pt"]
