@@ -193,7 +193,6 @@ def build_model(
             if the model is built otherwise; or if the heads do not fit.
     """
     state = {k: v for k, v in to_openai(state_dict).items() if not _is_extra(k)}
-    _refuse("holds no tensor in", {k for k, v in state.items() if not isinstance(v, Tensor)})
     vision_heads, transformer_heads = heads or (None, None)
     with torch.device("meta"):  # shapes alone: neither memory nor random numbers
         model = CLIP(
@@ -247,8 +246,10 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes among the arguments of `CLIP`, read from the shapes in OpenAI's layout.
 
     Raises:
-        ValueError: if tensors that tell them are missing or wrongly shaped.
+        ValueError: if tensors that tell them are missing or wrongly shaped, or something is not one.
     """
+    odd = {k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)}
+    _refuse("holds no tensor in", odd)
     vit = "visual.proj" in state
     place = "visual" if vit else "visual.attnpool"
     matrices = ("token_embedding.weight", "positional_embedding", "text_projection")
