@@ -246,7 +246,8 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes among the arguments of `CLIP`, read from the shapes in OpenAI's layout.
 
     Raises:
-        ValueError: if tensors that tell them are missing or wrongly shaped, or something is not one.
+        ValueError: if tensors that tell them are missing or wrongly shaped, or anything is not a
+            tensor.
     """
     odd = {k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)}
     _refuse("holds no tensor in", odd)

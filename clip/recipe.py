@@ -89,7 +89,7 @@ def beside(path: Path) -> Recipe:
             continue  # not there, or another program's
         try:
             return parse(config, path.with_name(name))
-        except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path.with_name(name)} cannot be understood ({type(error).__name__}: {error}): "
                 "get it again, or move it away and name activation and heads"
@@ -188,7 +188,7 @@ def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
     return Recipe(
         source=str(path),
         activation="quickgelu" if model.get("quick_gelu") else "gelu",
-        heads=((32 if resnet else 1) * width // vision["head_width"], int(text["heads"])),
+        heads=(int((32 if resnet else 1) * width // vision["head_width"]), int(text["heads"])),
         sizes={
             "embed_dim": model["embed_dim"],
             "vision_width": width,

@@ -258,6 +258,7 @@ def test_images_resized_otherwise_in_training_are_said(tiny, capsys):
             "3 attention heads",
         ),
         ({"vision_cfg": {"head_width": 0}}, "cannot be understood"),
+        ({"text_cfg": {"heads": float("inf")}}, "cannot be understood"),
         ({"embed_dim": []}, r"another model \(embed_dim \[\]"),
         ({"text_cfg": 5}, "cannot be understood"),
     ],

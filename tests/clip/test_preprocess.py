@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from clip_helpers import TINY_VIT, random_state_dict
 from PIL import Image
 
 import clip
+from train import image_features
 
 
 def test_preprocessing_resizes_crops_and_normalises():
@@ -22,6 +24,17 @@ def test_preprocessing_resizes_crops_and_normalises():
     assert tensor.shape == (3, 40, 40)
     torch.testing.assert_close(tensor[:, 20, 20], expected)
     torch.testing.assert_close(tensor[:, :, 5:35], expected[:, None, None].expand(3, 40, 30))
+
+
+@torch.no_grad()
+def test_batches_are_normalised_as_their_model_says():
+    model = clip.build_model(random_state_dict(TINY_VIT))
+    model.image_mean, model.image_std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    inputs = clip.make_preprocess(32, model.image_mean, model.image_std)(Image.fromarray(pixels))
+    features = image_features(model, torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    expected = torch.nn.functional.normalize(model.encode_image(inputs[None]), dim=-1)
+    torch.testing.assert_close(features, expected)
 
 
 @pytest.mark.parametrize(
