@@ -108,7 +108,7 @@ def load(
 def _recipe(name: str, path: Path) -> Recipe:
     """What is said about a checkpoint other than by its tensors."""
     if name in available_models():
-        return Recipe()
+        return Recipe(source=name)
     return from_package(name)[0] if name.startswith(OPEN_CLIP) else beside(path)
 
 
