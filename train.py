@@ -190,7 +190,7 @@ def before_training(model: CLIP, prompts: Tensor) -> tuple[int, Tensor]:
 
 def image_features(model: CLIP, images: Tensor) -> Tensor:
     """Features of uint8 images (B, 3, R, R), of length 1: (B, D)."""
-    return unit(model.encode_image(normalise(images)))
+    return unit(model.encode_image(normalise(images, model.image_mean, model.image_std)))
 
 
 def unit(features: Tensor) -> Tensor:

@@ -1,17 +1,11 @@
 """CLIP: models in OpenAI's layout, their tokenizer, and what brings their weights."""
 
-from .impostor import impostor
-from .loading import (
-    MEAN,
-    STD,
-    available_models,
-    load,
-    make_preprocess,
-    read_checkpoint,
-    to_rgb,
-)
-from .model import CLIP, build_model
-from .tokenizer import Tokenizer, find_merges, tokenize
+from clip.files import impostor, read_checkpoint
+from clip.layouts import build_model
+from clip.loading import available_models, check, load, locate
+from clip.model import CLIP
+from clip.preprocess import MEAN, STD, make_preprocess, to_rgb
+from clip.tokenizer import Tokenizer, find_merges, tokenize
 
 __all__ = [
     "CLIP",
@@ -20,9 +14,11 @@ __all__ = [
     "Tokenizer",
     "available_models",
     "build_model",
+    "check",
     "find_merges",
     "impostor",
     "load",
+    "locate",
     "make_preprocess",
     "read_checkpoint",
     "to_rgb",

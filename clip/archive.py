@@ -3,8 +3,10 @@
 Both hold a `data.pkl`, which pickles a structure, and `data/`, the storages of its tensors. OpenAI
 published CLIP as TorchScript: the structure is the module's attributes, and `code/` holds its
 program, whose constructors `torch.jit.load` would run. Here `code/` is never opened, and the
-pickle may name a handful of harmless things and nothing else. Sizes are believed only as far as
-there are bytes for them; older versions of torch.load read beyond a storage that says it is longer.
+pickle may name a handful of harmless things. Whatever else a training checkpoint names, such as
+argparse.Namespace, becomes a placeholder that does nothing, without being imported; a file that
+names what runs programs is refused. Sizes are believed only as far as there are bytes for them;
+older versions of torch.load read beyond a storage that says it is longer.
 """
 
 import pickle
@@ -30,6 +32,16 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
+# A checkpoint that names one of these modules means to run something: refused as a whole.
+SUSPECTS = {
+    "builtins", "__builtin__", "ctypes", "importlib", "nt", "os", "posix", "runpy", "shutil",
+    "socket", "subprocess", "sys", "torch",
+}  # fmt: skip
+HARMLESS = {  # exceptions to them, which ordinary values need
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
+    "range", "set", "slice", "str", "tuple",
+}  # fmt: skip
+OBJECTS = ("torch.nn.modules.", "torch.optim.")  # whose classes are left in checkpoints
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
 DEPTH = 16  # modules within modules; CLIP needs six
 ATTRIBUTES = 1_000_000  # of all modules; CLIP's largest has some ten thousand
@@ -39,6 +51,27 @@ SLACK = 2**24  # bytes that any file may unpack to
 
 class Record:
     """What a module of the archive becomes: its attributes, and no behaviour."""
+
+
+class Placeholder:
+    """What an object of unknown kind becomes: it takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Placeholder":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> "Placeholder":
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def add(self, value: Any) -> None:
+        pass
+
+    append = extend = add
 
 
 def is_archive(path: Path) -> bool:
@@ -62,18 +95,20 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     return _tensors(read_saved(path))
 
 
-def read_saved(path: Path) -> Any:
-    """What torch.save wrote, if that is made of tensors, dicts, lists, texts and numbers.
+def read_saved(path: Path, placeholders: bool = False) -> Any:
+    """What torch.save wrote: tensors, dicts, lists, texts and numbers.
 
     Args:
         path: a zip file, as torch.save writes them.
+        placeholders: whether it may hold objects of other kinds, which are passed over; refused
+            otherwise.
 
     Returns:
         The structure, with parameters as tensors, on the CPU. It may contain itself.
 
     Raises:
-        ValueError: if the file names anything that does harm, a tensor reaches beyond its storage,
-            or the content is far larger than the file.
+        ValueError: if the file names anything else, or what runs programs; if a tensor reaches
+            beyond its storage; or if the content is far larger than the file.
         zipfile.BadZipFile: if the zip file is damaged.
         Exception: of many kinds, if the pickle is.
     """
@@ -87,7 +122,7 @@ def read_saved(path: Path) -> Any:
         if order in archive.NameToInfo and archive.read(order) != sys.byteorder.encode():
             raise ValueError("its numbers are in another machine's order of bytes")
         with archive.open(pickles[0]) as file:
-            return _Reader(file, archive, folder).load()
+            return _Reader(file, archive, folder, placeholders).load()
 
 
 def check_growth(path: Path, size: int) -> None:
@@ -107,11 +142,11 @@ def check_growth(path: Path, size: int) -> None:
 # Python's own unpickler rather than C's, where BUILD could not be kept from setting attributes of
 # functions and tensors.
 class _Reader(pickle._Unpickler):
-    """An unpickler that knows tensors, plain containers and inert records."""
+    """An unpickler that knows tensors, plain containers, inert records and placeholders."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str, placeholders: bool):
         super().__init__(file)
-        self.archive, self.folder = archive, folder
+        self.archive, self.folder, self.placeholders = archive, folder, placeholders
         self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -134,14 +169,18 @@ class _Reader(pickle._Unpickler):
         }
         if (module, name) in harmless:
             return harmless[module, name]
-        raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
+        suspect = module.partition(".")[0] in SUSPECTS and name not in HARMLESS
+        suspect = suspect and not module.startswith(OBJECTS)
+        if suspect or "." in name or not self.placeholders:
+            raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
+        return Placeholder
 
     def load_build(self) -> None:
-        """Fill a record; what torch hangs on a state dict (its versions) is dropped."""
+        """Fill a record; what a placeholder or a state dict (its versions) would get is dropped."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record) and isinstance(state, dict):
             vars(self.stack[-1]).update(state)
-        elif not isinstance(self.stack[-1], OrderedDict):
+        elif not isinstance(self.stack[-1], OrderedDict | Placeholder):
             raise ValueError(f"it sets attributes of a {type(self.stack[-1]).__name__}")
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
@@ -162,7 +201,7 @@ class _Reader(pickle._Unpickler):
             self.storages[entry, dtype] = (
                 torch.frombuffer(data, dtype=dtype, count=count)
                 if count
-                else torch.empty(0, dtype=dtype)
+                else torch.empty(0, dtype=dtype, device="cpu")
             )
         storage = self.storages[entry, dtype]
         if length > len(storage):

@@ -1,4 +1,4 @@
-"""Brings CLIP's weights, by name or from a file, and the preprocessing that belongs to them.
+"""Brings a CLIP, by name or from a file, and the preprocessing that belongs to it.
 
 model, preprocess = load("ViT-B/16")
 features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))
@@ -6,24 +6,19 @@ features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))
 
 import difflib
 import os
-import re
-import tarfile
-import warnings
-import zipfile
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from torchvision import transforms
 
-from .archive import check_growth, is_archive, read_archive, read_saved
-from .download import cache_folder, digest, fetch
-from .model import CLIP, build_model
+from clip.download import cache_folder, digest, fetch
+from clip.files import SUFFIXES, find_in_folder, impostor, read_checkpoint
+from clip.layouts import build_model, sizes
+from clip.model import ACTIVATIONS, CLIP
+from clip.preprocess import make_preprocess
+from clip.recipe import OPEN_CLIP, Recipe, beside, from_package
 
 MODELS_URL = "https://openaipublic.azureedge.net/clip/models"  # /<sha256>/<file>
 OPENAI = {  # name: (file, SHA-256)
@@ -49,10 +44,6 @@ SHIPPED = {  # name: (file, SHA-256)
     ),
 }
 
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on, RGB
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def available_models() -> list[str]:
     """The names that `load` knows: OpenAI's nine, then what this repository ships."""
@@ -69,33 +60,88 @@ def load(
 ) -> tuple[CLIP, transforms.Compose]:
     """Load a CLIP and the preprocessing of its images.
 
+    A state dict does not tell which GELU it was trained with, nor with how many heads. The
+    configuration beside the file decides, then the arguments, then OpenAI's rule: QuickGELU and a
+    head for every 64 channels. Standard error says what was assumed of a file that is not OpenAI's.
+
     Args:
-        name_or_path: one of `available_models()`, or a checkpoint's path: a state dict saved by
-            torch.save or as safetensors, or a TorchScript archive such as OpenAI's. Nothing in
-            the file is executed.
+        name_or_path: one of `available_models()`; `open_clip:NAME/PRETRAINED` of the installed
+            open_clip package; or the path of a checkpoint, or of a folder with one, in the layout
+            of OpenAI, open_clip or transformers, saved by torch.save, as safetensors or as
+            TorchScript. Nothing in the file is executed.
         device: where the model goes; CUDA where there is one, otherwise the CPU.
         download_root: the folder that downloads lie in; ~/.cache/clip when None. A file that is
             there is verified, and downloaded again if it is not the one that belongs there.
+        activation: "quickgelu" or "gelu", where no configuration says it.
+        heads: attention heads of the image tower (of a ResNet's pool) and of the text tower, where
+            no configuration says it.
 
     Returns:
         The model in float32 and evaluation mode, nothing frozen; and a transform that turns a
         PIL image of any size and mode into its input (3, R, R).
 
     Raises:
-        ValueError: if the name or the device is unknown, or the file is no CLIP checkpoint.
+        ValueError: if the name or the device is unknown, or the file is not a CLIP's checkpoint.
         FileNotFoundError: if there is no such file.
         ConnectionError: if a download fails.
     """
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"the activation must be {' or '.join(ACTIVATIONS)}, not {activation!r}")
+    heads = None if heads is None else tuple(heads)
     device = _device(device)
-    path = locate(name_or_path, download_root)
-    state_dict = read_checkpoint(path)
+    name, path = os.fspath(name_or_path), locate(name_or_path, download_root)
+    state = read_checkpoint(path)
     try:
-        model = build_model(state_dict)
+        recipe = _recipe(name, path)
+        recipe.check(sizes(state))
+        activation_used = recipe.activation or activation or "quickgelu"
+        model = build_model(state, activation_used, recipe.heads or heads)
     except (ValueError, RuntimeError) as error:  # torch's own, of sizes that it cannot have
-        raise ValueError(
-            f"{path} cannot be used: {error} Name a checkpoint of a CLIP such as OpenAI's."
-        ) from None
-    return model.to(device), make_preprocess(model.visual.input_resolution)
+        raise ValueError(f"{path} cannot be used: {error}") from None
+    model.image_mean, model.image_std = recipe.normalisation
+    for note in _notes(path, model, recipe, activation, heads):
+        print(f"note: {note}", file=sys.stderr)
+    resolution = model.visual.input_resolution
+    return model.to(device), make_preprocess(resolution, model.image_mean, model.image_std)
+
+
+def _recipe(name: str, path: Path) -> Recipe:
+    """What is said about a checkpoint other than by its tensors."""
+    if name in available_models():
+        return Recipe(source=name)
+    return from_package(name)[0] if name.startswith(OPEN_CLIP) else beside(path)
+
+
+def _notes(
+    path: Path,
+    model: CLIP,
+    recipe: Recipe,
+    activation: str | None,
+    heads: tuple[int, int] | None,
+) -> Iterator[str]:
+    """What a user should know: that a wish was overruled, or how a choice was made."""
+    for asked, used in ((activation, model.activation), (heads, model.heads)):
+        if asked not in (None, used):
+            yield f"{recipe.source} says {used}, which decides, and not {asked}"
+    if recipe.geometry:
+        yield (
+            f"{recipe.source} resizes images otherwise ({recipe.geometry}) than is done here "
+            "(short side, bicubic, centre crop)"
+        )
+    if not recipe.source and not (activation and heads) and not _is_known(path):
+        assumed = [] if activation else ["QuickGELU"]
+        assumed += [] if heads else ["{} and {} attention heads".format(*model.heads)]
+        yield (
+            f"nothing beside {path} says how it was trained: {' and '.join(assumed)} (image and "
+            "text tower) are assumed by OpenAI's rule; --activation and --heads (activation=, "
+            "heads=) name others"
+        )
+
+
+def _is_known(path: Path) -> bool:
+    """Whether a file is one of OpenAI's or one that this repository ships, whatever its name."""
+    known = {sha256 for _, sha256 in (*OPENAI.values(), *SHIPPED.values())}
+    return digest(path) in known
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -107,157 +153,100 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
-            f"The device {str(device)!r} cannot be used ({reason}): name another, such as cpu."
+            f"the device {str(device)!r} cannot be used ({reason}): name another, such as cpu"
         ) from None
 
 
-def locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | None) -> Path:
-    """The file of a model's name, verified, or the one that a path means."""
+def check(name_or_path: str | os.PathLike) -> None:
+    """Refuse what `load` would not find, without downloading or reading anything large.
+
+    Args:
+        name_or_path: as `load` takes it.
+
+    Raises:
+        ValueError: if it is neither a known name nor a checkpoint.
+        FileNotFoundError: if it is a path that leads nowhere, or a folder without a checkpoint.
+    """
+    name = os.fspath(name_or_path)
+    if name in available_models():
+        return
+    if name.startswith(OPEN_CLIP):
+        from_package(name)
+        return
+    path = _find(name)
+    if what := impostor(path):
+        raise ValueError(f"{path} is {what}")
+
+
+def locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | None = None) -> Path:
+    """The file of a model's name, downloaded and verified, or the one that a path means.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as `load`.
+    """
     name = os.fspath(name_or_path)
     if name in SHIPPED:
         file, sha256 = SHIPPED[name]
         path = WEIGHTS / file
         if not path.is_file():
             raise FileNotFoundError(
-                f"The weights of {name} are missing at {path}: check the repository out again."
+                f"the weights of {name} are missing at {path}: check the repository out again"
             )
+        if what := impostor(path):
+            raise ValueError(f"{path} is {what}")
         if digest(path) != sha256:
             raise ValueError(
                 f"{path} has a wrong SHA-256 and is not the {name} that this repository ships: "
-                f"check the file out again, or copy it elsewhere and load it by its path."
+                "check the file out again, or copy it elsewhere and load it by its path"
             )
         return path
+    folder = Path(os.path.expanduser(download_root)) if download_root else None
     if name in OPENAI:
         file, sha256 = OPENAI[name]
-        folder = Path(os.path.expanduser(download_root)) if download_root else cache_folder()
-        return fetch(f"{MODELS_URL}/{sha256}/{file}", folder / file, sha256)
+        target = (folder or cache_folder()) / file
+        return fetch(f"{MODELS_URL}/{sha256}/{file}", target, sha256)
+    if name.startswith(OPEN_CLIP):
+        return _from_open_clip(name, folder)
+    return _find(name)
 
+
+def _from_open_clip(name: str, folder: Path | None) -> Path:
+    """The file of `open_clip:NAME/PRETRAINED`, which open_clip finds in its caches or downloads."""
+    _, source = from_package(name)
+    if isinstance(source, Path):
+        return source
+    from open_clip.pretrained import download_pretrained
+
+    errors = []
+    # The hub, then the address; the weights may lie in the cache of either.
+    for hub in (True, False) if source.get("hf_hub") and source.get("url") else (True,):
+        try:
+            return Path(download_pretrained(source, hub, folder and str(folder)))
+        except Exception as error:  # of many kinds, from several packages
+            errors.append(" ".join(str(error).split()).partition(". ")[0][:200])
+    model = name.removeprefix(OPEN_CLIP).partition("/")[0]
+    raise ConnectionError(
+        f"open_clip cannot bring the weights of {name} ({errors[0]}): get the file on a machine "
+        f"that can, and name {OPEN_CLIP}{model}/FILE with its path"
+    )
+
+
+def _find(name: str) -> Path:
+    """The checkpoint that a path means, be it the file or its folder."""
     path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a checkpoint file in it.")
+        return find_in_folder(path)
     in_folder = len(path.parts) > 1 and path.suffix
-    if in_folder or path.suffix.lower() in SUFFIXES:
-        raise FileNotFoundError(f"There is no checkpoint at {path}: check the path.")
+    if in_folder or path.is_absolute() or path.suffix.lower() in SUFFIXES:
+        raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
     known = {model.lower(): model for model in available_models()}
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {known[near[0]]}? " if near else ""
+    if len(path.parts) == 2 and not near:
+        hint = f"`hf download {name} --local-dir FOLDER` brings what the Hugging Face hub has; "
     raise ValueError(
-        f"Unknown model {name!r}: {hint}Known are {', '.join(available_models())}, and the path "
-        "of a checkpoint."
+        f"unknown model {name!r}: {hint}known are {', '.join(available_models())}, "
+        "open_clip:NAME/PRETRAINED, and the path of a checkpoint or its folder"
     )
-
-
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU and in the precision that it was saved in.
-
-    Args:
-        path: a file written by torch.save, safetensors or TorchScript. The tensors may lie
-            under "state_dict", and their names may begin with "module.".
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read as any of these; nothing in it is executed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}: check the path.")
-    try:
-        state = _state_dict(_read(path))
-        check_growth(path, sum(map(_bytes, state.values())))
-    except Exception as error:  # damage shows in many ways, deep in zipfile, pickle and torch
-        raise ValueError(
-            f"{path} is not a checkpoint that can be read safely ({_reason(path, error)}): get it "
-            "again, or save the model's state_dict() alone with torch.save."
-        ) from None
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path} holds no state dict: save the model's state_dict() with torch.save."
-        )
-    return state
-
-
-def _state_dict(content: Any) -> dict[str, Any]:
-    """The state dict in what a file held, or nothing."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        return {}
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def _bytes(value: Any) -> int:
-    """Memory of a tensor once it is copied, however little of it is stored; 0 for other things."""
-    if not isinstance(value, Tensor):
-        return 0
-    plain = value.layout == torch.strided and value.device.type == "cpu"
-    if not plain or value.is_quantized or value.is_complex():
-        raise ValueError("it holds a tensor that is not of plain numbers")
-    return value.numel() * value.element_size()
-
-
-def _read(path: Path) -> Any:
-    """What a file holds, by the reader that its format needs."""
-    if path.suffix.lower() == ".safetensors":
-        return load_file(path)
-    if is_archive(path):
-        return read_archive(path)
-    if zipfile.is_zipfile(path):
-        return read_saved(path)
-    # torch.load would unpack archives of its own accord: a zip file by its beginning, and run it
-    # where it takes it for TorchScript (2.5 and older), or a tar file.
-    with open(path, "rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            raise ValueError("its end is missing")
-    if tarfile.is_tarfile(path):
-        raise ValueError("it is a tar file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of formats that are read no longer than they must
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, without torch's advice to read it unsafely."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    if not path.stat().st_size:
-        return "it is empty"
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
-    if named := re.search(r"GLOBAL (\S+)", text):
-        return f"it names {named[1]}, which is no tensor; nothing was run"
-    known = isinstance(error, (ValueError, RuntimeError, SafetensorError, zipfile.BadZipFile))
-    if known and "weights_only" not in text:
-        return text.partition(". ")[0].rstrip(".")[:160]
-    return "it is no file that torch.save wrote"
-
-
-def make_preprocess(input_resolution: int) -> transforms.Compose:
-    """CLIP's preprocessing: short side to the resolution, centre crop, CLIP's normalisation."""
-    return transforms.Compose(
-        [
-            to_rgb,
-            transforms.Resize(input_resolution, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(input_resolution),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, whatever its mode; transparency is dropped.
-
-    As Pillow's `convert`, which CLIP's own preprocessing calls, but for grey of sixteen bits: it
-    becomes eight bits, as Pillow does for colour; `convert` would make nearly all of it white.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int32).clip(0, 65535)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = (values + 128) // 257
-        image = Image.fromarray(values.astype(np.uint8))
-    elif image.mode in ("P", "PA", "La", "RGBa"):
-        image = image.convert({"La": "LA"}.get(image.mode, "RGBA"))
-    return image.convert("RGB")

@@ -6,30 +6,38 @@ are. Two towers end in one space of D dimensions:
     images (B, 3, H, W) -> VisionTransformer or ResNet -> (B, D)
     tokens (N, L)       -> Transformer, causal         -> (N, D)
 
-    model = build_model(state_dict)
+    model, preprocess = clip.load("ViT-B/16")
     logits_per_image, logits_per_text = model(images, model.tokenize(["a photo of a cat."]))
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .tokenizer import Tokenizer
+from clip.preprocess import MEAN, STD
+from clip.resnet import STRIDE, ResNet
+from clip.tokenizer import Tokenizer
 
 HEAD_WIDTH = 64
-RESNET_STRIDE = 32  # of a ResNet's image to its last feature map
+EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # in files, but not parameters
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # the paper's temperature, section 2.5
-MAX_BLOCKS = 1000  # of a stack: a file's names alone would have this many made
-EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # carried, but no parameters
 
 
 def heads_for(width: int) -> int:
-    """The number of attention heads of a transformer: one for every 64 channels, at least one."""
+    """OpenAI's number of attention heads: one for every 64 channels, at least one."""
     return max(width // HEAD_WIDTH, 1)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Refuse a number of heads that cannot share the channels evenly."""
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"a width of {width} cannot be shared by {heads} attention heads: name others"
+        )
 
 
 class QuickGELU(nn.Module):
@@ -61,6 +69,9 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
 
 
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
+
+
 def pick(x: Tensor, read: Tensor) -> Tensor:
     """One position of each row: (B, L, W) at (B,) -> (B, 1, W)."""
     return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[-1]))
@@ -77,8 +88,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"A width of {width} cannot be shared by {heads} attention heads.")
+        check_heads(width, heads)
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -109,13 +119,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps, four times as wide in between."""
+    """Two linear maps, wider in between."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = QuickGELU()
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, hidden)
+        self.gelu = ACTIVATIONS[activation]()
+        self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.gelu(self.c_fc(x)))
@@ -124,12 +134,12 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Attention and MLP, each on a normalised copy of what it is added to."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, hidden: int, activation: str, causal: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, hidden, activation)
 
     def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
         """(B, L, W) -> (B, L, W), or (B, 1, W) for one position `read` (B,) in each."""
@@ -139,12 +149,33 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of residual blocks, of whose output one position in each row is read."""
+    """A stack of residual blocks, of whose output one position in each row is read.
 
-    def __init__(self, width: int, layers: int, causal: bool = False):
+    Args:
+        width: channels.
+        layers: blocks.
+        causal: whether a position sees itself and earlier ones only.
+        heads: attention heads; OpenAI's number when None.
+        hidden: channels inside the MLPs; four times the width when None.
+        activation: a key of ACTIVATIONS.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        causal: bool = False,
+        heads: int | None = None,
+        hidden: int | None = None,
+        activation: str = "quickgelu",
+    ):
         super().__init__()
-        heads = heads_for(width)
-        blocks = [ResidualAttentionBlock(width, heads, causal) for _ in range(layers)]
+        self.heads = heads_for(width) if heads is None else heads
+        hidden = hidden or 4 * width
+        blocks = [
+            ResidualAttentionBlock(width, self.heads, hidden, activation, causal)
+            for _ in range(layers)
+        ]
         self.resblocks = nn.Sequential(*blocks)
 
         # OpenAI's initialisation: what each block adds shrinks with the depth of the stack.
@@ -174,10 +205,12 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """A ViT whose class token, projected, is the image's feature."""
 
-    def __init__(self, input_resolution: int, patch: int, width: int, layers: int, embed_dim: int):
+    def __init__(
+        self, input_resolution: int, patch: int, width: int, layers: int, embed_dim: int, **blocks
+    ):
         super().__init__()
         if input_resolution % patch:
-            raise ValueError(f"Patches of {patch} pixels do not tile {input_resolution} pixels.")
+            raise ValueError(f"patches of {patch} pixels do not tile {input_resolution} pixels")
         self.input_resolution = input_resolution
         std = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
@@ -185,7 +218,7 @@ class VisionTransformer(nn.Module):
         positions = (input_resolution // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(std * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers)
+        self.transformer = Transformer(width, layers, **blocks)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
 
@@ -198,93 +231,8 @@ class VisionTransformer(nn.Module):
         return self.ln_post(self.transformer(x, read)) @ self.proj  # (B, D)
 
 
-class Bottleneck(nn.Module):
-    """A residual block that averages before it strides, in both of its branches."""
-
-    def __init__(self, inputs: int, planes: int, stride: int):
-        super().__init__()
-        outputs = 4 * planes
-        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity
-        self.downsample = None
-        if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential()
-            self.downsample.add_module("-1", nn.AvgPool2d(stride))
-            self.downsample.add_module("0", nn.Conv2d(inputs, outputs, 1, bias=False))
-            self.downsample.add_module("1", nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(self.avgpool(x)))
-        return F.relu(x + shortcut)
-
-
-class AttentionPool2d(nn.Module):
-    """Pools a feature map by attention, with its mean as the only query."""
-
-    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
-        super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
-        self.k_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, embed_dim)
-        for linear in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(2).transpose(1, 2)  # (B, side², W)
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
-        x = x + self.positional_embedding  # (B, 1 + side², W)
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, W / heads)
-        return self.c_proj(x.flatten(1))  # (B, D)
-
-
-class ResNet(nn.Module):
-    """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling."""
-
-    def __init__(self, input_resolution: int, width: int, layers: Sequence[int], embed_dim: int):
-        super().__init__()
-        self.input_resolution = input_resolution
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.avgpool = nn.AvgPool2d(2)
-        inputs = width
-        for number, blocks in enumerate(layers, start=1):
-            planes = width * 2 ** (number - 1)
-            stage = nn.Sequential(Bottleneck(inputs, planes, stride=1 if number == 1 else 2))
-            for _ in range(1, blocks):
-                stage.append(Bottleneck(4 * planes, planes, stride=1))
-            self.add_module(f"layer{number}", stage)
-            inputs = 4 * planes
-        side = input_resolution // RESNET_STRIDE
-        self.attnpool = AttentionPool2d(side, inputs, heads_for(inputs), embed_dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = self.avgpool(F.relu(self.bn3(self.conv3(x))))  # (B, W, H / 4, W / 4)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 32 W, H / 32, W / 32)
-        return self.attnpool(x)  # (B, D)
-
-
 class CLIP(nn.Module):
-    """Both towers and the temperature, initialised as CLIP's authors published.
+    """Both towers and the logit scale, initialised as CLIP's authors published.
 
     Args:
         embed_dim: dimensions D of the features that both towers end in.
@@ -296,6 +244,16 @@ class CLIP(nn.Module):
         vocab_size: tokens known; the model's tokenizer follows from it.
         transformer_width: channels of the text tower.
         transformer_layers: blocks of the text tower.
+        vision_heads: attention heads of the ViT, or of the ResNet's attention pool; OpenAI's
+            number, one for every 64 channels, when None.
+        transformer_heads: attention heads of the text tower; likewise.
+        vision_mlp: channels inside the ViT's MLPs; four times its width when None.
+        transformer_mlp: channels inside the text tower's MLPs; likewise.
+        activation: that of the MLPs, a key of ACTIVATIONS.
+
+    Attributes:
+        activation: as above.
+        image_mean, image_std: with which images are normalised, three floats each.
 
     Raises:
         ValueError: if sizes do not fit together.
@@ -312,17 +270,33 @@ class CLIP(nn.Module):
         vocab_size: int,
         transformer_width: int,
         transformer_layers: int,
+        *,
+        vision_heads: int | None = None,
+        transformer_heads: int | None = None,
+        vision_mlp: int | None = None,
+        transformer_mlp: int | None = None,
+        activation: str = "quickgelu",
     ):
         super().__init__()
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self.activation = activation
+        self.image_mean, self.image_std = MEAN, STD
         if isinstance(vision_layers, int):
             self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, vision_width, vision_layers, embed_dim
-            )
+                image_resolution, vision_patch_size, vision_width, vision_layers, embed_dim,
+                heads=vision_heads, hidden=vision_mlp, activation=activation,
+            )  # fmt: skip
         else:
-            self.visual = ResNet(image_resolution, vision_width, vision_layers, embed_dim)
-        self.transformer = Transformer(transformer_width, transformer_layers, causal=True)
+            vision_heads = vision_heads or heads_for(STRIDE * vision_width)
+            check_heads(STRIDE * vision_width, vision_heads)
+            self.visual = ResNet(
+                image_resolution, vision_width, vision_layers, embed_dim, vision_heads
+            )
+        self.transformer = Transformer(
+            transformer_width, transformer_layers, causal=True,
+            heads=transformer_heads, hidden=transformer_mlp, activation=activation,
+        )  # fmt: skip
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
@@ -337,6 +311,13 @@ class CLIP(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the weights, to which images are cast."""
         return self.visual.conv1.weight.dtype
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Attention heads of the image tower (of a ResNet's pool) and of the text tower."""
+        pool = getattr(self.visual, "attnpool", None)
+        vision = self.visual.transformer.heads if pool is None else pool.heads
+        return vision, self.transformer.heads
 
     def tokenize(self, texts: str | Sequence[str], truncate: bool = False) -> Tensor:
         """Tokens of one or more texts by this model's own vocabulary.
@@ -362,8 +343,8 @@ class CLIP(nn.Module):
         side = self.visual.input_resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(
-                f"This model takes images of shape (B, 3, {side}, {side}), not "
-                f"{tuple(images.shape)}: pass them through the preprocess of clip.load."
+                f"this model takes images of shape (B, 3, {side}, {side}), not "
+                f"{tuple(images.shape)}: pass them through the preprocess of clip.load"
             )
         return self.visual(images.to(self.dtype))
 
@@ -386,8 +367,8 @@ class CLIP(nn.Module):
         """
         if tokens.dim() != 2 or tokens.shape[1] > self.context_length:
             raise ValueError(
-                f"This model takes tokens of shape (N, L) with L up to {self.context_length}, "
-                f"not {tuple(tokens.shape)}: make them with model.tokenize."
+                f"this model takes tokens of shape (N, L) with L up to {self.context_length}, "
+                f"not {tuple(tokens.shape)}: make them with model.tokenize"
             )
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         return self.transformer.resblocks[:blocks](x)
@@ -403,96 +384,3 @@ class CLIP(nn.Module):
         text_features = F.normalize(self.encode_text(tokens), dim=-1)  # (N, D)
         logits = self.logit_scale.exp() * image_features @ text_features.T  # (B, N)
         return logits, logits.T
-
-
-def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
-    """Make the CLIP that a state dict describes, whatever its sizes, and fill it.
-
-    Args:
-        state_dict: tensors by OpenAI's names, in any floating type; left unchanged.
-
-    Returns:
-        The model in float32 and in evaluation mode, on the device of the tensors.
-
-    Raises:
-        ValueError: if tensors are missing, unexpected or wrongly shaped; some are named.
-    """
-    state = {str(key): value for key, value in state_dict.items() if not _is_extra(str(key))}
-    _refuse("holds no tensor in", {k for k, v in state.items() if not isinstance(v, Tensor)})
-    with torch.device("meta"):  # shapes alone: neither memory nor random numbers
-        model = CLIP(**_sizes(state))
-    expected = model.state_dict()
-    for key in expected.keys() - state.keys():
-        if key.endswith("num_batches_tracked"):  # older files lack it, and nothing here reads it
-            state[key] = torch.tensor(0)
-
-    _refuse("lacks", expected.keys() - state.keys())
-    _refuse("holds unexpected", state.keys() - expected.keys())
-    wrong = {
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if state[key].shape != value.shape
-    }
-    _refuse("holds wrongly shaped", wrong)
-
-    state = {
-        key: value.detach().to(expected[key].dtype, copy=True).contiguous()
-        for key, value in state.items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _is_extra(key: str) -> bool:
-    return key.rpartition(".")[2] in (*EXTRA_KEYS, "attn_mask")
-
-
-def _refuse(complaint: str, keys: set[str]) -> None:
-    """Raise a ValueError that names the first few keys, unless there are none."""
-    if keys:
-        named = ", ".join(sorted(keys)[:3])
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise ValueError(
-            f"The state dict is not a CLIP's in OpenAI's layout: it {complaint} {named}{more}."
-        )
-
-
-def _sizes(state: Mapping[str, Tensor]) -> dict:
-    """The arguments of `CLIP`, read from the tensors' shapes."""
-    vit = "visual.proj" in state
-    place = "visual" if vit else "visual.attnpool"
-    matrices = ("token_embedding.weight", "positional_embedding", "text_projection")
-    dimensions = dict.fromkeys((*matrices, f"{place}.positional_embedding"), 2)
-    dimensions["visual.conv1.weight"] = 4
-    _refuse("lacks", dimensions.keys() - state.keys())
-    wrong = {k for k, n in dimensions.items() if state[k].dim() != n or not state[k].numel()}
-    _refuse("holds wrongly shaped", wrong)
-
-    width, _, _, patch = state["visual.conv1.weight"].shape
-    positions = len(state[f"{place}.positional_embedding"])
-    side = math.isqrt(max(positions - 1, 0))
-    if side < 1 or side**2 + 1 != positions:
-        _refuse("holds wrongly shaped", {f"{place}.positional_embedding"})
-    if vit:
-        layers = _count(state, "visual.transformer.resblocks.")
-    else:
-        layers = tuple(_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-    return {
-        "embed_dim": state["text_projection"].shape[1],
-        "image_resolution": side * (patch if vit else RESNET_STRIDE),
-        "vision_layers": layers,
-        "vision_width": width if vit else 2 * width,
-        "vision_patch_size": patch if vit else None,
-        "context_length": len(state["positional_embedding"]),
-        "vocab_size": len(state["token_embedding.weight"]),
-        "transformer_width": state["text_projection"].shape[0],
-        "transformer_layers": _count(state, "transformer.resblocks."),
-    }
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many different blocks have parameters below a prefix."""
-    count = len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
-    if count > MAX_BLOCKS:
-        _refuse(f"holds {count} blocks of", {prefix.rstrip(".")})
-    return count

@@ -2,7 +2,8 @@
 
 A vocabulary is 256 bytes, the same 256 at the end of a word (`</w>`), one token per merge and
 two for the start and the end of a text. A model with V tokens uses the first V - 514 merges of
-OpenAI's list, so that a vocabulary of 514 needs no file at all.
+OpenAI's list, so that a vocabulary of 514 needs no file at all. Tokens beyond OpenAI's 49,408,
+which some models were padded to, stand for nothing.
 """
 
 import gzip
@@ -19,7 +20,7 @@ import regex
 import torch
 from torch import Tensor
 
-from .download import cache_folder, digest, fetch
+from clip.download import cache_folder, digest, fetch
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -83,7 +84,7 @@ class Tokenizer:
             FileNotFoundError: if the merges file that was named does not exist.
         """
         path = merges_path or os.environ.get("CLIP_BPE_PATH") or None
-        return _tokenizer(int(vocab_size), path and os.fspath(path))
+        return _tokenizer(min(int(vocab_size), VOCABULARY), path and os.fspath(path))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of one text, without start, end and padding."""
@@ -112,13 +113,13 @@ class Tokenizer:
         if isinstance(texts, str):
             texts = [texts]
         elif not isinstance(texts, Iterable):
-            raise ValueError(f"Texts must be a string or a list of strings, not {texts!r}.")
+            raise ValueError(f"texts must be a string or a list of strings, not {texts!r}")
         texts = list(texts)
         if context_length < 2:
             raise ValueError(
-                f"A context length of {context_length} cannot hold start and end: use 2 or more."
+                f"a context length of {context_length} cannot hold start and end: use 2 or more"
             )
-        result = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        result = torch.zeros(len(texts), context_length, dtype=torch.int64, device="cpu")
         for row, text in zip(result, texts, strict=True):
             tokens = [self.start, *self.encode(text), self.end]
             if len(tokens) > context_length:
@@ -126,10 +127,10 @@ class Tokenizer:
                     shown = text if len(text) <= 60 else text[:57] + "..."
                     raise ValueError(
                         f"{shown!r} makes {len(tokens)} tokens, and the context holds "
-                        f"{context_length}: shorten it, or pass truncate=True."
+                        f"{context_length}: shorten it, or pass truncate=True"
                     )
                 tokens = [*tokens[: context_length - 1], self.end]
-            row[: len(tokens)] = torch.tensor(tokens)
+            row[: len(tokens)] = torch.tensor(tokens, device="cpu")
         return result
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -156,8 +157,8 @@ def _tokenizer(vocab_size: int, path: str | None) -> Tokenizer:
     count = vocab_size - BYTE_VOCABULARY
     if count < 0:
         raise ValueError(
-            f"A vocabulary of {vocab_size} tokens has no tokenizer: bytes alone need "
-            f"{BYTE_VOCABULARY}."
+            f"a vocabulary of {vocab_size} tokens has no tokenizer: bytes alone need "
+            f"{BYTE_VOCABULARY}"
         )
     if count == 0:
         return Tokenizer()
@@ -166,7 +167,7 @@ def _tokenizer(vocab_size: int, path: str | None) -> Tokenizer:
     if len(merges) < count:
         raise ValueError(
             f"{path} holds {len(merges)} merges, and a vocabulary of {vocab_size} tokens needs "
-            f"{count}: use OpenAI's {MERGES_FILE}."
+            f"{count}: use OpenAI's {MERGES_FILE}"
         )
     return Tokenizer(merges)
 
@@ -174,7 +175,7 @@ def _tokenizer(vocab_size: int, path: str | None) -> Tokenizer:
 def clean(text: str) -> str:
     """Repair broken Unicode, resolve HTML entities, collapse white space, lower the case."""
     if not isinstance(text, str):
-        raise ValueError(f"A text to tokenize must be a string, not {text!r}.")
+        raise ValueError(f"a text to tokenize must be a string, not {text!r}")
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
@@ -199,7 +200,7 @@ def tokenize(
         (N, context_length) int64, zero after the end-of-text token.
 
     Raises:
-        ValueError: if a text is too long and `truncate` is not set, or is no string.
+        ValueError: if a text is too long and `truncate` is not set, or is not a string.
     """
     return Tokenizer.for_vocabulary(VOCABULARY, merges_path)(texts, context_length, truncate)
 
@@ -220,7 +221,7 @@ def find_merges(path: str | os.PathLike | None = None) -> Path:
         found = Path(os.path.expanduser(named))
         if not found.is_file():
             source = "the path given" if path else "CLIP_BPE_PATH"
-            raise FileNotFoundError(f"There is no merges file at {found}, which is {source}.")
+            raise FileNotFoundError(f"there is no merges file at {found}, which is {source}")
         return found
     cached = cache_folder() / MERGES_FILE
     if not cached.exists():
@@ -251,7 +252,7 @@ def read_merges(path: str | os.PathLike, count: int | None = None) -> list[tuple
             raise ValueError(f"it is longer than {MERGES_LIMIT} bytes")
         text = data.decode("utf-8")
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path} is no merges file, neither text nor gzip: {error}.") from None
+        raise ValueError(f"{path} is not a merges file, neither text nor gzip: {error}") from None
     lines = text.rstrip("\n").split("\n")
     first = 1 if "#version" in lines[0] else 0
     known = {*LETTERS.values(), *(letter + END_OF_WORD for letter in LETTERS.values())}
@@ -260,8 +261,8 @@ def read_merges(path: str | os.PathLike, count: int | None = None) -> list[tuple
         pair = tuple(line.split())
         if len(pair) != 2 or not known.issuperset(pair):
             raise ValueError(
-                f"{path} is no merges file: line {number} is {line[:40]!r}, and should be two "
-                "symbols, each a byte or made by an earlier line."
+                f"{path} is not a merges file: line {number} is {line[:40]!r}, and should be two "
+                "symbols, each a byte or made by an earlier line"
             )
         known.add(pair[0] + pair[1])
         merges.append(pair)

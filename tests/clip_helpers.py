@@ -1,6 +1,5 @@
 """Random CLIP weights in OpenAI's layout, open_clip as their reference, a server on loopback."""
 
-import re
 import socketserver
 import ssl
 import threading
@@ -106,6 +105,29 @@ def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
+def random_images(model, count=3, seed=1):
+    """Normalised images of the model's input size."""
+    side = model.visual.input_resolution
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(model, count=4, seed=2):
+    """Texts of different lengths: start, random tokens, end, zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    start, end = model.vocab_size - 2, model.vocab_size - 1
+    tokens = torch.randint(start, (count, model.context_length), generator=generator)
+    tokens[:, 0] = start
+    for row, length in zip(tokens, range(3, 3 + 2 * count, 2), strict=True):
+        row[length - 1] = end
+        row[length:] = 0
+    return tokens
+
+
+def relative_error(ours, theirs):
+    """The largest error of a row, as a share of the row's length."""
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+
+
 class Server:
     """Serves one file at every path on loopback, faithfully or not; a context manager.
 
@@ -113,23 +135,21 @@ class Server:
 
     Attributes:
         content: the file.
-        ranges: whether Range headers are honoured.
-        shift: added to where a continued answer starts, a server's mistake.
-        stop_after: close the connection after so many bytes of the body.
+        stop_after: bytes of the body after which each answer's connection is closed, None for
+            none; the last one holds for all that follow.
         delay: seconds to wait before an answer.
         stall: seconds to wait before it is closed.
         chunked: send the body as one chunk, without its length.
         status: answer with this error instead.
         location: answer with a redirection to this address instead.
         tls: a context to speak TLS with; plain HTTP without.
-        requests: the Range header of each request so far, None where it had none.
+        requests: how many there have been.
     """
 
     def __init__(self, content: bytes, tls: ssl.SSLContext | None = None):
-        self.content, self.tls, self.location = content, tls, None
-        self.ranges, self.shift, self.stop_after, self.status = True, 0, None, None
-        self.delay, self.stall, self.chunked = 0, 0, False
-        self.requests: list[str | None] = []
+        self.content, self.tls, self.location, self.status = content, tls, None, None
+        self.stop_after, self.delay, self.stall, self.chunked = [None], 0, 0, False
+        self.requests = 0
 
     def __enter__(self) -> "Server":
         class Handler(BaseHTTPRequestHandler):
@@ -154,8 +174,8 @@ class Server:
         self._server.server_close()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        asked = handler.headers["Range"]
-        self.requests.append(asked)
+        stop = self.stop_after[min(self.requests, len(self.stop_after) - 1)]
+        self.requests += 1
         time.sleep(self.delay)
         if self.status:
             return handler.send_error(self.status)
@@ -163,27 +183,16 @@ class Server:
             handler.send_response(302)
             handler.send_header("Location", self.location)
             return handler.end_headers()
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else None
-        if start is not None and start >= len(self.content):
-            return handler.send_error(416)
-        body = self.content
-        if start is None:
-            handler.send_response(200)
-        else:
-            start += self.shift
-            body = body[start:]
-            handler.send_response(206)
-            last = len(self.content) - 1
-            handler.send_header("Content-Range", f"bytes {start}-{last}/{len(self.content)}")
+        handler.send_response(200)
         if self.chunked:
             handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
-            handler.wfile.write(b"%x\r\n" % len(body) + body[: self.stop_after])
-            if self.stop_after is None:
+            handler.wfile.write(b"%x\r\n" % len(self.content) + self.content[:stop])
+            if stop is None:
                 handler.wfile.write(b"\r\n0\r\n\r\n")
         else:
-            handler.send_header("Content-Length", str(len(body)))
+            handler.send_header("Content-Length", str(len(self.content)))
             handler.end_headers()
-            handler.wfile.write(body[: self.stop_after])
+            handler.wfile.write(self.content[:stop])
         time.sleep(self.stall)
         return None

@@ -1,0 +1,65 @@
+"""Turns images of any size and mode into CLIP's input."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torchvision import transforms
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that OpenAI trained on, RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def make_preprocess(
+    input_resolution: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> transforms.Compose:
+    """CLIP's preprocessing: short side to the resolution, centre crop, normalisation.
+
+    Args:
+        input_resolution: side R of the model's square input, in pixels.
+        mean: of the red, green and blue values in [0, 1]; a model's `image_mean`.
+        std: their standard deviation; a model's `image_std`.
+
+    Returns:
+        A transform of PIL images to float32 tensors (3, R, R).
+    """
+    return transforms.Compose(
+        [
+            to_rgb,
+            transforms.Resize(input_resolution, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(input_resolution),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, whatever its mode; transparency is dropped.
+
+    As Pillow's `convert`, which CLIP's own preprocessing calls, except for grey values that do not
+    fit into eight bits, which `convert` would cut off: sixteen bits are scaled to eight, and so is
+    floating point, by the range that its values are in: [0, 1], [0, 255] or [0, 65535].
+
+    Raises:
+        ValueError: if floating-point values are in none of these ranges.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.int32).clip(0, 65535)
+        if image.mode != "I" or values.max(initial=0) > 255:
+            values = (values + 128) // 257
+        image = Image.fromarray(values.astype(np.uint8))
+    elif image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(initial=0), values.max(initial=0)
+        if not 0 <= low <= high <= 65535:  # NaN is in no range either
+            raise ValueError(
+                f"its grey values lie between {low:g} and {high:g}: save it with eight bits"
+            )
+        scale = 255 if high <= 1 else 1 if high <= 255 else 1 / 257
+        image = Image.fromarray((scale * values + 0.5).astype(np.uint8))
+    elif image.mode in ("P", "PA", "La", "RGBa"):
+        image = image.convert({"La": "LA"}.get(image.mode, "RGBA"))
+    return image.convert("RGB")

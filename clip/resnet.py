@@ -1,0 +1,109 @@
+"""The image towers RN50 to RN50x64, in the layout of OpenAI's checkpoints."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDE = 32  # from the image to the last feature map, and from the stem's width to its channels
+
+
+class Bottleneck(nn.Module):
+    """A residual block that averages before it strides, in both of its branches."""
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        outputs = 4 * planes
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inputs, outputs, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return F.relu(x + shortcut)
+
+
+class AttentionPool2d(nn.Module):
+    """Pools a feature map by attention, with its mean as the only query."""
+
+    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # (B, side², W)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        x = x + self.positional_embedding  # (B, 1 + side², W)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, W / heads)
+        return self.c_proj(x.flatten(1))  # (B, D)
+
+
+class ResNet(nn.Module):
+    """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling.
+
+    Args:
+        input_resolution: pixels of a side of the square input.
+        width: channels W of the stem.
+        layers: blocks of each of the four stages.
+        embed_dim: dimensions D of the feature.
+        heads: attention heads of the pool, which share 32 W channels evenly.
+    """
+
+    def __init__(
+        self,
+        input_resolution: int,
+        width: int,
+        layers: Sequence[int],
+        embed_dim: int,
+        heads: int,
+    ):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        inputs = width
+        for number, blocks in enumerate(layers, start=1):
+            planes = width * 2 ** (number - 1)
+            stage = nn.Sequential(Bottleneck(inputs, planes, stride=1 if number == 1 else 2))
+            for _ in range(1, blocks):
+                stage.append(Bottleneck(4 * planes, planes, stride=1))
+            self.add_module(f"layer{number}", stage)
+            inputs = 4 * planes
+        side = input_resolution // STRIDE
+        self.attnpool = AttentionPool2d(side, inputs, heads, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.avgpool(F.relu(self.bn3(self.conv3(x))))  # (B, W, H / 4, W / 4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 32 W, H / 32, W / 32)
+        return self.attnpool(x)  # (B, D)
