@@ -1,7 +1,7 @@
 """SO: Adam whose gradients and moments live on a tiny, moving support of each weight matrix.
 
 Mrabah, Richet, Ben Ayed, Granger, "Sparsity Outperforms Low-Rank Projections in Few-Shot
-Adaptation", ICCV 2025, https://arxiv.org/abs/2504.12436. For a matrix W of n entries,
+Adaptation", ICCV 2025, https://arxiv.org/abs/2504.12436. For a tensor W of n entries,
 k = max(1, floor(n * density_ratio)), and step t:
 
     S_g ~ k of the n entries, uniform without replacement, on steps 1, T + 1, 2 T + 1, ...
@@ -11,7 +11,7 @@ k = max(1, floor(n * density_ratio)), and step t:
     W  -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)  at U
     S_m = the k entries of U with the largest |m|
 
-This file needs nothing but torch: copy it, and use it like Adam.
+Copy this file and use it like Adam. It needs Python 3.9 and torch 2.4, or later, and nothing else.
 
     optimizer = SO(model.parameters(), lr=3e-4, density_ratio=5e-4, T=10)
     for inputs, targets in loader:
@@ -20,13 +20,17 @@ This file needs nothing but torch: copy it, and use it like Adam.
         optimizer.step()
 """
 
+from __future__ import annotations
+
 import hashlib
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import Optimizer
@@ -34,190 +38,25 @@ from torch.optim.optimizer import Optimizer
 __all__ = ["SO"]
 
 
-def draw_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
-    """Draw k distinct flat indices of numel entries, uniform without replacement.
-
-    Redrawing repeats leaves the first k distinct values of an endless independent sequence,
-    which by symmetry is a uniform subset; it costs O(k log k) and never a permutation of numel.
-
-    Returns:
-        The indices in increasing order, (k,) int64 on the CPU.
-    """
-    if k == numel:
-        return torch.arange(numel)
-    if 4 * k > numel:  # repeats would be many; a permutation is no larger than four supports
-        return torch.randperm(numel, generator=generator)[:k].sort().values
-    support = torch.randint(numel, (k,), generator=generator).unique()
-    while len(support) < k:
-        more = torch.randint(numel, (k - len(support),), generator=generator)
-        support = torch.cat([support, more]).unique()
-    return support
-
-
-def merge_supports(
-    indices: Tensor,
-    grad_indices: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    beta1: float,
-    beta2: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Update the moments on the union of both supports.
-
-    The union's size depends on the data; to need no synchronisation on a GPU it always has k + l
-    slots, and an entry of both supports fills two neighbouring slots with the same values.
-
-    Args:
-        indices: S_m, (k,), in any order.
-        grad_indices: S_g, (l,).
-        exp_avg: m at S_m, (k,).
-        exp_avg_sq: v at S_m, (k,).
-        grad: g at S_g, (l,).
-        beta1: Decay of m.
-        beta2: Decay of v.
-
-    Returns:
-        The union's indices in increasing order, m and v there, and which slots repeat the one
-        before: (k + l,) each.
-    """
-    union, order = torch.cat([indices, grad_indices]).sort()
-    m = torch.cat([beta1 * exp_avg, (1 - beta1) * grad])[order]
-    v = torch.cat([beta2 * exp_avg_sq, (1 - beta2) * grad.square()])[order]
-    repeats = torch.zeros_like(union, dtype=torch.bool)
-    repeats[1:] = union[1:] == union[:-1]
-    for moment in (m, v):  # on S_m and S_g both: the decayed moment plus the new part
-        both = moment[1:] + moment[:-1]
-        moment[1:] = both.where(repeats[1:], moment[1:])
-        moment[:-1] = both.where(repeats[1:], moment[:-1])
-    return union, m, v, repeats
-
-
-def largest(score: Tensor, slots: list[int], counts: list[int]) -> Tensor:
-    """Find the counts[i] largest scores in each segment of slots[i]: their places in score."""
-    found, start = [], 0
-    for (width, k), alike in groupby(zip(slots, counts, strict=True)):
-        rows = len(list(alike))
-        part = score[start : start + rows * width].view(rows, width)
-        first = torch.arange(start, start + rows * width, width, device=score.device)
-        found.append((first[:, None] + part.topk(k, dim=-1, sorted=False).indices).view(-1))
-        start += rows * width
-    return torch.cat(found)
-
-
-def spread(values: list[int], counts: list[int], device: torch.device) -> Tensor:
-    """Repeat values[i] counts[i] times, (sum of counts,) int64, without waiting for the device."""
-    table = torch.tensor([values, counts]).to(device, non_blocking=True)
-    return table[0].repeat_interleave(table[1], output_size=sum(counts))
-
-
-def apart(row: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Cut a row (sum of sizes,) into tensors of their own memory: a view keeps the row alive."""
-    parts = [row.new_empty(size) for size in sizes]
-    torch.split_with_sizes_copy(row, sizes, out=parts)
-    return parts
-
-
-class Run(NamedTuple):
-    """Tensors that lie back to back in one storage, so that one kernel reads or writes them all."""
-
-    flat: Tensor  # a flat view of them; a single one that is not contiguous stands for itself
-    tensors: slice  # which they are
-    start: int  # entries of all tensors before them
-
-
-def join(tensors: Sequence[Tensor]) -> list[Run]:
-    """Find the runs among tensors, which are taken as one row of entries, in their order."""
-    runs: list[Run] = []
-    start, end = 0, None
-    for number, tensor in enumerate(tensors):
-        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-        first = number, start
-        if place == end and tensor.is_contiguous():
-            run = runs.pop()
-            first = run.tensors.start, run.start
-        start += tensor.numel()
-        flat, end = tensor, None
-        if tensor.is_contiguous():
-            entries = start - first[1]
-            before = entries - tensor.numel()
-            flat = tensor.as_strided((entries,), (1,), place[1] - before)
-            end = place[0], place[1] + tensor.numel()
-        runs.append(Run(flat, slice(first[0], number + 1), first[1]))
-    return runs
-
-
-def places(runs: list[Run], at: Tensor, counts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pair the runs with places in them: increasing ones in the row, counts[i] in the tensor i."""
-    parts = at.split([sum(counts[run.tensors]) for run in runs])
-    for run, part in zip(runs, parts, strict=True):
-        yield run.flat, part - run.start
-
-
-def read(runs: list[Run], at: Tensor, counts: list[int]) -> Tensor:
-    """Read a row at places that increase, counts[i] of them in the tensor i: like `at`."""
-    return torch.cat([flat.take(local) for flat, local in places(runs, at, counts)])
-
-
-def write(runs: list[Run], at: Tensor, counts: list[int], values: Tensor) -> None:
-    """Write values into the tensors' own memory, at places as in `read`."""
-    parts = values.to(runs[0].flat.dtype).split([sum(counts[run.tensors]) for run in runs])
-    for (flat, local), part in zip(places(runs, at, counts), parts, strict=True):
-        if flat.dim() == 1:
-            flat.index_copy_(0, local, part)  # scatter_ copies all of a half-precision tensor
-        else:
-            flat.index_put_(torch.unravel_index(local, flat.shape), part)
-
-
-def read_sparse(grads: Sequence[Tensor], starts: list[int], at: Tensor) -> Tensor:
-    """Read sparse COO gradients, taken as one row of entries: zero where one is absent.
-
-    Args:
-        grads: Of equally many sparse dimensions and equal shapes of the dense ones; entries may
-            repeat, and count as their sum.
-        starts: Entries before each of them.
-        at: Places in the row, increasing, (k,).
-
-    Returns:
-        The entries, (k,).
-    """
-    positions = torch.cat([grad._indices() for grad in grads], dim=1)  # (d, nnz)
-    values = torch.cat([grad._values() for grad in grads])  # (nnz, ...)
-    counts = [grad._nnz() for grad in grads]
-    flat = spread(starts, counts, at.device)
-    for dim, position in enumerate(positions):
-        strides = [grad.shape[dim + 1 :].numel() for grad in grads]
-        flat = flat + position * spread(strides, counts, at.device)
-    row = values.shape[1:].numel()  # 1, or more where whole rows are listed
-    flat = (flat[:, None] + torch.arange(row, device=at.device)).view(-1)
-    slot = torch.searchsorted(at, flat).clamp_(max=len(at) - 1)
-    found = values.reshape(-1).where(at[slot] == flat, 0)
-    return found.new_zeros(at.shape).index_add_(0, slot, found)
-
-
 class SO(Optimizer):
     """Adam on a sparse, moving support of each tensor; see the module's docstring.
 
-    State, per tensor: `step` (t); of sparse ones also `grad_indices` (S_g), `indices` (S_m),
-    `exp_avg` (m) and `exp_avg_sq` (v), of k entries each, the moments in float32 or better.
-    Settings are in `param_groups`, `seed` included: a state dict continues bit for bit. A copy of
-    a sparse tensor in another dtype, as its attribute `low_precision`, is kept equal to it.
+    The state of a tensor is `step` (t) and, if it is sparse, `grad_indices` (S_g), `indices` (S_m),
+    `exp_avg` (m) and `exp_avg_sq` (v), k entries each, the moments in float32 or wider.
 
     Args:
-        params: Tensors, or dicts of groups, which may name each argument below for themselves,
-            and `dense`: True for plain Adam, False for SO. Without it tensors of two or more
-            dimensions are sparse, the others (biases, norms) dense.
-        lr: Learning rate.
-        betas: Decay of the first and second moment, each in [0, 1).
-        eps: Added to the denominator.
-        weight_decay: L2 penalty, added to the gradient as Adam does.
-        density_ratio: Share of entries kept, in (0, 1]: 1 - kappa in the paper.
+        params: Tensors, or groups as dicts. A group may override any argument below, and set
+            `dense`: True for plain Adam, False for SO. By default tensors of two or more
+            dimensions are sparse; the rest (biases, norms) are dense.
+        lr, betas, eps: As in Adam.
+        weight_decay: L2 penalty, added to the gradient as in Adam.
+        density_ratio: Fraction of entries kept, in (0, 1]; 1 - kappa in the paper.
         T: Steps between two draws of the gradient support.
-        seed: Of the supports, whatever else uses torch's generator. None takes one from torch's
-            global generator when the first support is drawn.
+        seed: Seed of the supports. None takes one from torch's global generator at the first draw;
+            where torch.distributed is initialised, all processes then use that of rank 0.
 
     Raises:
-        ValueError: An argument is outside its range, there are no parameters, or one is complex.
+        ValueError: An argument is out of range, or a parameter is complex or a shard.
     """
 
     def __init__(
@@ -234,12 +73,160 @@ class SO(Optimizer):
     ) -> None:
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults = dict(settings, density_ratio=density_ratio, T=T, seed=seed, dense=None)
-        _check(defaults)
-        self._drawn: set[Tensor] = set()
+        self._drawn: set[Tensor] = set()  # tensors that have their support for the coming step
+        self._unshared: list[dict] = []  # groups with a seed that other processes do not know
         super().__init__(params, defaults)
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; return the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.draw_supports(lambda p: p.grad is not None)
+        self._drawn.clear()
+        for group in self.param_groups:
+            dense, sparse = [], defaultdict(list)
+            for p in sorted(group["params"], key=Tensor.numel):  # equal sizes together: `largest`
+                if p.grad is None or p.numel() == 0:
+                    continue
+                if _is_dense(p, group):
+                    dense.append(p)
+                else:
+                    self.state[p]["step"] += 1
+                    sparse[p.dtype, p.device, _layout(p.grad)].append(p)
+            if dense:
+                self._dense_update(dense, group)
+            for params in sparse.values():
+                self._sparse_update(params, group)
+        return loss
+
+    def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Take the step of the module's docstring on many tensors at once.
+
+        Their entries are numbered as one long row: entry i of tensor j is i + offsets[j]. The
+        supports of all tensors are then one sorted row, of which `slots[j]` belong to tensor j.
+        """
+        states = [self.state[p] for p in params]
+        counts = [len(state["grad_indices"]) for state in states]  # k of each tensor
+        slots = [len(state["indices"]) + k for state, k in zip(states, counts)]
+        offsets = list(accumulate((p.numel() for p in params), initial=0))[:-1]
+        device = params[0].device
+
+        def row(name: str) -> Tensor:
+            return torch.cat([state[name] for state in states])
+
+        def shift(counts: list[int]) -> Tensor:
+            return repeat(offsets, counts, device, torch.int64)
+
+        S_g = row("grad_indices") + shift(counts)
+        S_m = row("indices") + shift([len(state["indices"]) for state in states])
+        m, v = row("exp_avg"), row("exp_avg_sq")
+        g = read_gradients(params, states, offsets, S_g).to(m.dtype)
+        if group["weight_decay"] != 0:
+            W = torch.cat([p.take(state["grad_indices"]) for p, state in zip(params, states)])
+            g = g + group["weight_decay"] * W.to(m.dtype)
+
+        U, m, v, repeats = merge_supports(S_m, S_g, m, v, g, *group["betas"])
+        steps = [state["step"].item() for state in states]
+        corrections = [[1 - beta**t for t in steps] for beta in group["betas"]]
+        bias1, bias2 = (repeat(row, slots, device, m.dtype) for row in corrections)
+        update = group["lr"] / bias1 * m / ((v / bias2).sqrt_() + group["eps"])
+        places = U - shift(slots)  # within each tensor
+        if params[0].dtype == m.dtype:
+            update = update.masked_fill(repeats, 0)  # an entry of both supports moves once
+        for p, at, part in zip(params, places.split(slots), update.split(slots)):
+            subtract(p, at, part)
+
+        score = self._importance(U, m, S_m).masked_fill_(repeats, -1)  # no entry twice
+        keep = largest(score, slots, counts)
+        for name, kept in (("indices", places), ("exp_avg", m), ("exp_avg_sq", v)):
+            for state, part in zip(states, apart(kept[keep], counts)):
+                state[name] = part
+
+    def _importance(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
+        """Score each slot of the union, 0 or more; the k highest make the next S_m."""
+        return m.abs()
+
+    @torch.no_grad()
+    def draw_supports(self, wanted: Callable[[Tensor], bool] | None = None) -> None:
+        """Draw the supports of the coming step where a window of T steps begins.
+
+        Afterwards `state[p]["grad_indices"]` lists the entries that the coming step reads. Calling
+        this is optional and, until that step, repeatable: `step` draws what nobody has drawn.
+
+        Args:
+            wanted: Tells which tensors will take part; those that require a gradient by default.
+        """
+        self._resolve_seeds(agree=True)
+        generator = torch.Generator("cpu")
+        drawn = defaultdict(list)  # by device: pairs of a tensor and its new support
+        every = ((group, p) for group in self.param_groups for p in group["params"])
+        for position, (group, p) in enumerate(every):
+            if _is_dense(p, group) or p.numel() == 0 or p in self._drawn:
+                continue
+            if not (wanted(p) if wanted else p.requires_grad):
+                continue
+            step = int(self.state[p].get("step", 0))
+            if self.state[p] and step % group["T"]:
+                continue
+            # A draw depends on seed, position and step alone: there is no generator to save, the
+            # other tensors do not matter, and it is the same on every device.
+            key = f"{group['seed']} {position} {step}".encode()
+            generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+            k = max(1, int(p.numel() * group["density_ratio"]))
+            drawn[p.device].append((p, draw_support(p.numel(), k, generator)))
+            self._drawn.add(p)
+        if not any("indices" in state for state in self.state.values()):
+            _warn_of_few([len(support) for pairs in drawn.values() for _, support in pairs])
+        for device, pairs in drawn.items():  # one copy to each device, which waits for nothing
+            row = torch.cat([support for _, support in pairs]).to(device, non_blocking=True)
+            for (p, _), support in zip(pairs, apart(row, [len(support) for _, support in pairs])):
+                state = self.state[p]
+                state["grad_indices"] = support
+                if "indices" not in state:
+                    zeros = torch.zeros(support.shape, dtype=_moment_dtype(p), device=device)
+                    state["step"] = torch.zeros((), device="cpu")
+                    state["indices"] = support.clone()  # S_m = S_g at t = 1
+                    state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
+
+    def _resolve_seeds(self, agree: bool = False) -> None:
+        """Draw the seeds that were not given; if `agree`, take those of rank 0."""
+        for group in self.param_groups:
+            if group["seed"] is None:
+                group["seed"] = int(torch.randint(2**62, (), device="cpu"))
+                self._unshared.append(group)
+        if agree and self._unshared and dist.is_available() and dist.is_initialized():
+            seeds = [group["seed"] for group in self._unshared]
+            dist.broadcast_object_list(seeds, src=0)
+            for group, seed in zip(self._unshared, seeds):
+                group["seed"] = seed
+            self._unshared.clear()
+
+    def _dense_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update whole tensors with torch's own Adam, half precision through float32 copies."""
+        for p in params:
+            if not self.state[p]:
+                zeros = torch.zeros_like(p, dtype=_moment_dtype(p))
+                step = torch.zeros((), device="cpu")
+                self.state[p].update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
+        names = "exp_avg", "exp_avg_sq", "step"
+        exp_avgs, exp_avg_sqs, steps = ([self.state[p][name] for p in params] for name in names)
+        weights = [p.to(_moment_dtype(p)) for p in params]
+        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
+        grads = [grad.to(weight.dtype) for grad, weight in zip(grads, weights)]
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        settings.update(zip(("beta1", "beta2"), group["betas"]), amsgrad=False, maximize=False)
+        adam(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
+        for p, weight in zip(params, weights):
+            if weight is not p:
+                p.copy_(weight)
+
+    # What torch.optim asks of an optimizer: groups, state dicts, pickles
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; what it does not name is as the constructor was told."""
+        """Add a group of parameters; what it does not set is as the constructor was told."""
         super().add_param_group(param_group)
         try:
             _check(self.param_groups[-1])
@@ -247,77 +234,45 @@ class SO(Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, and return the closure's loss, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        # Parameters may be of a class whose every access takes a detour; here none is wanted.
-        with torch._C.DisableTorchFunctionSubclass():
-            self._draw(only_with_gradient=True)
-            for group in self.param_groups:
-                self._step(group)
-        self._drawn.clear()
-        return loss
-
-    @torch.no_grad()
-    def draw_supports(self) -> None:
-        """Draw the supports of the coming step where they are due, before its gradients exist.
-
-        Afterwards `state[p]["grad_indices"]` holds the entries that the coming step reads. Calling
-        this is optional and, until that step, repeatable: `step` draws what nobody has.
-        """
-        self._draw(only_with_gradient=False)
-
     def state_dict(self) -> dict[str, Any]:
         """Return settings and state, as torch's optimizers do; `seed` is never None in it."""
         self._resolve_seeds()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, also where parameters had another precision.
+        """Load what `state_dict` returned, also where the parameters had another precision.
 
         Raises:
-            ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
+            ValueError: It is not the state of an SO of such tensors.
         """
-        loaded = []  # what the hooks before loading have made of it
-
-        def take(_: Optimizer, state: dict[str, Any]) -> None:
-            self._check_saved(state)
-            loaded.append(state)
-
+        seen = []  # the state as other hooks have left it
         hooks = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(lambda _: self._reread(*loaded), prepend=True),
+            self.register_load_state_dict_pre_hook(lambda _, state: seen.append(state)),
+            self.register_load_state_dict_post_hook(lambda _: self._reread(*seen), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is no state dict of SO: {error!r} in it") from error
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"this is not a state dict of SO: {error!r} in it") from error
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _check_saved(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError, or what comes of its lacks, where a state is of other tensors."""
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            _check({**saved, "params": group["params"]})
-            for number, p in zip(saved["params"], group["params"], strict=False):
-                state = state_dict["state"].get(number, {})
-                if state != {}:
-                    _check_state(p, state, _is_dense(p, saved))
-
     def _reread(self, state_dict: dict[str, Any]) -> None:
-        """Load state as it is: torch has cast it to the parameters' dtype, indices included."""
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                device = "cpu" if name == "step" else p.device
-                dtype = _moment_dtype(p) if name.startswith("exp_avg") else value.dtype
-                self.state[p][name] = value.to(device, dtype, copy=True)
+        """Take state as it was saved: torch has cast it to the dtype of the parameters."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            _check(group)
+            for number, p in zip(saved["params"], group["params"]):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if name == "step":  # a plain number in some files
+                        value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+                    elif name.startswith("exp_avg"):
+                        value = value.to(p.device, _moment_dtype(p), copy=True)
+                    elif not 0 <= int(value.min()) <= int(value.max()) < p.numel():
+                        raise ValueError(f"{name} is not a support in shape {tuple(p.shape)}")
+                    else:
+                        value = value.to(p.device, torch.int64, copy=True)
+                    self.state[p][name] = value
 
     def __getstate__(self) -> dict[str, Any]:
         self._resolve_seeds()
@@ -325,149 +280,114 @@ class SO(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._drawn = set()
+        self._drawn, self._unshared = set(), []
 
-    def _step(self, group: dict[str, Any]) -> None:
-        """Update one group's tensors, as many at once as have their dtype in common."""
-        params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-        self._dense_update([p for p in params if _is_dense(p, group)], group)
-        alike = defaultdict(list)
-        for p in sorted(params, key=Tensor.numel):  # equal sizes side by side: see `largest`
-            if not _is_dense(p, group):
-                self.state[p]["step"] += 1
-                copied = hasattr(p, "low_precision")
-                alike[p.dtype, p.device, _layout(p.grad), copied].append(p)
-        for rows in alike.values():
-            self._sparse_update(rows, group)
 
-    def _resolve_seeds(self) -> None:
-        """Give each group that was told no seed one from torch's global generator."""
-        for group in self.param_groups:
-            if group["seed"] is None:
-                group["seed"] = int(torch.randint(2**62, (), device="cpu"))
+# The parts of a step: functions of tensors
 
-    def _draw(self, only_with_gradient: bool) -> None:
-        """Draw where a window of T steps begins, and start the state of new tensors."""
-        self._resolve_seeds()
-        generator = torch.Generator("cpu")
-        supports = defaultdict(list)  # by device: pairs of a tensor and its new support
-        position = -1  # counts all tensors: one's draws do not depend on what the others do
-        for group in self.param_groups:
-            for p in group["params"]:
-                position += 1
-                wanted = p.grad is not None if only_with_gradient else p.requires_grad
-                if not wanted or _is_dense(p, group) or p.numel() == 0 or p in self._drawn:
-                    continue
-                state = self.state[p]
-                step = int(state["step"]) if state else 0
-                if state and step % group["T"]:
-                    continue
-                # A draw is a function of (seed, tensor, step) alone: there is no generator to
-                # save, and it is the same on every device.
-                key = f"{group['seed']} {position} {step}".encode()
-                generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
-                k = max(1, int(p.numel() * group["density_ratio"]))
-                supports[p.device].append((p, draw_support(p.numel(), k, generator)))
-                self._drawn.add(p)
-        for device, pairs in supports.items():  # one copy to each device, which waits for nothing
-            row = torch.cat([support for _, support in pairs]).to(device, non_blocking=True)
-            sizes = [len(support) for _, support in pairs]
-            for (p, _), support in zip(pairs, apart(row, sizes), strict=True):
-                state = self.state[p]
-                state["grad_indices"] = support
-                if "indices" not in state:
-                    zeros = support.new_zeros(support.shape, dtype=_moment_dtype(p))
-                    state["step"] = torch.zeros((), device="cpu")
-                    state["indices"] = support.clone()  # S_m = S_g at t = 1
-                    state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
 
-    def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update tensors of one dtype, device and layout of gradients as one long row."""
-        states = [self.state[p] for p in params]
-        starts = list(accumulate((p.numel() for p in params), initial=0))[:-1]
-        counts = [len(state["grad_indices"]) for state in states]  # k of each tensor
-        device, runs = params[0].device, join(params)
+def draw_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """Draw k of numel flat indices, uniformly without replacement: (k,) int64, increasing.
 
-        def row(name: str) -> Tensor:
-            return torch.cat([state[name] for state in states])
+    Repeats are drawn again until k distinct indices are left, which by symmetry is a uniform
+    subset; it costs O(k log k) and never a permutation of numel.
+    """
+    if 4 * k > numel:  # repeats would be many; a permutation is no larger than four supports
+        return torch.randperm(numel, generator=generator, device="cpu")[:k].sort().values
+    support = torch.empty(0, dtype=torch.int64, device="cpu")
+    while len(support) < k:
+        more = torch.randint(numel, (k - len(support),), generator=generator, device="cpu")
+        support = torch.cat([support, more]).unique()
+    return support
 
-        shift = spread(starts, counts, device)
-        grad_indices = row("grad_indices") + shift
-        olds = [len(state["indices"]) for state in states]  # k, unless the density has changed
-        indices = row("indices") + (shift if olds == counts else spread(starts, olds, device))
-        exp_avg, exp_avg_sq = row("exp_avg"), row("exp_avg_sq")
-        if _layout(params[0].grad) is None:
-            rows = zip(params, states, strict=True)  # grad is flat, row-major, whatever its strides
-            grad = torch.cat([p.grad.take(state["grad_indices"]) for p, state in rows])
-        else:
-            grad = read_sparse([p.grad for p in params], starts, grad_indices)
-        grad = grad.to(exp_avg.dtype)
-        if group["weight_decay"] != 0:
-            weight = read(runs, grad_indices, counts).to(exp_avg.dtype)
-            grad = grad + group["weight_decay"] * weight
 
-        slots = [k + old for k, old in zip(counts, olds, strict=True)]
-        beta1, beta2 = group["betas"]
-        union, m, v, repeats = merge_supports(
-            indices, grad_indices, exp_avg, exp_avg_sq, grad, beta1, beta2
-        )
-        steps = [state["step"].item() for state in states]
-        bias1, bias2 = 1 - beta1 ** steps[0], 1 - beta2 ** steps[0]
-        if len(set(steps)) > 1:  # some were frozen for a while
-            table = [[1 - beta**step for step in steps] for beta in (beta1, beta2)]
-            bias = torch.tensor(table, dtype=m.dtype).to(device, non_blocking=True)
-            bias1, bias2 = bias[:, spread(list(range(len(steps))), slots, device)]
-        denominator = (v / bias2).sqrt_().add_(group["eps"])
-        update = group["lr"] / bias1 * m / denominator
-        weight = read(runs, union, slots).to(m.dtype) - update
-        write(runs, union, slots, weight)
-        if hasattr(params[0], "low_precision"):
-            write(join([p.low_precision for p in params]), union, slots, weight)
-        for p in params:  # autograd counts the writes to each tensor, which a view of many hides
-            torch.autograd.graph.increment_version(p)
+def merge_supports(
+    S_m: Tensor, S_g: Tensor, m: Tensor, v: Tensor, g: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Update the moments on the union of both supports.
 
-        score = self._importance(union, m, indices).masked_fill_(repeats, -1)  # no entry twice
-        keep = largest(score, slots, counts)
-        kept = ("indices", union[keep] - shift), ("exp_avg", m[keep]), ("exp_avg_sq", v[keep])
-        for name, values in kept:
-            for state, part in zip(states, apart(values, counts), strict=True):
-                state[name] = part
+    The union has a slot for each entry of S_m (k,) and each of S_g (l,), so that its size does not
+    depend on the data, which a GPU would have to be waited for. An entry of both has two
+    neighbouring slots, with the same values in both.
 
-    def _importance(self, union: Tensor, m: Tensor, indices: Tensor) -> Tensor:
-        """Score slots of the union by what makes an entry stay in S_m, 0 or more: here by |m|."""
-        return m.abs()
+    Returns:
+        The union in increasing order, m and v there, and which slots repeat the one before:
+        (k + l,) each.
+    """
+    union, order = torch.cat([S_m, S_g]).sort()
+    m = torch.cat([beta1 * m, (1 - beta1) * g])[order]
+    v = torch.cat([beta2 * v, (1 - beta2) * g.square()])[order]
+    repeats = torch.zeros_like(union, dtype=torch.bool)
+    repeats[1:] = union[1:] == union[:-1]
+    for moment in (m, v):  # in S_m and S_g: the decayed moment plus the new part
+        both = moment[1:] + moment[:-1]
+        moment[1:] = both.where(repeats[1:], moment[1:])
+        moment[:-1] = both.where(repeats[1:], moment[:-1])
+    return union, m, v, repeats
 
-    def _dense_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update whole tensors by torch's own Adam, half precision through float32 copies."""
-        if not params:
-            return
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), device="cpu")
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(p, dtype=_moment_dtype(p))
-        states = [self.state[p] for p in params]
-        weights = [p.to(_moment_dtype(p)) for p in params]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
-        adam(
-            weights,
-            [grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for p, weight in zip(params, weights, strict=True):
-            if weight is not p:
-                p.copy_(weight)
+
+def subtract(p: Tensor, places: Tensor, update: Tensor) -> None:
+    """Subtract from flat entries of p in its own memory, whatever its strides.
+
+    Half precision is rounded once; there, a place that repeats gets the same value twice.
+    """
+    if p.is_contiguous():
+        memory, at = p.view(-1), (places,)
+    else:
+        memory, at = p, ()
+        for size in reversed(p.shape):
+            at, places = (places % size, *at), places // size
+    if p.dtype == update.dtype and p.is_contiguous():
+        memory.index_add_(0, places, update, alpha=-1)
+    elif p.dtype == update.dtype:
+        memory.index_put_(at, -update, accumulate=True)
+    else:
+        memory.index_put_(at, (memory[at].to(update.dtype) - update).to(p.dtype))
+
+
+def largest(score: Tensor, slots: list[int], counts: list[int]) -> Tensor:
+    """Positions of the counts[j] largest scores in each segment, of slots[j], of a row."""
+    found, start = [], 0
+    for (width, k), alike in groupby(zip(slots, counts)):
+        rows = len(list(alike))
+        part = score[start : start + rows * width].view(rows, width)
+        first = torch.arange(start, start + rows * width, width, device=score.device)
+        found.append((first[:, None] + part.topk(k, dim=-1, sorted=False).indices).view(-1))
+        start += rows * width
+    return torch.cat(found)
+
+
+def repeat(values: list, counts: list[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Repeat values[j] counts[j] times, without waiting for the device: (sum of counts,)."""
+    row = torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+    times = torch.tensor(counts, device="cpu").to(device, non_blocking=True)
+    return row.repeat_interleave(times, output_size=sum(counts))
+
+
+def apart(row: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Cut a row (sum of sizes,) into tensors of their own memory: a view keeps the row alive."""
+    parts = [row.new_empty(size) for size in sizes]
+    torch.split_with_sizes_copy(row, sizes, out=parts)
+    return parts
+
+
+def read_gradients(params: list[Tensor], states: list, offsets: list[int], S_g: Tensor) -> Tensor:
+    """Gradients at S_g, (k,): strided ones, or sparse COO ones, zero where an entry is absent."""
+    grads = [p.grad for p in params]
+    if _layout(grads[0]) is None:
+        return torch.cat([g.take(state["grad_indices"]) for g, state in zip(grads, states)])
+    counts = [grad._nnz() for grad in grads]
+    positions = torch.cat([grad._indices() for grad in grads], dim=1)  # (d, nnz)
+    flat = repeat(offsets, counts, S_g.device, torch.int64)
+    for dim, position in enumerate(positions):
+        strides = [grad.shape[dim + 1 :].numel() for grad in grads]
+        flat = flat + position * repeat(strides, counts, S_g.device, torch.int64)
+    values = torch.cat([grad._values() for grad in grads])  # (nnz, ...): entries, or whole rows
+    row = torch.arange(values.shape[1:].numel(), device=S_g.device)
+    flat = (flat[:, None] + row).view(-1)
+    slot = torch.searchsorted(S_g, flat).clamp_(max=len(S_g) - 1)
+    found = values.reshape(-1).where(S_g[slot] == flat, 0)
+    return found.new_zeros(S_g.shape).index_add_(0, slot, found)  # repeated entries add up
 
 
 def _is_dense(p: Tensor, group: dict[str, Any]) -> bool:
@@ -476,7 +396,7 @@ def _is_dense(p: Tensor, group: dict[str, Any]) -> bool:
 
 
 def _layout(grad: Tensor) -> tuple[int, int] | None:
-    """What sparse gradients must have in common to be read at once; None for strided ones."""
+    """What sparse gradients must share to be read together; None for strided ones."""
     if grad.layout != torch.sparse_coo:
         return None
     return grad.sparse_dim(), grad.shape[grad.sparse_dim() :].numel()
@@ -487,43 +407,39 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _check_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
-    """Raise ValueError where a saved state is not p's: later writes go where its indices say."""
-    supports = [] if dense else [state["grad_indices"], state["indices"]]
-    moments = [state["exp_avg"], state["exp_avg_sq"]]
-    shape = p.shape if dense else state["indices"].shape
-    good = (
-        all(x.layout == torch.strided and not x.is_meta for x in state.values())
-        and all(m.shape == shape and m.is_floating_point() for m in moments)
-        and all(s.dim() == 1 and s.dtype == torch.int64 and len(s) > 0 for s in supports)
-        and all(s.min() >= 0 and s.max() < p.numel() for s in supports)
-        and all(len(s.unique()) == len(s) for s in supports)
-        and state["step"].numel() == 1
-        and state["step"].is_floating_point()
-        and 0 <= state["step"].item() < float("inf")
-    )
-    if not good:
-        raise ValueError(f"the saved state is not that of a tensor of shape {tuple(p.shape)}")
+def _warn_of_few(counts: list[int]) -> None:
+    """Warn where most sparse tensors keep so few entries that they will barely train."""
+    few = sum(k < 10 for k in counts)
+    if 2 * few > len(counts):
+        warnings.warn(
+            f"SO keeps fewer than ten entries of {few} of {len(counts)} sparse tensors, which will "
+            "barely train: raise density_ratio (and lr), or put them into a group with dense=True",
+            stacklevel=7,  # the line that called step
+        )
 
 
 def _check(group: dict[str, Any]) -> None:
-    """Raise ValueError where a setting of a group is outside its range."""
-    if not group["lr"] >= 0:
-        raise ValueError(f"lr must be 0 or more, not {group['lr']}")
-    if not group["eps"] >= 0:
-        raise ValueError(f"eps must be 0 or more, not {group['eps']}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']!r}")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay must be 0 or more, not {group['weight_decay']}")
-    if not 0 < group["density_ratio"] <= 1:
-        raise ValueError(f"density_ratio must be in (0, 1], not {group['density_ratio']}")
-    if not isinstance(group["T"], int) or isinstance(group["T"], bool) or group["T"] < 1:
-        raise ValueError(f"T must be a whole number of steps, 1 or more, not {group['T']!r}")
-    if not (group["dense"] is None or isinstance(group["dense"], bool)):
-        raise ValueError(f"dense must be True, False or None, not {group['dense']!r}")
-    if group["seed"] is not None and not hasattr(group["seed"], "__index__"):
-        raise ValueError(f"seed must be a whole number or None, not {group['seed']!r}")
-    for p in group.get("params", ()):
+    """Raise ValueError where a setting of a group is out of range, or a parameter is unfit."""
+    beta1, beta2 = group["betas"] if len(group["betas"]) == 2 else (1, 1)
+    T, seed, dense = group["T"], group["seed"], group["dense"]
+    rules = {
+        "lr": (group["lr"] >= 0, "0 or more"),
+        "eps": (group["eps"] >= 0, "0 or more"),
+        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
+        "weight_decay": (group["weight_decay"] >= 0, "0 or more"),
+        "density_ratio": (0 < group["density_ratio"] <= 1, "in (0, 1]"),
+        "T": (type(T) is int and T >= 1, "a whole number of steps, 1 or more"),
+        "seed": (seed is None or hasattr(seed, "__index__"), "a whole number or None"),
+        "dense": (dense is None or isinstance(dense, bool), "True, False or None"),
+    }
+    for name, (good, allowed) in rules.items():
+        if not good:
+            raise ValueError(f"{name} must be {allowed}, not {group[name]!r}")
+    for p in group["params"]:
         if p.is_complex():
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is complex, not real")
+        if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a shard of FSDP's, and SO needs whole "
+                "matrices: keep the model whole on each process, as in DistributedDataParallel"
+            )

@@ -5,7 +5,7 @@ SO reads gradients at random entries (local randomness) and keeps moments where 
 a T of more steps than there are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,9 +46,11 @@ class AblatedSO(SO):
         self.grad_support, self.moment_support = grad_support, moment_support
         super().__init__(params, **settings)
 
-    def _draw(self, only_with_gradient: bool) -> None:
+    @torch.no_grad()
+    def draw_supports(self, wanted: Callable[[Tensor], bool] | None = None) -> None:
+        """As SO's; the largest entries of a gradient can be known once it is there."""
         drawn = set(self._drawn)
-        super()._draw(only_with_gradient)
+        super().draw_supports(wanted)
         if self.grad_support == "random":
             return
         for p in self._drawn - drawn:
@@ -65,9 +67,10 @@ class AblatedSO(SO):
         super()._sparse_update(params, group)
         del self._scores
 
-    def _importance(self, union: Tensor, m: Tensor, indices: Tensor) -> Tensor:
+    def _importance(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         if self.moment_support == "random":
-            return torch.rand(m.shape, generator=self._scores, dtype=m.dtype).to(m.device)
+            scores = torch.rand(m.shape, generator=self._scores, dtype=m.dtype, device="cpu")
+            return scores.to(m.device)
         if self.moment_support == "fixed":
-            return torch.isin(union, indices).to(m.dtype)
-        return super()._importance(union, m, indices)
+            return torch.isin(U, S_m).to(m.dtype)
+        return super()._importance(U, m, S_m)

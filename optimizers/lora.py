@@ -6,8 +6,8 @@ three frozen matrices W0 are packed in one:
 
     y = W0 x + b + alpha / sqrt(r) * B A dropout(x),    B = 0 at the start
 
-The factor is rsLoRA's (arXiv 2312.03732), which is how we remember CLIP-LoRA's code; the LoRA paper
-has alpha / r. In use:
+The factor is that of CLIP-LoRA's code (its loralib/layers.py) and of rsLoRA (arXiv 2312.03732); the
+LoRA paper has alpha / r. In use:
 
     params = add_lora(model, ["transformer.resblocks.0.attn"])
     optimizer = torch.optim.AdamW(params.values(), lr=2e-4, weight_decay=1e-2)

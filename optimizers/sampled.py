@@ -6,16 +6,16 @@ Entry (i, j) of the gradient of W in y = x W^T + b is a product of two columns,
     dW[i, j] = sum over tokens of dy[:, i] * x[:, j],
 
 so the forward pass keeps the columns j that occur in the support, not x, and the backward pass
-makes k such products, O(tokens * k), not the matrix product dy^T x. The gradient is a sparse COO
-tensor, which torch accumulates, clips and unscales, and which SO reads like a strided one.
+makes k such products, O(tokens * k), not the matrix product dy^T x. The gradient is a coalesced
+sparse COO tensor, which torch accumulates, clips and unscales, and which SO reads like a strided
+one.
 
     optimizer = SO(model.parameters(), lr=3e-4, density_ratio=5e-4)
-    sample_gradients(model, optimizer)
+    print(sample_gradients(model, optimizer))
     ...  # train as before
 
-Needs torch, and SparseOptimizer.py where the optimizer comes from. It pays while few of the
-entries are wanted: from a density of about 1 % on, values are taken from the matrix product, which
-is then faster.
+Needs torch, and SparseOptimizer.py where the optimizer comes from. It pays while few of the entries
+are wanted; from the density of PRODUCT_FROM on, values are taken from the matrix product.
 """
 
 import weakref
@@ -26,37 +26,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
 
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
+WITHOUT_DDP = (
+    "DistributedDataParallel cannot reduce sampled gradients: use the model itself and average the "
+    "values of its gradients over the processes before each step, or leave sample_gradients out"
+)
+TORCHS_OWN = (nn.MultiheadAttention, nn.RNNBase)  # use their matrices otherwise than by F.linear
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**23
-PRODUCT_FROM = 1 / 150  # density from which a CPU is faster with the whole matrix product
-COPY = "low_precision"  # attribute of a parameter under which SO looks for a copy to refresh
+# Density from which the whole matrix product is the faster way: for float32 factors on a CPU, and
+# how many times as early it is otherwise. The CPU's were measured (benchmarks/README.md); a GPU's
+# follow from an H100's bandwidth and arithmetic, and were not.
+PRODUCT_FROM = 1 / 150
+EARLIER = {("cpu", False): 1, ("cpu", True): 2, ("cuda", False): 1.3, ("cuda", True): 10}
 
 
 class _Plan(NamedTuple):
     """Where a support of k entries finds its factors in dy (N, out) and in x (N, in)."""
 
+    support: Tensor  # (k,) flat
     positions: Tensor  # (2, k): rows i and columns j
     kept: Tensor | None  # columns of x that the forward pass keeps, (c,); None for all
     slots: Tensor | None  # of each entry's column among these, (k,); None if it is the i-th's own
     in_features: int
 
 
-_plans = WeakTensorKeyDictionary()  # by support: SO makes a new tensor when it draws
 _owners = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
 
 
+def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "SampledGradients":
+    """Give the sparse matrices of an SO optimizer sampled gradients wherever F.linear uses them.
+
+    That is each `nn.Linear`, and each bare parameter, or slice of its rows, that a module hands to
+    `F.linear`. Uses of other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`)
+    and all code that `torch.compile` has traced still give strided gradients; SO takes both, and
+    their sum. (Torch cannot add those of an `nn.Embedding(sparse=True)` that shares a matrix.)
+
+    Supports are drawn by the first forward pass with gradients after a step, and stay until the
+    next step, however many passes are accumulated; gradients must be zeroed between steps. The
+    norm that `clip_grad_norm_` sees is that of the k entries, the only ones that exist.
+
+    Args:
+        model: The module. Its values and attributes stay as they are; the class of the parameters
+            changes until `remove`.
+        optimizer: An SO of its parameters, or of some of them.
+
+    Returns:
+        A handle, which prints what is sampled and what stays whole; `remove()` ends it. It is also
+        a context manager, and need not be kept.
+
+    Raises:
+        ValueError: The optimizer is not an SO or has no sparse matrix of the model's, sampling is
+            already active, or the model is in DistributedDataParallel.
+    """
+    return SampledGradients(model, optimizer)
+
+
 def sampled_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    indices: Tensor,
-    rows: slice = slice(None),
-    low: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, rows: slice = slice(None)
 ) -> Tensor:
     """Compute `F.linear(x, weight[rows], bias)`, with a gradient of weight at some entries alone.
 
@@ -70,140 +102,86 @@ def sampled_linear(
         indices: The flat (row-major) entries of W wanted, increasing and without repeats, (k,)
             int64; not to be changed in place afterwards.
         rows: Those of W that are used, where a packed matrix is used in parts.
-        low: W in the dtype of autocast, if there is a copy.
 
     Returns:
         y, (..., rows). Its backward pass gives weight a coalesced sparse gradient of k values.
 
     Raises:
-        ValueError: weight is no matrix, or indices is not a vector of int64.
+        ValueError: weight is not a matrix, or indices is not a vector of int64.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return F.linear(x, weight[rows], bias)
     if weight.dim() != 2:
         raise ValueError(f"weight must have two dimensions, not shape {tuple(weight.shape)}")
     if indices.dim() != 1 or indices.dtype != torch.int64:
         raise ValueError(
             f"indices must be int64 of shape (k,), not {indices.dtype} of {tuple(indices.shape)}"
         )
-    plan = _plans.get(indices)
-    if plan is None or plan.in_features != weight.shape[1]:
-        plan = _plans[indices] = _make_plan(indices, weight.shape[1])
-    factor = weight.detach()
-    if (dtype := _autocast_dtype(x.device)) is not None:
-        factor = factor if low is None else low
-        x, factor, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, factor, bias)
-        )
-    first, last, _ = rows.indices(len(weight))
-    return _SampledLinear.apply(x, weight, factor[first:last], bias, plan, first)
-
-
-def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "SampledGradients":
-    """Give the sparse matrices of an SO optimizer sampled gradients wherever F.linear uses them.
-
-    That is each `nn.Linear`, and each bare parameter, or slice of its rows, that a module hands to
-    `F.linear`. Uses of other kinds (`x @ w.T`, an embedding, torch's own `nn.MultiheadAttention`)
-    and all code that `torch.compile` has traced still give strided gradients; SO takes both, and
-    their sum. (Torch cannot add those of an `nn.Embedding(sparse=True)` that shares a matrix.)
-
-    Supports are drawn by the first forward pass with gradients after a step, and stay until the
-    next step, however many passes are accumulated; gradients must be zeroed between steps.
-
-    Under `torch.autocast` matrices are not cast anew in each pass: each gets one copy of that
-    dtype, in which SO refreshes the entries that it moves.
-
-    The norm that `clip_grad_norm_` sees is that of the k entries, the only ones that exist.
-
-    Args:
-        model: The module; none of its attributes changes, only the class of the parameters.
-        optimizer: An SO of its parameters, or of some of them.
-
-    Returns:
-        A handle, whose `remove()` ends it; also a context manager. It need not be kept.
-
-    Raises:
-        ValueError: The optimizer is no SO, or has no sparse matrix of the model's.
-    """
-    return SampledGradients(model, optimizer)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return F.linear(x, weight[rows], bias)
+    return _apply(x, weight, bias, _make_plans([indices], [weight.shape[1]])[0], rows)
 
 
 class SampledGradients:
     """What `sample_gradients` returns.
 
     Attributes:
-        params: The parameters that it covers.
+        params: The matrices that get sampled gradients.
+        whole: The optimizer's other sparse tensors of the model, by name, and why their gradients
+            stay whole.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if not hasattr(optimizer, "draw_supports"):
-            raise ValueError(f"{type(optimizer).__name__} draws no supports: it must be an SO")
-        sparse = {
-            id(p)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.dim() == 2 and not group["dense"] and _is_free(p)
-        }
-        self.params = [p for p in model.parameters() if id(p) in sparse]
+            raise ValueError(f"sampled gradients need an SO, not {type(optimizer).__name__}")
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError(WITHOUT_DDP)
+        self.params, self.whole = _sort(model, optimizer)
+        if any(_owner(p) is not None for p in self.params):
+            raise ValueError(
+                "sampling is already active for this model: call its handle's remove()"
+            )
         if not self.params:
             raise ValueError(
-                "the optimizer has no sparse matrix of this model's: one with two dimensions, in "
-                "a group without dense=True, that is not already given sampled gradients"
+                "the optimizer has no sparse matrix of this model's to sample: one with two "
+                "dimensions, used by F.linear, in a group without dense=True"
             )
         self._optimizer = optimizer
-        self._ready: set[int] = set()  # ids of those with a support for the coming step
-        self._copied: dict[int, int] = {}  # versions of matrices, as their copies follow them
+        self._plans: dict[int, _Plan] = {}  # by id of the parameter, for the coming step
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._drop_stale_copies()),
-            optimizer.register_step_post_hook(lambda *_: self._stepped()),
+            optimizer.register_step_post_hook(lambda *_: self._ready.clear()),
             optimizer.register_load_state_dict_post_hook(lambda *_: self._ready.clear()),
+            *(p.register_post_accumulate_grad_hook(_coalesce) for p in self.params),
         ]
+        self._ready: set[int] = set()  # ids of those with a support for the coming step
         for p in self.params:
             p.__class__ = _SampledParameter
             _owners[p] = weakref.ref(self)  # the optimizer's hooks keep it alive
 
-    def support(self, p: Tensor) -> Tensor | None:
-        """Flat entries of p that the coming step reads, drawn where due; None for all."""
-        if id(p) not in self._ready:
-            self._optimizer.draw_supports()
-            self._ready.update(id(q) for q in self.params if q.requires_grad)
-        return self._optimizer.state.get(p, {}).get("grad_indices")
+    def __repr__(self) -> str:
+        lines = [f"    whole: {name} ({reason})" for name, reason in self.whole.items()]
+        return "\n".join([self.summary(), *lines])
 
-    @torch.no_grad()
-    def low_precision(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of p in a lower precision, made where there is none that follows p."""
-        self._drop_stale_copies([p])
-        if getattr(p, COPY, p).dtype != dtype:
-            # All at once, side by side in the order in which SO goes through matrices: it then
-            # refreshes them together.
-            alike = [q for q in self.params if (q.dtype, q.device) == (p.dtype, p.device)]
-            alike.sort(key=Tensor.numel)
-            row = torch.cat([q.flatten().to(dtype) for q in alike])
-            for q, part in zip(alike, row.split([q.numel() for q in alike]), strict=True):
-                setattr(q, COPY, part.view(q.shape))
-                self._copied[id(q)] = q._version
-        return getattr(p, COPY)
-
-    def _drop_stale_copies(self, params: Sequence[Tensor] | None = None) -> None:
-        """Drop the copies of matrices that others than SO have written to."""
-        for p in self.params if params is None else params:
-            if hasattr(p, COPY) and self._copied[id(p)] != p._version:
-                delattr(p, COPY)
-
-    def _stepped(self) -> None:
-        """Note that the supports are used up, and that copies have followed their matrices."""
-        self._ready.clear()
-        self._copied = {id(p): p._version for p in self.params if hasattr(p, COPY)}
+    def summary(self) -> str:
+        """What is sampled, in one line."""
+        density = {
+            id(p): group["density_ratio"]
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        }
+        kept = sum(max(1, int(p.numel() * density[id(p)])) for p in self.params)
+        entries = sum(p.numel() for p in self.params)
+        return (
+            f"sampled gradients in {len(self.params)} matrices, {kept:,} of {entries:,} entries; "
+            f"whole in {len(self.whole)} others"
+        )
 
     def remove(self) -> None:
-        """Give the model and the optimizer back as they were; a second time does nothing."""
+        """End sampling: later gradients are whole; weights stay as trained. May be repeated."""
         for p in self.params:
             p.__class__ = nn.Parameter
-            p.__dict__.pop(COPY, None)
             del _owners[p]
         for hook in self._hooks:
             hook.remove()
-        self.params, self._hooks = [], []
+        self.params, self._hooks, self._plans = [], [], {}
 
     def __enter__(self) -> "SampledGradients":
         return self
@@ -211,9 +189,62 @@ class SampledGradients:
     def __exit__(self, *_: Any) -> None:
         self.remove()
 
+    def plan(self, p: Tensor) -> _Plan | None:
+        """Where p's gradient is read in the coming step, drawn where due; None for everywhere."""
+        if id(p) not in self._ready:
+            if DistributedDataParallel._active_ddp_module is not None:
+                raise RuntimeError(WITHOUT_DDP)
+            self._optimizer.draw_supports()
+            self._ready.update(id(q) for q in self.params if q.requires_grad)
+            stale, supports = [], []
+            for q in self.params:
+                support = self._optimizer.state.get(q, {}).get("grad_indices")
+                plan = self._plans.get(id(q))
+                if support is not None and (plan is None or plan.support is not support):
+                    stale.append(q)
+                    supports.append(support)
+            plans = _make_plans(supports, [q.shape[1] for q in stale])
+            self._plans.update(zip(map(id, stale), plans, strict=True))
+        return self._plans.get(id(p))
+
+
+def _sort(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[Tensor], dict[str, str]]:
+    """Tell the sparse tensors to sample from those that stay whole, these by name and reason."""
+    sparse = {
+        id(p)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if not group["dense"] and (p.dim() >= 2 or group["dense"] is False)
+    }
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        mine = (
+            module.parameters() if isinstance(module, TORCHS_OWN) else module._parameters.values()
+        )
+        for p in mine:
+            users.setdefault(id(p), []).append(module)
+    sampled, whole = [], {}
+    for name, p in model.named_parameters():
+        by = [type(module).__name__ for module in users[id(p)] if isinstance(module, TORCHS_OWN)]
+        if id(p) not in sparse:
+            continue
+        if p.dim() != 2:
+            whole[name] = f"{p.dim()} dimensions"
+        elif by:
+            whole[name] = f"used by torch's own {by[0]}"
+        elif all(isinstance(module, nn.Embedding) for module in users[id(p)]):
+            whole[name] = "an embedding"
+        elif type(p) not in (nn.Parameter, _SampledParameter):
+            whole[name] = f"of class {type(p).__name__}"
+        else:
+            sampled.append(p)
+    return sampled, whole
+
 
 class _SampledParameter(nn.Parameter):
-    """A parameter that F.linear multiplies by `sampled_linear`; any other use is torch's own."""
+    """A parameter that F.linear multiplies with a sampled gradient; other uses are torch's own."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -251,36 +282,55 @@ def _owner(p: Tensor) -> SampledGradients | None:
     return _owners[p]() if p in _owners else None
 
 
-def _is_free(p: Tensor) -> bool:
-    """Whether p is a plain parameter, or the copy of a sampled one."""
-    return type(p) in (nn.Parameter, _SampledParameter) and _owner(p) is None
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear (whose names of arguments these are), sampled where weight has a support."""
     whole, rows = weight, slice(None)
     if isinstance(weight, _SampledRows):
         whole, rows = weight.parent, weight.rows
     owner = _owner(whole) if isinstance(whole, _SampledParameter) else None
-    indices = owner.support(whole) if owner is not None and whole.requires_grad else None
-    if indices is None:
+    plan = owner.plan(whole) if owner is not None and whole.requires_grad else None
+    if plan is None:
         return F.linear(input, weight, bias)
-    dtype, low = _autocast_dtype(input.device), None
-    if dtype is not None and whole.dtype == torch.float32:
-        low = owner.low_precision(whole, dtype)
-    return sampled_linear(input, whole, bias, indices, rows, low)
+    return _apply(input, whole, bias, plan, rows)
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of matrix products under autocast, None outside of it."""
-    kind = device.type
+def _coalesce(p: Tensor) -> None:
+    """Give an accumulated gradient its k entries and the mark of being coalesced.
+
+    autograd drops the mark, and appends the entries of each use and pass to those before. Without
+    it `clip_grad_norm_` would sort the entries of each matrix.
+    """
+    owner, grad = _owner(p), p.grad
+    if owner is None or grad is None or grad.layout != torch.sparse_coo:
+        return
+    plan, values = owner._plans[id(p)], grad._values()
+    k = len(plan.support)
+    if len(values) % k == 0 and len(values) > 0:
+        values = values.view(-1, k).sum(dim=0) if len(values) > k else values
+        p.grad = _sparse(plan, values, p.shape)
+
+
+def _sparse(plan: _Plan, values: Tensor, shape: torch.Size) -> Tensor:
+    """The coalesced sparse COO tensor of a support's values."""
+    return torch.sparse_coo_tensor(
+        plan.positions, values, shape, check_invariants=False, is_coalesced=True
+    )
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, rows: slice) -> Tensor:
+    """Multiply, in autocast's dtype where it is enabled."""
+    factor, kind = weight.detach()[rows], x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+        dtype = torch.get_autocast_dtype(kind)
+        x, factor, bias = (
+            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, factor, bias)
+        )
+    first = None if rows == slice(None) else rows.indices(len(weight))[0]
+    return _SampledLinear.apply(x, weight, factor, bias, plan, first)
 
 
 class _SampledLinear(torch.autograd.Function):
-    """y = x factor^T + b, where factor is rows of W, from `first` on, in the dtype of x."""
+    """y = x factor^T + b, where factor is rows of W, from `first` on (None: all of them)."""
 
     @staticmethod
     def forward(ctx, x, weight, factor, bias, plan, first):
@@ -301,25 +351,37 @@ class _SampledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             kept = kept.reshape(-1, kept.shape[-1])
             values = _products(dy, kept, ctx.plan, ctx.first).to(ctx.dtype)
-            dw = torch.sparse_coo_tensor(
-                ctx.plan.positions, values, ctx.shape, check_invariants=False, is_coalesced=True
-            )
+            dw = _sparse(ctx.plan, values, ctx.shape)
         if ctx.needs_input_grad[3]:
             db = dy.sum(dim=0)
         return dx, dw, None, db, None, None
 
 
-def _make_plan(indices: Tensor, in_features: int) -> _Plan:
-    """Split flat indices, and choose what is kept of x: at most each wanted column once."""
-    rows, columns = indices // in_features, indices % in_features
-    kept, slots = columns, None
-    if indices.device.type == "cpu":  # elsewhere counting distinct columns waits for the device
-        distinct, inverse = columns.unique(return_inverse=True)
-        if len(distinct) < len(columns):
-            kept, slots = distinct, inverse
-    if len(kept) >= in_features:
-        kept, slots = None, columns
-    return _Plan(torch.stack([rows, columns]), kept, slots, in_features)
+def _make_plans(supports: Sequence[Tensor], widths: Sequence[int]) -> list[_Plan]:
+    """Split flat indices into rows and columns, and choose what is kept of each x.
+
+    All positions are computed in one row, since on a GPU each kernel counts.
+    """
+    if not supports:
+        return []
+    sizes, device = [len(support) for support in supports], supports[0].device
+    table = torch.tensor([widths, sizes], device="cpu").to(device, non_blocking=True)
+    width = table[0].repeat_interleave(table[1], output_size=sum(sizes))
+    row = torch.cat(list(supports))
+    positions = torch.stack([row // width, row % width])  # (2, sum of sizes)
+    parts = [positions.new_empty(2, size) for size in sizes]
+    torch.split_with_sizes_copy(positions, sizes, dim=1, out=parts)
+    plans = []
+    for support, part, in_features in zip(supports, parts, widths, strict=True):
+        kept, slots = part[1], None
+        if device.type == "cpu":  # elsewhere counting distinct columns waits for the device
+            distinct, inverse = kept.unique(return_inverse=True)
+            if len(distinct) < len(kept):
+                kept, slots = distinct, inverse
+        if len(kept) >= in_features:
+            kept, slots = None, part[1]
+        plans.append(_Plan(support, part, kept, slots, in_features))
+    return plans
 
 
 def _columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -327,22 +389,31 @@ def _columns(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
-def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int) -> Tensor:
+def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int | None) -> Tensor:
     """Sum dy[:, i - first] * x[:, j] over N tokens: (N, rows), (N, c) -> (k,)."""
-    rows = plan.positions[0] - first
-    inside = (rows >= 0) & (rows < dy.shape[1])
-    rows = rows.clamp(0, dy.shape[1] - 1)
-    exact = torch.promote_types(dy.dtype, torch.float32)
-    if len(rows) >= PRODUCT_FROM * dy.shape[1] * plan.in_features and dy.dtype == exact:
+    rows, inside = plan.positions[0], None
+    if first is not None:  # a slice of W: entries elsewhere have no gradient here
+        rows = rows - first
+        inside = (rows >= 0) & (rows < dy.shape[1])
+        rows = rows.clamp(0, dy.shape[1] - 1)
+    device, exact = dy.device.type, torch.promote_types(dy.dtype, torch.float32)
+    if len(rows) >= _product_from(device, dy.dtype) * dy.shape[1] * plan.in_features:
         product = dy.t().mm(kept)  # (rows, c)
         columns = plan.slots
         if columns is None:
             columns = torch.arange(len(rows), device=rows.device)
-        return product[rows, columns] * inside
-    total = dy.new_zeros(rows.shape, dtype=exact)
-    step = max(CHUNK.get(dy.device.type, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
-    for part in (slice(start, start + step) for start in range(0, len(dy), step)):
-        product = _columns(dy[part], rows).to(total.dtype)  # (step, k)
-        product *= kept[part] if plan.slots is None else _columns(kept[part], plan.slots)
-        total += product.sum(dim=0)
-    return total * inside
+        total = product[rows, columns]
+    else:
+        step = max(CHUNK.get(device, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
+        total = None
+        for part in (slice(start, start + step) for start in range(0, max(len(dy), 1), step)):
+            product = _columns(dy[part], rows).to(exact)  # (step, k)
+            product *= kept[part] if plan.slots is None else _columns(kept[part], plan.slots)
+            chunk = product.sum(dim=0)
+            total = chunk if total is None else total.add_(chunk)
+    return total if inside is None else total * inside
+
+
+def _product_from(device: str, dtype: torch.dtype) -> float:
+    """Density from which the whole matrix product is the faster way."""
+    return PRODUCT_FROM / EARLIER.get((device, dtype.itemsize == 2), 1)

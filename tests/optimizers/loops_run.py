@@ -1,4 +1,4 @@
-"""Run the README's loops: unbroken, and killed in the middle of a window and resumed.
+"""Run the loops of docs/loops.md: unbroken, and killed in the middle of a window and resumed.
 
     python tests/optimizers/loops_run.py FOLDER LOOP...
 
@@ -35,11 +35,10 @@ BATCH = 8  # the Trainer's default
 
 
 def code_of(loop: str) -> str:
-    """Find the code below a loop's name in the README, and what comes before it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("## SO in other people's loops\n")[1].split("\n## ")[0]
+    """Find the code below a loop's heading in docs/loops.md, and what comes before it."""
+    text = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
     names = ["Lightning", loop] if loop.startswith("Lightning") else [loop]
-    blocks = [section.split(f"**{name}**")[1].split("```")[1] for name in names]
+    blocks = [text.split(f"# {name}\n")[1].split("```")[1] for name in names]
     return "".join(block.removeprefix("python") for block in blocks)
 
 

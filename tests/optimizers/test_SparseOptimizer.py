@@ -1,11 +1,13 @@
 """SO against its plain twin and torch's Adam, its state, and what it refuses."""
 
+import ast
 import copy
 import io
 import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -340,6 +342,43 @@ def test_a_state_saved_from_another_precision_loads(source, to):
     run(b, [u], 3)
 
 
+@pytest.mark.parametrize("plain", [float, int])
+def test_a_step_saved_as_a_plain_number_loads(plain):
+    w, u = parameter(20, 20), parameter(20, 20)
+    u.data.copy_(w.data)
+    a, b = (SO([p], density_ratio=0.1, T=5, seed=1) for p in (w, u))
+    run(a, [w], 3)
+    state = copy.deepcopy(a.state_dict())
+    state["state"][0]["step"] = plain(state["state"][0]["step"])
+    b.load_state_dict(state)
+    u.data.copy_(w.data)
+    run(a, [w], 6, seed=1)
+    run(b, [u], 6, seed=1)
+    assert torch.equal(w, u)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["param_groups"][0].pop("T"),
+        lambda state: state["param_groups"][0].update(density_ratio=2.0),
+        lambda state: state["state"][0]["indices"].add_(400),
+        lambda state: state["state"][0]["grad_indices"].sub_(400),
+        lambda state: state["state"][0].update(indices=None),
+        lambda state: state.pop("state"),
+    ],
+    ids=["no T", "density", "beyond", "below", "none", "no state"],
+)
+def test_a_state_of_another_kind_is_refused(damage):
+    w = parameter(20, 20)
+    optimizer = SO([w], density_ratio=0.1)
+    run(optimizer, [w], 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    damage(state)
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(state)
+
+
 def test_indices_beyond_float32_survive_loading():
     w = nn.Parameter(torch.zeros(1, 2**24 + 10))
     a = SO([w], density_ratio=1e-7, seed=0)
@@ -413,7 +452,10 @@ print(losses[0], losses[-1])
 assert losses[-1] < 0.5 * losses[0]
 """
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-W", "error", "-W", "ignore:SO keeps", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -507,6 +549,57 @@ def test_a_scalar_may_be_sparse_and_a_matrix_dense():
     run(optimizer, [scalar, matrix], 2)
     assert len(optimizer.state[scalar]["indices"]) == 1
     assert optimizer.state[matrix]["exp_avg"].shape == (3, 3)
+
+
+def test_most_tensors_with_few_entries_bring_one_warning_that_names_the_remedies():
+    def messages(*shapes):
+        params = [parameter(*shape) for shape in shapes]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = SO(params, density_ratio=0.01)
+            run(optimizer, params[:1], 1)
+            run(optimizer, params, 11)
+        assert all(warning.category is UserWarning for warning in caught)
+        return [str(warning.message) for warning in caught]
+
+    (message,) = messages((30, 30), (40, 40), (3,))
+    assert "density_ratio" in message and "dense=True" in message and "1 of 1" in message
+    assert not messages((40, 40), (50, 50), (3, 3))
+
+
+def test_a_default_device_changes_nothing():
+    def train(device):
+        torch.manual_seed(0)
+        params = [parameter(30, 20), parameter(20)]
+        with torch.device(device):
+            optimizer = SO(params, density_ratio=0.05, T=2, seed=1)
+            for p in params:
+                p.grad = torch.ones_like(p)
+            for _ in range(3):
+                optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        return params
+
+    assert all(map(torch.equal, train("meta"), train("cpu")))
+
+
+def test_deterministic_algorithms_take_every_layout():
+    w = nn.Parameter(torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last))
+    half = nn.Parameter(torch.randn(20, 30).half().t())
+    optimizer = SO([w, half], density_ratio=0.1, seed=1)
+    before = w.detach().clone(), half.detach().clone()
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(optimizer, [w, half], 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not torch.equal(before[0], w) and not torch.equal(before[1], half)
+
+
+def test_the_file_can_be_read_by_python_3_9():
+    source = (ROOT / "optimizers/SparseOptimizer.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 9))
+    assert "from __future__ import annotations" in source and "strict=" not in source
 
 
 # Refusals

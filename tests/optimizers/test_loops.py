@@ -17,7 +17,7 @@ from loops_run import IMPORTS, STEPS, T
 from torch import nn
 from torch._dynamo.eval_frame import is_dynamo_supported
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from twin import Twin, mask
 
@@ -232,22 +232,6 @@ def test_averaged_weights_are_those_of_the_iterates_and_continue_bit_for_bit(sam
     average(data(0)).sum().backward()  # a plain model, which no optimizer samples
     assert not any(p.grad.is_sparse for p in average.parameters())
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_copies_in_low_precision_follow_weights_taken_from_an_average():
-    model, optimizer = make(True, build=lambda: make_model().float())
-    average = AveragedModel(model, use_buffers=True)
-    inputs = data(0).float()
-    for step in range(HALFWAY):
-        with torch.autocast("cpu", torch.bfloat16):
-            model(data(step).float()).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-    update_bn([inputs], average)
-    model.load_state_dict(average.module.state_dict())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(inputs), average(inputs))
 
 
 @BOTH

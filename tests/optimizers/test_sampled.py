@@ -135,7 +135,9 @@ def test_frozen_parts_cost_and_give_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_multiplies_low_and_sums_high(dtype):
+@pytest.mark.parametrize("product_from, close", [(2, 1e-4), (0, 1e-2)])  # by entry; whole
+def test_autocast_multiplies_low_and_sums_high(dtype, product_from, close, monkeypatch):
+    monkeypatch.setattr(sampled, "PRODUCT_FROM", product_from)
     x, weight, bias = (leaf(*shape, dtype=torch.float32) for shape in [(4, 900, 7), (5, 7), (5,)])
     at = support((5, 7), 9)
     with torch.autocast("cpu", dtype):
@@ -147,7 +149,7 @@ def test_autocast_multiplies_low_and_sums_high(dtype):
     assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
     exact = dy.double().flatten(0, 1).t() @ x.detach().to(dtype).double().flatten(0, 1)
     got = weight.grad.to_dense().double().take(at)
-    torch.testing.assert_close(got, exact.take(at), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, exact.take(at), rtol=close, atol=close)
     for ours, plain in zip((x, bias), torch.autograd.grad(expected, (x, bias), dy), strict=True):
         torch.testing.assert_close(ours.grad, plain, rtol=1e-2, atol=1e-2)
 
@@ -162,7 +164,7 @@ def test_half_precision_weights_get_gradients_of_their_own():
     assert torch.equal(weight.grad.to_dense().take(at), exact.take(at))
 
 
-def test_what_is_no_matrix_or_support_is_refused():
+def test_other_than_a_matrix_and_a_support_is_refused():
     with pytest.raises(ValueError, match="two dimensions"):
         sampled_linear(leaf(3, 4), leaf(4), None, torch.tensor([0]))
     with pytest.raises(ValueError, match="indices"):
@@ -234,6 +236,46 @@ def test_a_layer_used_twice_and_otherwise_too_gets_the_sum():
                 optimizer.step()
         assert ours.layer.weight.grad.is_sparse != otherwise
         assert_equal_weights(plain, ours)
+
+
+WRITES = {
+    "copy_": lambda ps: [p.data.copy_(2 * p.data) for p in ps],
+    "mul_": lambda ps: [p.data.mul_(2) for p in ps],
+    "=": lambda ps: [setattr(p, "data", 2 * p.data) for p in ps],
+    "vector_to_parameters": lambda ps: nn.utils.vector_to_parameters(
+        2 * nn.utils.parameters_to_vector(ps).detach(), ps
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_low_precision_products_are_of_the_weights_as_they_are(write):
+    plain, ours, a, b = twice(lambda: make_mlp().float())
+    sample_gradients(ours, b)
+    x = torch.randn(6, 20)
+
+    def out(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    for model, optimizer in ((plain, a), (ours, b)):
+        out(model).float().square().mean().backward()
+        optimizer.step()
+    ours.load_state_dict(plain.state_dict())
+    for model in (plain, ours):
+        WRITES[write](list(model.parameters()))
+    assert torch.equal(out(plain), out(ours))
+
+
+@CASES
+def test_gradients_are_coalesced_and_have_k_entries_whatever_is_accumulated(make, loss):
+    _, ours, _, b = twice(make)
+    handle = sample_gradients(ours, b)
+    for _ in range(2):
+        loss(ours, 0).backward()
+        for p in handle.params:
+            assert p.grad.is_coalesced() and p.grad._nnz() == len(b.state[p]["grad_indices"])
+            p.grad.coalesce()
 
 
 def test_the_clipped_norm_is_that_of_the_wanted_entries():
@@ -359,7 +401,12 @@ def test_torchs_own_attention_keeps_plain_gradients_beside_sampled_ones():
     plain, ours, a, b = twice(
         lambda: nn.TransformerEncoderLayer(20, 2, 32, dropout=0.0, batch_first=True).double()
     )
-    sample_gradients(ours, b)
+    handle = sample_gradients(ours, b)
+    assert [id(p) for p in handle.params] == [id(ours.linear1.weight), id(ours.linear2.weight)]
+    attention = "used by torch's own MultiheadAttention"
+    assert handle.whole == dict.fromkeys(
+        ["self_attn.in_proj_weight", "self_attn.out_proj.weight"], attention
+    )
     for step in range(4):
         for model, optimizer in ((plain, a), (ours, b)):
             optimizer.zero_grad()
@@ -492,6 +539,10 @@ def test_dense_groups_and_other_tensors_are_left_alone():
     ]
     handle = sample_gradients(model, SO(groups, density_ratio=0.1))
     assert [id(p) for p in handle.params] == [id(model[1].weight)]
+    assert repr(handle).splitlines() == [
+        "sampled gradients in 1 matrices, 6 of 64 entries; whole in 1 others",
+        "    whole: 2.weight (3 dimensions)",
+    ]
 
 
 def test_models_and_optimizers_that_do_not_fit_are_refused():
@@ -502,7 +553,7 @@ def test_models_and_optimizers_that_do_not_fit_are_refused():
         sample_gradients(model, SO(nn.Linear(4, 4).parameters()))
     optimizer = SO(model.parameters())
     sample_gradients(model, optimizer)
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="already active"):
         sample_gradients(model, optimizer)
 
 

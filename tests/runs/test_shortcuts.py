@@ -199,32 +199,6 @@ def test_matrices_back_to_back_are_updated_as_apart():
         assert all(map(torch.equal, apart, joined))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_copies_follow_the_float32_weights(precision):
-    model, matrices = make()
-    model.float()
-    lay_back_to_back(sorted(matrices.values(), key=torch.Tensor.numel))
-    optimizer = SO(matrices.values(), **SETTINGS)
-    sample_gradients(model, optimizer)
-    prompts = tokenize_prompts(model, NAMES, ["a {}."])
-    casts = []
-
-    def adapt(steps):
-        train(model, optimizer, batches(32), prompts, Course(steps), precision=precision)
-        for p in matrices.values():
-            assert torch.equal(p.low_precision, p.to(p.low_precision.dtype))
-        casts.append(next(iter(matrices.values())).low_precision)
-
-    adapt(5)
-    adapt(5)
-    assert casts[1] is casts[0]  # not cast anew
-    name, p = next(iter(matrices.items()))
-    with torch.no_grad():
-        p.mul_(2)  # by somebody else
-    adapt(1)
-    assert casts[2] is not casts[0], name
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.4's own doing
 def test_compiled_blocks_train_as_plain_ones():
