@@ -35,7 +35,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda", 0)
 ROOT = f"{Path(__file__).parent.parent}/"
@@ -83,8 +82,15 @@ def is_pinned(t: Tensor, device: Any = None) -> bool:
     return getattr(storages(t)[0], "pinned", False)
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors(*values: Any) -> list[Tensor]:
+    """Those among the values, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors(*value)
+    return found
 
 
 def calling_line() -> str:
@@ -115,7 +121,7 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        given = [mark(t, "cpu", over=(None,)) for t in tensors((args, kwargs))]
+        given = [mark(t, "cpu", over=(None,)) for t in tensors(*args, *kwargs.values())]
         places = {place(t) for t in given}
         where = "cuda" if "cuda" in places else "cpu" if "cpu" in places else "either"
         if where != "either":
