@@ -21,13 +21,13 @@ Seen to work on torch 2.14. All that it uses of torch is in 2.4 as well, as far 
 import functools
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -43,7 +43,10 @@ DEBUG_MODES = {"default": 0, "warn": 1, "error": 2}
 STREAM = SimpleNamespace(is_capturing=lambda: False)
 REAL_DEVICE = torch._C.TensorBase.device
 FACTORIES = _device_constructors()  # torch remembers its answer: ask before anything is patched
+ABOUT_AUTOCAST = "is_autocast_enabled", "get_autocast_dtype"
 FROM_DATA = {"tensor", "as_tensor", "asarray", "scalar_tensor"}
+
+GENERATORS = WeakValueDictionary()  # by address: a mode gets them in other Python objects
 
 WAITS = {  # the size of the result, or a value that the host needs, depends on the data
     "_local_scalar_dense", "nonzero", "argwhere", "masked_select", "_unique", "_unique2",
@@ -105,9 +108,10 @@ def calling_line() -> str:
 
 
 def refuse_generator(generator: torch.Generator | None, where: str) -> None:
-    if generator is not None and generator.device.type != where:
-        found = generator.device.type
-        raise RuntimeError(f"Expected a '{where}' device type for generator but found '{found}'")
+    if generator is not None:
+        found = GENERATORS.get(generator._cdata, generator).device.type
+        if found != where:
+            raise RuntimeError(f"Expected a '{where}' device for generator but found '{found}'")
 
 
 class Device(TorchDispatchMode):
@@ -154,17 +158,14 @@ class Device(TorchDispatchMode):
     def wait(self, what: str, noticed: bool = True) -> None:
         """Record that the host waits; `noticed` tells whether CUDA's debug mode sees it."""
         self.waits.append(f"{what}, {calling_line()}")
-        message = f"called a synchronizing CUDA operation: {self.waits[-1]}"
         with record_function("cudaStreamSynchronize"):
             pass
         if noticed and self.debug_mode == DEBUG_MODES["error"]:
-            raise RuntimeError(message)
-        if noticed and self.debug_mode == DEBUG_MODES["warn"]:
-            warnings.warn(message, stacklevel=2)
+            raise RuntimeError(f"called a synchronizing CUDA operation: {self.waits[-1]}")
 
     def copy(self, source: Tensor, goal: str, non_blocking: bool, pinned: bool) -> None:
         """Record what a copy waits for; `pinned` tells whether the host's side is."""
-        size = sum(storage.nbytes() for storage in storages(source))
+        size = source.numel() * source.element_size()
         if not non_blocking:
             self.wait(f"copy to {goal} without non_blocking")
         elif not pinned and (goal == "cpu" or size > STAGED):
@@ -214,6 +215,7 @@ class Generator(torch._C.Generator):
     def __new__(cls, device: Any = "cpu") -> "Generator":
         self = super().__new__(cls)
         self.owner = torch.device(device)
+        GENERATORS[self._cdata] = self
         return self
 
     @property
@@ -243,11 +245,9 @@ def tensor_methods(device: Device) -> dict[str, Any]:
             args = args[0].device, args[0].dtype, *args[1:]
         goal, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
         rest = {"dtype": dtype or self.dtype} | ({"memory_format": layout} if layout else {})
-        here = place(self)
-        if goal is None or goal.type == here or "meta" in (goal.type, here):
-            on = {"device": goal} if goal is not None and "meta" in (goal.type, here) else {}
-            return real["to"](self, **rest, **on, non_blocking=non_blocking, copy=copy)
-        pinned = is_pinned(self) if goal.type == "cuda" else True  # torch pins what it makes
+        if goal is None or goal.type == place(self):
+            return real["to"](self, **rest, copy=copy)
+        pinned = goal.type == "cpu" or is_pinned(self)  # torch pins the memory that it makes
         device.copy(self, goal.type, non_blocking, pinned)
         with _disable_current_modes():
             return mark(real["to"](self, **rest, copy=True), goal.type, over=())
@@ -336,18 +336,15 @@ def simulated_cuda() -> Iterator[Device]:
     def on_cpu(ask):
         return lambda kind="cuda": ask(kind.replace("cuda", "cpu"))
 
+    functions = {make.__name__: factory(make, device) for make in FACTORIES}
+    functions |= {name: on_cpu(getattr(torch, name)) for name in ABOUT_AUTOCAST}
     replaced = {
         Tensor: tensor_methods(device),
+        torch: functions | {"Generator": Generator},
         torch.cuda: cuda_functions(device),
         torch.autocast: {"__init__": autocast},
-        getattr(torch, "accelerator", None): {"current_stream": lambda *_: STREAM},  # from 2.6 on
         torch.profiler: {"profile": lambda **_: profile(activities=[ProfilerActivity.CPU])},
-        torch: {make.__name__: factory(make, device) for make in FACTORIES}
-        | {
-            name: on_cpu(getattr(torch, name))
-            for name in ("is_autocast_enabled", "get_autocast_dtype")
-        }
-        | {"Generator": Generator},
+        getattr(torch, "accelerator", None): {"current_stream": lambda *_: STREAM},  # from 2.6 on
     }
     with pytest.MonkeyPatch.context() as patch:
         for owner, attributes in replaced.items():
