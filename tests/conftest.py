@@ -24,7 +24,7 @@ def seeded():
 @pytest.fixture(autouse=True)
 def simulated(request):
     """A test marked gpu runs on the simulated device where there is no real one."""
-    if "gpu" not in request.keywords or torch.cuda.is_available():
+    if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
         yield None
     else:
         with simulated_cuda() as simulation:

@@ -125,8 +125,11 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        given = [mark(t, "cpu", over=(None,)) for t in tensors(*args, *kwargs.values())]
-        places = {place(t) for t in given}
+        given = tensors(*args, *kwargs.values())
+        owned = {id(storage): storage for t in given for storage in storages(t)}
+        for storage in owned.values():
+            storage.place = getattr(storage, "place", "cpu")
+        places = {storage.place for storage in owned.values()}
         where = "cuda" if "cuda" in places else "cpu" if "cpu" in places else "either"
         if where != "either":
             refuse_generator(kwargs.get("generator"), where)
@@ -135,17 +138,17 @@ class Device(TorchDispatchMode):
         if where == "cuda":
             self.look_for_waits(name, args, kwargs)
         out = func(*args, **kwargs)
-        results = tensors(out)
-        # Views make no storage and launch nothing. Under a mode like this one, autograd clones
-        # sparse gradients that it would otherwise keep as they are.
-        known = {storage._cdata for t in given for storage in storages(t)}
-        new = any(storage._cdata not in known for t in results for storage in storages(t))
-        steals = name == "clone" and given[0].layout == torch.sparse_coo
-        copies = name == "copy_" and "cpu" in places
-        if where == "cuda" and (new or func._schema.is_mutable) and not steals and not copies:
-            self.launch(name)
-        for t in results:
-            mark(t, where)
+        results = [storage for t in tensors(out) for storage in storages(t)]
+        if where == "cuda" and not (name == "copy_" and "cpu" in places):
+            # Views make no storage and launch nothing. Under a mode like this one, autograd clones
+            # sparse gradients that it would otherwise keep as they are.
+            kept = name == "clone" and given[0].layout == torch.sparse_coo
+            new = any(id(storage) not in owned for storage in results)
+            if func._schema.is_mutable or new and not kept:
+                self.launch(name)
+        for storage in results:
+            if getattr(storage, "place", "either") == "either":
+                storage.place = where
         return out
 
     def launch(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The simulated device refuses and waits as CUDA does, which a real one shows where there is one."""
+"""The simulated device refuses and waits as CUDA does; a real one, where there is one, too."""
 
 import pytest
 import torch
