@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from simulated_cuda import simulated_cuda
 
 
 def pytest_configure():
@@ -20,10 +21,11 @@ def seeded():
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; there is none here")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+@pytest.fixture(autouse=True)
+def simulated(request):
+    """A test marked gpu runs on the simulated device where there is no real one."""
+    if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        yield None
+    else:
+        with simulated_cuda() as simulation:
+            yield simulation
