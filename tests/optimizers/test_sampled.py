@@ -12,7 +12,7 @@ from clip_helpers import TINY_VIT, random_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clip.model import build_model
+from clip import build_model
 from optimizers import sampled
 from optimizers.sampled import sample_gradients, sampled_linear
 from optimizers.SparseOptimizer import SO, draw_support
