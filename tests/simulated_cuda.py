@@ -54,7 +54,10 @@ WAITS = {  # the size of the result, or a value that the host needs, depends on 
 }  # fmt: skip
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 TAKES_HOST_SCALARS = {"fill", "fill_", "masked_fill", "masked_fill_", "where", "lerp", "clamp"}
-WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
+WITHOUT_KERNEL = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_",
+    "_coalesced_",
+}  # fmt: skip
 
 
 # Where a tensor is: its storage's mark, "cuda", "cpu", or "either" for what C++ code made
