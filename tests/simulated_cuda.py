@@ -15,7 +15,7 @@ operator counts as one kernel, a copy between host and device as none. CPU autoc
 CUDA's, which would also compute norms and softmax of half precision in float32; CLIP hands it none.
 The gradient of a copy between devices keeps the mark of where it came from.
 
-Seen to work on torch 2.14. All that it uses of torch is in 2.4 as well, as far as is known.
+Seen to work on torch 2.4.0 and 2.14.1 built for CUDA, and on 2.13.0 built for CPUs alone.
 """
 
 import functools
@@ -54,7 +54,10 @@ WAITS = {  # the size of the result, or a value that the host needs, depends on 
 }  # fmt: skip
 INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 TAKES_HOST_SCALARS = {"fill", "fill_", "masked_fill", "masked_fill_", "where", "lerp", "clamp"}
-WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
+WITHOUT_KERNEL = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_",
+    "_coalesced_",
+}  # fmt: skip
 
 
 # Where a tensor is: its storage's mark, "cuda", "cpu", or "either" for what C++ code made
