@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, iteration, plain, step
+from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
 from clip import build_model
 
