@@ -6,7 +6,6 @@ file's entries pass through the same parser as the command line's, so both are c
 
 import argparse
 import ctypes
-import difflib
 import io
 import logging
 import math
@@ -28,7 +27,7 @@ from datasets.base import on_disk
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, SUPPORTS
 from train import POSITIONS
-from utils import Interrupted, explain, one_line
+from utils import Interrupted, explain, nearest, one_line
 
 MOST = 10**18  # of whole numbers
 HERE = Path(__file__).parent
@@ -102,13 +101,6 @@ def backbone(name: str) -> str:
 def logit_scale(text: str) -> float | str:
     """A parser type: a positive number, or "checkpoint"."""
     return text if text == "checkpoint" else number(float, 0, open_="low")(text)
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A hint at the valid name that looks most like this one, if any does."""
-    lower = {known.lower(): known for known in valid}
-    found = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
 
 
 # fmt: off

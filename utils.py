@@ -1,5 +1,6 @@
 """Small things several parts use: safe files, signals, progress bars."""
 
+import difflib
 import fcntl
 import hashlib
 import os
@@ -71,6 +72,25 @@ def one_line(text: str) -> str:
     if len(text) > 2000:
         text = f"{text[:1000]} ... {text[-900:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_few(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are, on one line whatever they hold."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(n if n.isprintable() else repr(n) for n in names[:5]) + more
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint at the valid name that looks most like this one: " (did you mean 'dtd'?)", or ""."""
+    lower = {known.lower(): known for known in valid}
+    found = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
+
+
+def plural(count: int, what: str) -> str:
+    """A count and its noun: "1 run", "1,024 runs"."""
+    return f"{count:,} {what}" + ("s" if count != 1 else "")
 
 
 def explain(error: Exception) -> str:
