@@ -1,14 +1,16 @@
-"""Adaptation itself: which matrices, the zero-shot classifier, training, evaluation.
+"""Adaptation itself: the zero-shot classifier, training, evaluation.
 
 Functions take what they use; none of them knows the command line or a run's folder.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,25 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from clip import CLIP
 from clip.model import ResidualAttentionBlock
 from datasets.loader import Batch, normalise, to_device
-from optimizers.snapshot import Snapshot
+from optimizers.delta import Packed, pack, unpack
 from utils import Interrupted, Progress
 
-# Share of the stack of layers that each --position adapts, or how many of its last layers.
-POSITIONS: dict[str, tuple[float, float] | int] = {
-    "bottom": (0, 1 / 3),
-    "mid": (1 / 3, 2 / 3),
-    "up": (2 / 3, 1),
-    "half-up": (1 / 2, 1),
-    "half-bottom": (0, 1 / 2),
-    "all": (0, 1),
-    "top3": 3,
-    "top": 1,
-}
-MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FINAL_LR = 1e-6  # where the cosine ends
 TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
-SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-LOOK_EVERY = 50  # iterations between two looks at the loss on a GPU, each of which waits for it
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -48,55 +36,94 @@ class NonFiniteLoss(ArithmeticError):
         self.rows = rows
 
 
-def layers_at(position: str, depth: int) -> range:
-    """The layers that a position means in a stack of `depth` layers; never none.
-
-    Twelve layers: bottom 0-3, mid 4-7, up 8-11, half-bottom 0-5, half-up 6-11, top3 9-11, top 11.
-    """
-    share = POSITIONS[position]
-    if isinstance(share, int):
-        return range(max(depth - share, 0), depth)
-    start = min(round(share[0] * depth), depth - 1)
-    return range(start, max(round(share[1] * depth), start + 1))
-
-
-def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Parameter]:
-    """Freeze the model, thaw the matrices that are to be adapted, and return them by name.
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained.
 
     Args:
-        model: Its attention in_proj and out_proj and MLP c_fc and c_proj weights are meant.
-        encoder: "text", "vision" or "both". A ResNet has no such blocks: only text is adapted.
-        position: A key of POSITIONS.
-
-    Raises:
-        ValueError: Nothing is left to adapt.
+        logit_scale: Factor of the cosines, or "checkpoint" for the model's own.
+        early_stop_loss: Training ends after an epoch whose mean loss is below this.
+        precision: Precision of the matrix products: "fp32", "bf16", or "fp16" with scaled
+            gradients.
+        text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
+        accumulate: Parts that each batch is computed in.
+        eval_every: Iterations between two measurements; 0 for the last one alone.
+        checkpoint_every: Iterations between two checkpoints; 0 for none.
     """
-    model.requires_grad_(False)
-    towers = {"vision": "visual.transformer", "text": "transformer"}
-    chosen = {}
-    for name in towers.values() if encoder == "both" else [towers[encoder]]:
-        if name == towers["vision"] and not hasattr(model.visual, "transformer"):
-            continue
-        blocks = model.get_submodule(name).resblocks
-        for layer in layers_at(position, len(blocks)):
-            for matrix in MATRICES:
-                full_name = f"{name}.resblocks.{layer}.{matrix}"
-                chosen[full_name] = model.get_parameter(full_name).requires_grad_()
-    if not chosen:
-        raise ValueError(
-            f"--encoder {encoder}: the image tower is a ResNet, without the transformer blocks "
-            "that SO adapts; use --encoder text or both, or a ViT backbone"
-        )
-    lay_back_to_back(sorted(chosen.values(), key=Tensor.numel))
-    return chosen
+
+    logit_scale: float | str = 100.0
+    early_stop_loss: float = 0.0
+    precision: str = "fp32"
+    text_chunk: int = 0
+    accumulate: int = 1
+    eval_every: int = 0
+    checkpoint_every: int = 0
 
 
-@torch.no_grad()
-def lay_back_to_back(tensors: Sequence[Tensor]) -> None:
-    """Move tensors into one piece of memory; SO then reads and writes all of them at once."""
-    row = torch.cat([tensor.flatten() for tensor in tensors])
-    for tensor, part in zip(tensors, row.split([t.numel() for t in tensors]), strict=True):
-        tensor.data = part.view(tensor.shape)
+@dataclass(frozen=True)
+class Adapted:
+    """What is adapted.
+
+    Args:
+        model: The model; it stays in evaluation mode, and what is trained requires gradients.
+        prompts: Tokens of the classes' prompts, by label: (P, C, L).
+        optimizer: Trains it; its learning rate is the schedule's start.
+        trained: The tensors that the optimizer moves, by name in the model.
+        matrices: The matrices that the model differs in afterwards.
+    """
+
+    model: CLIP
+    prompts: Tensor
+    optimizer: torch.optim.Optimizer
+    trained: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    matrices: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass
+class Course:
+    """How far training is: with weights, optimizer and generators, all that continues it."""
+
+    iterations: int  # at most
+    count: int = 0  # iterations done
+    epoch_start: int = 0  # iterations done before this epoch
+    epoch_loss: float = math.nan  # mean of the last whole epoch
+    ended: bool = False
+    zero_shot: float = math.nan  # accuracy in percent
+    accuracies: dict[int, float] = field(default_factory=dict)  # in percent, by iteration
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # (iterations,), on the device
+    scaler: dict[str, Any] = field(default_factory=dict)  # GradScaler's state
+    best: tuple[int, float, Packed] = (0, -math.inf, {})  # iteration, score, weights then
+    began: float = field(default_factory=time.perf_counter)  # less the time of earlier processes
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken so far."""
+        return time.perf_counter() - self.began
+
+    def curve(self, start_lr: float, count: int | None = None) -> list[tuple]:
+        """Rows (iteration, loss, lr, test accuracy, or "" where nothing was measured)."""
+        losses = self.losses[: self.count if count is None else count].tolist()
+        return [
+            (i, loss, cosine_lr(start_lr, i - 1, self.iterations), self.accuracies.get(i, ""))
+            for i, loss in enumerate(losses, start=1)
+        ]
+
+    def offer(self, score: float, trained: Mapping[str, Tensor], base: Callable) -> None:
+        """Keep the present weights, as their difference from the base, if none scored as high."""
+        if score > self.best[1]:
+            self.best = self.count, score, pack(trained, base())
+
+    def restore_best(self, trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+        """Give the trained tensors the weights of the best score."""
+        unpack(self.best[2], trained, base)
+
+    def state(self) -> dict[str, Any]:
+        """Everything as plain values and CPU tensors."""
+        return {**vars(self), "losses": self.losses[: self.count].cpu(), "began": -self.seconds}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        vars(self).update(state, began=self.began + state["began"])
 
 
 def compile_blocks(model: CLIP, backend: str = "inductor") -> None:
@@ -227,131 +254,32 @@ def evaluate(
     return 100.0 * correct.item() / total
 
 
-class BestIterate:
-    """Keeps what an optimizer trains as it was at its best, the earliest of equals."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.iteration, self.score = 0, -math.inf
-        self.kept: list[Tensor] = []
-
-    def offer(self, iteration: int, score: float) -> None:
-        """Keep the present values if their score is above all before."""
-        if score > self.score:
-            self.iteration, self.score = iteration, score
-            self.kept = [p.detach().clone() for p in self.params]
-
-    @torch.no_grad()
-    def restore(self) -> int:
-        """Put the kept values back, and return their iteration."""
-        for p, value in zip(self.params, self.kept, strict=True):
-            p.copy_(value)
-        return self.iteration
-
-    def state(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Everything as plain values and CPU tensors, for a checkpoint."""
-        kept = snapshot.take(self.kept) if self.kept else None
-        return {"iteration": self.iteration, "score": self.score, "kept": kept}
-
-    def load(self, state: dict[str, Any], snapshot: Snapshot) -> None:
-        """Restore what `state` returned; what is trained must be as it was before training."""
-        self.iteration, self.score = int(state["iteration"]), float(state["score"])
-        if state["kept"] is not None:
-            self.kept = [p.detach().clone() for p in self.params]
-            snapshot.put(state["kept"], self.kept)
-
-
 def cosine_lr(lr: float, iteration: int, iterations: int) -> float:
     """The learning rate of an iteration, counted from 0: a cosine from lr down to 1e-6."""
     return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
-@dataclass
-class Course:
-    """How far training has come: with weights, optimizer and generators, all that continues it."""
-
-    iterations: int  # at most
-    count: int = 0  # iterations done
-    looked: int = 0  # done before the last look at the losses
-    epoch_start: int = 0  # done before this epoch
-    ended: bool = False
-    accuracies: dict[int, float] = field(default_factory=dict)  # in percent, by iteration
-    losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # (iterations,), on the device
-    scaler: dict[str, Any] = field(default_factory=dict)  # GradScaler's state
-
-    def curve(self, start_lr: float, count: int | None = None) -> list[tuple]:
-        """Rows (iteration, loss, lr, test accuracy, or "" where nothing was measured)."""
-        losses = self.losses[: self.count if count is None else count].tolist()
-        return [
-            (i, loss, cosine_lr(start_lr, i - 1, self.iterations), self.accuracies.get(i, ""))
-            for i, loss in enumerate(losses, start=1)
-        ]
-
-    def state(self) -> dict[str, Any]:
-        """Everything as plain values and a CPU tensor, for a checkpoint."""
-        return {**vars(self), "losses": self.losses[: self.count].cpu()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned.
-
-        Raises:
-            ValueError: It is of another number of iterations, or contradicts itself.
-        """
-        other = Course(**state)
-        counts = other.iterations, other.count, other.looked, other.epoch_start
-        kinds = [type(other.ended) is bool, *(type(count) is int for count in counts)]
-        kinds += [isinstance(part, dict) for part in (other.accuracies, other.scaler)]
-        kinds += [type(i) is int and type(a) is float for i, a in other.accuracies.items()]
-        kinds += [isinstance(value, int | float) for value in other.scaler.values()]
-        if not all(kinds) or other.scaler.keys() not in (set(), SCALER):
-            raise ValueError("an entry is of another kind")
-        if other.iterations != self.iterations or not 0 < other.count <= self.iterations:
-            raise ValueError(f"{other.count} of {other.iterations} iterations")
-        orderly = 0 <= other.epoch_start <= other.count and 0 <= other.looked <= other.count
-        if not orderly or other.losses.shape != (other.count,):
-            raise ValueError("its numbers of iterations contradict each other")
-        self.__dict__.update(vars(other))
-
-
 def train(
-    model: CLIP,
-    optimizer: torch.optim.Optimizer,
+    adapted: Adapted,
     batches: Iterator[tuple[Batch, bool]],
-    prompts: Tensor,
     course: Course,
+    settings: Settings = Settings(),  # noqa: B008 # frozen
     *,
-    logit_scale: float | str = 100.0,
-    early_stop_loss: float = 0.0,
-    precision: str = "fp32",
-    text_chunk: int = 0,
-    accumulate: int = 1,
-    eval_every: int = 0,
-    measure: Callable[[int], float] | None = None,
-    checkpoint_every: int = 0,
-    save: Callable[[Course], None] | None = None,
+    measure: Callable[[], float] | None = None,
+    save: Callable[[], None] = lambda: None,
     interruption: Callable[[], None] = lambda: None,
 ) -> list[tuple]:
-    """Adapt the model by cross-entropy over scaled cosines, with the paper's cosine schedule.
+    """Adapt a model by cross-entropy over scaled cosines, with the paper's cosine schedule.
 
     Args:
-        model: What is to be trained in it requires gradients; it stays in evaluation mode.
-        optimizer: Of what is trained; its learning rate is the schedule's start.
-        batches: Images and labels for ever, and whether each batch ends an epoch; from the
-            course's count on.
-        prompts: Tokens of the classes' prompts, by label: (P, C, L).
-        course: How far it is, and how far it may go: a new one, or an interrupted run's.
-        logit_scale: Factor of the cosines, or "checkpoint" for the model's own.
-        early_stop_loss: End after an epoch whose mean loss is below this. On a GPU epochs of
-            less than LOOK_EVERY iterations are looked at now and then, not each.
-        precision: Of matrix products: "fp32", "bf16", or "fp16" with scaled gradients.
-        text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
-        accumulate: Parts that each batch is computed in.
-        eval_every: Iterations between two calls of `measure`; 0 for the last one alone.
-        measure: Told how many iterations are done, it returns the test accuracy in percent.
-        checkpoint_every: Iterations between two calls of `save`; 0 for none.
-        save: Keeps a course, and what else it takes to continue from there.
-        interruption: Called after each iteration; raises Interrupted to have the course saved and
-            training ended.
+        adapted: What is adapted.
+        batches: Images and labels without end, and whether each batch ends an epoch; the course's
+            next one first.
+        course: How far it is: a new one, or an interrupted run's. It is kept up to date.
+        settings: How it is trained.
+        measure: Returns the test accuracy in percent.
+        save: Writes a checkpoint.
+        interruption: Called after each iteration; raises Interrupted to end training.
 
     Returns:
         The curve: rows (iteration, loss, lr, test accuracy), iterations counted from 1; the
@@ -359,33 +287,35 @@ def train(
 
     Raises:
         NonFiniteLoss: A loss is NaN or infinite.
-        Interrupted: `interruption` or `measure` raised it; the course is saved.
+        Interrupted: `interruption` or `measure` raised it; a checkpoint was saved.
     """
+    model, optimizer = adapted.model, adapted.optimizer
     device = model.text_projection.device
-    scale = model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
+    scale: float | Tensor = settings.logit_scale
+    if scale == "checkpoint":
+        scale = model.logit_scale.detach().exp()
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # a resumed run's rate is that of its last step
     start_lr = optimizer.param_groups[0]["initial_lr"]
-    with autocast(device, precision):
-        first, hidden = before_training(model, prompts)
-
+    with autocast(device, settings.precision):
+        first, hidden = before_training(model, adapted.prompts)
     losses = torch.zeros(course.iterations, device=device)  # there: a GPU is not waited for
     losses[: course.count] = course.losses.to(device)
     course.losses = losses
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     if course.scaler:
         scaler.load_state_dict(course.scaler)
 
     def measure_where_due() -> None:
-        count = course.count
-        due = course.ended or (eval_every and count and count % eval_every == 0)
+        count, every = course.count, settings.eval_every
+        due = course.ended or (every and count and count % every == 0)
         if measure is not None and due and count not in course.accuracies:
-            course.accuracies[count] = measure(count)
+            course.accuracies[count] = measure()
 
-    def keep() -> None:
-        if save is not None and course.count and losses[: course.count].isfinite().all():
+    def save_if_sound() -> None:
+        if course.count and losses[: course.count].isfinite().all():
             course.scaler = scaler.state_dict()
-            save(course)
+            save()
 
     try:
         with Progress(course.iterations, "Training", "it", course.count) as bar:
@@ -395,26 +325,39 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_lr(start_lr, course.count, course.iterations)
                 optimizer.zero_grad()
-                with autocast(device, precision):
+                with autocast(device, settings.precision):
                     classes = hidden  # (C, D) where nothing of the text tower is trained
                     if first < len(model.transformer.resblocks):
-                        classes = text_features(model, prompts, text_chunk, hidden, first)
-                loss = add_gradients(
-                    model, to_device(batch, device), classes, scale, scaler, precision, accumulate
+                        classes = text_features(
+                            model, adapted.prompts, settings.text_chunk, hidden, first
+                        )
+                losses[course.count] = add_gradients(
+                    model, to_device(batch, device), classes, scale, scaler, settings
                 )
                 scaler.step(optimizer)
                 scaler.update()
-                losses[course.count] = loss
                 course.count += 1
-                note = check(course, ends_epoch, early_stop_loss, start_lr)
+                note = ""
+                if ends_epoch or course.count == course.iterations:
+                    end_epoch(course, settings.early_stop_loss, start_lr)
+                    note = f"loss {course.epoch_loss:.3f}"
+                if course.ended:
+                    bar.total = course.count
                 bar.update(note=note)
                 interruption()
                 measure_where_due()
-                if checkpoint_every and course.count % checkpoint_every == 0 and not course.ended:
-                    keep()
+                every = settings.checkpoint_every
+                if every and course.count % every == 0 and not course.ended:
+                    save_if_sound()
     except Interrupted:
-        keep()
+        save_if_sound()
         raise
+    if course.count < course.iterations:
+        print(
+            f"\nStopped early, after iteration {course.count} of {course.iterations}: the epoch's "
+            f"mean loss, {course.epoch_loss:.4g}, is below {settings.early_stop_loss:g}",
+            flush=True,
+        )
     return course.curve(start_lr)
 
 
@@ -424,26 +367,19 @@ def add_gradients(
     classes: Tensor,
     scale: float | Tensor,
     scaler: torch.amp.GradScaler,
-    precision: str,
-    parts: int,
+    settings: Settings,
 ) -> Tensor:
     """Add the gradients of a batch's mean loss, which is returned.
 
-    Args:
-        model: The model.
-        batch: Images and labels, on its device.
-        classes: Features of the classes (C, D).
-        scale: Factor of the cosines.
-        scaler: Scales the loss for the backward pass.
-        precision: Of matrix products.
-        parts: How many parts the batch is computed in, one after the other, which takes less
-            memory; the text is encoded once all the same.
+    The batch, on the model's device, is computed in `settings.accumulate` parts, one after the
+    other; the text, with classes' features (C, D), is encoded once all the same.
     """
     images, labels = batch
+    parts = settings.accumulate
     leaf = classes.detach().requires_grad_(classes.requires_grad) if parts > 1 else classes
     total = torch.zeros((), device=labels.device)
     for some_images, some_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with autocast(labels.device, precision):
+        with autocast(labels.device, settings.precision):
             logits = scale * image_features(model, some_images) @ leaf.T  # (b, C)
             loss = F.cross_entropy(logits, some_labels) * (len(some_labels) / len(labels))
         scaler.scale(loss).backward()
@@ -453,36 +389,21 @@ def add_gradients(
     return total
 
 
-def check(course: Course, ends_epoch: bool, early_stop_loss: float, start_lr: float) -> str:
-    """Look at the losses where it is time, and note whether training has ended.
+def end_epoch(course: Course, early_stop_loss: float, start_lr: float) -> None:
+    """Look at the losses of the epoch that ends here, and note whether training has ended.
 
-    Returns:
-        What to show beside the progress; "" where nothing was looked at.
+    This is the one time in an epoch that the device is waited for.
 
     Raises:
         NonFiniteLoss: A loss is NaN or infinite.
     """
-    count, losses = course.count, course.losses
-    unseen, epoch = count - course.looked, count - course.epoch_start
-    last = count == course.iterations
-    note = ""
-    if (
-        losses.device.type == "cpu"
-        or (ends_epoch and max(unseen, epoch) >= LOOK_EVERY)
-        or unseen >= 2 * LOOK_EVERY
-        or last
-    ):
-        fresh = losses[course.looked : count]
-        if not fresh.isfinite().all():
-            bad = course.looked + int(fresh.isfinite().logical_not().nonzero()[0]) + 1
+    losses = course.losses[course.epoch_start : course.count].tolist()
+    for number, loss in enumerate(losses, start=course.epoch_start + 1):
+        if not math.isfinite(loss):
             raise NonFiniteLoss(
-                f"the loss became {losses[bad - 1].item()} at iteration {bad} of "
-                f"{course.iterations}: lower --lr, or use --precision fp32 or bf16",
-                course.curve(start_lr, bad),
+                f"the loss became {loss} at iteration {number} of {course.iterations}: lower "
+                "--lr, or use --precision fp32 or bf16",
+                course.curve(start_lr, number),
             )
-        course.looked, note = count, f"loss {losses[count - 1].item():.3f}"
-    low = ends_epoch and course.looked == count
-    course.ended = last or bool(low and losses[course.epoch_start : count].mean() < early_stop_loss)
-    if ends_epoch:
-        course.epoch_start = count
-    return note
+    course.epoch_start, course.epoch_loss = course.count, fmean(losses)
+    course.ended = course.count == course.iterations or course.epoch_loss < early_stop_loss

@@ -46,14 +46,15 @@ from clip.model import Attention
 from datasets.loader import normalise, to_device
 from optimizers import SO
 from optimizers.lora import add_lora, set_dropout
+from optimizers.methods import POSITIONS, select_matrices
 from optimizers.sampled import sample_gradients
 from run_utils import default_device, prepare_machine
 from train import (
-    POSITIONS,
+    Adapted,
     Course,
+    Settings,
     autocast,
     before_training,
-    select_matrices,
     text_features,
     train,
     unit,
@@ -168,8 +169,8 @@ def count_kernels(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     batches = ((row["batch"], False) for _ in range(PROFILED))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         train(
-            row["model"], row["optimizer"], batches, row["prompts"], Course(PROFILED),
-            precision=row["precision"], text_chunk=row["text_chunk"],
+            Adapted(row["model"], row["prompts"], row["optimizer"]), batches, Course(PROFILED),
+            Settings(precision=row["precision"], text_chunk=row["text_chunk"]),
         )  # fmt: skip
         synchronise(device)
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)

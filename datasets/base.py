@@ -35,6 +35,7 @@ class FewShotDataset:
     classnames: list[str]  # by label
     template: list[str]  # prompts with {} for the class name
     published: bool  # False when the split was made here, from the raw download
+    data: dict  # split, digest and numbers of all images that it could draw or test on
 
 
 @dataclass(frozen=True)

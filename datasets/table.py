@@ -1,17 +1,21 @@
 """The table of datasets, and `build_dataset`, which makes the few-shot task of a row."""
 
 import difflib
+import hashlib
+import json
 import os
 import random
 from functools import partial
 
 from datasets import digits
 from datasets.base import (
+    PARTS,
     TEMPLATE,
     DatasetSpec,
     Entry,
     FewShotDataset,
     Item,
+    Split,
     find_source,
 )
 from datasets.fgvc import read_fgvc
@@ -213,4 +217,13 @@ def build_dataset(name: str, root_path: str | os.PathLike | None, shots: int) ->
         split.classnames,
         list(TEMPLATE),
         split.published,
+        described(split),
     )
+
+
+def described(split: Split) -> dict:
+    """The split's kind, digest and numbers of images: a stand-in."""
+    parts = {part: getattr(split, part) for part in PARTS}
+    digest = hashlib.sha256(json.dumps([split.classnames, *parts.values()]).encode()).hexdigest()
+    kind = "published" if split.published else "made"
+    return {"split": kind, "digest": digest, **{part: len(e) for part, e in parts.items()}}

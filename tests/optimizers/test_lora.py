@@ -12,7 +12,16 @@ from torch import nn
 from clip import build_model
 from clip.model import Attention
 from optimizers.lora import add_lora, merged, set_dropout
-from train import Course, compile_blocks, evaluate, image_features, text_features, train
+from train import (
+    Adapted,
+    Course,
+    Settings,
+    compile_blocks,
+    evaluate,
+    image_features,
+    text_features,
+    train,
+)
 
 # torch 2.4's own, when it recomputes a chunk of the text
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -212,8 +221,8 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     batch = images, torch.tensor([2, 0, 1])
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
     curve = train(
-        model, optimizer, ((batch, True) for _ in range(30)), tokens,
-        Course(30), logit_scale=10.0, precision=precision, text_chunk=3,
+        Adapted(model, tokens, optimizer), ((batch, True) for _ in range(30)), Course(30),
+        Settings(logit_scale=10.0, precision=precision, text_chunk=3),
     )  # fmt: skip
     after = model.state_dict()
     assert {name for name in after if not torch.equal(after[name], before[name])} == params.keys()
