@@ -9,7 +9,6 @@ An experiment file says:
     settings   lists of flags for some; where a flag has several values, each is run with each
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from reporting.numbers import METHODS, settings_of
-from results import Run, computed, differences, read_run, run_folder
-from run_utils import make_parser, parse_args
+from results import Run, differences, read_run, run_folder
+from run_utils import Config, default_settings, parse_args
 from utils import plural
 
 KINDS = ("compare", "rates", "grid", "ablation")
@@ -40,7 +39,7 @@ class Planned(NamedTuple):
     """One run of an experiment."""
 
     arguments: list[str]  # of main.py
-    config: argparse.Namespace
+    config: Config
 
     @property
     def folder(self) -> Path:
@@ -108,7 +107,7 @@ def read_file(path: Path) -> dict[str, Any]:
     good = isinstance(common, dict) and isinstance(settings, list) and settings
     if not good or not all(isinstance(entry, dict) for entry in settings):
         raise ValueError(f"{path}: common must hold flags, settings a list of such")
-    flags = {action.dest for action in make_parser()._actions}
+    flags = default_settings()
     for key in itertools.chain(common, *settings):
         if key not in flags:
             raise ValueError(f"{path}: main.py has no flag {key!r}")
@@ -151,7 +150,8 @@ def read_done(planned: Iterable[Planned], *free: str) -> list[Run]:
         if plan.is_done:
             try:
                 run = read_run(plan.folder)
-                if changes := differences(run.settings, computed(plan.config)):
+                images = run.data or {"digest": None}  # whichever they are: main.py looks at them
+                if changes := differences(run.settings, images, plan.config, images):
                     raise ValueError(f"the result is another run's ({changes})")
             except ValueError as error:
                 raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error

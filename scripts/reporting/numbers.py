@@ -18,13 +18,12 @@ from scipy.stats import t as student
 
 import clip
 from datasets import DATASETS
-from results import CIRCUMSTANCES, Run, read_run
-from run_utils import make_parser
+from results import CIRCUMSTANCES, IN_PATH, Run, read_run
+from run_utils import default_settings
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}
 LABELS = {"zero_shot": "zero-shot", **METHODS}
-COORDINATES = {"method", "backbone", "dataset", "shots", "seed"}  # of a run in a report
 OF_SO = {"s", "t", "grad_support", "moment_support", "dense_grad"}
 UNREAD = {  # settings that a method never looks at, and by which its runs do not differ
     "so": {"rank"},
@@ -127,7 +126,7 @@ def find_runs(folders: Sequence[Path], complain: Callable[[str], None]) -> list[
 def identity(run: Run) -> str:
     """All that a run's numbers depend on: equal for two runs of which one is enough."""
     place = [run.method, run.backbone, run.dataset, run.shots, run.seed]
-    return repr([place, data_of(run).get("digest"), sorted(settings_of(run).items())])
+    return repr([place, run.data.get("digest"), sorted(settings_of(run).items())])
 
 
 def read_published(path: Path = PUBLISHED) -> tuple[list[Published], dict[str, str]]:
@@ -147,10 +146,7 @@ def read_published(path: Path = PUBLISHED) -> tuple[list[Published], dict[str, s
 # Grouping
 
 
-@cache
-def defaults() -> dict[str, Any]:
-    """The value that each flag of main.py has where nobody gives it."""
-    return vars(make_parser().parse_args([]))
+defaults = cache(default_settings)
 
 
 def settings_of(run: Run) -> dict[str, Any]:
@@ -158,7 +154,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
     A flag that is younger than the run has its default.
     """
-    left_out = CIRCUMSTANCES | COORDINATES | UNREAD.get(run.method, set())
+    left_out = CIRCUMSTANCES | IN_PATH | UNREAD.get(run.method, set())
     settings = defaults() | run.settings
     return {key: value for key, value in settings.items() if key not in left_out}
 
@@ -213,11 +209,6 @@ def ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (places.get(name, len(places)), name))
 
 
-def data_of(run: Run) -> dict[str, Any]:
-    """What result.json says of the images; nothing in runs older than that."""
-    return getattr(run, "data", None) or {}
-
-
 def find_datasets(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """Name each run's data: runs on other images than the published split's stand apart.
 
@@ -225,7 +216,7 @@ def find_datasets(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         Each run's name of its data, such as "dtd" or "dtd (made split)", with the beginning of
         the digest where one name would stand for several; and all names in order.
     """
-    data = [data_of(run) for run in runs]
+    data = [run.data for run in runs]
     names = [
         run.dataset + (" (made split)" if own.get("split") == "made" else "")
         for run, own in zip(runs, data, strict=True)
