@@ -22,8 +22,9 @@ from reporting import ROOT
 from reporting.experiments import Experiment, read_experiment
 from reporting.figures import COLOURS as INKS
 from reporting.figures import LINES, MARKS, can_draw, canvas, png, with_legend
+from reporting.markdown import markdown
 from reporting.numbers import METHODS, Study, find_runs, interval, studies
-from reporting.tables import markdown, pairs_table, with_spread
+from reporting.tables import pairs_table, with_spread
 from results import read_run
 from utils import atomic_write, plural
 

@@ -9,9 +9,10 @@ from typing import Any
 from reporting.experiments import KINDS as NAMES
 from reporting.experiments import Planned, accuracies_by_rate, best_rates, read_done
 from reporting.figures import COLOURS, LINES, MARKS, can_draw, canvas, png, with_legend
+from reporting.markdown import markdown
 from reporting.numbers import METHODS, interval
 from reporting.report import write_report
-from reporting.tables import markdown, mean_text, with_spread
+from reporting.tables import mean_text, with_spread
 from results import Run
 from utils import atomic_write, plural
 

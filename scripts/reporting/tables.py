@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from reporting.markdown import markdown
 from reporting.numbers import (
     METHODS,
     Pairs,
@@ -130,19 +131,6 @@ def pairs_text(found: Pairs | None) -> tuple[str, str, str]:
 
 
 # Tables
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose columns are aligned in plain text, too: the first `left` ones at the left."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
-    dashes = ["-" * (width - (i >= left)) + ":" * (i >= left) for i, width in enumerate(widths)]
-    lines.insert(1, dashes)
-    adjust = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    return "\n".join(
-        f"| {' | '.join(f(cell, w) for f, cell, w in zip(adjust, line, widths, strict=True))} |"
-        for line in lines
-    )
 
 
 def accuracy_table(study: Study, rows: Sequence[Row], marks: dict[str, int]) -> str:
