@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, iteration, plain, step
+from benchmarks import common, iteration, plain, step, workers
+from benchmarks import settings as settings_of_so
 from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
 from clip import build_model
@@ -134,19 +135,17 @@ def test_iteration_prints_and_writes(tmp_path):
 
 
 def test_a_row_that_ends_early_leaves_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(iteration.Worker, "__init__", start_false_worker)
+    start = workers.Worker.__init__
+    answers = {"plain": 'echo \'{"error": "out of memory"}\'', "so": "exit 3"}  # to any question
+
+    def start_false(worker, command):
+        start(worker, ["sh", "-c", "read question; " + answers[command[-1].partition(":")[0]]])
+
+    monkeypatch.setattr(workers.Worker, "__init__", start_false)
     monkeypatch.setattr(sys, "argv", ["", "--rows", "plain", "so:bf16", "--device=cpu"])
     iteration.main()
     lines = capsys.readouterr().out.splitlines()
     assert "out of memory" in lines[-2] and "ended with status 3" in lines[-1]
-
-
-def start_false_worker(worker, row):
-    code = """print('{"error": "out of memory"}')""" if "plain" in row else "exit(3)"
-    worker.error = ""
-    worker.process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
 
 
 def test_run_prints_and_writes(tmp_path):
@@ -170,6 +169,19 @@ def test_step_prints_and_writes(tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text())
     text = capsys.readouterr().out
     assert all(f"| {row['optimizer']} |" in text and row["ms"] > 0 for row in rows)
+
+
+def test_settings_prints_and_writes(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.json"
+    flags = ["--epochs=1", "--widths=8", "--seeds", "1", "2", f"--json={path}"]
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    settings_of_so.main()
+    rows = json.loads(path.read_text())["rows"]
+    text = capsys.readouterr().out
+    assert len(rows) == len(settings_of_so.SETTINGS) and text.count("| 64-8-8-10 |") == len(rows)
+    assert all(0 <= value <= 100 for row in rows for value in row["accuracies"])
+    defaults = next(row for row in rows if row["name"] == "SO, its defaults")
+    assert defaults["few"] == [3, 3] and "| 3 of 3 |" in text
 
 
 @pytest.mark.gpu
