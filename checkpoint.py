@@ -4,18 +4,15 @@ It holds how the trained tensors differ from the backbone's, the optimizer's sta
 training is, and the generators' states; and the configuration and the images that it belongs to.
 """
 
-import io
 import sys
-from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import clip
 from clip.archive import read_saved
-from optimizers.delta import pack, unpack, weights_digest
+from optimizers.delta import pack, unpack
 from results import computed, differences
 from run_utils import Config
 from train import Adapted, Course
@@ -25,29 +22,6 @@ VERSION = 2  # of checkpoint.pt
 REMEDY = "remove it, or give --overwrite, to start anew"
 
 
-class Base(NamedTuple):
-    """The weights that a run began with, by where they are; held in memory only while needed."""
-
-    backbone: str
-    options: dict[str, Any]  # arguments of `clip.load`
-    digest: str
-
-    def read(self) -> dict[str, Tensor]:
-        """Read them again, on the CPU.
-
-        Raises:
-            ValueError: They are others now, or gone.
-        """
-        try:
-            with redirect_stderr(io.StringIO()):  # its notes were printed at the start
-                state = clip.load(self.backbone, "cpu", **self.options)[0].state_dict()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.backbone} changed during this run ({error})") from error
-        if weights_digest(state) != self.digest:
-            raise ValueError(f"{self.backbone} changed during this run: restore it, and --resume")
-        return state
-
-
 class Checkpoint:
     """checkpoint.pt in a run's folder.
 
@@ -55,10 +29,10 @@ class Checkpoint:
         folder: The run's folder.
         config: Its configuration.
         data: Its images, as FewShotDataset.data.
-        base: The weights that it begins with.
+        base: Digest of the weights that it begins with.
     """
 
-    def __init__(self, folder: Path, config: Config, data: dict[str, Any], base: Base) -> None:
+    def __init__(self, folder: Path, config: Config, data: dict[str, Any], base: str) -> None:
         self.path = folder / "checkpoint.pt"
         self.config, self.data, self.base = config, data, base
         self.kept = ""  # what a later run would go on from, in words
@@ -75,9 +49,9 @@ class Checkpoint:
                 "version": VERSION,
                 "config": computed(self.config),
                 "data": self.data,
-                "base": self.base.digest,
-                "trained": pack(adapted.trained, self.base.read()),
-                "optimizer": adapted.optimizer.state_dict(),
+                "base": self.base,
+                "trained": pack(adapted.method.trained, adapted.base.read()),
+                "optimizer": adapted.method.optimizer.state_dict(),
                 "course": course.state(),
                 "generators": generator_states(device),
             }
@@ -120,7 +94,7 @@ class Checkpoint:
                 f"{self.path} belongs to another run ({changes}); give another --save_path, or "
                 "--overwrite to replace it"
             )
-        if content["base"] != self.base.digest:
+        if content["base"] != self.base:
             raise ValueError(f"{self.path} belongs to other weights than {config.backbone} has now")
         if not config.resume:
             raise ValueError(
@@ -132,9 +106,9 @@ class Checkpoint:
 
     def resume(self, content: dict[str, Any], adapted: Adapted, course: Course) -> None:
         """Bring a run that has just begun to where `read` found the interrupted one."""
-        state = adapted.model.state_dict()  # still the base's
-        unpack(content["trained"], adapted.trained, state)
-        adapted.optimizer.load_state_dict(content["optimizer"])
+        base = adapted.model.state_dict()  # as long as nothing is trained
+        unpack(content["trained"], adapted.method.trained, base)
+        adapted.method.optimizer.load_state_dict(content["optimizer"])
         course.load(content["course"])
         set_generators(content["generators"], adapted.model.text_projection.device)
 

@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,14 +23,9 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
 from datasets import DATASETS, FewShotDataset
-from optimizers.delta import apply_delta, read_delta
-from run_utils import EMBEDDED, HERE, SPLITS, Config, default_settings
+from machine import device_name, git_commit, peak_memory
+from run_utils import EMBEDDED, SPLITS, Config, default_settings
 from utils import atomic_write
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # Where and how a run goes, as opposed to what it computes.
 CIRCUMSTANCES = {
@@ -187,7 +181,11 @@ def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
 
 
 def write_result(
-    folder: Path, config: Config, data: dict[str, Any], device: torch.device, **measured: Any
+    folder: Path,
+    config: Config,
+    data: dict[str, Any],
+    device: torch.device,
+    measured: dict[str, float],
 ) -> None:
     """Write result.json, the last of a run's files, and remove its checkpoint."""
     result = {
@@ -195,12 +193,8 @@ def write_result(
         **measured,
         "peak_memory_mb": round(peak_memory(device), 1),
         "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
         "git_commit": git_commit(),
         "config": computed(config),
         "data": data,
@@ -209,42 +203,10 @@ def write_result(
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in MB: torch's on a CUDA device, else the whole process's.
-
-    0 on Windows, which does not say.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
-
-
-def device_name(device: torch.device) -> str:
-    """The device as its maker calls it, where that can be told."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def git_commit() -> str | None:
-    """The commit of this repository, with + where files differ from it; None outside git."""
-    try:
-        git = ["git", "-C", str(HERE)]
-        options = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        return commit + ("+" if subprocess.run(status, **options).stdout else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 # Told
 
 
-def print_accuracy(kind: str, value: float, split: str) -> None:
+def tell(kind: str, value: float, split: str) -> None:
     """Print an accuracy in the form that users of few-shot CLIP code parse."""
     line = RESULT_LINES[kind].format(SPLITS[split])
     print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
@@ -255,7 +217,7 @@ def tell_finished(result: dict[str, Any], folder: Path, config: Config) -> None:
     tidy(folder)
     print(f"This run is finished: {folder}")
     for kind in ("zero_shot_accuracy", "final_accuracy"):
-        print_accuracy(kind, result[kind], config.eval_split)
+        tell(kind, result[kind], config.eval_split)
     weights = folder / f"{config.filename}.safetensors"
     if config.save_weights and not weights.exists():
         print(f"note: it kept no {weights.name}; --overwrite runs it again", file=sys.stderr)
@@ -355,21 +317,6 @@ def find_weights(folder: Path, config: Config) -> Path:
     )
 
 
-def load_weights(model: clip.CLIP, path: Path, backbone: str) -> None:
-    """Give a backbone the weights of a file that `find_weights` found.
-
-    Raises:
-        ValueError: They belong to another model, or the file is damaged.
-    """
-    if path.suffix == ".safetensors":
-        return apply_delta(model, read_delta(path))
-    try:
-        model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
-
-
 def read_run(folder: Path) -> Run:
     """Read a run's files.
 
@@ -386,9 +333,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"result.json is not JSON ({error})") from error
     check_result(result)
     loss, evaluated = read_curve(folder / "curve.csv", result["iterations"])
-    zero_shot, versions, data = (
-        result.get(key) for key in ("zero_shot_accuracy", "versions", "data")
-    )
+    zero_shot, versions, data = map(result.get, ("zero_shot_accuracy", "versions", "data"))
     torch = versions.get("torch") if isinstance(versions, dict) else None
     made_by = (result.get("git_commit"), torch, result.get("device"))
     return Run(

@@ -1,16 +1,14 @@
-"""A run's surroundings: flags and YAML, seed and device, clean endings.
+"""What a run is told, and how it ends: flags and YAML, one sentence for an error.
 
 The parser below is the one place where settings, their defaults and their checks stand. A YAML
 file's entries are checked by the parser types of the flags, so both are checked alike.
 """
 
 import argparse
-import ctypes
 import io
 import logging
 import math
 import os
-import random
 import signal
 import sys
 import warnings
@@ -23,16 +21,15 @@ import yaml
 
 import clip
 from datasets import DATASETS
+from machine import HERE, default_device, prepare_machine  # noqa: F401 # callers look here
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, POSITIONS, SUPPORTS
 from utils import Interrupted, explain, nearest, one_line
 
 LARGEST = 10**18  # whole number that a setting may have
-HERE = Path(__file__).resolve().parent
 EMBEDDED = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` stands for
 EMBEDDED_CONFIG = HERE / "configs" / "digits.yaml"
 EMBEDDED_LR = {"so": 5e-3, "lora": 1e-2, "adam": 1e-4}  # chosen in docs/digits/rates/table.md
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and values in glibc's malloc.h
 SPLITS = {"test": "test", "val": "validation"}  # images that accuracies are measured on
 
 
@@ -352,54 +349,6 @@ def as_setting(action: argparse.Action, value: Any) -> Any:
         raise ValueError(f"cannot be {value!r}")
     parts = [(action.type or str)(str(part)) for part in parts]
     return parts if action.nargs else parts[0]
-
-
-# Seeds and devices
-
-
-def default_device() -> str:
-    """CUDA where there is one, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
-    """Set torch's threads and seed, and return the device.
-
-    Python's `random` is seeded for the few shots alone: nothing else here draws from it.
-
-    Raises:
-        ValueError: There is no such device.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    keep_freed_memory()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers to compute with
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
-        ) from error
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Have glibc, where it is the C library, keep what is freed instead of giving it back.
-
-    Otherwise each large tensor is new pages from the system, which have to be filled with zeros:
-    on two cores a fifth of an iteration over ViT-B/16. It costs some 5 % of memory.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # Endings

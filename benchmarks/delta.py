@@ -22,12 +22,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import BACKBONES, T, machine, print_table, write_json
-from checkpoint import Base, Checkpoint
+from checkpoint import Checkpoint
 from clip import CLIP, build_model
 from optimizers import SO
-from optimizers.delta import apply_delta, read_delta, save_delta, weights_digest
+from optimizers.delta import Base, apply_delta, read_delta, save_delta, weights_digest
 from optimizers.lora import add_lora
-from optimizers.methods import PACKED, select_matrices
+from optimizers.methods import PACKED, Method, select_matrices
 from run_utils import parse_args
 from train import Adapted, Course
 
@@ -99,13 +99,9 @@ def main() -> None:
     )
 
     optimizer = SO(params, density_ratio=args.density, T=T, seed=0)
-    adapted = Adapted(model, torch.zeros(0), optimizer, matrices)
-
-    class Kept(Base):
-        """A base that is in memory all along."""
-
-        def read(self) -> dict[str, Tensor]:
-            return base
+    kept = Base("in memory")
+    kept.read = lambda: base
+    adapted = Adapted(model, torch.zeros(0), Method(optimizer, matrices), kept)
 
     noise = torch.Generator().manual_seed(0)
     rows, done = [], 0
@@ -125,7 +121,7 @@ def main() -> None:
             row = f"delta after {steps} steps"
             rows.append(dict(row=row, steps=steps, bytes=path.stat().st_size, entries=changed))
             rows[-1] |= dict(share=changed / entries, writing_s=writing, applying_s=applying)
-            checkpoint = Checkpoint(path.parent, parse_args([]), {}, Kept("", {}, digest))
+            checkpoint = Checkpoint(path.parent, parse_args([]), {}, digest)
             course = Course(steps, steps, losses=torch.zeros(steps))
             rows[-1]["checkpoint_s"] = timed(lambda c=checkpoint, to=course: c.save(adapted, to))
             rows[-1]["checkpoint_bytes"] = (path.parent / "checkpoint.pt").stat().st_size

@@ -41,23 +41,20 @@ from benchmarks.common import (
 )
 from benchmarks.floor import floor_flops, product_rate
 from benchmarks.workers import Worker, take_turns
+from classifier import autocast, before_training, text_features, unit
 from clip import CLIP
 from clip.model import Attention
 from datasets.loader import normalise, to_device
 from optimizers import SO
 from optimizers.lora import add_lora, set_dropout
-from optimizers.methods import POSITIONS, select_matrices
+from optimizers.methods import POSITIONS, Method, select_matrices
 from optimizers.sampled import sample_gradients
 from run_utils import default_device, prepare_machine
 from train import (
     Adapted,
     Course,
     Settings,
-    autocast,
-    before_training,
-    text_features,
     train,
-    unit,
 )
 
 Mark = Callable[[str], None]  # called with a part's name where it ends
@@ -169,7 +166,8 @@ def count_kernels(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     batches = ((row["batch"], False) for _ in range(PROFILED))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         train(
-            Adapted(row["model"], row["prompts"], row["optimizer"]), batches, Course(PROFILED),
+            Adapted(row["model"], row["prompts"], Method(row["optimizer"])), batches,
+            Course(PROFILED),
             Settings(precision=row["precision"], text_chunk=row["text_chunk"]),
         )  # fmt: skip
         synchronise(device)

@@ -14,11 +14,13 @@ as `backbone`. The base and a delta together give the trained weights:
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +28,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import clip
+from clip import CLIP
 from utils import atomic_write
 
 __all__ = [
-    "Change", "Delta", "apply_delta", "changed_entries", "pack", "read_delta", "save_delta",
-    "unpack", "weights_digest",
+    "Base", "Change", "Delta", "apply_delta", "changed_entries", "load_weights", "pack",
+    "read_delta", "save_delta", "unpack", "weights_digest",
 ]  # fmt: skip
 
 FORMAT, VERSION = "sparse-delta", 1
@@ -56,6 +60,40 @@ class Delta(NamedTuple):
     matrices: dict[str, Change]
     metadata: dict[str, str]
     path: Path
+
+
+class Base:
+    """The weights that a run begins with: by where they are, in memory only while needed.
+
+    Args:
+        name: A name or path, as `clip.load` takes it; `activation` and `heads` likewise.
+    """
+
+    def __init__(
+        self, name: str, activation: str | None = None, heads: tuple[int, int] | None = None
+    ) -> None:
+        self.name, self.options, self.digest = name, dict(activation=activation, heads=heads), ""
+
+    def load(self, device: torch.device) -> CLIP:
+        """The model, to be trained."""
+        model, _ = clip.load(self.name, device, **self.options)
+        self.digest = weights_digest(model)
+        return model
+
+    def read(self) -> dict[str, Tensor]:
+        """The weights again, as they were before training, on the CPU.
+
+        Raises:
+            ValueError: They are others now, or gone.
+        """
+        try:
+            with redirect_stderr(io.StringIO()):  # notes that were printed before
+                state = clip.load(self.name, "cpu", **self.options)[0].state_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.name} changed during this run ({error})") from error
+        if weights_digest(state) != self.digest:
+            raise ValueError(f"{self.name} changed during this run: restore it, and --resume")
+        return state
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -245,6 +283,21 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
         flat = state[name].flatten()  # a view if the matrix is contiguous, else a copy
         flat[indices.to(flat.device, torch.int64)] = values.to(flat)
         state[name].copy_(flat.view_as(state[name]))
+
+
+def load_weights(model: CLIP, path: Path, backbone: str) -> None:
+    """Give a backbone the trained weights of a file: a delta's, or a whole state dict's.
+
+    Raises:
+        ValueError: They belong to another model, or the file is damaged.
+    """
+    if path.suffix == ".safetensors":
+        return apply_delta(model, read_delta(path))
+    try:
+        model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

@@ -38,9 +38,9 @@ class Method(NamedTuple):
     """A way to adapt a model, ready to train."""
 
     optimizer: torch.optim.Optimizer
-    trained: dict[str, nn.Parameter]  # what the optimizer moves, by name in the model
-    matrices: dict[str, nn.Parameter]  # what the model differs in then; LoRA's within `merged`
-    summary: str  # what is trained, in words
+    trained: Mapping[str, nn.Parameter] = {}  # what the optimizer moves, by name in the model
+    matrices: Mapping[str, nn.Parameter] = {}  # what then differs; LoRA's within `merged`
+    summary: str = ""  # what is trained, in words
 
 
 def layers_at(position: str, depth: int) -> range:

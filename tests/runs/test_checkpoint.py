@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import call_main, refused, result_of, run, run_folder
 
-import main
+import clip
 import utils
 from benchmarks.kills import outcome, trial
 from utils import Interrupted, Signals, content_digest
@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
 
 
 def test_a_backbone_that_is_gone_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
-    load = main.clip.load
+    load = clip.load
     loads = iter([load])  # the first one is the run's own
     gone = FileNotFoundError("There is no checkpoint at x: check the path.")
 
@@ -287,7 +287,7 @@ def test_a_backbone_that_is_gone_costs_a_checkpoint_and_not_the_run(tmp_path, mo
             return call(*args, **options)
         raise gone
 
-    monkeypatch.setattr(main.clip, "load", once)
+    monkeypatch.setattr(clip, "load", once)
     argv = [*COMMON, tmp_path, "--no-save_weights", "--checkpoint_every", "5"]
     status, _, err = call_main(*argv)
     assert status == 0

@@ -16,7 +16,7 @@ from commands import call_main, refused, result_of, run
 from commands import run_folder as only_folder
 from dataset_helpers import LAYOUTS, make_dataset
 
-import results
+import machine
 from results import locked, read_run, run_folder
 from run_utils import parse_args
 
@@ -294,5 +294,5 @@ def test_paths_of_any_letters(command, tmp_path):
 
 
 def test_outside_of_git_there_is_no_commit(monkeypatch):
-    monkeypatch.setattr(results, "HERE", Path("/"))
-    assert results.git_commit() is None
+    monkeypatch.setattr(machine, "HERE", Path("/"))
+    assert machine.git_commit() is None

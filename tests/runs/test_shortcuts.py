@@ -10,23 +10,13 @@ import torch.nn.functional as F
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 
 from benchmarks import plain
+from classifier import before_training, image_features, text_features, tokenize_prompts
 from clip import build_model
 from datasets.loader import normalise
 from optimizers import SO, sampled
-from optimizers.methods import POSITIONS, select_matrices
+from optimizers.methods import POSITIONS, Method, select_matrices
 from optimizers.sampled import sample_gradients
-from train import (
-    Adapted,
-    Course,
-    Settings,
-    before_training,
-    compile_blocks,
-    cosine_lr,
-    image_features,
-    text_features,
-    tokenize_prompts,
-    train,
-)
+from train import Adapted, Course, Settings, compile_blocks, cosine_lr, train
 
 # What checkpoint of torch 2.4 says of its own autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -102,8 +92,9 @@ def test_training_equals_the_plain_computation(
     prompts = tokenize_prompts(ours, NAMES, templates)
     assert prompts.shape[-1] < ours.context_length
     stream = batches(ours.visual.input_resolution)
-    adapted = Adapted(ours, prompts, optimizer)
-    curve = train(adapted, stream, Course(STEPS), Settings(text_chunk=chunk))
+    course = Course(STEPS)
+    train(Adapted(ours, prompts, Method(optimizer)), stream, course, Settings(text_chunk=chunk))
+    curve = course.curve()
 
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)  # kept in float32
     for (name, p), q in zip(matrices.items(), their_matrices.values(), strict=True):
@@ -136,7 +127,7 @@ def test_what_lies_below_the_first_trained_block_of_the_text_tower_runs_once():
     for number, block in enumerate(model.transformer.resblocks):
         block.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
     prompts = tokenize_prompts(model, NAMES, ["a {}."])
-    train(Adapted(model, prompts, SO(matrices.values())), batches(32), Course(5))
+    train(Adapted(model, prompts, Method(SO(matrices.values()))), batches(32), Course(5))
     assert calls == [1, 5]
 
 
@@ -185,7 +176,7 @@ def test_low_precision_copies_follow_the_float32_weights(precision):
     casts = []
 
     def adapt(steps):
-        adapted = Adapted(model, prompts, optimizer)
+        adapted = Adapted(model, prompts, Method(optimizer))
         train(adapted, batches(32), Course(steps), Settings(precision=precision))
         for p in matrices.values():
             assert torch.equal(p.low_precision, p.to(p.low_precision.dtype))
@@ -209,7 +200,9 @@ def test_compiled_blocks_train_as_plain_ones():
     compile_blocks(ours, backend="aot_eager")
     prompts = tokenize_prompts(ours, NAMES, ["a {}."])
     optimizer = SO(matrices.values(), **SETTINGS)
-    curve = train(Adapted(ours, prompts, optimizer), batches(32), Course(STEPS))
+    course = Course(STEPS)
+    train(Adapted(ours, prompts, Method(optimizer)), batches(32), course)
+    curve = course.curve()
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)
     for p, q in zip(matrices.values(), their_matrices.values(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), **CLOSE)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,23 +11,15 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from PIL import Image
 
 import clip
+from classifier import evaluate, text_features, tokenize_prompts
 from clip import build_model
 from datasets import Item
 from datasets.loader import Loader
 from optimizers import SO
-from optimizers.methods import MATRICES, POSITIONS, layers_at, select_matrices
+from optimizers.delta import unpack
+from optimizers.methods import MATRICES, POSITIONS, Method, layers_at, select_matrices
 from optimizers.sampled import sample_gradients
-from train import (
-    Adapted,
-    Course,
-    NonFiniteLoss,
-    Settings,
-    cosine_lr,
-    evaluate,
-    text_features,
-    tokenize_prompts,
-    train,
-)
+from train import Adapted, Course, NonFiniteLoss, Settings, cosine_lr, train
 
 NAMES = ["red_one", "green", "blue"]
 TEMPLATE = ["a {}."]
@@ -60,8 +53,9 @@ def prompts(model, template=TEMPLATE):
 def adapt(model, items, optimizer, iterations=6, workers=0, **options):
     loader = Loader(model.visual.input_resolution, workers, cache_mb=10)
     batches = loader.train_batches(items, 5, seed=1)
-    adapted = Adapted(model, prompts(model), optimizer)
-    return train(adapted, batches, Course(iterations), Settings(**options))
+    course = Course(iterations)
+    train(Adapted(model, prompts(model), Method(optimizer)), batches, course, Settings(**options))
+    return course.curve()
 
 
 @pytest.mark.parametrize(
@@ -203,11 +197,12 @@ def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
 def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
     tensors = {"w": torch.zeros(30), "new": torch.zeros(2)}
     base, course = {"w": torch.zeros(30)}, Course(9)
+    adapted = Adapted(None, None, Method(None, tensors), SimpleNamespace(read=lambda: base))
     for count, score in enumerate([10.0, 30.0, 30.0, 20.0]):
         course.count = count
         tensors["w"][count], tensors["new"][0] = 1, count
-        course.offer(score, tensors, lambda: base)
-    course.restore_best(tensors, base)
+        course.offer(score, adapted)
+    unpack(course.best[2], tensors, base)
     assert course.best[:2] == (1, 30.0)
     assert tensors["w"].tolist() == [1, 1] + [0] * 28 and tensors["new"].tolist() == [1, 0]
     assert len(course.best[2]["w"][0]) == 2  # kept as what changed
@@ -216,10 +211,11 @@ def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
 def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):
     model = tiny()
     optimizer = SO(select_matrices(model, "text", "top").values(), lr=1e38, seed=1)
-    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr") as caught:
-        adapt(model, items, optimizer, 9)
-    assert len(caught.value.rows) == 2
-    assert math.isfinite(caught.value.rows[0][1]) and not math.isfinite(caught.value.rows[1][1])
+    course = Course(9)
+    batches = Loader(32).train_batches(items, 5, seed=1)
+    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
+        train(Adapted(model, prompts(model), Method(optimizer)), batches, course)
+    assert [math.isfinite(row[1]) for row in course.curve()] == [True, False]
 
 
 def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
@@ -244,7 +240,7 @@ def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precisi
 
     try:
         batches = watched(Loader(32).train_batches(items, 5, seed=1))
-        adapted = Adapted(model, prompts(model), optimizer)
+        adapted = Adapted(model, prompts(model), Method(optimizer))
         train(adapted, batches, Course(40), Settings(precision=precision))
     finally:
         torch.cuda.set_sync_debug_mode("default")
