@@ -45,11 +45,11 @@ from classifier import autocast, before_training, text_features, unit
 from clip import CLIP
 from clip.model import Attention
 from datasets.loader import normalise, to_device
+from machine import default_device, prepare_machine
 from optimizers import SO
 from optimizers.lora import add_lora, set_dropout
 from optimizers.methods import POSITIONS, Method, select_matrices
 from optimizers.sampled import sample_gradients
-from run_utils import default_device, prepare_machine
 from train import (
     Adapted,
     Course,
