@@ -1,4 +1,4 @@
-"""The digits study's page: main table, what was forgotten, all parts together.
+"""The digits study's page: main table, forgetting, all parts together.
 
 python scripts/digits_study.py        # after its runs: scripts/digits_study.sh makes them
 """

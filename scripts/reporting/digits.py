@@ -1,7 +1,7 @@
-"""The digits study: its main table, what was forgotten, all parts on one page.
+"""The digits study: its main table, forgetting, and all parts on one page.
 
-What was forgotten is measured on the printed signs of the tiny CLIP's pre-training (signs.py),
-distorted anew from a seed that pre-training did not use.
+Forgetting is measured on the printed signs of the tiny CLIP's pre-training (signs.py), distorted
+anew from a seed that pre-training did not use.
 """
 
 import os
@@ -39,7 +39,7 @@ PER_CLASS, SEED = 20, 0  # images of each printed sign, and the seed of their di
 Cells = dict[tuple[int, str], list[float]]  # values by (shots, method), one for each seed
 
 
-# What was forgotten
+# Forgetting
 
 
 def printed_signs() -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def draw_forgetting(before: float, after: Cells) -> Any:
 
 
 class Found(NamedTuple):
-    """All measurements that the page has to say."""
+    """All measurements on the page."""
 
     study: Study  # the main comparison
     rates: dict[str, float]  # by method
@@ -135,7 +135,7 @@ class Found(NamedTuple):
 
 
 def gather(root: Path, extra: Sequence[str]) -> Found:
-    """Read the runs of all parts, and measure what was forgotten.
+    """Read the runs of all parts, and measure forgetting.
 
     Args:
         root: Folder that the experiments' folders are relative to.
@@ -176,14 +176,14 @@ def page(found: Found, out: Path) -> str:
     times = ", ".join(f"{part} {count:,.0f}" for part, count in found.seconds.items())
     parts += [
         "## Time",
-        "Seconds of all runs together, two of which go at a time; whatever else the machine did "
-        f"is in them, and in the times of the tables: {times}.",
+        "Seconds that the runs of each part took, added up; two ran at a time, on a machine with "
+        f"other work, which is in these times and in those of the tables: {times}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def introduction(found: Found) -> list[str]:
-    """What the page is and how it was made."""
+    """The page's heading, and how it was made."""
     runs = found.study.runs()
     commits = sorted({run.made_by[0] for run in runs})
     seeds = plural(len({run.seed for run in runs}), "seed")
@@ -195,7 +195,7 @@ def introduction(found: Found) -> list[str]:
 
 
 def comparison(found: Found) -> list[str]:
-    """The main table with its pairs, and what was forgotten."""
+    """The main table with its pairs, and the table of forgetting."""
     runs = found.study.runs()
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     chosen = ", ".join(f"{METHODS[m]} {found.rates[m]:g}" for m in METHODS)
@@ -208,15 +208,15 @@ def comparison(found: Found) -> list[str]:
         f"{seeds}; zero-shot {runs[0].zero_shot:.1f}. Learning rates, [chosen](rates/table.md) on "
         f"validation images of other seeds: {chosen}.",
         table_of(cells),
-        "Differences in points, ± half of their 95 % confidence interval, paired by seed; on how "
-        "many seeds SO is better, equal, worse; p of the two-sided sign test. The last row takes "
-        "all shots together, as if they were independent.",
+        "Differences in points, paired by seed, ± half of their 95 % confidence interval; the "
+        "number of seeds on which SO is better, equal and worse; p of the two-sided sign test. The "
+        "last row takes all shots together, as if they were independent.",
         pairs_table(found.study) or "",
         "![accuracy](compare/ViT-Tiny-8/accuracy-digits.png)",
         "[All tables](compare/tables.md), memory and time included.",
-        "## What was forgotten",
-        f"Accuracy in percent on {len(CLASSNAMES)} classes of printed signs, those of the "
-        f"pre-training, {PER_CLASS} new images of each; before adaptation {found.before:.1f}.",
+        "## Forgetting",
+        f"Accuracy in percent on the {len(CLASSNAMES)} classes of printed signs that pre-training "
+        f"used, {PER_CLASS} new images of each; {found.before:.1f} before adaptation.",
         table_of(found.after),
         "![forgetting](forgetting.png)",
     ]
@@ -235,7 +235,7 @@ def processor() -> str:
 
 
 def write_page(root: Path, extra: Sequence[str]) -> str:
-    """Gather, draw what was forgotten, write docs/digits/README.md below `root`, and return it."""
+    """Gather, draw the forgetting, write docs/digits/README.md below `root`, and return it."""
     out = root / "docs" / "digits"
     found = gather(root, extra)
     if can_draw():

@@ -80,10 +80,10 @@ def rates_text(runs: Sequence[Run], cells: Rates, best: dict[str, float]) -> str
         ]
         lines.append([METHODS[method], *line, *["-"] * (most - len(line))])
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
-    shots = ", ".join(map(str, sorted({run.shots for run in runs})))
+    shots = " and ".join(map(str, sorted({run.shots for run in runs})))
     return (
         "Learning rate: mean accuracy in percent on the few validation images of seeds "
-        f"{seeds}, each with {shots} shots.\n\n"
+        f"{seeds}, with {shots} shots each.\n\n"
         + markdown(["method", *(str(rank + 1) for rank in range(most))], lines)
     )
 
