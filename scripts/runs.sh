@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by sweep.sh and slurm_sweep.sh: lists the runs. It sets `runs`, a line of main.py's arguments
-# for each; `common`, the arguments of all; `first`, those that all others may contradict; `python`.
-# Variables, with their defaults:
+# Sourced by sweep.sh and slurm_sweep.sh: lists the runs. It sets `runs`, a line of arguments of
+# main.py for each; `common`, the arguments of all; `first`, those that all others may contradict;
+# and `python`. Variables, with their defaults:
 #
 #     METHODS   so lora adam
 #     DATASETS  the eleven (digits, the embedded one, needs no DATA)

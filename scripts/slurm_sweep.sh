@@ -28,7 +28,8 @@ if [ "${1:-}" = --dry-run ]; then
     for number in "${!runs[@]}"; do
         read -ra arguments <<<"${runs[number]}"
         printf '%s:' "$number"
-        printf ' %q' "$python" main.py "${first[@]}" ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
+        arguments=("${first[@]}" ${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
+        printf ' %q' "$python" main.py "${arguments[@]}"
         echo
     done
     exit

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Datasets x shots x seeds x methods, one run of main.py each. Finished runs are skipped, failed
-# ones are listed at the end. Stop it and start it again at any time: a run goes on from its checkpoint.
+# ones are listed at the end. Stop it and start it again at any time: a run goes on from its
+# checkpoint.
 #
 #     DATA=/path/to/data bash scripts/sweep.sh
 #     DATA=/path/to/data DATASETS="eurosat dtd" SHOTS="1 4" SEEDS=1 METHODS="so lora" JOBS=2 \

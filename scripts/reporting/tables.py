@@ -211,8 +211,8 @@ def study_text(study: Study, rows: Sequence[Row], sources: dict[str, str]) -> st
         parts += [
             "### Paired differences",
             "Mean difference in points over the same datasets and seeds, ± half of its 95 % "
-            "confidence interval (Student's, over seeds); the number of datasets and seeds on which "
-            "the first is better, equal and worse; p of the two-sided sign test over these.",
+            "confidence interval (Student's, over seeds); the number of datasets and seeds on "
+            "which the first is better, equal and worse; p of the two-sided sign test over these.",
             table,
         ]
     parts += [

@@ -224,21 +224,17 @@ def test_mean_is_over_datasets_that_all_methods_have_with_all_seeds(run, tmp_pat
     assert "over the 2 of 3 datasets" in (tmp_path / "report" / "tables.md").read_text()
 
 
-def test_cells_that_nobody_ran_are_shown_as_missing(run, tmp_path, undrawn):
+def test_cells_have_means_or_are_shown_as_missing(run, tmp_path, undrawn):
     make_run(tmp_path, "so", "dtd", 1)
-    make_run(tmp_path, "lora", "eurosat", 4)
+    make_run(tmp_path, "lora", "eurosat", 4, 1, wall_seconds=100, peak_memory_mb=1000.0)
+    make_run(tmp_path, "lora", "eurosat", 4, 2, wall_seconds=103, peak_memory_mb=3000.0)
     run(tmp_path)
+    costs = read_table(tmp_path / "report", "Memory and time")
+    assert (costs["4"]["LoRA"], costs["4"]["SO"]) == ("2,000 MB, 101.5 s", "-")
     table = read_table(tmp_path / "report", "1 shot")
     assert table["EuroSAT"]["SO"] == table["EuroSAT"]["LoRA"] == table["DTD"]["LoRA"] == "-"
     (row,) = read_rows(tmp_path / "report", shots=1, dataset="eurosat", method="so")
     assert (row["mean"], row["seeds"]) == ("", "0")
-
-
-def test_memory_and_time(run, tmp_path, undrawn):
-    make_run(tmp_path, "so", seed=1, wall_seconds=100, peak_memory_mb=1000.0)
-    make_run(tmp_path, "so", seed=2, wall_seconds=103, peak_memory_mb=3000.0)
-    run(tmp_path)
-    assert read_table(tmp_path / "report", "Memory and time")["4"]["SO"] == "2,000 MB, 101.5 s"
 
 
 def test_pairs_are_of_the_same_seeds(tmp_path):
@@ -433,7 +429,7 @@ def test_a_run_counts_once(run, tmp_path, undrawn):
     assert (row["mean"], row["seeds"]) == ("70.0", "1")
 
 
-def test_no_runs_or_no_folder_is_one_sentence(run, tmp_path):
+def test_no_runs_no_folder_and_no_place_to_write_are_one_sentence(run, tmp_path, undrawn):
     (tmp_path / "file").write_text("")
     for args, words in [
         ([tmp_path], "no finished run below"),
@@ -444,11 +440,7 @@ def test_no_runs_or_no_folder_is_one_sentence(run, tmp_path):
         status, out, err = run(*args)
         assert (status, out, err.count("\n")) == (2, "", 1) and words in err
     assert not (tmp_path / "report").exists()
-
-
-def test_report_that_cannot_be_written_is_one_sentence(run, tmp_path, undrawn):
     make_run(tmp_path / "results")
-    (tmp_path / "file").write_text("")
     status, _, err = run(tmp_path / "results", "--out", tmp_path / "file")
     assert status == 2 and err.splitlines()[-1].endswith(f"{tmp_path / 'file'}: File exists")
 
