@@ -181,11 +181,17 @@ def test_settings_prints_and_writes(run):
 
 
 @pytest.mark.gpu
-def test_iteration_counts_kernels_on_a_gpu(run):
-    text, result = run(
-        iteration, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2",
-        "--repeats=1", "--device=cuda", "--rows", "plain", "so", "so:fp16", "floor",
-    )  # fmt: skip
-    check_rows(text, result["rows"][:-1])
-    kernels = result["kernels"]
+@pytest.mark.parametrize("name", ["plain:fp32", "so:fp32", "so:fp16"])
+def test_rows_mark_their_parts_on_a_gpu(name):
+    row = iteration.prepare(name, settings(), torch.device("cuda"))
+    seconds = iteration.timed(row["iterate"], torch.device("cuda"))
+    assert list(seconds) == ["all", *iteration.PARTS]
+    assert all(value > 0 for value in seconds.values())
+
+
+@pytest.mark.gpu
+def test_kernels_are_counted_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(iteration, "PROFILED", 2)
+    row = iteration.prepare("so:fp32", settings(), torch.device("cuda"))
+    kernels = iteration.count_kernels(row, torch.device("cuda"))
     assert 0 < kernels["longest_run"] <= kernels["kernels"]
