@@ -69,8 +69,8 @@ def work(row: str, args: argparse.Namespace) -> None:
     so.evaluate = lambda *rest, **options: timed(
         "final" if "zero-shot" in seconds else "zero-shot", evaluate, *rest, **options
     )
-    so.train = lambda model, optimizer, batches, *rest, **options: timed(
-        "training", train, model, optimizer, waited_for(batches), *rest, **options
+    so.train = lambda adapted, batches, *rest, **options: timed(
+        "training", train, adapted, waited_for(batches), *rest, **options
     )
     so.tokenize_prompts = lambda model, classnames, template: cut(
         random_tokens(len(classnames), model.vocab_size, model.context_length)
