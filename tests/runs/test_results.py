@@ -237,6 +237,14 @@ def test_a_folder_has_one_process_at_a_time_which_is_named(tmp_path):
         pass
 
 
+def test_a_run_in_a_folder_that_another_one_has_is_told_who_it_is(command, tmp_path):
+    run(*command, "--n_iters", 1)
+    with locked(only_folder(tmp_path)):
+        assert f"in use by process {os.getpid()}" in refused(
+            *command, "--n_iters", 1, "--overwrite"
+        )
+
+
 def test_a_dead_processs_lock_does_not_stay(tmp_path):
     code = "from filelock import FileLock; import os, sys; FileLock(sys.argv[1]).acquire()"
     code += "; os.kill(os.getpid(), 9)"
