@@ -234,7 +234,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     given = given_flags(parser, list(actions), argv)
     named = given.get("config")
     task = {"dataset": given.get("dataset"), "backbone": given.get("backbone")}
-    if task["dataset"] is None and "root_path" in given:
+    if task["dataset"] is None and named is None and "root_path" in given:
         task["dataset"] = "dtd"
     embedded = all(task[key] in (None, value) for key, value in EMBEDDED.items())
     embedded &= named is None or Path(named).resolve() == EMBEDDED_CONFIG

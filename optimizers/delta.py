@@ -87,7 +87,8 @@ class Base:
             ValueError: They are others now, or gone.
         """
         try:
-            with redirect_stderr(io.StringIO()):  # notes that were printed before
+            # Notes were printed before, and nothing of the run may depend on when this is done.
+            with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
                 state = clip.load(self.name, "cpu", **self.options)[0].state_dict()
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.name} changed during this run ({error})") from error

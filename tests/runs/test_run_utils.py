@@ -78,7 +78,8 @@ def test_flags_of_the_authors_scripts_mean_what_they_mean_there(argv, expected):
         (["--shots", "4"], "digits", "ViT-Tiny/8"),
         (["--dataset", "digits", "--root_path", "."], "digits", "ViT-Tiny/8"),
         (["--backbone", "ViT-Tiny/8"], "digits", "ViT-Tiny/8"),
-        (["--config", str(ROOT / "configs/digits.yaml")], "digits", "ViT-Tiny/8"),
+        (["--config", "configs/digits.yaml"], "digits", "ViT-Tiny/8"),
+        (["--config", "configs/digits.yaml", "--root_path", "."], "digits", "ViT-Tiny/8"),
         (["--root_path", ".", "--shots", "4"], "dtd", "ViT-B/16"),
         (["--root_path", ".", "--backbone", "ViT-Tiny/8"], "dtd", "ViT-Tiny/8"),
         (["--dataset", "eurosat"], "eurosat", "ViT-B/16"),
@@ -86,7 +87,10 @@ def test_flags_of_the_authors_scripts_mean_what_they_mean_there(argv, expected):
         (["--dataset", "eurosat", "--backbone", "ViT-Tiny/8"], "eurosat", "ViT-Tiny/8"),
     ],
 )
-def test_the_embedded_default_is_left_by_naming_something_else(argv, dataset, backbone):
+def test_the_embedded_default_is_left_by_naming_something_else(
+    argv, dataset, backbone, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
     config = parse_args(argv)
     assert (config.dataset, config.backbone) == (dataset, backbone)
     embedded = (dataset, backbone) == ("digits", "ViT-Tiny/8")

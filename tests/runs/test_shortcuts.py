@@ -21,7 +21,7 @@ from train import Adapted, Course, Settings, compile_blocks, cosine_lr, train
 # What checkpoint of torch 2.4 says of its own autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 NAMES = ["red_one", "green", "blue", "x", "grey"]
-STEPS = 20
+STEPS = 12
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 # An eps above rounding: Adam would make a step of a gradient that is zero but for rounding.
 SETTINGS = dict(lr=1e-3, eps=1e-6, density_ratio=0.02, T=3, seed=1)
