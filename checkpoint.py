@@ -1,9 +1,10 @@
-"""All that continues an interrupted run: checkpoint.pt, written and read."""
+"""All that continues an interrupted run: checkpoint.pt, written and read.
 
-import argparse
+It holds how the trained tensors differ from the backbone's, the optimizer's state, how far
+training is, and the generators' states; and the configuration and the images that it belongs to.
+"""
+
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,83 +12,105 @@ import torch
 from torch import Tensor
 
 from clip.archive import read_saved
+from optimizers.delta import pack, unpack
 from results import computed, differences
+from run_utils import Config
+from train import Adapted, Course
 from utils import atomic_write, content_digest
 
-VERSION = 1  # of checkpoints
+VERSION = 2  # of checkpoint.pt
+REMEDY = "remove it, or give --overwrite, to start anew"
 
 
-class Checkpoint(dict):
-    """What a checkpoint holds, and the file that it is from."""
+class Checkpoint:
+    """checkpoint.pt in a run's folder.
 
-    def __init__(self, content: dict[str, Any], path: Path) -> None:
-        super().__init__(content)
-        self.path = path
+    Args:
+        folder: The run's folder.
+        config: Its configuration.
+        data: Its images, as FewShotDataset.data.
+        base: Digest of the weights that it begins with.
+    """
 
-    @contextmanager
-    def usable(self) -> Iterator[None]:
-        """Turn whatever goes wrong in its use into a ValueError that names the file."""
+    def __init__(self, folder: Path, config: Config, data: dict[str, Any], base: str) -> None:
+        self.path = folder / "checkpoint.pt"
+        self.config, self.data, self.base = config, data, base
+        self.kept = ""  # what a later run would go on from, in words
+
+    def save(self, adapted: Adapted, course: Course) -> None:
+        """Write it: plain values and tensors, which need no trust to be read.
+
+        Where that fails, as on a full disk, a note says so: the run is worth more, and the
+        checkpoint before stays.
+        """
+        device = adapted.model.text_projection.device
         try:
-            yield
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0][:160]
-            raise ValueError(
-                f"{self.path} does not fit this run ({reason}); remove it to start anew"
-            ) from error
+            content = {
+                "version": VERSION,
+                "config": computed(self.config),
+                "data": self.data,
+                "base": self.base,
+                "trained": pack(adapted.method.trained, adapted.base.read()),
+                "optimizer": adapted.method.optimizer.state_dict(),
+                "course": course.state(),
+                "generators": generator_states(device),
+            }
+            content["digest"] = content_digest(content)
+            atomic_write(self.path, lambda file: torch.save(content, file))
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of full disks
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            print(f"note: {self.path} could not be written ({reason})", file=sys.stderr)
+        else:
+            self.kept = f"--resume goes on from iteration {course.count}, kept in {self.path}"
 
+    def read(self) -> dict[str, Any] | None:
+        """Read it, where --resume asks for that and there is one.
 
-def write_checkpoint(folder: Path, config: argparse.Namespace, **content: Any) -> None:
-    """Write checkpoint.pt: plain values and tensors, which need no trust to be read.
-
-    Where that fails, as on a full disk, a note says so: the run is worth more, and the checkpoint
-    before stays.
-    """
-    path = folder / "checkpoint.pt"
-    data = {"version": VERSION, "config": computed(config), **content}
-    data["digest"] = content_digest(data)
-    try:
-        atomic_write(path, lambda file: torch.save(data, file))
-    except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        print(f"note: {path} could not be written ({reason})", file=sys.stderr)
-
-
-def read_checkpoint(
-    folder: Path, config: argparse.Namespace, base_digest: str
-) -> Checkpoint | None:
-    """Read the checkpoint of this very run, if --resume asks for one and it is there.
-
-    Raises:
-        ValueError: It is damaged, or of another version, configuration or backbone.
-    """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    if not config.resume:
-        print(f"note: --resume would go on from {path}; starting anew", file=sys.stderr)
-        return None
-    remedy = f"remove {path}, or leave --resume out, to start anew"
-    try:
-        data = read_saved(path)  # as torch.load with weights_only, but safe in old versions, too
-        whole = data.pop("digest") == content_digest(data)
-        version, there, base = data["version"], dict(data["config"]), data["base_digest"]
-    except Exception as error:  # damage shows in many ways
-        reason = (str(error).splitlines() or [repr(error)])[0][:160]
-        raise ValueError(f"{path} is damaged ({reason}); {remedy}") from None
-    if version != VERSION:
-        raise ValueError(f"{path} is of version {version!r}, not {VERSION}; {remedy}")
-    if not whole:
-        raise ValueError(f"{path} is damaged (its digest does not match); {remedy}")
-    if changes := differences(there, computed(config)):
-        if config.overwrite:
+        Raises:
+            ValueError: It is damaged, or belongs to another version, configuration, data or
+                backbone; or it is this very run's, and --resume was not given.
+        """
+        config = self.config
+        if not self.path.exists() or (config.overwrite and not config.resume):
             return None
-        raise ValueError(
-            f"{path} is of another run ({changes}); give another --save_path, or --overwrite to "
-            "replace it"
-        )
-    if base != base_digest:
-        raise ValueError(f"{path} is of a {config.backbone} of other weights; {remedy}")
-    return Checkpoint(data, path)
+        try:
+            content = read_saved(self.path)  # as torch.load with weights_only, but safe in old ones
+            version = content["version"]
+            whole = content.pop("digest") == content_digest(content)
+        except Exception as error:  # damage shows in many ways
+            reason = (str(error).splitlines() or [repr(error)])[0][:160]
+            raise ValueError(f"{self.path} is damaged ({reason}); {REMEDY}") from None
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path} was written by another version of this software (its format is "
+                f"{version!r}, not {VERSION}); {REMEDY}"
+            )
+        if not whole:
+            raise ValueError(f"{self.path} is damaged (its digest does not match); {REMEDY}")
+        if changes := differences(content["config"], content["data"], config, self.data):
+            if config.overwrite:
+                return None
+            raise ValueError(
+                f"{self.path} belongs to another run ({changes}); give another --save_path, or "
+                "--overwrite to replace it"
+            )
+        if content["base"] != self.base:
+            raise ValueError(f"{self.path} belongs to other weights than {config.backbone} has now")
+        if not config.resume:
+            raise ValueError(
+                f"{self.path} holds this run at iteration {content['course']['count']} of "
+                f"{content['course']['iterations']}: --resume goes on from there, --overwrite "
+                "starts anew"
+            )
+        return content
+
+    def resume(self, content: dict[str, Any], adapted: Adapted, course: Course) -> None:
+        """Bring a run that has just begun to where `read` found the interrupted one."""
+        base = adapted.model.state_dict()  # as long as nothing is trained
+        unpack(content["trained"], adapted.method.trained, base)
+        adapted.method.optimizer.load_state_dict(content["optimizer"])
+        course.load(content["course"])
+        set_generators(content["generators"], adapted.model.text_projection.device)
 
 
 def generator_states(device: torch.device) -> list[Tensor]:
@@ -98,8 +121,8 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def set_generators(states: Sequence[Tensor], device: torch.device) -> None:
-    """Restore what `generator_states` returned."""
+def set_generators(states: list[Tensor], device: torch.device) -> None:
+    """Restore the states that `generator_states` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)

@@ -2,36 +2,37 @@
 
 import argparse
 import csv
+import errno
 import io
 import json
 import math
+import os
 import platform
 import re
-import resource
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import numpy as np
 import torch
 import torchvision
 import yaml
+from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
-from datasets import FewShotDataset
-from optimizers.methods import SUPPORTS
-from run_utils import DEMO, HERE, SPLITS, make_parser
-from utils import atomic_write, lock
+from datasets import DATASETS, FewShotDataset
+from machine import device_name, git_commit, peak_memory
+from run_utils import EMBEDDED, SPLITS, Config, default_settings
+from utils import atomic_write
 
 # Where and how a run goes, as opposed to what it computes.
 CIRCUMSTANCES = {
     "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
     "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every",
 }  # fmt: skip
+IN_PATH = {"method", "backbone", "dataset", "shots", "seed"}
 COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
 FIELDS = {  # of result.json: type, then a number's range or a text's pattern
     "method": (str, r"\w[\w.+-]*"),
@@ -47,9 +48,12 @@ FIELDS = {  # of result.json: type, then a number's range or a text's pattern
     "config": (dict,),
 }
 RESULT_LINES = {
-    "zero_shot_accuracy": "**** Zero-shot CLIP's {} accuracy: {:.2f}. ****",
-    "final_accuracy": "**** Final {} accuracy: {:.2f}. ****",
+    "zero_shot_accuracy": "Zero-shot CLIP's {} accuracy",
+    "final_accuracy": "Final {} accuracy",
+    "accuracy": "{} accuracy",
 }
+REMEDIES = "give another --save_path, or --overwrite to replace it"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # said by some network file systems
 
 
 class Run(NamedTuple):
@@ -68,60 +72,43 @@ class Run(NamedTuple):
     evaluated: np.ndarray  # (E, 2): iteration, test accuracy; zero-shot at iteration 0 first
     settings: dict[str, Any]
     made_by: tuple[str, str, str]  # commit, torch's version, device
+    data: dict[str, Any]  # its images: split, digest and counts; {} in older results
 
 
-def run_folder(config: argparse.Namespace) -> Path:
-    """Where a run's files lie: save_path/method/backbone/dataset/<N>shots/seed<N>.
+# Its place
 
-    An ablation's method says what is other than usual, as in so-grad_magnitude.
+
+def run_folder(config: Config) -> Path:
+    """Where a run's files lie.
+
+    That is save_path/method/backbone/dataset/<N>shots/seed<N>[-<setting>...], with the stem of a
+    named configuration file, then each setting that numbers depend on and that the command line
+    gave another value than the one it would have without.
     """
-    name = config.backbone
-    if name not in clip.available_models():
-        name = Path(name).stem
-    name = name.replace("/", "-").replace("@", "-")
-    shots, seed = f"{config.shots}shots", f"seed{config.seed}"
-    method = config.method
-    for key, usual in SUPPORTS.items():
-        if (value := getattr(config, key)) != usual:
-            method += f"-{key.removesuffix('_support')}_{value}"
-    return Path(config.save_path) / method / name / config.dataset / shots / seed
+    leaf = [f"seed{config.seed}"]
+    if config.config != config.baseline["config"]:
+        leaf.append(Path(config.config).stem)
+    for key, value in sorted(computed(config).items()):
+        if key in IN_PATH or value == config.baseline[key]:
+            continue
+        if isinstance(value, bool):
+            leaf.append(key if value else f"no-{key}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            leaf.append("_".join([key, *map(in_words, values)]))
+    names = [config.method, in_words(config.backbone), in_words(config.dataset)]
+    return Path(config.save_path, *names, f"{config.shots}shots", "-".join(leaf))
 
 
-def finished(folder: Path, config: argparse.Namespace) -> dict[str, Any] | None:
-    """The result of this very configuration, if the folder holds it.
-
-    Raises:
-        ValueError: The folder holds another configuration's result, or one that is damaged, and
-            `overwrite` is not set.
-    """
-    path = folder / "result.json"
-    if config.overwrite or config.eval_only or not path.exists():
-        return None
-    remedies = "give another --save_path, or --overwrite to replace it"
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        there = vars(make_parser().parse_args([])) | result["config"]  # older than some flag
-        for key in RESULT_LINES:
-            float(result[key])
-        changes = differences(there, computed(config))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's result ({error!r}); {remedies}") from error
-    if changes:
-        raise ValueError(f"{folder} holds another run's result ({changes}); {remedies}")
-    weights = folder / f"{config.filename}.safetensors"
-    if config.save_weights and not weights.exists():
-        raise ValueError(f"{folder} holds this run's result, but not {weights.name}; {remedies}")
-    return result
-
-
-def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Which settings that numbers depend on differ, in words; "" for none."""
-    keys = sorted((there.keys() | here.keys()) - CIRCUMSTANCES)
-    return "; ".join(
-        f"{key} {there.get(key)} there, {here.get(key)} here"
-        for key in keys
-        if there.get(key) != here.get(key)
-    )
+def in_words(value: float | str) -> str:
+    """A setting's value as part of a folder's name; a path gives its file's stem."""
+    if not isinstance(value, str):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    known = value in DATASETS or value in clip.available_models() or value.startswith("open_clip:")
+    if not known and ("/" in value or os.path.isfile(value)):
+        value = Path(value).name if os.path.isdir(value) else Path(value).stem
+    return value.replace("/", "-").replace("@", "-")
 
 
 def computed(config: argparse.Namespace) -> dict[str, Any]:
@@ -129,111 +116,114 @@ def computed(config: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
 
 
-def tidy(folder: Path) -> None:
-    """Remove what a run that was killed at its very end has left, unless one is at work there."""
-    if any(folder.glob("checkpoint.pt")) or any(folder.glob(".*")):
-        with suppress(OSError, ValueError), lock(folder):
-            for path in (folder / "checkpoint.pt", *folder.glob(".*.tmp")):
-                path.unlink(missing_ok=True)
-
-
 @contextmanager
-def open_folder(folder: Path, config: argparse.Namespace) -> Iterator[None]:
-    """Make the folder, keep other processes out of it, and write config.yaml.
-
-    What cannot be written shows before the training.
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it; a dead process's lock does not last.
 
     Raises:
-        ValueError: The folder cannot be made or written, or another process is at work in it.
+        ValueError: Another process is at work in it, or it cannot be made or written.
     """
+    path = folder / ".lock"
+    lock = FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # Windows lets nobody else read it
+            holder = " ".join(path.read_text(errors="replace").split())
+        raise ValueError(
+            f"{folder} is in use by {holder or 'another process'}: wait for its end, or give "
+            "another --save_path"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise unwritable(folder, error) from error
+    try:
+        if not isinstance(lock, SoftFileLock):  # which writes a record of its own
+            with suppress(OSError):
+                path.write_text(f"process {os.getpid()} on {platform.node()}\n")
+        for left in folder.glob(".*.tmp"):  # by processes that were killed
+            left.unlink()
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def unwritable(folder: Path, error: OSError) -> ValueError:
+    """What to raise where a run's folder cannot be written."""
+    return ValueError(f"cannot write to {folder} ({error.strerror}); give another --save_path")
+
+
+# Written
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write config.yaml, from which --config repeats the run."""
     settings = {key: value for key, value in vars(config).items() if key != "config"}
     settings.update(overwrite=False, eval_only=False, resume=False)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(folder))
-            for left in folder.glob(".*.tmp"):  # of processes that were killed
-                left.unlink()
-            atomic_write(folder / "config.yaml", text)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to {folder} ({error.strerror}); give another --save_path"
-            ) from error
-        yield
+    try:
+        atomic_write(folder / "config.yaml", text)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
     """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["iteration", "loss", "lr", "test_accuracy"])
+    writer.writerow(COLUMNS)
     writer.writerows(rows)
     atomic_write(folder / "curve.csv", text.getvalue())
 
 
 def write_result(
-    folder: Path, config: argparse.Namespace, device: torch.device, **measured: Any
-) -> dict[str, Any]:
-    """Write result.json, the last of a run's files, and return what it says."""
+    folder: Path,
+    config: Config,
+    data: dict[str, Any],
+    device: torch.device,
+    measured: dict[str, float],
+) -> None:
+    """Write result.json, the last of a run's files, and remove its checkpoint."""
     result = {
         **{key: getattr(config, key) for key in ("method", "backbone", "dataset", "shots", "seed")},
         **measured,
         "peak_memory_mb": round(peak_memory(device), 1),
         "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
         "git_commit": git_commit(),
         "config": computed(config),
+        "data": data,
     }
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return result
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in MB: torch's on a CUDA device, else the whole process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+# Told
 
 
-def device_name(device: torch.device) -> str:
-    """The device as its maker calls it, where that can be told."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+def tell(kind: str, value: float, split: str) -> None:
+    """Print an accuracy in the form that users of few-shot CLIP code parse."""
+    line = RESULT_LINES[kind].format(SPLITS[split])
+    print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
 
 
-def git_commit() -> str | None:
-    """The commit of this repository, with + where files differ from it; None outside git."""
-    try:
-        git = ["git", "-C", str(HERE)]
-        options = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        return commit + ("+" if subprocess.run(status, **options).stdout else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+def tell_finished(result: dict[str, Any], folder: Path, config: Config) -> None:
+    """Print a finished run's accuracies, and remove what it may have left behind."""
+    tidy(folder)
+    print(f"This run is finished: {folder}")
+    for kind in ("zero_shot_accuracy", "final_accuracy"):
+        tell(kind, result[kind], config.eval_split)
+    weights = folder / f"{config.filename}.safetensors"
+    if config.save_weights and not weights.exists():
+        print(f"note: it kept no {weights.name}; --overwrite runs it again", file=sys.stderr)
 
 
-def print_results(result: dict[str, Any], *keys: str, split: str = "test") -> None:
-    """Print accuracies in the form that users of few-shot CLIP code parse."""
-    for key in keys or RESULT_LINES:
-        print("\n" + RESULT_LINES[key].format(SPLITS[split], result[key]), flush=True)
-
-
-def describe(
-    config: argparse.Namespace,
-    dataset: FewShotDataset,
-    method: str,
-    device: torch.device,
-) -> None:
+def describe(config: Config, dataset: FewShotDataset, method: str, device: torch.device) -> None:
     """Print what is about to happen."""
     evaluated = f"{len(dataset.test)} to test"
     if config.eval_split == "val":
@@ -246,17 +236,85 @@ def describe(
     )
 
 
-def whats_next(config: argparse.Namespace, folder: Path) -> None:
+def whats_next(config: Config, folder: Path) -> None:
     """Print where the results lie, and after the embedded default how to go on from it."""
     print(f"\nResults: {folder}")
-    if all(getattr(config, key) == value for key, value in DEMO.items()):
+    if all(getattr(config, key) == value for key, value in EMBEDDED.items()):
+        method = "" if config.method == "so" else f" --method {config.method}"
         print(
             "The same with OpenAI's ViT-B/16 (downloaded once) on EuroSAT (see DATASETS.md):\n"
-            "    python main.py --root_path $DATA --dataset eurosat --shots 16"
+            f"    python main.py --root_path $DATA --dataset eurosat --shots 16{method}"
         )
 
 
 # Read again
+
+
+def finished(folder: Path, config: Config, data: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of this very configuration on these very images, if the folder holds it.
+
+    Raises:
+        ValueError: The folder holds another configuration's or other images' result, or one that
+            is damaged, and `overwrite` is not set.
+    """
+    path = folder / "result.json"
+    if config.overwrite or config.eval_only or not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        changes = differences(result["config"], result.get("data"), config, data)
+        for key in ("zero_shot_accuracy", "final_accuracy"):
+            float(result[key])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a run's result ({error!r}); {REMEDIES}") from error
+    if changes:
+        raise ValueError(f"{folder} holds another run's result ({changes}); {REMEDIES}")
+    return result
+
+
+def differences(
+    settings: dict[str, Any], images: dict[str, Any] | None, config: Config, data: dict[str, Any]
+) -> str:
+    """How what a file says of its run differs from a run on these images, in words; "" if not."""
+    there = {**default_settings(), **settings}  # which may be older than some flag
+    here = computed(config)
+    changes = [
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in sorted((there.keys() | here.keys()) - CIRCUMSTANCES)
+        if there.get(key) != here.get(key)
+    ]
+    if not images:
+        changes.append("it does not say which images it used, being of an earlier version")
+    elif images["digest"] != data["digest"]:
+        told = [
+            f"{i['train']} train, {i['val']} val, {i['test']} test ({i['split']} split)"
+            for i in (images, data)
+        ]
+        changes.append(f"the images differ: {told[0]} there, {told[1]} here")
+    return "; ".join(changes)
+
+
+def tidy(folder: Path) -> None:
+    """Remove leftovers of a run that was killed at its very end, unless one is at work there."""
+    if any(folder.glob("checkpoint.pt")) or any(folder.glob(".*")):
+        with suppress(OSError, ValueError), locked(folder):
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def find_weights(folder: Path, config: Config) -> Path:
+    """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
+
+    Raises:
+        FileNotFoundError: There is neither; the sentence names both places.
+    """
+    delta = folder / f"{config.filename}.safetensors"
+    whole = Path(config.save_path, f"{config.filename}.pt")
+    if found := next((path for path in (delta, whole) if path.is_file()), None):
+        return found
+    raise FileNotFoundError(
+        f"there are no weights to evaluate: neither {delta}, which --save_weights keeps, nor a "
+        f"whole state dict at {whole}"
+    )
 
 
 def read_run(folder: Path) -> Run:
@@ -274,19 +332,16 @@ def read_run(folder: Path) -> Run:
     except ValueError as error:
         raise ValueError(f"result.json is not JSON ({error})") from error
     check_result(result)
-    method, dataset, shots, seed = (result[k] for k in ("method", "dataset", "shots", "seed"))
-    if folder.parts[-3:] == (dataset, f"{shots}shots", f"seed{seed}") and len(folder.parts) > 5:
-        method = folder.parts[-5]  # the folder tells an ablation from its method
     loss, evaluated = read_curve(folder / "curve.csv", result["iterations"])
-    zero_shot = result["zero_shot_accuracy"]
-    versions = result.get("versions")
+    zero_shot, versions, data = map(result.get, ("zero_shot_accuracy", "versions", "data"))
     torch = versions.get("torch") if isinstance(versions, dict) else None
     made_by = (result.get("git_commit"), torch, result.get("device"))
     return Run(
-        method, backbone_name(result["backbone"]), dataset, shots, seed, zero_shot,
-        result["final_accuracy"], result["wall_seconds"], result["peak_memory_mb"], loss,
-        np.array([(0, zero_shot), *evaluated], float), result["config"],
-        tuple(str(value or "unknown") for value in made_by),
+        result["method"], backbone_name(result["backbone"]), result["dataset"], result["shots"],
+        result["seed"], zero_shot, result["final_accuracy"], result["wall_seconds"],
+        result["peak_memory_mb"], loss, np.array([(0, zero_shot), *evaluated], float),
+        result["config"], tuple(str(value or "unknown") for value in made_by),
+        data if isinstance(data, dict) else {},
     )  # fmt: skip
 
 

@@ -1,20 +1,18 @@
-"""A run's surroundings: flags and YAML, seeds and devices, the run's folder, clean endings.
+"""What a run is told, and how it ends: flags and YAML, one sentence for an error.
 
 The parser below is the one place where settings, their defaults and their checks stand. A YAML
-file's entries pass through the same parser as the command line's, so both are checked alike.
+file's entries are checked by the parser types of the flags, so both are checked alike.
 """
 
 import argparse
-import ctypes
 import io
 import logging
 import math
 import os
-import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,17 +21,16 @@ import yaml
 
 import clip
 from datasets import DATASETS
+from machine import HERE, default_device, prepare_machine  # noqa: F401 # callers look here
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
-from optimizers.methods import METHODS, SUPPORTS
-from train import POSITIONS
+from optimizers.methods import METHODS, POSITIONS, SUPPORTS
 from utils import Interrupted, explain, nearest, one_line
 
-MOST = 10**18  # of whole numbers
-HERE = Path(__file__).parent
-DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` alone stands for
-DEMO_CONFIG = HERE / "configs" / "digits.yaml"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-SPLITS = {"test": "test", "val": "validation"}  # that accuracies may be of, and their names
+LARGEST = 10**18  # whole number that a setting may have
+EMBEDDED = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` stands for
+EMBEDDED_CONFIG = HERE / "configs" / "digits.yaml"
+EMBEDDED_LR = {"so": 5e-3, "lora": 1e-2, "adam": 1e-4}  # chosen in docs/digits/rates/table.md
+SPLITS = {"test": "test", "val": "validation"}  # images that accuracies are measured on
 
 
 # Flags
@@ -62,13 +59,15 @@ def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
 def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> Callable[[str], Any]:
     """A parser type: an int or float from low to high, bounds named in `open_` excluded.
 
-    Whole numbers end at MOST: far larger ones are no numbers to torch.
+    Whole numbers end at LARGEST: torch does not take far larger ones.
     """
-    high = min(high, MOST) if kind is int else high
-    signs = (">" if "low" in open_ else ">=") + f" {low:g}"
+    high = min(high, LARGEST) if kind is int else high
+    bounds = []
+    if low > -math.inf:
+        bounds.append((">" if "low" in open_ else ">=") + f" {low:g}")
     if high < math.inf:
-        signs += (" and <" if "high" in open_ else " and <=") + f" {high:g}"
-    article = "a whole number" if kind is int else "a number"
+        bounds.append(("<" if "high" in open_ else "<=") + f" {high:g}")
+    wanted = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)])
 
     def parse(text: str) -> Any:
         try:
@@ -77,7 +76,7 @@ def number(kind: type, low: float, high: float = math.inf, open_: str = "") -> C
         except (ValueError, OverflowError):
             value, inside = None, False
         if not inside or ("low" in open_ and value == low) or ("high" in open_ and value == high):
-            raise argparse.ArgumentTypeError(f"must be {article} {signs}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {wanted.strip()}, not {text!r}")
         return value
 
     return parse
@@ -105,21 +104,24 @@ def logit_scale(text: str) -> float | str:
 def make_parser() -> Parser:
     """All flags, with the defaults of the authors' command line."""
     parser = Parser(
-        prog="main.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="main.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Adapt CLIP to an image classification task from a few images per class. "
-        "Without arguments: handwritten digits and a tiny CLIP, no download.",
+        "Without arguments: handwritten digits and a tiny CLIP, nothing to download.",
     )
     switch = dict(action=argparse.BooleanOptionalAction)
     cores = os.cpu_count() or 1
 
     add = parser.add_argument_group("task").add_argument
-    add("--dataset", type=choice("dataset", list(DATASETS)), help="name of the task")
-    add("--root_path", help="folder of all datasets, laid out as DATASETS.md says")
+    add("--dataset", type=choice("dataset", list(DATASETS)),
+        help="name of the dataset; dtd if only --root_path is given, digits if neither is")
+    add("--root_path", help="folder that holds all datasets, laid out as DATASETS.md says")
     add("--shots", type=number(int, 1, 10**6), default=1, help="training images per class")
-    add("--seed", type=number(int, 0), default=3, help="of the few shots and of the run")
+    add("--seed", type=number(int, 0), default=3,
+        help="seed of the few shots and of everything random in the run")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", type=backbone, default="ViT-B/16", help="a name, or a checkpoint's path")
+    add("--backbone", type=backbone, default="ViT-B/16",
+        help="name of a CLIP, or path of a checkpoint")
     add("--activation", type=choice("activation", ["quickgelu", "gelu"]),
         help="activation that the backbone's weights were trained with")
     add("--heads", type=number(int, 1, 1024), nargs=2, metavar=("VISION", "TEXT"),
@@ -129,81 +131,97 @@ def make_parser() -> Parser:
     add("--position", type=choice("position", list(POSITIONS)), default="all",
         help=f"layers to adapt: {', '.join(POSITIONS)}")
     add("--logit_scale", type=logit_scale, default=100.0,
-        help="factor of cos(image, text), or `checkpoint` for the weights' own")
+        help="factor of cos(image, text), or `checkpoint` for the one that the weights carry")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", type=choice("method", METHODS), default="so",
-        help="so; lora on q, k and v; or adam on the same matrices as so")
-    add("--s", type=number(float, 0, 1, open_="high"), default=0.99995,
-        help="of so: sparsity kappa, the share of entries left out; density_ratio = 1 - s")
+        help="optimizer: so, adam on the same matrices, or lora on queries, keys and values")
+    add("--s", "--sparsity", type=number(float, 0, 1, open_="high"), default=0.99995,
+        help="sparsity kappa of so, the share of entries left out (its density is 1 - s)")
     add("--t", type=number(int, 1), default=5,
-        help="of so: T, iterations between two draws of the gradient support")
+        help="T of so, iterations between two draws of the gradient support")
     add("--grad_support", type=choice("support", GRAD_SUPPORTS), default=SUPPORTS["grad_support"],
-        help="of so, for ablation: random, or by magnitude of the gradient")
+        help="gradient support of so, for ablations: random, or by magnitude of the gradient")
     add("--moment_support", type=choice("support", MOMENT_SUPPORTS),
         default=SUPPORTS["moment_support"],
-        help="of so, for ablation: by magnitude of the first moment, random, or fixed")
-    add("--rank", type=number(int, 1), default=2, help="of lora: rank of the adapters")
+        help="moment support of so, for ablations: by magnitude of the first moment, random, "
+        "or fixed")
+    add("--rank", type=number(int, 1), default=2, help="rank of lora's adapters")
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(float, 0, open_="low"), default=2e-4,
-        help="learning rate at the start; a cosine takes it to 1e-6")
-    add("--n_iters", type=number(int, 1, 10**9), default=2000, help="iterations per shot")
-    add("--early_stop_loss", type=number(float, 0), default=0.01,
-        help="end when the mean loss of an epoch is below this")
+        help="learning rate of the first iteration; a cosine takes it down to 1e-6")
+    add("--n_iters", type=number(int, 0, 10**9), default=2000,
+        help="iterations per shot; 0 measures the zero-shot accuracy alone")
+    add("--early_stop_loss", type=number(float, -math.inf), default=0.01,
+        help="stop after an epoch whose mean loss is below this; never, if negative")
     add("--batch_size", type=number(int, 1), default=32, help="images per iteration")
     add("--accumulate", type=number(int, 1), default=1,
-        help="parts that each batch is computed in, one after the other, for less memory")
+        help="parts that each batch is split into and computed one after the other, to save memory")
     add("--crop_scale", type=number(float, 0, 1, open_="low"), nargs=2, default=[0.08, 1.0],
-        metavar=("MIN", "MAX"), help="area of the random crop, as shares of the image")
+        metavar=("MIN", "MAX"), help="area of the random crop, as a share of the image")
     add("--crop_ratio", type=number(float, 0, open_="low"), nargs=2, default=[3 / 4, 4 / 3],
         metavar=("MIN", "MAX"), help="width / height of the random crop")
-    add("--flip", **switch, default=True, help="mirror every other training image")
+    add("--flip", **switch, default=True,
+        help="mirror each training image with probability one half")
     add("--precision", type=choice("precision", ["fp32", "bf16", "fp16"]), default="fp32",
-        help="of matrix products: fp32, bf16 or fp16; weights stay fp32")
+        help="precision of the matrix products: fp32, bf16 or fp16; the weights stay in fp32")
     add("--text_chunk", type=number(int, 0), default=0,
-        help="classes whose text is encoded at once, for less memory and more time; 0 for all")
+        help="classes whose prompts are encoded at once, to save memory at the cost of time; "
+        "0 for all")
     add("--dense_grad", **switch, default=False,
-        help="compute whole weight gradients, not only the entries that SO reads")
+        help="compute whole weight gradients, not only the entries that so reads")
     add("--compile", **switch, default=False,
-        help="translate the towers with torch.compile; whole weight gradients are then computed")
+        help="compile the towers with torch.compile; weight gradients are then computed whole")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=number(int, 0), default=0,
         help="iterations between two test accuracies in curve.csv; 0 for the last one alone")
     add("--eval_split", type=choice("split", list(SPLITS)), default="test",
-        help="images that accuracies are measured on: test, or val for the few validation images, "
-        "to choose settings by")
+        help="images that accuracies are measured on: test, or val for the few validation "
+        "images, to choose settings by")
     add("--select", type=choice("iterate", ["last", "val"]), default="last",
-        help="iterate to report: last, or val for the best on the few validation images, which "
-        "are looked at every --eval_every iterations")
+        help="weights to report: those of the last iteration, or with val those of the best "
+        "accuracy on the few validation images, measured every --eval_every iterations")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default=default_device(), help="such as cuda, cuda:1, mps or cpu")
+    add("--device", default=default_device(), help="device, such as cuda, cuda:1, mps or cpu")
     add("--num_workers", type=number(int, 0, 1024), default=min(8, cores),
         help="threads that prepare images")
-    add("--threads", type=number(int, 1, 1024), help="threads of torch on the CPU")
+    add("--threads", type=number(int, 1, 1024), help="threads that torch computes with on a CPU")
     add("--cache_mb", type=number(int, 0), default=2048, help="memory for decoded images, in MB")
 
     add = parser.add_argument_group("files").add_argument
     add("--config", help="YAML file of settings; flags win over it")
-    add("--save_path", default="results", help="folder of all results")
-    add("--filename", default="weights", help="name of the weights file")
+    add("--save_path", default="results",
+        help="folder of all results; given, it implies --save_weights")
+    add("--filename", default="weights", help="name of the weights file, without its suffix")
     add("--save_weights", **switch, default=False, help="keep the adapted matrices")
     add("--checkpoint_every", type=number(int, 0), default=500,
         help="iterations between two checkpoints; 0 for those on SIGINT and SIGTERM alone")
     add("--resume", **switch, default=False, help="go on from the checkpoint, if there is one")
-    add("--overwrite", **switch, default=False, help="replace another configuration's result")
-    add("--eval_only", **switch, default=False, help="evaluate saved weights, do not train")
+    add("--overwrite", **switch, default=False,
+        help="replace a result or checkpoint that is in the run's folder")
+    add("--eval_only", **switch, default=False, help="evaluate saved weights, without training")
     return parser
 # fmt: on
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+class Config(argparse.Namespace):
+    """A resolved configuration: one attribute for each setting, named as its flag.
+
+    `baseline` is what the settings would be without the command line's flags. It is kept beside
+    the settings, not among them, so that `vars`, and with it no file, has it.
+    """
+
+    __slots__ = ("baseline",)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Resolve the configuration: flags win over the YAML file, which wins over the defaults.
 
-    Where flags name no file, and neither another dataset nor another backbone than the embedded
-    ones, the file is configs/digits.yaml.
+    Where flags name neither data, nor a backbone, nor a file of their own, the task is the
+    embedded one (EMBEDDED) with the settings of configs/digits.yaml.
 
     Args:
         argv: The arguments; those of the process when None.
@@ -211,27 +229,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: With status 2, after one sentence, where something cannot be understood.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
-    named = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    named, unknown = parser.parse_known_args(argv, named)
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    given = given_flags(parser, list(actions), argv)
+    named = given.get("config")
+    task = {"dataset": given.get("dataset"), "backbone": given.get("backbone")}
+    if task["dataset"] is None and named is None and "root_path" in given:
+        task["dataset"] = "dtd"
+    embedded = all(task[key] in (None, value) for key, value in EMBEDDED.items())
+    embedded &= named is None or Path(named).resolve() == EMBEDDED_CONFIG
+    file = str(EMBEDDED_CONFIG) if embedded and named is None else named
+
+    baseline = default_settings()
+    baseline |= read_settings(parser, actions, Path(file)) if file else {}
+    if embedded:
+        baseline["lr"] = EMBEDDED_LR[given.get("method", baseline["method"])]
+    config = Config(**baseline | given)
+    config.config, config.baseline = file, baseline | {"config": None if named else file}
+    if "save_path" in given and "save_weights" not in given:
+        config.save_weights = True
+    if config.dataset is None and config.root_path is not None:
+        config.dataset = "dtd"
+    check_together(parser, config)
+    return config
+
+
+def default_settings() -> dict[str, Any]:
+    """All settings as they are where neither a flag nor a file says otherwise."""
+    return {a.dest: a.default for a in make_parser()._actions if a.dest != "help"}
+
+
+def given_flags(parser: Parser, names: Sequence[str], argv: Sequence[str] | None) -> dict[str, Any]:
+    """The settings that a command line names, and their values."""
+    nothing = argparse.Namespace(**dict.fromkeys(names))  # in place of the parser's defaults
+    values, unknown = parser.parse_known_args(argv, nothing)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         hint = nearest(unknown[0].split("=")[0], flags)
         parser.error(f"unknown argument {unknown[0]!r}{hint}; --help lists all")
-
-    file = named.config
-    embedded = all(getattr(named, key) in (None, value) for key, value in DEMO.items())
-    if not file and embedded:
-        file = DEMO_CONFIG
-    config = parser.parse_args(from_yaml(parser, Path(file)) if file else [])
-    if file:
-        parser.prog = "main.py"
-    config = parser.parse_args(argv, config)
-    config.config = str(file) if file else None
-    for key, value in vars(config).items():
+    for key, value in vars(values).items():
         if value == []:  # argparse of Python 3.11 and older takes "--" out of --key=--
             parser.error(f"argument --{key}: expected a value")
+    return {key: value for key, value in vars(values).items() if value is not None}
+
+
+def check_together(parser: Parser, config: Config) -> None:
+    """Refuse settings of which each is possible, but not all together."""
     if config.dataset is None:
         parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
     if config.select == "val" and not config.eval_every:
@@ -239,7 +282,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if config.method != "so":
         for key, usual in SUPPORTS.items():
             if getattr(config, key) != usual:
-                parser.error(f"argument --{key}: is of --method so, not of {config.method}")
+                parser.error(f"argument --{key}: belongs to --method so, not to {config.method}")
     for key in ("crop_scale", "crop_ratio"):
         if getattr(config, key)[0] > getattr(config, key)[1]:
             parser.error(f"argument --{key}: MIN is above MAX: {getattr(config, key)}")
@@ -247,7 +290,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"argument --filename: must be a name without folders, not {config.filename!r}"
         )
-    return config
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -259,8 +301,14 @@ class PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def from_yaml(parser: Parser, path: Path) -> list[str]:
-    """The entries of a YAML file, as the arguments that would say the same."""
+def read_settings(
+    parser: Parser, actions: Mapping[str, argparse.Action], path: Path
+) -> dict[str, Any]:
+    """The settings in a YAML file, checked as those of the command line are.
+
+    Raises:
+        SystemExit: With status 2, after one sentence that names the file.
+    """
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except OSError as error:
@@ -269,75 +317,38 @@ def from_yaml(parser: Parser, path: Path) -> list[str]:
         parser.error(f"argument --config: {path} is not YAML: {error}")
     if not isinstance(entries, dict):
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    parser.prog = f"main.py: {path}"  # complaints about an entry name the file that it is in
-    argv = []
+    settings = {}
+    valid = sorted(actions.keys() - {"config"})
     for key, value in entries.items():
-        if key not in actions or key == "config":
-            valid = sorted(set(actions) - {"config"})
+        if key not in valid:
             hint = nearest(str(key), valid)
-            parser.error(f"unknown key {key!r}{hint}; valid: {', '.join(valid)}")
+            parser.error(f"{path}: unknown key {key!r}{hint}; valid: {', '.join(valid)}")
         if value is None:
             continue
-        if isinstance(actions[key], argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                parser.error(f"key {key!r}: must be true or false, not {value!r}")
-            argv.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
-            argv += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict | bool):
-            parser.error(f"key {key!r}: cannot be {value!r}")
-        else:
-            argv.append(f"--{key}={value}")
-    return argv
+        try:
+            settings[key] = as_setting(actions[key], value)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            parser.error(f"{path}: key {key!r}: {error}")
+    return settings
 
 
-# Seeds and devices
-
-
-def default_device() -> str:
-    """CUDA where there is one, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
-    """Set torch's threads and seed, and return the device.
-
-    Python's `random` is seeded for the few shots alone: nothing else here draws from it.
+def as_setting(action: argparse.Action, value: Any) -> Any:
+    """A value of a YAML file as the flag's own parser type has it.
 
     Raises:
-        ValueError: There is no such device.
+        argparse.ArgumentTypeError, ValueError: It is of another kind, or out of range.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    keep_freed_memory()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers to compute with
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
-        ) from error
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Have glibc, where it is the C library, keep what is freed instead of giving it back.
-
-    Otherwise each large tensor is new pages from the system, which have to be filled with zeros:
-    on two cores a fifth of an iteration over ViT-B/16. It costs some 5 % of memory.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {value!r}")
+        return value
+    parts = value if action.nargs and isinstance(value, list) else [value]
+    if action.nargs and len(parts) != action.nargs:
+        raise ValueError(f"must be a list of {action.nargs} values, not {value!r}")
+    if any(isinstance(part, dict | list | bool) for part in parts):
+        raise ValueError(f"cannot be {value!r}")
+    parts = [(action.type or str)(str(part)) for part in parts]
+    return parts if action.nargs else parts[0]
 
 
 # Endings
@@ -348,18 +359,18 @@ def exit_status(main: Callable[[], None]) -> int:
 
     The environment variable SO_TRACEBACK brings the traceback back.
     """
-    # What Pillow has against an image's metadata does not matter here.
+    # Pillow's complaints about an image's metadata do not matter here.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that it lacks
     try:
         main()
         return 0
     except (KeyboardInterrupt, Interrupted) as stop:
-        number = stop.args[0] if isinstance(stop, Interrupted) else signal.SIGINT
-        text = f"ended by {signal.Signals(number).name}; --resume goes on from the checkpoint"
-        print(f"\nmain.py: {text}, if there is one", file=sys.stderr)
+        number, kept = getattr(stop, "number", signal.SIGINT), getattr(stop, "kept", "")
+        name = signal.Signals(number).name
+        print(f"\nmain.py: ended by {name}{kept and f'; {kept}'}", file=sys.stderr)
         return 128 + number
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))

@@ -1,16 +1,14 @@
 """Small things several parts use: safe files, signals, progress bars."""
 
 import difflib
-import fcntl
 import hashlib
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -53,14 +51,13 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's names on the disk, too, where its system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems refuse; the file itself is safe
-        pass
-    finally:
-        os.close(descriptor)
+    """Have a folder's names on the disk, too, where its system can do that (Windows cannot)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def one_line(text: str) -> str:
@@ -94,14 +91,14 @@ def plural(count: int, what: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """An error in words; of the system's own, the file and what is wrong with it."""
+    """An error in words; one of the operating system names the file and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def say(text: str) -> None:
-    """Print, until whoever reads it, such as `head`, has seen enough."""
+    """Print; a reader that has closed the pipe, as `head` does, is no error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -132,56 +129,28 @@ def content_digest(data: Any) -> str:
     return sha.hexdigest()
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; the system takes a dead process's lock away.
-
-    Raises:
-        ValueError: Another process has it; the sentence says which.
-        OSError: The folder cannot be written.
-    """
-    path = folder / ".lock"
-    while True:
-        file = open(path, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(
-                f"{folder} is in use by {holder}: wait for its end, or give another --save_path"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                break
-        except FileNotFoundError:
-            pass
-        file.close()  # its holder removed it as we opened it
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
 class Interrupted(BaseException):
-    """A signal asks to end; its number is the first argument."""
+    """A signal asks to end.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number, self.kept = number, ""  # `kept` says what a later run goes on from
 
 
 class Signals:
     """SIGINT and SIGTERM as Interrupted: raised at once, or where `check` is called if deferred.
 
-    A signal gives a second one of its kind its usual effect back: the end, at once.
+    One is dealt with at a time: while a checkpoint is written, repeats change nothing, since job
+    schedulers signal every process, and sweeps pass on what they get. SIGINT (Ctrl-C) that comes
+    again after `patience` seconds ends the process at once.
     """
 
-    def __init__(self) -> None:
-        self.deferring, self.pending = False, 0
+    def __init__(self, patience: float = 3.0) -> None:
+        self.deferring, self.pending, self.patience = False, 0, patience
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -191,14 +160,16 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number, handler in self.before.items():  # a late repeat must not change the status
+            signal.signal(number, signal.SIG_IGN if self.pending else handler)
 
     def _handle(self, number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if self.pending:  # a sweep passes on as SIGTERM what the terminal has sent as SIGINT
+        if self.pending:
+            if number == signal.SIGINT and time.monotonic() - self.since >= self.patience:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
             return
-        self.pending = number
+        self.pending, self.since = number, time.monotonic()
         if not self.deferring:
             raise Interrupted(number)
 
@@ -208,9 +179,9 @@ class Signals:
             raise Interrupted(self.pending)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self, deferring: bool = True) -> Iterator[None]:
         """For a while, have signals wait for `check`."""
-        before, self.deferring = self.deferring, True
+        before, self.deferring = self.deferring, deferring
         try:
             yield
         finally:
@@ -219,12 +190,9 @@ class Signals:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Within such a while, have them raise at once."""
-        before, self.deferring = self.deferring, False
-        try:
+        with self.deferred(False):
             self.check()
             yield
-        finally:
-            self.deferring = before
 
 
 def progress(

@@ -12,7 +12,6 @@ take turns; medians are printed. Weights, images and prompts are random.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -41,22 +40,21 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.floor import floor_flops, product_rate
+from benchmarks.workers import Worker, take_turns
+from classifier import autocast, before_training, text_features, unit
 from clip import CLIP
 from clip.model import Attention
-from datasets.loader import normalise, to_device
+from datasets.images import normalise, to_device
+from machine import default_device, prepare_machine
 from optimizers import SO
 from optimizers.lora import add_lora, set_dropout
+from optimizers.methods import POSITIONS, Method, select_matrices
 from optimizers.sampled import sample_gradients
-from run_utils import default_device, prepare_machine
 from train import (
-    POSITIONS,
+    Adapted,
     Course,
-    autocast,
-    before_training,
-    select_matrices,
-    text_features,
+    Settings,
     train,
-    unit,
 )
 
 Mark = Callable[[str], None]  # called with a part's name where it ends
@@ -119,7 +117,7 @@ def plain_iteration(
 ) -> None:
     """One iteration of the authors' code."""
     images, labels = to_device(batch, tokens.device)
-    images = normalise(images)
+    images = normalise(images, model.image_mean, model.image_std)
     mark("input")
     texts = plain.encode_text(model, tokens)
     mark("text")
@@ -141,7 +139,7 @@ def iteration(
     device = prompts.device
     images, labels = to_device(row["batch"], device)
     with autocast(device, row["precision"]):
-        images = normalise(images)
+        images = normalise(images, model.image_mean, model.image_std)
         mark("input")
         classes = hidden
         if first < len(model.transformer.resblocks):
@@ -168,8 +166,9 @@ def count_kernels(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     batches = ((row["batch"], False) for _ in range(PROFILED))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         train(
-            row["model"], row["optimizer"], batches, row["prompts"], Course(PROFILED),
-            precision=row["precision"], text_chunk=row["text_chunk"],
+            Adapted(row["model"], row["prompts"], Method(row["optimizer"])), batches,
+            Course(PROFILED),
+            Settings(precision=row["precision"], text_chunk=row["text_chunk"]),
         )  # fmt: skip
         synchronise(device)
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)
@@ -253,37 +252,6 @@ def work(name: str, args: argparse.Namespace) -> None:
             print(json.dumps({"error": "out of memory"}), flush=True)
 
 
-class Worker:
-    """A process that runs one row and answers questions; `error` says why it no longer does."""
-
-    def __init__(self, row: str) -> None:
-        self.error = ""
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--worker", row],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, question: str) -> Any:
-        """The answer, or None where there is none any more."""
-        if self.error:
-            return None
-        try:
-            print(question, file=self.process.stdin, flush=True)
-            reply = json.loads(self.process.stdout.readline() or "{}")
-        except BrokenPipeError:
-            reply = {}
-        if "answer" not in reply:
-            self.end()
-            self.error = reply.get("error", f"ended with status {self.process.returncode}")
-        return reply.get("answer")
-
-    def end(self) -> None:
-        """Let the process end."""
-        self.process.communicate()
-
-
 def measure(name: str, worker: Worker, records: list[dict[str, float]]) -> dict[str, Any]:
     """A row of the table, from the records of its iterations."""
     method, _, precision = name.partition(":")
@@ -340,26 +308,6 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def take_turns(
-    workers: dict[str, Worker], repeats: int, reference: Worker | None
-) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
-    """Let rows run in turn, at least `repeats` iterations each, after a turn that warms up.
-
-    Returns:
-        Records by row; and the rate of matrix products beside the reference, once a round.
-    """
-    records: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-    rates = []
-    for worker in workers.values():
-        worker.ask("turn")
-    while any(len(records[name]) < repeats and not w.error for name, w in workers.items()):
-        for name, worker in workers.items():
-            records[name] += worker.ask("turn") or []
-        if reference and (rate := reference.ask("rate")):
-            rates.append(rate)
-    return records, rates
-
-
 def main() -> None:
     args = arguments()
     if args.worker:
@@ -367,7 +315,8 @@ def main() -> None:
     about = machine(prepare_machine(args.device, args.threads, seed=0))
     floor = "floor:fp32" in args.rows
     names = [name for name in args.rows if name != "floor:fp32"]
-    workers = {name: Worker(name) for name in names}
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    workers = {name: Worker([*command, name]) for name in names}
     reference = "so:fp32" if "so:fp32" in workers else names[0]
     records, rates = take_turns(workers, args.repeats, workers[reference] if floor else None)
     rows = [measure(name, worker, records[name]) for name, worker in workers.items()]

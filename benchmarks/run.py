@@ -23,7 +23,9 @@ START = time.perf_counter()  # of the process, but for the interpreter's own
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import main as so  # noqa: E402
 from benchmarks.common import (  # noqa: E402
@@ -32,10 +34,11 @@ from benchmarks.common import (  # noqa: E402
     machine,
     peak_mb,
     print_table,
+    random_state_dict,
     random_tokens,
     write_json,
 )
-from run_utils import default_device, prepare_machine  # noqa: E402
+from machine import default_device, prepare_machine  # noqa: E402
 
 ROWS = {
     "SO": [],
@@ -69,8 +72,8 @@ def work(row: str, args: argparse.Namespace) -> None:
     so.evaluate = lambda *rest, **options: timed(
         "final" if "zero-shot" in seconds else "zero-shot", evaluate, *rest, **options
     )
-    so.train = lambda model, optimizer, batches, *rest, **options: timed(
-        "training", train, model, optimizer, waited_for(batches), *rest, **options
+    so.train = lambda adapted, batches, *rest, **options: timed(
+        "training", train, adapted, waited_for(batches), *rest, **options
     )
     so.tokenize_prompts = lambda model, classnames, template: cut(
         random_tokens(len(classnames), model.vocab_size, model.context_length)
@@ -91,13 +94,19 @@ def work(row: str, args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write the checkpoint and the images."""
-    from clip_helpers import random_state_dict
-    from dataset_helpers import make_dataset
-
+    """Write the checkpoint, and images of noise with a split file, as EuroSAT has them."""
     torch.save(random_state_dict(BACKBONES[args.backbone]), Path(args.folder) / "clip.pt")
-    size = args.side, args.side
-    make_dataset("eurosat", args.folder, classes=args.classes, per_class=args.images, size=size)
+    folder, noise = Path(args.folder) / "eurosat", np.random.default_rng(0)
+    parts: dict[str, list] = {"train": [], "val": [], "test": []}
+    for label in range(args.classes):
+        (folder / "2750" / f"z{label}").mkdir(parents=True)
+        for i in range(args.images):
+            name = f"z{label}/{i}.jpg"
+            pixels = noise.integers(256, size=(args.side, args.side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "2750" / name)
+            part = "train" if 2 * i < args.images else "val" if i % 5 < 2 else "test"
+            parts[part].append((name, label, f"class {label}"))
+    (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(parts))
 
 
 def arguments() -> argparse.Namespace:
@@ -110,7 +119,7 @@ def arguments() -> argparse.Namespace:
     add("--shots", type=int, default=1)
     add("--n_iters", type=int, default=50, help="iterations per shot")
     add("--batch", type=int, default=32, help="images of an iteration")
-    add("--images", type=int, default=40, help="per class: half to train, a third to test")
+    add("--images", type=int, default=40, help="per class: half to train, 30 % to test")
     add("--side", type=int, default=64, help="of the images, in pixels; EuroSAT's is 64")
     add("--num_workers", type=int, help="as main.py's, and so are the next two")
     add("--cache_mb", type=int)

@@ -19,9 +19,9 @@ from torchvision.transforms import Compose
 
 import clip
 from datasets.base import Item
-from datasets.images import MAX_PIXELS, Batch, augment, normalise, read_image, stack, to_device
+from datasets.images import MAX_PIXELS, Batch, augment, read_image, stack
 
-__all__ = ["Batch", "ImageCache", "Loader", "normalise", "read_image", "shuffled", "to_device"]
+__all__ = ["ImageCache", "Loader", "shuffled"]
 
 T = TypeVar("T")
 

@@ -1,24 +1,26 @@
-"""Sparse deltas: of trained matrices, only the entries that differ from the weights they began as.
+"""Sparse deltas: only those entries of trained matrices that differ from where they began.
 
-A delta is a safetensors file. Of each matrix, by its NAME in the model, it holds
+A delta is a safetensors file. For each matrix, by its NAME in the model, it holds
 
     NAME.indices    positions in the flattened matrix, increasing: (c,) int32, int64 from 2^31 on
     NAME.values     the trained values there, bit for bit: (c,) in the matrix's own dtype
 
 both empty where nothing changed; and as metadata `format`, `version`, `shapes` (JSON, by NAME),
-`base_digest` (of all weights of the model before training) and what else its writer tells, such as
-`backbone`. Whoever has the base has the trained weights:
+`base_digest` (of all weights of the model before training) and whatever else its writer adds, such
+as `backbone`. The base and a delta together give the trained weights:
 
     save_delta("weights.safetensors", matrices, base.state_dict(), weights_digest(base))
     apply_delta(model, read_delta("weights.safetensors"))  # refused unless the model is the base
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +28,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import clip
+from clip import CLIP
 from utils import atomic_write
 
 __all__ = [
-    "Change", "Delta", "apply_delta", "changed_entries", "read_delta", "save_delta",
-    "weights_digest",
+    "Base", "Change", "Delta", "apply_delta", "changed_entries", "load_weights", "pack",
+    "read_delta", "save_delta", "unpack", "weights_digest",
 ]  # fmt: skip
 
 FORMAT, VERSION = "sparse-delta", 1
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of values
 DIMENSIONS = 16  # of a matrix, at most
+
+
+Packed = dict[str, tuple[Tensor | None, Tensor]]  # by name: as `pack` returns it
 
 
 class Change(NamedTuple):
@@ -53,6 +60,41 @@ class Delta(NamedTuple):
     matrices: dict[str, Change]
     metadata: dict[str, str]
     path: Path
+
+
+class Base:
+    """The weights that a run begins with: by where they are, in memory only while needed.
+
+    Args:
+        name: A name or path, as `clip.load` takes it; `activation` and `heads` likewise.
+    """
+
+    def __init__(
+        self, name: str, activation: str | None = None, heads: tuple[int, int] | None = None
+    ) -> None:
+        self.name, self.options, self.digest = name, dict(activation=activation, heads=heads), ""
+
+    def load(self, device: torch.device) -> CLIP:
+        """The model, to be trained."""
+        model, _ = clip.load(self.name, device, **self.options)
+        self.digest = weights_digest(model)
+        return model
+
+    def read(self) -> dict[str, Tensor]:
+        """The weights again, as they were before training, on the CPU.
+
+        Raises:
+            ValueError: They are others now, or gone.
+        """
+        try:
+            # Notes were printed before, and nothing of the run may depend on when this is done.
+            with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+                state = clip.load(self.name, "cpu", **self.options)[0].state_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.name} changed during this run ({error})") from error
+        if weights_digest(state) != self.digest:
+            raise ValueError(f"{self.name} changed during this run: restore it, and --resume")
+        return state
 
 
 def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -89,6 +131,42 @@ def changed_entries(base: Tensor, now: Tensor) -> Tensor:
     return (a != b).nonzero().flatten().to(torch.int32 if len(a) < 2**31 else torch.int64)
 
 
+def _change(base: Tensor, now: Tensor) -> Change:
+    """What became of a tensor, on the CPU."""
+    now = now.detach().cpu()
+    indices = changed_entries(base.detach().cpu(), now)
+    return Change(indices, now.flatten()[indices.long()], tuple(now.shape))
+
+
+def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Packed:
+    """How tensors differ from those that a base has by the same names, as plain CPU tensors.
+
+    Returns:
+        By name, positions and values as in a Change; or None and the whole tensor, where that takes
+        less room or the base has no such tensor.
+    """
+    packed: Packed = {}
+    for name, tensor in tensors.items():
+        if name in base:
+            indices, values, _ = _change(base[name], tensor)
+            if indices.nbytes + values.nbytes < tensor.nbytes:
+                packed[name] = indices, values
+                continue
+        packed[name] = None, tensor.detach().cpu().clone()
+    return packed
+
+
+@torch.no_grad()
+def unpack(packed: Packed, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Give tensors, in place, the values that they had when they were packed with this base."""
+    for name, (indices, values) in packed.items():
+        if indices is not None:
+            at, some = indices.long(), values
+            values = base[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+            values.view(-1)[at] = some
+        tensors[name].copy_(values)
+
+
 def save_delta(
     path: str | os.PathLike,
     matrices: Mapping[str, Tensor],
@@ -101,9 +179,9 @@ def save_delta(
     Args:
         path: The file.
         matrices: Trained matrices by their name in the model, on any device.
-        base: What they were before, by the same names; it may hold more.
+        base: The same before training, by the same names; it may hold more.
         base_digest: `weights_digest` of the whole model before.
-        metadata: More to tell, such as backbone="ViT-B/16".
+        metadata: More entries of the metadata, such as backbone="ViT-B/16".
 
     Raises:
         ValueError: The base has no such matrix, or one of another shape or dtype; a changed entry
@@ -114,11 +192,11 @@ def save_delta(
     for name, matrix in matrices.items():
         if name not in base:
             raise ValueError(f"{path} is not written: the base has no {name}")
-        now = matrix.detach().cpu()
-        indices = changed_entries(base[name].detach().cpu(), now)
-        values = now.flatten()[indices.long()]
+        indices, values, _ = _change(base[name], matrix)
         if not values.isfinite().all():
-            raise ValueError(f"{path} is not written: {name} is not finite; lower the rate")
+            raise ValueError(
+                f"{path} is not written: {name} is not finite; lower the learning rate"
+            )
         tensors[f"{name}.indices"], tensors[f"{name}.values"] = indices, values
         shapes[name] = list(matrix.shape)
     metadata |= {"format": FORMAT, "version": str(VERSION), "base_digest": base_digest}
@@ -141,11 +219,13 @@ def read_delta(path: str | os.PathLike) -> Delta:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, no delta, of a newer version, or says what no delta may say.
+        ValueError: It is damaged, not a delta, of a newer version, or contradicts itself.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}: name what --save_weights wrote")
+        raise FileNotFoundError(
+            f"there are no weights at {path}: name a file that --save_weights wrote"
+        )
     tensors: dict[str, Tensor] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -156,14 +236,14 @@ def read_delta(path: str | os.PathLike) -> Delta:
     except Exception as error:  # damage shows in many ways, and not in safetensors' own error alone
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{path} is damaged or no safetensors file ({reason}): get it or save it again"
+            f"{path} is damaged or not a safetensors file ({reason}): get it or save it again"
         ) from None
     try:
         _check_metadata(metadata)
         shapes = _shapes(metadata)
-        matrices = {name: _change(tensors, name, shape) for name, shape in shapes.items()}
+        matrices = {name: _take(tensors, name, shape) for name, shape in shapes.items()}
         if tensors:
-            raise ValueError(f"it holds {min(tensors)!r}, which belongs to no matrix of it")
+            raise ValueError(f"it holds {min(tensors)!r}, which belongs to none of its matrices")
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}; save it again with --save_weights") from None
     return Delta(matrices, metadata, path)
@@ -179,9 +259,8 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
         delta: What `read_delta` returned.
 
     Raises:
-        ValueError: The target is not the delta's base, or the delta names a matrix that the
-            target has not, or has in another shape or in a dtype that would round; nothing is
-            written then.
+        ValueError: The target is not the delta's base, or lacks one of the delta's matrices, or
+            has it in another shape or in a dtype that would round; nothing is written then.
     """
     state = target.state_dict() if isinstance(target, nn.Module) else target
     if weights_digest(state) != delta.metadata["base_digest"]:
@@ -207,10 +286,25 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
         state[name].copy_(flat.view_as(state[name]))
 
 
+def load_weights(model: CLIP, path: Path, backbone: str) -> None:
+    """Give a backbone the trained weights of a file: a delta's, or a whole state dict's.
+
+    Raises:
+        ValueError: They belong to another model, or the file is damaged.
+    """
+    if path.suffix == ".safetensors":
+        return apply_delta(model, read_delta(path))
+    try:
+        model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
+
+
 def _check_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuse what is no delta, or one that this code does not know how to read."""
+    """Refuse what is not a delta, or one that this code cannot read."""
     if metadata.get("format") != FORMAT:
-        raise ValueError("it is no sparse delta")
+        raise ValueError("it is not a sparse delta")
     version = metadata.get("version", "")
     if version != str(VERSION):
         raise ValueError(f"it is a delta of version {version!r}, and {VERSION} is read here")
@@ -237,7 +331,7 @@ def _is_shape(shape: Any) -> bool:
     return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) < 2**63
 
 
-def _change(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Change:
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Change:
     """Take one matrix's tensors out of those of the file, and check them."""
     try:
         indices, values = tensors.pop(f"{name}.indices"), tensors.pop(f"{name}.values")

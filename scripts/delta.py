@@ -12,21 +12,21 @@ format if the name of --out ends so, else written by torch.save.
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from reporting.markdown import markdown
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from clip import CLIP, build_model, read_checkpoint  # noqa: E402
-from clip.loading import locate  # noqa: E402
-from optimizers.delta import Delta, apply_delta, changed_entries, read_delta  # noqa: E402
-from run_utils import Parser, backbone  # noqa: E402
-from utils import atomic_write, explain, one_line, say  # noqa: E402
+from clip import CLIP, build_model, read_checkpoint
+from clip.loading import locate
+from optimizers.delta import Delta, apply_delta, changed_entries, read_delta
+from run_utils import Parser, backbone
+from utils import atomic_write, explain, one_line, say
 
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
@@ -42,30 +42,17 @@ def inspect(file: Path) -> str:
         sums = [total + n for total, n in zip(sums, sizes, strict=True)]
         rows.append(_row(name, " x ".join(map(str, shape)), *sizes))
     rows.append(_row(f"all {len(rows)}", "", *sums))
-    table = _table([HEADINGS, *rows])
     told = [f"{key}: {value}" for key, value in sorted(delta.metadata.items()) if key != "shapes"]
     told = [line if line.isprintable() else ascii(line) for line in told]
-    return "\n".join([*table, "", f"file: {file.stat().st_size:,} bytes", *told])
+    return "\n".join(
+        [markdown(HEADINGS, rows, left=2), "", f"file: {file.stat().st_size:,} bytes", *told]
+    )
 
 
 def _row(name: str, shape: str, changed: int, entries: int, size: int, whole: int) -> list[str]:
     """One line's cells, in the order of HEADINGS."""
     share = 100 * changed / max(entries, 1)
     return [name, shape, f"{changed:,}", f"{share:.4f}", f"{size:,}", f"{whole:,}"]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, aligned: text on the left, numbers on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{c:<{w}}" if i < 2 else f"{c:>{w}}"
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return lines
 
 
 def apply(file: Path, out: Path, base: str | None) -> str:
@@ -80,7 +67,24 @@ def apply(file: Path, out: Path, base: str | None) -> str:
         state[name] = weights[name].to(dtype)
     write(out, state)
     entries = sum(len(change.indices) for change in delta.matrices.values())
-    return f"{out}: {place} with {entries:,} entries of {len(delta.matrices)} matrices changed"
+    return (
+        f"{out}: {place} with {entries:,} entries of {len(delta.matrices)} matrices changed\n"
+        f"To measure it: {evaluation(file, out)}"
+    )
+
+
+def evaluation(file: Path, weights: Path) -> str:
+    """The command that measures whole weights on the task that a delta was trained for.
+
+    The task stands in the run's config.yaml; where the delta no longer lies beside it, the user
+    has to name the task.
+    """
+    config = file.parent / "config.yaml"
+    task = ["--root_path", "DATA", "--dataset", "NAME"]
+    if config.is_file():
+        task = ["--config", str(config)]
+    # No training leaves the "zero-shot" accuracy of these weights.
+    return shlex.join(["python", "main.py", *task, "--backbone", str(weights), "--n_iters", "0"])
 
 
 def revert(full: Path, file: Path, out: Path, base: str | None) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparison in miniature, on the embedded digits: learning rates chosen on validation images,
-# then three methods at 1 to 16 shots, overfitting curves, the grid over density and T, the ablation,
-# and what was forgotten. It takes 35 minutes on two cores. Writes docs/digits/, runs lie in
+# then three methods at 1 to 16 shots, overfitting curves, the grid over density and T, the
+# ablation, and forgetting. It takes 35 minutes on two cores. Writes docs/digits/, runs lie in
 # results/digits_study/. Stop it and start it again at any time; JOBS (2) runs go at a time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

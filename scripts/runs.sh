@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by sweep.sh and slurm_sweep.sh: which runs there are. Sets `runs`, one line of main.py's
-# arguments each, `common`, what all of them have in common, and `python`. Variables, with their
-# defaults:
+# Sourced by sweep.sh and slurm_sweep.sh: lists the runs. It sets `runs`, a line of arguments of
+# main.py for each; `common`, the arguments of all; `first`, those that all others may contradict;
+# and `python`. Variables, with their defaults:
 #
 #     METHODS   so lora adam
 #     DATASETS  the eleven (digits, the embedded one, needs no DATA)
@@ -19,6 +19,7 @@ caltech101 dtd ucf101"
     if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
         python=.venv/bin/python
     fi
+    first=(--resume --no-save_weights) # hundreds of weights would fill a disk
     common=() # expanded as ${common[@]+...}: old versions of bash take an empty array for unset
     if [ -n "${DATA:-}" ]; then
         common=(--root_path "$DATA")

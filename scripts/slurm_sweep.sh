@@ -28,7 +28,8 @@ if [ "${1:-}" = --dry-run ]; then
     for number in "${!runs[@]}"; do
         read -ra arguments <<<"${runs[number]}"
         printf '%s:' "$number"
-        printf ' %q' "$python" main.py --resume ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
+        arguments=("${first[@]}" ${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
+        printf ' %q' "$python" main.py "${arguments[@]}"
         echo
     done
     exit
@@ -38,4 +39,4 @@ if [ "$number" -ge ${#runs[@]} ]; then
     exit 0
 fi
 read -ra arguments <<<"${runs[number]}"
-exec "$python" main.py --resume ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"
+exec "$python" main.py "${first[@]}" ${common[@]+"${common[@]}"} "${arguments[@]}" "$@"

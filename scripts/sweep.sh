@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Datasets x shots x seeds x methods, one run of main.py each. Finished runs are skipped, failed ones
-# are listed at the end. Stop it and start it again at any time: a run goes on from its checkpoint.
+# Datasets x shots x seeds x methods, one run of main.py each. Finished runs are skipped, failed
+# ones are listed at the end. Stop it and start it again at any time: a run goes on from its
+# checkpoint.
 #
 #     DATA=/path/to/data bash scripts/sweep.sh
 #     DATA=/path/to/data DATASETS="eurosat dtd" SHOTS="1 4" SEEDS=1 METHODS="so lora" JOBS=2 \
@@ -11,7 +12,7 @@
 #     JOBS      runs at a time (1); with more, each run's output goes to a file below LOGS (logs)
 #     GPUS      "0 1 2 3": one run at a time on each of these
 #     PYTHON    the interpreter (.venv's where there is one)
-# Arguments are passed on to main.py.
+# Arguments are passed on to main.py. Weights are kept with --save_weights alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 . scripts/runs.sh
@@ -25,7 +26,10 @@ fi
 logs=${LOGS:-logs}
 taken=$(mktemp -d) # a folder in it for each run that a worker has taken, and the list of failures
 stop() {
-    trap - INT TERM EXIT
+    # The same signal may come again, as from SLURM or `timeout`, which signal every process of a
+    # job: the runs are writing their checkpoints now, and are waited for.
+    trap '' INT TERM
+    trap - EXIT
     jobs -p | xargs kill 2>/dev/null
     wait
     rm -rf "$taken"
@@ -48,12 +52,12 @@ fi
 
 worker() {
     local number run arguments log child=
-    trap 'kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM
+    trap 'trap "" TERM; kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM
     for number in "${!runs[@]}"; do
         mkdir "$taken/$number" 2>/dev/null || continue # another worker has it
         run=${runs[number]}
         read -ra arguments <<<"$run"
-        arguments=(--resume ${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
+        arguments=("${first[@]}" ${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
         if [ "$jobs" -eq 1 ]; then
             echo "==> $run"
             "$python" main.py "${arguments[@]}" &

@@ -8,11 +8,15 @@ sweep.sh asks this once, where main.py would take seconds for each finished run.
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cache
+from typing import Any
 
-from reporting.numbers import plural
+import reporting  # noqa: F401  (which puts the repository on the path)
 
+from datasets import describe_data
 from results import finished, run_folder, tidy
 from run_utils import exit_status, parse_args
+from utils import plural
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = sys.argv[1:] if argv is None else argv
     lines = sys.stdin.read().splitlines()
     with redirect_stdout(sys.stderr):  # for a --help among the arguments
-        left = [line for line in lines if not is_finished([*line.split(), *shared])]
+        # As in sweep.sh, which keeps no weights unless they are asked for.
+        left = [x for x in lines if not is_finished(["--no-save_weights", *x.split(), *shared])]
     print(*left, sep="\n", end="\n" * bool(left))
     done = len(lines) - len(left)
     print(f"{plural(len(lines), 'run')}, {done} of them finished", file=sys.stderr)
@@ -30,13 +35,21 @@ def is_finished(arguments: Sequence[str]) -> bool:
     """Whether the run's result is there; one that is not as it should be is left to main.py."""
     config = parse_args(arguments)
     folder = run_folder(config)
+    if not (folder / "result.json").exists():
+        return False
     try:
-        done = finished(folder, config) is not None
-    except ValueError:
+        done = finished(folder, config, data_of(config.dataset, config.root_path)) is not None
+    except (ValueError, OSError):
         return False
     if done:
         tidy(folder)
     return done
+
+
+@cache
+def data_of(name: str, root_path: str | None) -> dict[str, Any]:
+    """The data of a task, read once for all of its runs."""
+    return describe_data(name, root_path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random CLIP weights in OpenAI's layout, open_clip as their reference, a server on loopback."""
+"""Random CLIPs, open_clip as their reference, a server on loopback."""
 
 import socketserver
 import ssl
@@ -9,90 +9,9 @@ from http.server import BaseHTTPRequestHandler
 import torch
 from torch import Tensor, nn
 
-from clip import CLIP, download
+from benchmarks.common import CONFIGS, TINY_RESNET, TINY_VIT, random_state_dict  # noqa: F401
+from clip import download
 from clip.model import EXTRA_KEYS
-
-TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
-
-
-def _config(embed_dim, resolution, layers, width, patch, transformer_width):
-    return {
-        "embed_dim": embed_dim,
-        "image_resolution": resolution,
-        "vision_layers": layers,
-        "vision_width": width,
-        "vision_patch_size": patch,
-        "transformer_width": transformer_width,
-        **TEXT,
-    }
-
-
-CONFIGS = {
-    "RN50": _config(1024, 224, (3, 4, 6, 3), 64, None, 512),
-    "RN101": _config(512, 224, (3, 4, 23, 3), 64, None, 512),
-    "RN50x4": _config(640, 288, (4, 6, 10, 6), 80, None, 640),
-    "RN50x16": _config(768, 384, (6, 8, 18, 8), 96, None, 768),
-    "RN50x64": _config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
-    "ViT-B/32": _config(512, 224, 12, 768, 32, 512),
-    "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
-    "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
-}
-
-TINY_VIT = {
-    "embed_dim": 64,
-    "image_resolution": 32,
-    "vision_layers": 4,
-    "vision_width": 128,
-    "vision_patch_size": 8,
-    "context_length": 16,
-    "vocab_size": 514,
-    "transformer_width": 64,
-    "transformer_layers": 2,
-}
-TINY_RESNET = {
-    **TINY_VIT,
-    "image_resolution": 64,
-    "vision_layers": (1, 2, 1, 1),
-    "vision_width": 8,
-    "vision_patch_size": None,
-}
-
-
-def random_state_dict(name_or_config: str | dict, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of a CLIP in OpenAI's layout, the three extra keys included.
-
-    Args:
-        name_or_config: a key of CONFIGS, or the arguments of `CLIP`.
-        seed: of a generator of its own; the global one is left alone.
-
-    Returns:
-        float32 tensors (int64 for counts), in which no weight is at its neutral value.
-    """
-    config = CONFIGS.get(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    with torch.device("meta"):
-        shapes = CLIP(**config).state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for key, value in shapes.items():
-        name = key.rpartition(".")[2]
-        noise = torch.randn(value.shape, generator=generator)
-        if key == "logit_scale":
-            state[key] = torch.tensor(100.0).log()
-        elif name == "num_batches_tracked":
-            state[key] = torch.tensor(seed)
-        elif name == "running_var":
-            state[key] = 0.5 + noise.abs()
-        elif name in ("bias", "in_proj_bias", "running_mean"):
-            state[key] = 0.1 * noise
-        elif value.dim() == 1 and name == "weight":  # of a normalisation
-            state[key] = 1 + 0.1 * noise
-        else:
-            state[key] = noise * (value[0].numel() ** -0.5 if value.dim() > 1 else 0.1)
-    state["input_resolution"] = torch.tensor(config["image_resolution"])
-    state["context_length"] = torch.tensor(config["context_length"])
-    state["vocab_size"] = torch.tensor(config["vocab_size"])
-    return state
 
 
 def open_clip_model(state: dict[str, Tensor]) -> nn.Module:

@@ -1,6 +1,7 @@
 """Commands called in this process, with what they print."""
 
 import io
+import json
 from contextlib import redirect_stderr, redirect_stdout
 
 import main
@@ -21,3 +22,30 @@ def call(run, *argv):
 def call_main(*argv):
     """main.py, as `call`."""
     return call(lambda argv: run_utils.exit_status(lambda: main.main(argv)), *argv)
+
+
+def run(*argv):
+    """What main.py prints on standard output, where it ends well."""
+    status, out, err = call_main(*argv)
+    assert status == 0, err
+    return out
+
+
+def refused(*argv):
+    """The one sentence that main.py ends with, behind notes and progress."""
+    status, _, err = call_main(*argv)
+    *before, last = err.splitlines() or [""]
+    assert status == 2 and last.startswith("main.py: ") and last.isprintable(), err
+    assert not any(line.startswith("main.py") for line in before) and "Traceback" not in err, err
+    return last
+
+
+def run_folder(out):
+    """The folder of the one run below a folder."""
+    (config,) = out.rglob("config.yaml")
+    return config.parent
+
+
+def result_of(out):
+    """result.json of the one run below a folder."""
+    return json.loads((run_folder(out) / "result.json").read_text(encoding="utf-8"))

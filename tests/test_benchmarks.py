@@ -2,18 +2,19 @@
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, iteration, plain, step
+from benchmarks import common, iteration, plain, step, workers
+from benchmarks import run as whole_run
+from benchmarks import settings as settings_of_so
+from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
 from clip import build_model
 
@@ -21,11 +22,17 @@ FOLDER = Path(common.__file__).parent
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
-def run(script, path, *flags):
-    """What a benchmark prints, and what it writes."""
-    command = [sys.executable, FOLDER / script, "--threads=1", f"--json={path}", *flags]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout, json.loads(path.read_text())
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a benchmark; returns its standard output, and what it wrote."""
+
+    def command(benchmark, *flags):
+        path = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", ["", *flags, f"--json={path}"])
+        benchmark.main()
+        return capsys.readouterr().out, json.loads(path.read_text())
+
+    return command
 
 
 def settings(**changes):
@@ -119,9 +126,9 @@ def check_rows(text, rows):
     assert all(value > 0 for row in rows for value in row.get("seconds", {}).values())
 
 
-def test_iteration_prints_and_writes(tmp_path):
+def test_iteration_prints_and_writes(run):
     text, result = run(
-        "iteration.py", tmp_path / "a.json", "--backbone=tiny", "--classes=3", "--batch=2",
+        iteration, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2",
         "--repeats=1", "--device=cpu", "--rows", "plain", "so", "floor",
     )  # fmt: skip
     *rows, floor = result["rows"]
@@ -134,42 +141,43 @@ def test_iteration_prints_and_writes(tmp_path):
 
 
 def test_a_row_that_ends_early_leaves_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(iteration.Worker, "__init__", start_false_worker)
+    start = workers.Worker.__init__
+    answers = {"plain": 'echo \'{"error": "out of memory"}\'', "so": "exit 3"}  # to any question
+
+    def start_false(worker, command):
+        start(worker, ["sh", "-c", "read question; " + answers[command[-1].partition(":")[0]]])
+
+    monkeypatch.setattr(workers.Worker, "__init__", start_false)
     monkeypatch.setattr(sys, "argv", ["", "--rows", "plain", "so:bf16", "--device=cpu"])
     iteration.main()
     lines = capsys.readouterr().out.splitlines()
     assert "out of memory" in lines[-2] and "ended with status 3" in lines[-1]
 
 
-def start_false_worker(worker, row):
-    code = """print('{"error": "out of memory"}')""" if "plain" in row else "exit(3)"
-    worker.error = ""
-    worker.process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def test_run_prints_and_writes(tmp_path):
+def test_run_prints_and_writes(run):
     text, result = run(
-        "run.py", tmp_path / "a.json", "--backbone=tiny", "--classes=3", "--batch=2", "--images=6",
+        whole_run, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2", "--images=6",
         "--n_iters=3", "--num_workers=1", "--device=cpu", "--rows", "SO, --dense_grad",
     )  # fmt: skip
-    assert [row["row"] for row in result["rows"]] == ["SO, --dense_grad"]
+    (row,) = result["rows"]
+    assert row["row"] == "SO, --dense_grad" and 0 < row["waiting_share"] < 1
     check_rows(text, result["rows"])
-    for row in result["rows"]:
-        assert row["seconds"].keys() == {"waiting", "start-up", "zero-shot", "training", "final"}
-        assert 0 < row["waiting_share"] < 1
+    assert row["seconds"].keys() == {"waiting", "start-up", "zero-shot", "training", "final"}
 
 
-def test_step_prints_and_writes(tmp_path, monkeypatch, capsys):
+def test_step_prints_and_writes(run, monkeypatch):
     monkeypatch.setattr(step, "WIDTHS", {"vision": 16})
-    path = tmp_path / "a.json"
-    flags = ["--density=0.01", "--windows=1", "--device=cpu", f"--json={path}"]
-    monkeypatch.setattr(sys, "argv", ["", *flags])
-    step.main()
-    rows = json.loads(path.read_text())
-    text = capsys.readouterr().out
+    text, rows = run(step, "--density=0.01", "--windows=1", "--threads=1", "--device=cpu")
     assert all(f"| {row['optimizer']} |" in text and row["ms"] > 0 for row in rows)
+
+
+def test_settings_prints_and_writes(run):
+    text, result = run(settings_of_so, "--epochs=1", "--widths=8", "--seeds", "1", "2")
+    rows = result["rows"]
+    assert len(rows) == len(settings_of_so.SETTINGS) and text.count("| 64-8-8-10 |") == len(rows)
+    assert all(0 <= value <= 100 for row in rows for value in row["accuracies"])
+    defaults = next(row for row in rows if row["name"] == "SO, its defaults")
+    assert defaults["few"] == [3, 3] and "| 3 of 3 |" in text
 
 
 @pytest.mark.gpu

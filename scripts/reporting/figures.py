@@ -6,6 +6,7 @@ printing and colour blindness. matplotlib is imported where it is used.
 
 import io
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,14 +19,15 @@ from reporting.numbers import (
     METHODS,
     Published,
     Study,
+    Variant,
     complete,
     mean_over,
-    plural,
     published_for,
     title_of,
     zero_shot,
 )
 from results import Run, slug
+from utils import plural
 
 # Colours of Okabe and Ito; the first three differ in lightness, all in mark, line and hatch, too.
 COLOURS = ["#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00"]
@@ -46,11 +48,11 @@ def figures(study: Study, published: Sequence[Published]) -> dict[str, Callable[
     if len(common) > 1:
         plan["accuracy-mean"] = partial(draw_accuracy, study, published, common)
     for name in study.datasets:
-        plan[f"accuracy-{name}"] = partial(draw_accuracy, study, published, [name])
+        plan[f"accuracy-{slug(name)}"] = partial(draw_accuracy, study, published, [name])
     if any(whole):
         plan["cost"] = partial(draw_cost, study)
     for name, shots in sorted({key[:2] for key in study.cells}):
-        plan[f"curves-{name}-{shots}shots"] = partial(draw_curves, study, name, shots)
+        plan[f"curves-{slug(name)}-{shots}shots"] = partial(draw_curves, study, name, shots)
     return {f"{slug(study.backbone)}/{name}.png": draw for name, draw in plan.items()}
 
 
@@ -60,33 +62,33 @@ def draw_accuracy(study: Study, published: Sequence[Published], datasets: Sequen
     what = title_of(datasets[0]) if one else f"Mean over {len(datasets)} datasets"
     figure, (axes,) = canvas(f"{what}, {study.backbone}", panels=1)
     theirs = defaultdict(list)
-    for method in study.methods:
-        for row, value in published_for(published, study, method, datasets):
-            theirs[method, row.source].append((row.shots, value))
-    slots = [*study.methods, *theirs]  # side by side, so that none hides another
+    for variant in study.firsts():
+        for row, value in published_for(published, study, variant.method, datasets):
+            theirs[variant, row.source].append((row.shots, value))
+    slots = [*study.variants, *theirs]  # side by side, so that none hides another
     dodge = {slot: 2 ** (0.045 * (i - (len(slots) - 1) / 2)) for i, slot in enumerate(slots)}
 
-    for method in study.methods:
+    for variant in study.variants:
         seeds = {shots: None if one else complete(study, shots)[1] for shots in study.shots}
-        stats = {n: mean_over(study, datasets, seeds[n], n, method) for n in study.shots}
-        points = [(n * dodge[method], s.mean, s.std or 0) for n, s in stats.items() if s]
+        stats = {n: mean_over(study, datasets, seeds[n], n, variant) for n in study.shots}
+        points = [(n * dodge[variant], s.mean, s.std or 0) for n, s in stats.items() if s]
         if points:
-            colour, mark, line, _ = style(study, method)
+            colour, mark, line, _ = style(study, variant)
             axes.errorbar(
                 *zip(*points, strict=True), color=colour, marker=mark, linestyle=line, capsize=3,
-                markersize=5, label=LABELS.get(method, method),
+                markersize=5, label=broken(variant.label),
             )  # fmt: skip
-    for (method, source), points in theirs.items():
-        colour, mark, _, _ = style(study, method)
-        first = next(slot for slot in theirs if slot[0] == method)
+    for (variant, source), points in theirs.items():
+        colour, mark, _, _ = style(study, variant)
+        first = next(slot for slot in theirs if slot[0] == variant)
         axes.plot(
-            [shots * dodge[method, source] for shots, _ in points], [y for _, y in points],
+            [shots * dodge[variant, source] for shots, _ in points], [y for _, y in points],
             linestyle="", color=colour, markerfacecolor="none", markersize=7, markeredgewidth=1.3,
-            marker=mark if (method, source) == first else "D",
-            label=f"{LABELS[method]}, published\n({source})",
+            marker=mark if (variant, source) == first else "D",
+            label=f"{LABELS[variant.method]}, published\n({source})",
         )  # fmt: skip
-    base = zero_shot(study, datasets)
-    axes.axhline(base, color="0.45", linestyle=(0, (1, 1)), label=f"zero-shot ({base:.1f})")
+    if (base := zero_shot(study, datasets)) is not None:
+        axes.axhline(base, color="0.45", linestyle=(0, (1, 1)), label=f"zero-shot ({base:.1f})")
 
     ticks = sorted({1, 2, 4, 8, 16, *study.shots})
     axes.set_xscale("log", base=2)
@@ -99,19 +101,19 @@ def draw_accuracy(study: Study, published: Sequence[Published], datasets: Sequen
 
 def draw_curves(study: Study, dataset: str, shots: int) -> Any:
     """Training loss and test accuracy by iteration: mean and range over seeds."""
-    cells = {m: list(study.cell(dataset, shots, m).values()) for m in study.methods}
-    cells = {method: runs for method, runs in cells.items() if runs}
+    cells = {v: list(study.cell(dataset, shots, v).values()) for v in study.variants}
+    cells = {variant: runs for variant, runs in cells.items() if runs}
     width = math.ceil(max(len(run.loss) for runs in cells.values() for run in runs) / 50)
-    followed = [m for m, runs in cells.items() if any(len(run.evaluated) > 2 for run in runs)]
+    followed = [v for v, runs in cells.items() if any(len(run.evaluated) > 2 for run in runs)]
     title = f"{title_of(dataset)}, {plural(shots, 'shot')}, {study.backbone}"
     figure, panels = canvas(title, panels=2 if followed else 1)
-    for method, runs in cells.items():
-        label = f"{LABELS.get(method, method)} ({plural(len(runs), 'seed')})"
-        draw_band(panels[0], *loss_lines(runs, width), style(study, method), label)
-        if method in followed:
+    for variant, runs in cells.items():
+        label = broken(f"{variant.label} ({plural(len(runs), 'seed')})")
+        draw_band(panels[0], *loss_lines(runs, width), style(study, variant), label)
+        if variant in followed:
             x = sorted({i for run in runs for i in run.evaluated[:, 0]})
             lines = [np.interp(x, *run.evaluated.T) for run in runs]
-            draw_band(panels[1], x, lines, style(study, method), label)
+            draw_band(panels[1], x, lines, style(study, variant), label)
             panels[1].set(xlabel="iteration (0: zero-shot)", ylabel="test accuracy (%)")
     averaged = f" (mean of {width} iterations)" if width > 1 else ""
     panels[0].set(xlabel="iteration", ylabel=f"training loss{averaged}", yscale="log")
@@ -148,28 +150,28 @@ def draw_band(
 
 
 def draw_cost(study: Study) -> Any:
-    """Bars of peak memory and time by shots and method, over complete datasets."""
+    """Bars of peak memory and time by shots and variant, over complete datasets."""
     figure, panels = canvas(f"Memory and time of a run, {study.backbone}", panels=2)
     whole = {shots: complete(study, shots) for shots in study.shots}
     costs = {
-        (method, shots): [
-            mean_over(study, *whole[shots], shots, method, what) for what in ("memory", "seconds")
+        (variant, shots): [
+            mean_over(study, *whole[shots], shots, variant, what) for what in ("memory", "seconds")
         ]
-        for method in study.methods
+        for variant in study.variants
         for shots in study.shots
     }
-    methods = [m for m in study.methods if any(all(costs[m, shots]) for shots in study.shots)]
-    width = 0.8 / len(methods)
+    variants = [v for v in study.variants if any(all(costs[v, n]) for n in study.shots)]
+    width = 0.8 / len(variants)
     for panel, axes in enumerate(panels):
-        for number, method in enumerate(methods):
-            colour, _, _, hatch = style(study, method)
-            stats = {i: costs[method, n][panel] for i, n in enumerate(study.shots)}
+        for number, variant in enumerate(variants):
+            colour, _, _, hatch = style(study, variant)
+            stats = {i: costs[variant, n][panel] for i, n in enumerate(study.shots)}
             bars = [(i, s.mean, s.std or 0) for i, s in stats.items() if s]
             x, y, error = zip(*bars, strict=True)
             axes.bar(
-                np.array(x) + width * (number - (len(methods) - 1) / 2), y, width, yerr=error,
+                np.array(x) + width * (number - (len(variants) - 1) / 2), y, width, yerr=error,
                 capsize=2, ecolor="0.45", color=colour, hatch=hatch, edgecolor="white",
-                label=LABELS.get(method, method),
+                label=broken(variant.label),
             )  # fmt: skip
         axes.set_xticks(range(len(study.shots)), labels=map(str, study.shots))
         middle, half = (len(study.shots) - 1) / 2, max(len(study.shots), 3) / 2
@@ -180,11 +182,19 @@ def draw_cost(study: Study) -> Any:
     return with_legend(figure, "mean ± standard\ndeviation over seeds")
 
 
-def style(study: Study, method: str) -> tuple:
-    """A method's colour, mark, line and hatch, the same in all figures of a backbone."""
-    names = [*METHODS, *(name for name in study.methods if name not in METHODS)]
-    i = names.index(method) % len(COLOURS)
-    return COLOURS[i], MARKS[i], LINES[i], HATCHES[i]
+def style(study: Study, variant: Variant) -> tuple:
+    """A variant's colour, mark, line and hatch, the same in all figures of a backbone."""
+    known = {v: list(METHODS).index(v.method) for v in study.firsts() if v.method in METHODS}
+    others = [v for v in study.variants if v not in known]
+    i = known[variant] if variant in known else len(METHODS) + others.index(variant)
+    turn, i = divmod(i, len(COLOURS))  # past the last colour, colours meet other marks and lines
+    j = (i + turn) % len(COLOURS)
+    return COLOURS[i], MARKS[j], LINES[j], HATCHES[j]
+
+
+def broken(label: str) -> str:
+    """A label of a legend, on lines that leave the axes their room."""
+    return textwrap.fill(label, 24, break_long_words=False, break_on_hyphens=False)
 
 
 def canvas(title: str, panels: int) -> tuple[Any, Any]:

@@ -1,42 +1,20 @@
-"""What is made of an experiment's runs: a table and a figure for each kind of experiment."""
+"""What is made of an experiment's runs: for each kind its cells, its table and its figure."""
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
-from report import interval, markdown, report
-
+from reporting.experiments import KINDS as NAMES
+from reporting.experiments import Planned, accuracies_by_rate, best_rates, read_done
 from reporting.figures import COLOURS, LINES, MARKS, can_draw, canvas, png, with_legend
-from reporting.numbers import METHODS, plural
-from results import Run, read_run
-from utils import atomic_write
-
-
-class Done(NamedTuple):
-    """A finished run and the flags that it was planned with."""
-
-    run: Run
-    config: Any  # argparse.Namespace
-
-
-def read_done(planned: Sequence[Any]) -> list[Done]:
-    """Read the runs that are finished.
-
-    Raises:
-        ValueError: None is, or one is damaged; the sentence names it.
-    """
-    done = []
-    for plan in planned:
-        if plan.is_done:
-            try:
-                done.append(Done(read_run(plan.folder), plan.config))
-            except ValueError as error:
-                raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error
-    if not done:
-        raise ValueError("no run of this experiment is finished")
-    return done
+from reporting.markdown import markdown
+from reporting.numbers import METHODS, interval
+from reporting.report import write_report
+from reporting.tables import mean_text, with_spread
+from results import Run
+from utils import atomic_write, plural
 
 
 def write(out: Path, title: str, text: str, draw: Callable[[], Any]) -> None:
@@ -50,228 +28,236 @@ def write(out: Path, title: str, text: str, draw: Callable[[], Any]) -> None:
     print(f"\n{title}\n\n{text}\n\nTable and figure: {out}", flush=True)
 
 
+def task_of(run: Run) -> str:
+    """Such as "digits, 4 shots"."""
+    return f"{run.dataset}, {plural(run.shots, 'shot')}"
+
+
+def density(run: Run) -> str:
+    """The share of entries that SO moves, without the noise of its last digits."""
+    return f"{1 - run.settings['s']:.6g}"
+
+
+def is_redrawn(run: Run) -> bool:
+    """Whether the gradient support is drawn more than once in this run."""
+    return run.settings["t"] < run.settings["n_iters"] * run.shots
+
+
 # Methods beside each other
 
 
-def compare(planned: Sequence[Any], out: Path) -> None:
-    """The whole report of scripts/report.py, on these runs alone."""
+def compare(planned: Sequence[Planned], out: Path) -> None:
+    """Write the whole report of scripts/report.py, on these runs alone."""
     folders = sorted({plan.folder for plan in planned if plan.is_done})
     if not folders:
         raise ValueError("no run of this experiment is finished")
-    report(folders, out, lambda sentence: print(f"experiment.py: {sentence}", flush=True))
+    write_report(folders, out, lambda sentence: print(f"experiment.py: {sentence}", flush=True))
 
 
 # Learning rates
 
-
-def rates_table(planned: Sequence[Any]) -> dict[str, dict[float, list[float]]]:
-    """Accuracies by method and learning rate, in the order of rates."""
-    table: dict[str, dict[float, list[float]]] = {}
-    for run, config in sorted(read_done(planned), key=lambda done: done.config.lr):
-        table.setdefault(config.method, {}).setdefault(config.lr, []).append(run.accuracy)
-    return {method: table[method] for method in METHODS if method in table}
+Rates = dict[str, dict[float, list[float]]]  # accuracies by method and learning rate
 
 
-def best_rates(planned: Sequence[Any]) -> dict[str, float]:
-    """Each method's learning rate of the best mean accuracy, the lowest of equals.
-
-    Raises:
-        ValueError: Not all runs are finished.
-    """
-    if missing := [plan for plan in planned if not plan.is_done]:
-        raise ValueError(
-            f"{plural(len(missing), 'run')} of the learning rates' choice are not finished, "
-            f"such as {missing[0].folder}: run that experiment first"
-        )
-    return {
-        method: max(of_rate, key=lambda lr: (round(fmean(of_rate[lr]), 6), -lr))
-        for method, of_rate in rates_table(planned).items()
-    }
+def rates(planned: Sequence[Planned], out: Path) -> None:
+    """Write validation accuracy by learning rate, and the rate that is chosen for each method."""
+    runs = read_done(planned, "lr", "shots")
+    cells = accuracies_by_rate(runs)
+    best = best_rates(planned) if all(plan.is_done for plan in planned) else {}
+    text = rates_text(runs, cells, best)
+    title = "Choice of learning rates"
+    write(out, title, text, lambda: draw_rates(f"{title}, {runs[0].dataset}", cells, best))
 
 
-def rates(planned: Sequence[Any], out: Path) -> None:
-    """Validation accuracy by learning rate, and the rate that is chosen for each method."""
-    table = rates_table(planned)
-    try:
-        best = best_rates(planned)
-    except ValueError:
-        best = {}
-    ranks = range(max(map(len, table.values())))
+def rates_text(runs: Sequence[Run], cells: Rates, best: dict[str, float]) -> str:
+    """The table: methods down, their learning rates in order across."""
+    most = max(map(len, cells.values()))
     lines = []
-    for method, of_rate in table.items():
-        cells = [
+    for method, of_rate in cells.items():
+        line = [
             f"{lr:g}: {fmean(values):.1f}" + (" (chosen)" if lr == best.get(method) else "")
             for lr, values in of_rate.items()
         ]
-        lines.append([METHODS[method], *cells, *["-"] * (len(ranks) - len(cells))])
-    config = planned[0].config
-    seeds = sorted({plan.config.seed for plan in planned})
-    shots = sorted({plan.config.shots for plan in planned})
-    text = (
+        lines.append([METHODS[method], *line, *["-"] * (most - len(line))])
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
+    shots = " and ".join(map(str, sorted({run.shots for run in runs})))
+    return (
         "Learning rate: mean accuracy in percent on the few validation images of seeds "
-        f"{listed(seeds)}, each with {listed(shots)} shots.\n\n"
-        + markdown(["method", *(str(rank + 1) for rank in ranks)], lines)
+        f"{seeds}, with {shots} shots each.\n\n"
+        + markdown(["method", *(str(rank + 1) for rank in range(most))], lines)
     )
 
-    def draw() -> Any:
-        figure, (axes,) = canvas(f"Choice of learning rates, {config.dataset}", panels=1)
-        for i, (method, of_rate) in enumerate(table.items()):
-            means = [fmean(values) for values in of_rate.values()]
+
+def draw_rates(title: str, cells: Rates, best: dict[str, float]) -> Any:
+    """Accuracy against learning rate, the chosen rates ringed."""
+    figure, (axes,) = canvas(title, panels=1)
+    for i, (method, of_rate) in enumerate(cells.items()):
+        means = {lr: fmean(values) for lr, values in of_rate.items()}
+        axes.plot(
+            list(means), list(means.values()), color=COLOURS[i], marker=MARKS[i],
+            linestyle=LINES[i], label=METHODS[method],
+        )  # fmt: skip
+        if method in best:
             axes.plot(
-                list(of_rate), means, color=COLOURS[i], marker=MARKS[i], linestyle=LINES[i],
-                label=METHODS[method],
+                best[method], means[best[method]], marker="o", markersize=13, color=COLOURS[i],
+                markerfacecolor="none", linestyle="",
             )  # fmt: skip
-            if method in best:
-                axes.plot(
-                    best[method], fmean(of_rate[best[method]]), marker="o", markersize=13,
-                    color=COLOURS[i], markerfacecolor="none", linestyle="",
-                )  # fmt: skip
-        axes.set(xscale="log", xlabel="learning rate at the start")
-        axes.set_ylabel("validation accuracy (%)")
-        return with_legend(figure, "mean over seeds\nand shots; ring:\nchosen")
-
-    write(out, "Choice of learning rates", text, draw)
-
-
-def listed(values: Sequence[Any]) -> str:
-    """Such as "1, 2, 3"."""
-    return ", ".join(map(str, values))
-
-
-def with_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, if there are several."""
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    axes.set(xscale="log", xlabel="learning rate at the start", ylabel="validation accuracy (%)")
+    return with_legend(figure, "mean over seeds\nand shots; ring:\nchosen")
 
 
 # Density and T
 
+Grid = dict[tuple[str, str], list[float]]  # accuracies by density and T, in both orders
 
-def grid(planned: Sequence[Any], out: Path) -> None:
-    """Mean test accuracy by density and T."""
-    cells: dict[tuple[float, int], list[float]] = {}
-    done = read_done(planned)
-    for run, config in done:
-        cells.setdefault((config.s, config.t), []).append(run.accuracy)
-    kappas = sorted({config.s for _, config in done})  # the densest first
-    windows = sorted({config.t for _, config in done})
 
-    def text_of(kappa: float, window: int) -> str:
-        values = cells.get((kappa, window))
-        if values is None:
-            return "-"
-        return with_spread(values)
+def grid(planned: Sequence[Planned], out: Path) -> None:
+    """Write mean test accuracy by density and T."""
+    runs = read_done(planned, "s", "t")
+    cells = grid_cells(runs)
+    title = f"Density and T: {task_of(runs[0])}"
+    write(out, "Density and T", grid_text(runs, cells), lambda: draw_grid(title, cells))
 
-    config = done[0].config
-    seeds = sorted({config.seed for _, config in done})
-    labels = ["never" if t >= config.n_iters * config.shots else str(t) for t in windows]
-    lines = [[density(kappa), *(text_of(kappa, t) for t in windows)] for kappa in kappas]
-    zero_shot = fmean(run.zero_shot for run, _ in done)
-    text = (
-        f"Test accuracy in percent, mean ± standard deviation over {plural(len(seeds), 'seed')}: "
-        f"{config.dataset}, {plural(config.shots, 'shot')}, learning rate {config.lr:g}; "
-        f"zero-shot {zero_shot:.1f}.\n\n"
-        + markdown(["density", *(f"T = {label}" for label in labels)], lines)
+
+def grid_cells(runs: Sequence[Run]) -> Grid:
+    """Accuracies by density, the highest first, and T, the shortest first."""
+    cells: Grid = {}
+    densities = {density(run): None for run in sorted(runs, key=lambda run: run.settings["s"])}
+    windows = {
+        str(run.settings["t"]) if is_redrawn(run) else "never": None
+        for run in sorted(runs, key=lambda run: run.settings["t"])
+    }
+    for one in densities:
+        for window in windows:
+            cells[one, window] = []
+    for run in runs:
+        window = str(run.settings["t"]) if is_redrawn(run) else "never"
+        cells[density(run), window].append(run.accuracy)
+    return cells
+
+
+def axes_of(cells: Grid) -> tuple[list[str], list[str]]:
+    """The densities and the windows of a grid, in order."""
+    rows, columns = zip(*cells, strict=True)
+    return list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
+
+
+def cell_text(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, or that nobody ran it."""
+    return mean_text(values) if values else "-"
+
+
+def grid_text(runs: Sequence[Run], cells: Grid) -> str:
+    """The table: densities down, T across."""
+    densities, windows = axes_of(cells)
+    zero_shot = fmean(run.zero_shot for run in runs)
+    lines = [[one, *(cell_text(cells[one, window]) for window in windows)] for one in densities]
+    return (
+        "Test accuracy in percent, mean ± standard deviation over "
+        f"{plural(len({run.seed for run in runs}), 'seed')}: {task_of(runs[0])}, learning rate "
+        f"{runs[0].settings['lr']:g}; zero-shot {zero_shot:.1f}.\n\n"
+        + markdown(["density", *(f"T = {window}" for window in windows)], lines)
     )
 
-    def draw() -> Any:
-        figure, (axes,) = canvas(
-            f"Density and T: {config.dataset}, {plural(config.shots, 'shot')}", panels=1
-        )
-        means = [[fmean(cells.get((k, t), [math.nan])) for t in windows] for k in kappas]
-        image = axes.imshow(means, cmap="cividis", aspect="auto")
-        middle = sum(image.get_clim()) / 2
-        for row, kappa in enumerate(kappas):
-            for column, t in enumerate(windows):
-                ink = "white" if means[row][column] < middle else "black"
-                axes.text(
-                    column, row, text_of(kappa, t), ha="center", va="center", color=ink, fontsize=9
-                )
-        axes.set_xticks(range(len(windows)), labels=labels)
-        axes.set_yticks(range(len(kappas)), labels=map(density, kappas))
-        axes.set(xlabel="T (iterations between two draws)", ylabel="density (share of entries)")
-        axes.grid(False)
-        figure.colorbar(image, label="test accuracy (%)")
-        return figure
 
-    write(out, "Density and T", text, draw)
-
-
-def density(kappa: float) -> str:
-    """1 - kappa, without the noise of its last digits."""
-    return f"{1 - kappa:.6g}"
+def draw_grid(title: str, cells: Grid) -> Any:
+    """Mean accuracy as colours of a grid, with the table's text on it."""
+    densities, windows = axes_of(cells)
+    figure, (axes,) = canvas(title, panels=1)
+    means = [[fmean(cells[one, w] or [math.nan]) for w in windows] for one in densities]
+    image = axes.imshow(means, cmap="cividis", aspect="auto")
+    middle = sum(image.get_clim()) / 2
+    for row, one in enumerate(densities):
+        for column, window in enumerate(windows):
+            ink = "white" if means[row][column] < middle else "black"
+            text = cell_text(cells[one, window])
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
+    axes.set_xticks(range(len(windows)), labels=windows)
+    axes.set_yticks(range(len(densities)), labels=densities)
+    axes.set(xlabel="T (iterations between two draws)", ylabel="density (share of entries)")
+    axes.grid(False)
+    figure.colorbar(image, label="test accuracy (%)")
+    return figure
 
 
 # Ablation of the supports
 
+Supports = dict[tuple[str, str, bool], dict[int, float]]  # (S_g, S_m, redrawn), seed to accuracy
+USUAL = ("random", "magnitude", True)
 
-def ablation(planned: Sequence[Any], out: Path) -> None:
-    """Test accuracy by how both supports are chosen, with paired differences to SO."""
-    rows: dict[tuple[str, str, bool], dict[int, float]] = {}
-    done = read_done(planned)
-    for run, config in done:
-        redrawn = config.t < config.n_iters * config.shots
-        key = config.grad_support, config.moment_support, redrawn
-        rows.setdefault(key, {})[config.seed] = run.accuracy
-    usual = ("random", "magnitude", True)
 
-    def order(key: tuple[str, str, bool]) -> tuple:
-        return key != usual, not key[2], key[0] != "random", key[1]
-
-    rows = {key: rows[key] for key in sorted(rows, key=order)}
-
-    def name(key: tuple[str, str, bool]) -> tuple[str, str, str]:
-        gradient = {"random": "random", "magnitude": "largest g"}[key[0]]
-        moment = {"magnitude": "largest m", "random": "random", "fixed": "first S_g"}[key[1]]
-        return (gradient, moment, "yes") if key[2] else (gradient, "the same entries", "no")
-
-    lines = []
-    for key, by_seed in rows.items():
-        values = list(by_seed.values())
-        accuracy = with_spread(values)
-        both = by_seed.keys() & rows.get(usual, {}).keys()
-        difference = "-"
-        if key != usual and both:
-            mean, half = interval([by_seed[seed] - rows[usual][seed] for seed in sorted(both)])
-            difference = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
-        lines.append([*name(key), accuracy, difference, str(len(values))])
-    config = done[0].config
-    zero_shot = fmean(run.zero_shot for run, _ in done)
-    text = (
-        f"Test accuracy in percent, mean ± standard deviation over seeds: {config.dataset}, "
-        f"{plural(config.shots, 'shot')}, density {density(config.s)}, learning rate "
-        f"{config.lr:g}; zero-shot {zero_shot:.1f}. The first row is SO; differences to it are "
-        "paired by seed, ± half of their 95 % confidence interval.\n\n"
-        + markdown(
-            ["gradient support S_g", "moment support S_m", "redrawn", "accuracy", "to SO", "seeds"],
-            lines,
-        )
+def ablation(planned: Sequence[Planned], out: Path) -> None:
+    """Write test accuracy by how both supports are chosen, with paired differences to SO."""
+    runs = read_done(planned, "grad_support", "moment_support", "t")
+    cells = ablation_cells(runs)
+    text = ablation_text(runs, cells)
+    write(
+        out, "Supports", text, lambda: draw_ablation(f"Supports: {task_of(runs[0])}", runs, cells)
     )
 
-    def draw() -> Any:
-        figure, (axes,) = canvas(
-            f"Supports: {config.dataset}, {plural(config.shots, 'shot')}", panels=1
-        )
-        labels = []
-        for row, (key, by_seed) in enumerate(rows.items()):
-            colour = COLOURS[0] if key == usual else "0.35"
-            values = list(by_seed.values())
-            axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.4, markersize=5)
-            axes.plot(fmean(values), row, "|", color=colour, markersize=16, markeredgewidth=2.5)
-            gradient, moment, redrawn = name(key)
-            suffix = "" if redrawn == "yes" else ", never redrawn"
-            labels.append(f"{gradient}; {moment}{suffix}")
-        axes.axvline(zero_shot, color="0.45", linestyle=(0, (1, 1)))
-        axes.text(zero_shot, -0.55, " zero-shot", color="0.35", fontsize=8, va="bottom")
-        axes.set_yticks(range(len(rows)), labels=labels)
-        axes.set_ylabel("gradient support; moment support")
-        axes.set_ylim(len(rows) - 0.4, -0.7)
-        axes.set_xlabel("test accuracy (%); dots: seeds, bars: means")
-        axes.set_title(axes.get_title(loc="left"), loc="right")
-        axes.set_title("", loc="left")
-        figure.set_size_inches(8, 1.2 + 0.36 * len(rows))
-        return figure
 
-    write(out, "Supports", text, draw)
+def ablation_cells(runs: Sequence[Run]) -> Supports:
+    """Accuracies by seed for each choice of supports: SO first, those never redrawn last."""
+    cells: Supports = {}
+    for run in runs:
+        key = run.settings["grad_support"], run.settings["moment_support"], is_redrawn(run)
+        cells.setdefault(key, {})[run.seed] = run.accuracy
+    order = sorted(cells, key=lambda k: (k != USUAL, not k[2], k[0] != "random", k[1]))
+    return {key: cells[key] for key in order}
 
 
-KINDS = {"compare": compare, "rates": rates, "grid": grid, "ablation": ablation}
+def names_of(key: tuple[str, str, bool]) -> tuple[str, str, str]:
+    """A choice of supports in words: S_g, S_m, whether they are redrawn."""
+    gradient = {"random": "random", "magnitude": "largest g"}[key[0]]
+    moment = {"magnitude": "largest m", "random": "random", "fixed": "first S_g"}[key[1]]
+    return (gradient, moment, "yes") if key[2] else (gradient, "the same entries", "no")
+
+
+def to_so(cells: Supports, key: tuple[str, str, bool]) -> str:
+    """A choice's difference to SO over the seeds that both have."""
+    usual = cells.get(USUAL, {})
+    both = sorted(cells[key].keys() & usual.keys())
+    if key == USUAL or not both:
+        return "-"
+    return with_spread(*interval([cells[key][seed] - usual[seed] for seed in both]), "+.1f")
+
+
+def ablation_text(runs: Sequence[Run], cells: Supports) -> str:
+    """The table: a choice of supports in each line."""
+    lines = [
+        [*names_of(key), mean_text(list(of_seed.values())), to_so(cells, key), str(len(of_seed))]
+        for key, of_seed in cells.items()
+    ]
+    zero_shot = fmean(run.zero_shot for run in runs)
+    header = ["gradient support S_g", "moment support S_m", "redrawn", "accuracy", "to SO", "seeds"]
+    return (
+        f"Test accuracy in percent, mean ± standard deviation over seeds: {task_of(runs[0])}, "
+        f"density {density(runs[0])}, learning rate {runs[0].settings['lr']:g}; zero-shot "
+        f"{zero_shot:.1f}. The first row is SO; differences to it are paired by seed, ± half of "
+        "their 95 % confidence interval.\n\n" + markdown(header, lines)
+    )
+
+
+def draw_ablation(title: str, runs: Sequence[Run], cells: Supports) -> Any:
+    """Accuracies in a line for each choice of supports: a dot for each seed, a bar at the mean."""
+    figure, (axes,) = canvas("", panels=1)
+    labels = []
+    for row, (key, of_seed) in enumerate(cells.items()):
+        colour, values = COLOURS[0] if key == USUAL else "0.35", list(of_seed.values())
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.4, markersize=5)
+        axes.plot(fmean(values), row, "|", color=colour, markersize=16, markeredgewidth=2.5)
+        gradient, moment, redrawn = names_of(key)
+        labels.append(f"{gradient}; {moment}" + (", never redrawn" if redrawn == "no" else ""))
+    zero_shot = fmean(run.zero_shot for run in runs)
+    axes.axvline(zero_shot, color="0.45", linestyle=(0, (1, 1)))
+    axes.text(zero_shot, -0.55, " zero-shot", color="0.35", fontsize=8, va="bottom")
+    axes.set_yticks(range(len(cells)), labels=labels)
+    axes.set_ylabel("gradient support; moment support")
+    axes.set_ylim(len(cells) - 0.4, -0.7)
+    axes.set_xlabel("test accuracy (%); dots: seeds, bars: means")
+    axes.set_title(title, loc="right")
+    figure.set_size_inches(8, 1.2 + 0.36 * len(cells))
+    return figure
+
+
+KINDS = dict(zip(NAMES, (compare, rates, grid, ablation), strict=True))

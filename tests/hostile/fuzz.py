@@ -3,7 +3,7 @@
     python tests/hostile/fuzz.py --inputs 10000 --seed 1
     python tests/hostile/fuzz.py --seed 1 --only yaml --case 17   # one input again
 
-A target makes one input of its random generator and gives it to the real entry point. That must
+A target makes one input from a random generator and gives it to the real entry point. That must
 succeed, or refuse with one sentence, which on the command line comes with status 2. Everything
 else is a finding: a traceback, a crash, a hang, a warning on standard error, a write outside of
 the case's folder, a changed file beside it, an unpickled object, a program started.
@@ -21,7 +21,6 @@ import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -53,13 +52,10 @@ import main  # noqa: E402
 import results  # noqa: E402
 import run_utils  # noqa: E402
 from datasets import build_dataset  # noqa: E402
-from datasets.loader import read_image  # noqa: E402
+from datasets.images import read_image  # noqa: E402
 from optimizers.SparseOptimizer import SO  # noqa: E402
-from utils import content_digest  # noqa: E402
 
 LIMIT = 20  # seconds for an input
-SLOW_LIMIT = 180  # for one that starts Python anew
-FRESH = 1 / 200  # share of command lines that do
 BATCH = 200  # inputs of one worker
 MEMORY = 4 << 30  # bytes that a worker may take on top of what it starts with
 SENTENCE = 4000  # characters of the longest
@@ -79,9 +75,7 @@ class Room:
     """Where one input lives: `here`, its own folder and the working directory, and `shared`."""
 
     def __init__(self, shared: Path) -> None:
-        self.shared, self.here = shared, shared.parent / "case"
-        self.data = shared / "data"
-        self.fresh = False  # whether the input may start Python
+        self.shared, self.here, self.data = shared, shared.parent / "case", shared / "data"
 
     def file(self, name: str, data: bytes) -> Path:
         """Write an input file."""
@@ -89,38 +83,29 @@ class Room:
         return self.here / name
 
 
-# Ends
-
-
 def sentence(text: str) -> str:
     """Check that a text is one sentence."""
-    if "\n" in text or "Traceback" in text or len(text.split()) < 3:
-        raise Finding(f"not one sentence: {text[:1000]!r}")
-    if len(text) > SENTENCE or not text.isprintable():
-        raise Finding(f"{len(text)} characters, or unprintable ones: {text[:1000]!r}")
+    good = text.isprintable() and "Traceback" not in text and 3 <= len(text.split())
+    if not good or len(text) > SENTENCE:
+        raise Finding(f"not one sentence of printable letters: {text[:1000]!r}")
     return REFUSED
 
 
-def refusable(
-    call: Callable[[], Any], kinds: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
-) -> tuple[str, Any]:
+def refusable(call: Callable[[], Any], *kinds: type[Exception]) -> tuple[str, Any]:
     """Call a function: what came of it, and what it returned. Its errors must have a sentence."""
     try:
         return SUCCESS, call()
-    except kinds as error:
+    except (ValueError, FileNotFoundError, *kinds) as error:
         return sentence(str(error)), None
 
 
 def ended(status: Any, said: str, good: tuple[int, ...] = (0,)) -> str:
     """Check a command's status and what it left on standard error."""
     lines = [x for x in said.split("\n") if x and not ASIDES.match(x)]
-    if status in (*good, None):
-        if lines:
-            raise Finding(f"status {status}, but standard error has {said[:2000]!r}")
-        return SUCCESS
-    if status != 2 or len(lines) != 1:
+    succeeded = status in (*good, None)
+    if len(lines) != (0 if succeeded else 1) or not (succeeded or status == 2):
         raise Finding(f"status {status!r} and standard error {said[:3000]!r}")
-    return sentence(lines[0])
+    return SUCCESS if succeeded else sentence(lines[0])
 
 
 def command(call: Callable[[], Any], good: tuple[int, ...] = (0,)) -> str:
@@ -133,26 +118,18 @@ def command(call: Callable[[], Any], good: tuple[int, ...] = (0,)) -> str:
     return ended(status, captured(), good)
 
 
-def run_main(room: Room, rng: random.Random, argv: list[str]) -> str:
-    """Run main.py in this process, or now and then in one of its own."""
+def run_main(argv: list) -> str:
+    """Run main.py in this process."""
     argv = [str(arg) for arg in argv]
-    possible = not any("\0" in arg or "\ud800" in arg or len(arg) > 9999 for arg in argv)
-    if rng.random() < FRESH and possible:
-        faulthandler.dump_traceback_later(SLOW_LIMIT, exit=True, file=room.crash)
-        room.fresh = True
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "main.py"), *argv], capture_output=True, check=False
-        )
-        room.fresh = False
-        return ended(done.returncode, done.stderr.decode(errors="replace"))
     return command(lambda: run_utils.exit_status(lambda: main.main(argv)))
 
 
 def hush() -> None:
-    """Forget what came on standard error."""
-    sys.stderr.flush()
-    os.ftruncate(2, 0)
-    os.lseek(2, 0, os.SEEK_SET)
+    """Forget what came on standard output and standard error."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        os.ftruncate(number, 0)
+        os.lseek(number, 0, os.SEEK_SET)
 
 
 def captured() -> str:
@@ -163,23 +140,18 @@ def captured() -> str:
         return file.read().decode(errors="replace")
 
 
-# Spoiling
-
-
 def spoil(rng: random.Random, data: bytes) -> bytes:
-    """Flip, cut, splice, fill or overwrite bytes, often near an end, where headers lie."""
-    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+    """Flip, cut, splice or overwrite bytes, often near an end, where headers lie."""
+    for _ in range(rng.choice((1, 1, 2, 8))):
         size = len(data)
         near = rng.randrange(min(size, rng.choice((16, 256, 4096))) + 1)
-        at = rng.choice((near, near, size - near, size - near, rng.randrange(size + 1)))
-        length = min(size - at, rng.choice((1, 2, 4, 8, 64, 1024, 65536)))
+        at = rng.choice((near, size - near, rng.randrange(size + 1)))
+        length = min(size - at, rng.choice((1, 4, 64, 65536)))
         other = rng.randrange(size + 1)
-        number = rng.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1)).to_bytes(8, "little")
         flipped = bytes(byte ^ (1 << rng.randrange(8)) for byte in data[at : at + 1])
         fill = rng.choice((bytes(length), b"\xff" * length, rng.randbytes(length)))
-        new = rng.choice((flipped, flipped, fill, data[other : other + length], number[:length]))
-        rest = rng.choice((at + len(new), at + len(new), at + length, at, size))
-        data = data[:at] + new + data[rest:]
+        new = rng.choice((flipped, flipped, fill, data[other : other + length]))
+        data = data[:at] + new + data[rng.choice((at + len(new), at + length, at, size)) :]
     return data
 
 
@@ -218,19 +190,16 @@ def text(rng: random.Random) -> str:
 
 
 def spoil_json(rng: random.Random, data: Any) -> Any:
-    """Replace, drop, add or repeat something at a random depth."""
-    inside = isinstance(data, (dict, list)) and len(data)
-    if not inside or rng.random() < 0.1:
+    """Replace, drop or add something at a random depth."""
+    if not isinstance(data, (dict, list)) or not data or rng.random() < 0.1:
         return value(rng)
     data = data.copy()
     key = rng.choice(list(data)) if isinstance(data, dict) else rng.randrange(len(data))
-    how = rng.randrange(6)
+    how = rng.randrange(5)
     if how < 3:
         data[key] = spoil_json(rng, data[key])
     elif how == 3:
         del data[key]
-    elif how == 4 and isinstance(data, list):
-        data += [rng.choice(data)] * rng.choice((1, 2, 100))
     elif isinstance(data, list):
         data.insert(key, value(rng))
     else:
@@ -246,12 +215,10 @@ def as_json(rng: random.Random, data: Any) -> bytes:
     return spoil(rng, encoded) if rng.random() < 0.2 else encoded
 
 
-# Targets: command line
-
-
 def options(room: Room) -> list[str]:
-    """What keeps a run short."""
+    """A short run."""
     argv = ["--n_iters", "1", "--shots", "1", "--num_workers", "0", "--threads", "1"]
+    argv += ["--dataset", "digits", "--backbone", "ViT-Tiny/8"]
     return [*argv, "--root_path", str(room.data), "--save_path", "out"]
 
 
@@ -263,11 +230,8 @@ GOOD = {  # values that a flag may well have; those that would take long are not
     "threads": ["1"], "num_workers": ["0", "1", "2"], "encoder": ["text", "vision"],
     "position": ["top", "bottom", "half-up"], "method": ["so", "lora", "adam"],
     "precision": ["bf16", "fp16"], "s": ["0", "0.5", "0.999999"], "select": ["last", "val"],
+    "early_stop_loss": ["-1", "99"], "eval_split": ["val"],
 }  # fmt: skip
-PATHS = [
-    "", " ", ".", "out", "é 日本/ß", "it's quoted", "a\nb", "out/../other", "-x", "\udcff", "%s",
-    "$(touch pwned)", "a" * 300, "/dev/null", "/dev/null/x", "/proc/self/x", "~nosuchuser/x",
-]  # fmt: skip
 WEIRD = ["=", "a=b", "1e-400", "0x10", "٣", "１", "1 ", "[1]", "{a: 1}", "9" * 5000]
 WEIRD += [*map(str, NUMBERS), *(text for text in TEXTS if "\0" not in text)]
 SLOW = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), ("1000000",))
@@ -276,8 +240,6 @@ SLOW |= {"threads": ("2", "7", "٣")}  # on busy cores more than one is many tim
 
 def words(rng: random.Random, action: argparse.Action) -> str:
     """A value for a flag."""
-    if action.dest in ("root_path", "save_path"):
-        return rng.choice(PATHS)
     good = GOOD.get(action.dest, ["1", "0.5", "2"])
     weird = [word for word in WEIRD if word not in SLOW.get(action.dest, ())]
     return rng.choice(good) if rng.random() < 0.6 else rng.choice(weird)
@@ -298,19 +260,9 @@ def flags(rng: random.Random, room: Room) -> str:
         argv += [f"{option}={given[0]}"] if given and rng.random() < 0.3 else [option, *given]
     if rng.random() < 0.1:
         argv.insert(rng.randrange(len(argv)), rng.choice((*WEIRD, "--datset", "--", "-h")))
-    if rng.random() < 0.8:
-        return run_main(room, rng, argv)
-    shutil.copytree(room.shared / "finished", room.here / "out")
-    before = contents(room.here / "out")
-    outcome = run_main(room, rng, [arg for arg in argv if not arg.startswith("--overwrite")])
-    if before.items() - contents(room.here / "out").items():
-        raise Finding("a finished run has changed")
-    return outcome
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    """All files below a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if rng.random() < 0.2:
+        shutil.copytree(room.shared / "finished", room.here / "out")
+    return run_main(argv)
 
 
 SCALARS = [
@@ -322,71 +274,42 @@ SCALARS = [
     "\"\\e[31m\"", "\"a\\nb\"", "? x", "- 1", "@", "`", "%", "\t1", "é", "so", "lora", "digits",
     "9" * 5000, "[" * 3000, "{a: " * 3000, "<<", "0x10", "a" * 300, "cpu", "vision", "top", "val",
 ]  # fmt: skip
-LAUGHS = "a0: &a0 [x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
-)
-MERGES = "a0: &a0 {x: 1}\n" + "".join(
-    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
-)
 
 
 def document(rng: random.Random) -> bytes:
     """A YAML file."""
     keys = [action.dest for action in run_utils.make_parser()._actions]
-    kind = rng.randrange(8)
-    if kind < 3:
+    kind = rng.randrange(5)
+    if kind < 2:
         lines = [f"{rng.choice(keys)}: {rng.choice(SCALARS)}" for _ in range(rng.randint(1, 4))]
         return "\n".join(lines).encode()
-    if kind == 3:
+    if kind == 2:
         data = {rng.choice(keys): value(rng) for _ in range(rng.randint(1, 4))}
         return yaml.safe_dump(data, allow_unicode=True).encode("utf-8", "surrogatepass")
-    if kind == 4:
+    if kind == 3:
         return as_json(rng, rng.choice((value(rng), {rng.choice(keys): value(rng)})))
-    if kind == 5:
-        laughs = rng.choice((LAUGHS, MERGES))
-        lines = laughs.replace("a9:", f"{rng.choice(keys)}:").splitlines()
-        return "\n".join(lines if rng.random() < 0.5 else lines[-1:] + lines[:-1]).encode()
-    if kind == 6:
-        return (f"<<: {rng.choice(SCALARS)}\n{rng.choice(SCALARS)}: 1").encode()
-    shipped = rng.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes()
-    return spoil(rng, shipped)
+    return spoil(rng, rng.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes())
 
 
 def settings(rng: random.Random, room: Room) -> str:
     """A file of settings."""
     file = room.file("my settings.yaml", document(rng))
     argv = ["--config", file, *options(room), "--no-compile", "--rank", 2, "--batch_size", 9]
-    return run_main(room, rng, [*argv, "--dataset", "digits", "--backbone", "ViT-Tiny/8"])
-
-
-# Targets: data
+    return run_main(argv)
 
 
 def dataset(rng: random.Random, room: Room, name: str, root: Path) -> str:
-    """Read a dataset: by its function, by the doctor, or in a run."""
-    way = rng.randrange(10)
-    if way < 6:
-        hush()
-        outcome, found = refusable(lambda: build_dataset(name, root, rng.choice((1, 3))))
-        if found:
-            inside((str(room.data), os.path.realpath(root)), found)
-        ended(0, captured())
-        return outcome
-    if way < 9:
+    """Read a dataset: by its function, or by the doctor."""
+    if rng.random() < 0.3:
         argv = ["--root_path", str(root), "--dataset", name, *["--decode"] * rng.randrange(2)]
         return command(lambda: doctor.main(argv), good=(0, 1))
-    argv = [*options(room), "--root_path", root, "--dataset", name, "--backbone", "ViT-Tiny/8"]
-    return run_main(room, rng, argv)
-
-
-def inside(roots: tuple[str, ...], found: Any) -> None:
-    """Check that a dataset's items have labels of its classes and lie below a root."""
-    for item in (*found.train_x, *found.val, *found.test):
-        if found.classnames[item.label] != item.classname or item.label < 0:
+    hush()
+    outcome, found = refusable(lambda: build_dataset(name, root, rng.choice((1, 3))))
+    for item in (*found.train_x, *found.val, *found.test) if found else ():
+        if item.label < 0 or found.classnames[item.label] != item.classname:
             raise Finding(f"label {item.label} is not {item.classname!r}")
-        parent = os.path.realpath(os.path.dirname(item.impath))
-        if not parent.startswith(roots):
-            raise Finding(f"{item.impath} lies outside")
+    ended(0, captured())
+    return outcome
 
 
 def split(rng: random.Random, room: Room) -> str:
@@ -402,30 +325,25 @@ def split(rng: random.Random, room: Room) -> str:
     return dataset(rng, room, "eurosat", room.here / "root")
 
 
-def vandalise(rng: random.Random, room: Room, root: Path) -> None:
-    """Do something to a file or a folder below the root."""
-    paths = sorted(root.rglob("*"))
-    if not paths:
-        return
-    path, how = rng.choice(paths), rng.randrange(9)
-    data = b""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+def vandalise(rng: random.Random, root: Path, times: int) -> None:
+    """Do something to files and folders below the root."""
+    for _ in range(times):
+        path, how = rng.choice(sorted(root.rglob("*")) or [root / "x"]), rng.randrange(8)
         data = path.read_bytes() if path.is_file() else b""
-        path.unlink()
-    if how < 2:
-        path.write_bytes(spoil(rng, data) if how else rng.randbytes(99))
-    elif how == 2:
-        path.mkdir()
-    elif how == 3:
-        path.symlink_to(rng.choice((path, "/", "..", "/dev/zero", room.shared, "nowhere")))
-    elif how == 4:
-        path.touch()
-    elif how == 5:
-        os.mkfifo(path)
-    elif how == 6:
-        path.with_name(rng.choice(("a b.jpg", "é.jpg", "a\nb.jpg", ".hidden.jpg", "A.JPG"))).touch()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if how < 2:
+            path.write_bytes(spoil(rng, data) if how else rng.randbytes(99))
+        elif how == 2:
+            path.mkdir()
+        elif how == 3:
+            path.symlink_to(rng.choice((path, "/", "..", "/dev/zero", "nowhere")))
+        elif how == 4:
+            os.mkfifo(path)
+        elif how == 5:
+            path.with_name(rng.choice(("a b.jpg", "é.jpg", "a\nb.jpg", ".hidden.jpg"))).touch()
 
 
 def tree(rng: random.Random, room: Room) -> str:
@@ -433,123 +351,50 @@ def tree(rng: random.Random, room: Room) -> str:
     name, root = rng.choice(list(LAYOUTS)), room.here / "root"
     classes = 10 if name == "digits" else rng.choice((2, 3))
     make_dataset(name, root, rng.choice(("coop", "lora")), rng.random() < 0.3, classes, 4)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        vandalise(rng, room, root)
+    vandalise(rng, root, rng.choice((1, 1, 2, 4)))
     return dataset(rng, room, name, root)
 
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"]
-FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "DDS", "SGI"]
-FORMATS += ["JPEG2000", "IM", "MSP", "XBM", "SPIDER", "EPS", "PDF", "ICNS", "AVIF", "MPO", "QOI"]
-HEADERS = [
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 99999 99999 255\n", b"P5\n-1 1 1\n",
-    b"GIF89a\xff\xff\xff\xff", b"BM" + bytes(60), b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"",
-    b"RIFF\xff\xff\xff\xffWEBPVP8X", b"\xff\xd8\xff\xe1\xff\xffExif\0\0", b"\xd7\xcd\xc6\x9a",
-]  # fmt: skip
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "EPS", "PDF"]
 
 
 def picture(rng: random.Random) -> bytes:
     """An image file, whole or spoilt."""
-    if rng.random() < 0.1:
-        return rng.choice(HEADERS) + rng.randbytes(rng.choice((0, 9, 999)))
-    side = rng.choice((1, 2, 9, 32, 65)), rng.choice((1, 8, 40))
+    side = rng.choice((1, 2, 9, 65)), rng.choice((1, 8, 40))
     image = Image.frombytes("RGB", side, rng.randbytes(3 * side[0] * side[1]))
     mode = rng.choice(MODES)
     image = image.convert("L").convert(mode) if mode in ("I;16", "I", "F") else image.convert(mode)
-    extra = {}
-    if rng.random() < 0.2:
-        extra["exif"] = rng.choice((b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0", b"x"))
-    if rng.random() < 0.2:
-        extra["transparency"] = rng.choice((0, b"\0\1\2", 255))
-    if rng.random() < 0.2:
-        extra["compression"] = rng.choice(("tiff_lzw", "tiff_deflate", "packbits", "jpeg"))
     file = io.BytesIO()
     try:
-        image.save(file, rng.choice(FORMATS), **extra)
-    except Exception:  # a format that has no such mode, or no such setting
+        image.save(file, rng.choice(FORMATS))
+    except Exception:  # a format that has no such mode
         image.convert("RGB").save(file, rng.choice(("PNG", "JPEG", "TIFF", "GIF", "WEBP")))
     return spoil(rng, file.getvalue()) if rng.random() < 0.8 else file.getvalue()
 
 
 def images(rng: random.Random, room: Room) -> str:
-    """An image, alone or in a run."""
-    if rng.random() < 0.97:
-        ending = rng.choice(("jpg", "png", "tif", "eps", "txt", ""))
-        path = room.file(f"an image.{ending}", picture(rng))
-        hush()
-        outcome, image = refusable(lambda: read_image(path))
-        if image is not None and (image.mode != "RGB" or not image.width * image.height):
-            raise Finding(f"{path} became {image}")
-        ended(0, captured())
-        return outcome
-    root = room.here / "root"
-    shutil.copytree(room.data / "digits", root / "digits")
-    for path in rng.sample(sorted(root.rglob("*.png")), 20):
-        path.write_bytes(picture(rng))
-    return run_main(room, rng, [*options(room), "--root_path", root])
-
-
-# Targets: weights
+    """An image."""
+    path = room.file(f"an image.{rng.choice(('jpg', 'tif', 'txt', ''))}", picture(rng))
+    hush()
+    outcome, image = refusable(lambda: read_image(path))
+    if image is not None and (image.mode != "RGB" or not image.width * image.height):
+        raise Finding(f"{path} became {image}")
+    ended(0, captured())
+    return outcome
 
 
 def checkpoints() -> dict[str, bytes]:
-    """Good checkpoints by file name, in all formats; small, with space for a prompt."""
+    """Good checkpoints by file name; small, with space for a prompt."""
     state = random_state_dict({**TINY_VIT, "context_length": 48})
-    root = torch.nn.Module()
-    for key, tensor in state.items():
-        *path, name = key.split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, torch.nn.Module())
-            module = module._modules[part]
-        module.register_buffer(name, tensor)
-    files = {name: io.BytesIO() for name in ("zip.pt", "old.pt", "nested.pth", "script.pt")}
+    files = {name: io.BytesIO() for name in ("zip.pt", "old.pt", "nested.pth")}
     torch.save(state, files["zip.pt"])
     torch.save(state, files["old.pt"], _use_new_zipfile_serialization=False)
     halves = {f"module.{key}": tensor.half() for key, tensor in state.items()}
     torch.save({"state_dict": halves}, files["nested.pth"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates its own format
-        torch.jit.save(torch.jit.script(root), files["script.pt"])
     good = {name: file.getvalue() for name, file in files.items()}
     good["tensors.safetensors"] = safetensors.torch.save(state)
     return good | {"shipped.pt": (clip.loading.WEIGHTS / "ViT-Tiny-8.pt").read_bytes()}
-
-
-def spoil_tensors(rng: random.Random) -> tuple[str, bytes]:
-    """A checkpoint of which tensors are missing, renamed, of other shapes, types or values."""
-    state: dict = dict(torch.load(io.BytesIO(GOOD_FILES["zip.pt"]), weights_only=True))
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        key = rng.choice(list(state))
-        tensor = state.pop(key)
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        make = rng.choice(TENSORS)
-        try:
-            state[rng.choice((key, key, key, key + ".x", "x"))] = make(tensor)
-        except (RuntimeError, TypeError, IndexError):  # not of a tensor like this
-            pass
-    file = io.BytesIO()
-    if rng.random() < 0.3:
-        try:
-            return "spoilt.safetensors", safetensors.torch.save(state)
-        except Exception:  # what this format does not hold
-            pass
-    torch.save(state, file)
-    return "spoilt.pt", file.getvalue()
-
-
-TENSORS: list[Callable[[torch.Tensor], Any]] = [
-    lambda t: t.double(), lambda t: t.to(torch.complex64), lambda t: t.to(torch.int8),
-    lambda t: t.bool(), lambda t: t.to_sparse(), lambda t: t.t(), lambda t: t[:0], lambda t: t[:-1],
-    lambda t: t[None], lambda t: t.repeat(2, *[1] * (t.dim() - 1)), lambda t: t.flatten(),
-    lambda t: t * float("nan"), lambda t: t + float("inf"), lambda t: t * 1e38, lambda t: None,
-    lambda t: 3, lambda t: "text", lambda t: [t], lambda t: {"a": t}, lambda t: t.to("meta"),
-    lambda t: t.reshape(-1)[:1].expand(10**12, 64), lambda t: torch.zeros(()).expand(10**6, 10**6),
-    lambda t: t.to(torch.float8_e4m3fn), lambda t: t.bfloat16(), lambda t: torch.nn.Parameter(t),
-    lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), lambda t: t.clone(),
-]  # fmt: skip
 
 
 def rezip(rng: random.Random, data: bytes) -> bytes:
@@ -569,86 +414,44 @@ def rezip(rng: random.Random, data: bytes) -> bytes:
     return file.getvalue()
 
 
-def spoil_header(rng: random.Random, data: bytes) -> bytes:
-    """A safetensors file with another header, as long as the first eight bytes say."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = as_json(rng, spoil_json(rng, json.loads(data[8:start])))
-    return len(header).to_bytes(8, "little") + header + data[start:]
-
-
 def backbone(rng: random.Random, room: Room) -> str:
-    """A checkpoint."""
-    kind = rng.randrange(4)
+    """A checkpoint of a CLIP."""
     name, data = rng.choice(list(GOOD_FILES.items()))
-    if kind == 0:
-        name, data = spoil_tensors(rng)
-    elif kind == 1 and data[:2] == b"PK":
-        data = rezip(rng, data)
-    elif kind == 2 and name.endswith(".safetensors"):
-        data = spoil_header(rng, data)
-    else:
-        data = spoil(rng, data)
-    path = room.file(rng.choice((name, name, name, "a.safetensors", "b.pt")), data)
+    data = (rezip if data[:2] == b"PK" and rng.random() < 0.5 else spoil)(rng, data)
+    path = room.file(rng.choice((name, name, "a.safetensors", "b.pt")), data)
+    if rng.random() < 0.1:
+        return run_main([*options(room), "--backbone", path])
     hush()
-    if rng.random() < 0.8:
-        outcome, _ = refusable(lambda: clip.load(path, "cpu"))
-        ended(0, captured())
-        return outcome
-    return run_main(room, rng, [*options(room), "--dataset", "digits", "--backbone", path])
+    outcome, _ = refusable(lambda: clip.load(path, "cpu"))
+    ended(0, captured())
+    return outcome
 
 
 def weights(rng: random.Random, room: Room) -> str:
-    """Saved weights, for --eval_only."""
+    """Saved weights: for --eval_only, or for scripts/delta.py."""
     shutil.copytree(room.shared / "finished", room.here / "out")
     (path,) = (room.here / "out").rglob("*.safetensors")
-    path.write_bytes(rng.choice((spoil, spoil_header))(rng, path.read_bytes()))
-    return run_main(room, rng, [*options(room), "--dataset", "digits", "--eval_only"])
-
-
-def deltas(rng: random.Random, room: Room) -> str:
-    """Saved weights, for scripts/delta.py."""
-    (path,) = (room.shared / "finished").rglob("*.safetensors")
-    spoilt = rng.choice((spoil, spoil_header))(rng, path.read_bytes())
-    path = str(room.file("a delta.safetensors", spoilt))
-    shape = rng.choice((["inspect", path], ["apply", path, "--out", "full.pt"]))
-    return command(lambda: delta.main(shape))
+    path.write_bytes(spoil(rng, path.read_bytes()))
+    if rng.random() < 0.3:
+        return run_main([*options(room), "--eval_only"])
+    argv = rng.choice((["inspect", str(path)], ["apply", str(path), "--out", "full.pt"]))
+    return command(lambda: delta.main(argv))
 
 
 def resumed(rng: random.Random, room: Room) -> str:
     """An interrupted run's checkpoint."""
     shutil.copytree(room.shared / "halted", room.here / "out")
     (path,) = (room.here / "out").rglob("checkpoint.pt")
-    kind = rng.randrange(3)
-    if kind == 0:
-        path.write_bytes(spoil(rng, path.read_bytes()))
-    elif kind == 1:
-        path.write_bytes(rezip(rng, path.read_bytes()))
-    else:  # of other content, with the digest that belongs to it
-        data = torch.load(path, weights_only=True)
-        data.pop("digest")
-        try:
-            data = spoil_state(rng, data)
-            torch.save({**data, "digest": content_digest(data)}, path)
-        except (TypeError, RuntimeError):  # what cannot be saved
-            pass
-    return run_main(room, rng, [*HALTED, "--save_path", "out", "--root_path", room.data])
+    path.write_bytes(rng.choice((spoil, rezip))(rng, path.read_bytes()))
+    return run_main([*options(room), *HALTED])
 
 
-HALTED = ["--dataset", "digits", "--n_iters", "3", "--shots", "1", "--num_workers", "0", "--resume"]
-HALTED += ["--threads", "1", "--checkpoint_every", "1"]
-
-
-# Targets: text, reports, optimizer
+HALTED = ["--n_iters", "3", "--checkpoint_every", "1", "--resume"]
 
 
 def prompts(rng: random.Random, room: Room) -> str:
     """Texts to tokenize."""
     tokens = clip.Tokenizer.for_vocabulary(rng.choice((514, 49408)))
-    plain = " ".join(
-        rng.choice(("a", "photo", "été", "日本", "7")) for _ in range(rng.randrange(20))
-    )
-    if tokens.decode(tokens.encode(plain)) != plain:
-        raise Finding(f"{plain!r} does not come back")
     texts = [text(rng) * rng.choice((1, 1, 1, 50)) for _ in range(rng.choice((1, 1, 3)))]
     texts = rng.choice((texts, texts, texts[0], value(rng)))
     length, cut = rng.choice((77, 77, 77, 2, 1, 0, -1)), rng.random() < 0.5
@@ -665,8 +468,7 @@ def reports(rng: random.Random, room: Room) -> str:
     (finished,) = (room.shared / "finished").rglob("result.json")
     for number in range(rng.choice((1, 2, 4))):
         result = json.loads(finished.read_bytes()) | {"seed": number}
-        folder = room.here / "results" / rng.choice(("so", "lora", "é x")) / "ViT-Tiny-8" / "digits"
-        folder = folder / "1shots" / f"seed{number}"
+        folder = room.here / "results" / rng.choice(("so", "é x")) / f"seed{number}"
         folder.mkdir(parents=True)
         for name in ("curve.csv", "config.yaml"):
             data = (finished.parent / name).read_bytes()
@@ -674,99 +476,40 @@ def reports(rng: random.Random, room: Room) -> str:
         for _ in range(rng.choice((0, 1, 1, 3))):
             result = spoil_json(rng, result)
         (folder / "result.json").write_bytes(as_json(rng, result))
-    for _ in range(rng.choice((0, 0, 0, 1, 3))):
-        vandalise(rng, room, room.here / "results")
-    report.can_draw = (lambda: True) if rng.random() < 0.02 else (lambda: False)
-    argv = ["results", "--out", "my report"]
+    vandalise(rng, room.here / "results", rng.choice((0, 0, 0, 1, 3)))
+    hush()
     try:
-        status = report.main(argv)
+        status = report.main(["results", "--out", "my report"])
     except SystemExit as end:
         status = end.code
     lines = captured().split("\n")[:-1]
-    for line in lines:
-        if not line.startswith("report.py: "):
-            raise Finding(f"status {status} and standard error {captured()!r}")
-        sentence(line)
-    if status not in (0, 2) or (status == 2) != bool(lines and "error: " in lines[-1]):
-        raise Finding(f"status {status} and standard error {captured()!r}")
+    if not all(line.startswith("report.py: ") and sentence(line) for line in lines):
+        raise Finding(f"status {status} and standard error {lines}")
+    if status != (2 if lines and "error: " in lines[-1] else 0):
+        raise Finding(f"status {status} after {lines}")
     return REFUSED if status else SUCCESS
 
 
-SETTINGS = {
-    "lr": [1e-2, 0, -1, "x", None, float("nan"), float("inf"), 1j, True, [1], torch.tensor(0.1)],
-    "betas": [(0.9, 0.99), (0, 0), (1, 1), (-1, 0), (0.9,), None, "ab", 3, (float("nan"), 0)],
-    "eps": [1e-8, 0, -1, None, "x", float("nan"), 1e308],
-    "weight_decay": [0, 0.1, -1, None, "x", float("inf"), [1]],
-    "density_ratio": [0.1, 1.0, 1e-9, 0, -1, 2, None, "x", float("nan"), True, [0.1]],
-    "T": [1, 3, 0, -1, 2.5, None, "x", True, 10**30],
-    "seed": [0, 7, None, -1, 10**30, "x", 1.5, [1], float("nan")],
-    "dense": [None, True, False, 1, "x", 0.0, [], torch.ones(2)],
-}  # fmt: skip
-GRADIENTS: list[Callable[[torch.Tensor], torch.Tensor | None]] = [
-    torch.randn_like, torch.randn_like, torch.randn_like, torch.zeros_like, lambda p: None,
-    lambda p: torch.full_like(p, float("nan")), lambda p: torch.full_like(p, float("inf")),
-    lambda p: torch.randn_like(p).to_sparse(), lambda p: torch.randn_like(p).to_sparse(1),
-    lambda p: torch.zeros_like(p).to_sparse(), lambda p: torch.ones((), dtype=p.dtype).expand_as(p),
-    lambda p: twice(torch.randn_like(p).to_sparse()),
-    lambda p: torch.randn_like(p).transpose(0, -1).contiguous().transpose(0, -1),
-]  # fmt: skip
-
-
-def twice(grad: torch.Tensor) -> torch.Tensor:
-    """A sparse gradient with each entry listed twice."""
-    indices, values = torch.cat([grad.indices()] * 2, 1), torch.cat([grad.values()] * 2)
-    return torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=False)
-
-
-def make_optimizer(rng: random.Random, tensors: list, hostile: bool) -> SO:
-    """SO with settings of which some may be out of range."""
-
-    def chosen(names: list[str]) -> dict:
-        some = rng.sample(names, rng.randrange(3))
-        return {name: rng.choice(SETTINGS[name][: None if hostile else 2]) for name in some}
-
-    names = [name for name in SETTINGS if name != "dense"]
-    if rng.random() < 0.5:
-        return SO(tensors, **chosen(names))
-    half = rng.randrange(1, len(tensors))
-    parts = tensors[:half], tensors[half:]
-    groups = [{"params": part, **chosen(list(SETTINGS))} for part in parts]
-    if hostile and rng.random() < 0.2:
-        groups[0]["params"] = rng.choice((None, [], [3], tensors[half], tensors[half:], "x"))
-    return SO(groups, **chosen(names))
-
-
 def optimizer(rng: random.Random, room: Room) -> str:
-    """Settings of SO, gradients, a state to continue from."""
-    dtype = rng.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-    row = torch.randn(140, dtype=dtype)  # five tensors side by side; the third is not trained
-    shapes = [(5, 4), (4, 5), (20,), (2, 5, 2), (60,)]
-    parts = row.split([20, 20, 20, 20, 60])
-    tensors = [torch.nn.Parameter(x.view(shape)) for x, shape in zip(parts, shapes, strict=True)]
-    if rng.random() < 0.2:
-        tensors[0] = torch.nn.Parameter(row[:20].view(4, 5).t())
-    still = tensors.pop(2)
-    before = still.detach().clone()
-    kinds = ValueError, TypeError
-    hostile = rng.random() < 0.5
-    outcome, made = refusable(lambda: make_optimizer(rng, tensors, hostile), kinds)
+    """A state of SO to continue from."""
+    dtype = rng.choice((torch.float32, torch.float64, torch.bfloat16))
+    tensors = [torch.randn(*shape, dtype=dtype) for shape in ((5, 4), (9, 2, 3))]
+    tensors = list(map(torch.nn.Parameter, tensors))
+    groups = [{"params": tensors[:1]}, {"params": tensors[1:], "dense": rng.choice((True, False))}]
+    made = SO(groups, density_ratio=rng.choice((0.1, 1.0)), T=2, seed=rng.choice((None, 7)))
 
     def train(steps: int) -> None:
         for _ in range(steps):
             for p in tensors:
-                p.grad = rng.choice(GRADIENTS)(p)
+                grad = torch.randn_like(p)
+                p.grad = rng.choice((grad, grad, grad.to_sparse(), None))
             made.step()
 
-    if made is None:
-        return outcome
-    outcome, _ = refusable(lambda: train(rng.randrange(5)), kinds)
-    if outcome == SUCCESS and not hostile:
-        state = made.state_dict()
-        for _ in range(rng.choice((0, 1, 1, 3))):
-            state = spoil_state(rng, state)
-        outcome, _ = refusable(lambda: (made.load_state_dict(state), train(3)), kinds)
-    if not torch.equal(still, before):
-        raise Finding("a tensor that is not the optimizer's has changed")
+    train(rng.randrange(5))
+    state = made.state_dict()
+    for _ in range(rng.choice((0, 1, 1, 3))):
+        state = spoil_state(rng, state)
+    outcome, _ = refusable(lambda: (made.load_state_dict(state), train(3)), TypeError)
     ended(0, captured())
     return outcome
 
@@ -774,8 +517,7 @@ def optimizer(rng: random.Random, room: Room) -> str:
 STATES: list[Callable[[torch.Tensor], Any]] = [
     lambda t: t + 1000, lambda t: t - 1000, lambda t: t[:-1], lambda t: t[None], lambda t: t.long(),
     lambda t: t.double(), lambda t: torch.zeros_like(t), lambda t: t * float("nan"), lambda t: t[0],
-    lambda t: t.flip(0), lambda t: torch.cat([t, t]), lambda t: t.to_sparse(), lambda t: t.bool(),
-    lambda t: t.to("meta"), lambda t: None, lambda t: t.tolist(), lambda t: t.expand(2, *t.shape),
+    lambda t: t.to_sparse(), lambda t: t.to("meta"), lambda t: None, lambda t: t.tolist(),
 ]  # fmt: skip
 
 
@@ -784,37 +526,22 @@ def spoil_state(rng: random.Random, state: Any) -> Any:
     if isinstance(state, torch.Tensor):
         return rng.choice(STATES)(state if state.dim() else state[None])
     if not isinstance(state, (dict, list)) or not state or rng.random() < 0.05:
-        new = value(rng)
-        # Larger numbers torch itself refuses.
+        new = value(rng)  # larger numbers torch itself refuses
         return 0 if isinstance(new, (int, float)) and abs(new) > 2**62 else new
     state = state.copy()
     key = rng.choice(list(state)) if isinstance(state, dict) else rng.randrange(len(state))
-    if rng.random() < 0.2:
-        del state[key]
-    else:
-        state[key] = spoil_state(rng, state[key])
+    new = spoil_state(rng, state.pop(key))
+    if rng.random() < 0.8:
+        state.insert(key, new) if isinstance(state, list) else state.update({key: new})
     return state
 
 
 TARGETS: dict[str, tuple[Callable[[random.Random, Room], str], int]] = {  # and their shares
-    "flags": (flags, 3),
-    "yaml": (settings, 3),
-    "split": (split, 3),
-    "tree": (tree, 3),
-    "image": (images, 4),
-    "backbone": (backbone, 4),
-    "weights": (weights, 1),
-    "delta": (deltas, 2),
-    "checkpoint": (resumed, 2),
-    "prompt": (prompts, 2),
-    "report": (reports, 2),
+    "flags": (flags, 3), "yaml": (settings, 3), "split": (split, 3), "tree": (tree, 3),
+    "image": (images, 4), "backbone": (backbone, 4), "weights": (weights, 3),
+    "checkpoint": (resumed, 2), "prompt": (prompts, 2), "report": (reports, 2),
     "optimizer": (optimizer, 4),
-}
-
-
-# Watching
-
-
+}  # fmt: skip
 CACHES = (".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache")
 
 
@@ -831,10 +558,9 @@ def listing(folder: Path) -> dict[str, Any]:
     return found
 
 
-# Which arguments of an audited event name what is written.
+# Which arguments of an audited event name what is written; and what may not happen at all.
 WRITES = dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"), (0,))
-WRITES |= {"os.utime": (0,), "shutil.rmtree": (0,), "os.rename": (0, 1)}
-WRITES |= {"os.link": (1,), "os.symlink": (1,)}
+WRITES |= {"os.utime": (0,), "os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,)}
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 STARTS += ("pickle.find_class",)
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -847,10 +573,20 @@ def guard(room: Room, faults: list[str]) -> None:
     tops = tuple(f"{place}{os.sep}" for place in places)
     active = False
 
-    def writes(event: str, args: tuple) -> list:
-        if event == "open":
-            return [args[0]] if isinstance(args[2], int) and args[2] & WRITE_FLAGS else []
-        return [args[i] for i in WRITES.get(event, ())]
+    def allowed(event: str, args: tuple) -> bool:
+        if event in STARTS:
+            return False
+        paths = [args[i] for i in WRITES.get(event, ())]
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITE_FLAGS:
+            paths = [args[0]]
+        for path in paths:
+            if isinstance(path, (str, bytes)):
+                top, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                real = os.path.join(os.path.realpath(top), name)
+                real = os.path.realpath(real) if event == "open" else real
+                if not (real + os.sep).startswith(tops):
+                    return False
+        return True
 
     def hook(event: str, args: tuple) -> None:
         nonlocal active
@@ -860,16 +596,10 @@ def guard(room: Room, faults: list[str]) -> None:
             raise OSError("the fuzzer has no network")
         active = True
         try:
-            for path in writes(event, args):
-                if isinstance(path, (str, bytes)):
-                    top, name = os.path.split(os.path.abspath(os.fsdecode(path)))
-                    real = os.path.join(os.path.realpath(top), name)
-                    real = os.path.realpath(real) if event == "open" else real
-                    if not (real + os.sep).startswith(tops):
-                        faults.append(f"{event} {args!r:.300}")
-                        raise PermissionError(13, "the fuzzer forbids this", os.fsdecode(path))
-            if event in STARTS and not room.fresh:
+            if not allowed(event, args):
                 faults.append(f"{event} {args!r:.300}")
+                if event not in STARTS:
+                    raise PermissionError(13, "the fuzzer forbids this", str(args[0]))
         finally:
             active = False
 
@@ -878,9 +608,7 @@ def guard(room: Room, faults: list[str]) -> None:
 
 def examine(room: Room, name: str, seed: int, case: int, faults: list[str]) -> tuple[str, str]:
     """Run one input: its outcome, and what is wrong with it."""
-    for number in (1, 2):
-        os.ftruncate(number, 0)
-        os.lseek(number, 0, os.SEEK_SET)
+    hush()
     shutil.rmtree(room.here, ignore_errors=True)
     room.here.mkdir()
     os.chdir(room.here)
@@ -969,15 +697,13 @@ def prepare(workspace: Path) -> Path:
     make_dataset("digits", shared / "home/.cache/so", classes=10, per_class=4, size=(32, 32))
     GOOD_FILES.update(checkpoints())
     room = Room(shared)
-    argv = [*options(room), "--save_path", str(shared / "finished"), "--save_weights"]
+    argv = [*options(room), "--save_path", str(shared / "finished")]
     with open(os.devnull, "w") as null, redirect_stdout(null):
-        run_utils.exit_status(lambda: main.main([*argv, "--dataset", "digits"]))
-        write_result, main.write_result = main.write_result, None  # which ends in a TypeError
+        run_utils.exit_status(lambda: main.main(argv))
+        write_result, results.write_result = results.write_result, None  # ends in a TypeError
         with suppress(TypeError):
-            main.main(
-                [*HALTED, "--root_path", str(room.data), "--save_path", str(shared / "halted")]
-            )
-        main.write_result = write_result
+            main.main([*options(room), *HALTED, "--save_path", str(shared / "halted")])
+        results.write_result = write_result
     clip.tokenize("a")  # reads the merges once
     import matplotlib.font_manager  # noqa: F401 # makes its list of fonts once
     import scipy.io  # noqa: F401
@@ -992,42 +718,32 @@ GOOD_FILES: dict[str, bytes] = {}
 def command_line(argv: list[str] | None = None) -> int:
     """Run inputs, print what came of them; status 1 where there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--inputs", type=int, default=1000, help="how many, over all targets")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inputs", type=int, default=1000, help="number of inputs, all targets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all inputs")
     parser.add_argument("--only", choices=TARGETS, help="one target")
-    parser.add_argument("--case", type=int, help="one input of that target; its files are kept")
+    parser.add_argument("--case", type=int, help="one input of --only's target")
     args = parser.parse_args(argv)
-    if args.case is not None and not args.only:
-        parser.error("--case needs --only TARGET")
     names = [name for name in TARGETS if args.only in (None, name)]
     shares = {name: TARGETS[name][1] for name in names}
     counts = {name: -(-args.inputs * n // sum(shares.values())) for name, n in shares.items()}
-    workspace = Path(tempfile.mkdtemp(prefix="so-fuzz-")).resolve()
     findings = 0
-    try:
-        torch.set_num_threads(1)
-        shared = prepare(workspace)
-        print(f"{'target':12}{'inputs':>8}{'success':>9}{'refused':>9}{'findings':>9}{'ms':>6}")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="so-fuzz-", ignore_cleanup_errors=True) as workspace:
+        shared = prepare(Path(workspace).resolve())
+        print(f"{'target':12}{'inputs':>8}{'success':>9}{'refused':>9}{'findings':>9}")
         for name in names:
             cases = range(counts[name]) if args.case is None else [args.case]
             jobs = [(name, case) for case in cases]
-            start, results = os.times().elapsed, []
+            results = []
             for at in range(0, len(jobs), BATCH):
                 results += run(shared, jobs[at : at + BATCH], args.seed)
-            milliseconds = 1000 * (os.times().elapsed - start) / len(jobs)
             tally = [sum(kind == k for kind, _ in results) for k in (SUCCESS, REFUSED, "finding")]
-            print(f"{name:12}{len(jobs):8}" + "".join(f"{n:9}" for n in tally), end="")
-            print(f"{milliseconds:6.0f}", flush=True)
+            print(f"{name:12}{len(jobs):8}" + "".join(f"{n:9}" for n in tally), flush=True)
             for (_, case), (kind, wrong) in zip(jobs, results, strict=True):
                 if kind == "finding":
                     findings += 1
                     again = f"tests/hostile/fuzz.py --seed {args.seed} --only {name} --case {case}"
                     print(f"FINDING {again}\n{wrong}\n", flush=True)
-        if args.case is not None:
-            print(f"{results[0][0]}; standard error, output and files lie in {workspace}")
-    finally:
-        if args.case is None:
-            shutil.rmtree(workspace, ignore_errors=True)
     print(f"{findings} findings" if findings != 1 else "1 finding")
     return int(findings > 0)
 

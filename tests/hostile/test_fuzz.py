@@ -13,7 +13,6 @@ import pytest
 import report
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
-from commands import call_main
 from dataset_helpers import LAYOUTS, make_dataset
 from PIL import EpsImagePlugin, Image
 from torch import nn
@@ -22,21 +21,14 @@ import clip
 import run_utils
 from datasets import __main__ as doctor
 from datasets import build_dataset
-from datasets.loader import read_image
+from datasets.images import read_image
 from optimizers.SparseOptimizer import SO
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_some_hundred_hostile_inputs_end_well_or_in_one_sentence():
-    command = [
-        sys.executable,
-        str(ROOT / "tests/hostile/fuzz.py"),
-        "--inputs",
-        "300",
-        "--seed",
-        "1",
-    ]
+def test_a_hundred_and_fifty_hostile_inputs_end_well_or_in_one_sentence():
+    command = [sys.executable, ROOT / "tests/hostile/fuzz.py", "--inputs", "150", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -72,75 +64,6 @@ def test_the_fuzzer_sees_faults_of_every_kind(tmp_path):
     kinds = "trace hang crash warn babble status write change start".split()
     assert found == [f"{kind} --case 0" for kind in kinds], done.stdout
     assert "Timeout" in done.stdout and "Aborted" in done.stdout and "9 findings" in done.stdout
-
-
-# The command line
-
-
-def refused(*argv):
-    """The one sentence that main.py ends with."""
-    status, _, err = call_main(*argv)
-    assert status == 2 and err.count("\n") == 1, err
-    return err
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--device", "meta"], "--device meta cannot be used"),
-        (["--device", "hpu"], "--device hpu cannot be used"),
-        (["--precision=--"], "--precision: expected a value"),
-        (["--save_path=--"], "--save_path: expected a value"),
-        (["--root_path", "a\nb\x1b[31m"], r"a b\x1b[31m is not a folder"),
-        (["--root_path", "~no-such-user/x"], "~no-such-user/x is not a folder"),
-        (["--backbone", "~no-such-user/x"], "unknown backbone"),
-        (["--seed", 10**30], "--seed"),
-        (["--n_iters", 10**30], "--n_iters"),
-        (["--num_workers", 10**6], "--num_workers"),
-    ],
-)
-def test_odd_values_of_flags_are_refused(argv, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no earlier run has left a result
-    assert words in refused(*argv)
-
-
-def test_a_very_long_argument_is_shown_in_part():
-    message = refused("--method", "9" * 5000)
-    assert len(message) < 2100 and "valid: so, lora, adam" in message
-
-
-LAUGHS = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))
-MERGES = "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 10))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[" * 3000, "{a: " * 3000, "lr: !!bool x", "lr: !!timestamp x", "lr: !!int x", "9" * 5000]
-    + ["lr: 2001-99-99", "lr: &a [*a]", "a0: &a0 [x]\n" + LAUGHS, "a0: &a0 {x: 1}\n" + MERGES],
-)
-def test_settings_that_are_deep_mistyped_or_endless_are_refused(text, tmp_path):
-    (tmp_path / "mine.yaml").write_text(text)
-    assert "mine.yaml is not YAML" in refused("--config", tmp_path / "mine.yaml")
-
-
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")]
-)
-def test_a_lack_of_memory_is_one_sentence(error, capsys):
-    def lack():
-        raise error
-
-    assert run_utils.exit_status(lack) == 2
-    said = capsys.readouterr().err
-    assert "memory" in said and "--batch_size" in said and said.count("\n") == 1
-
-
-def test_what_is_wrong_with_the_program_keeps_its_traceback():
-    def fail():
-        raise RuntimeError("a mistake of ours")
-
-    with pytest.raises(RuntimeError):
-        run_utils.exit_status(fail)
 
 
 def test_warnings_of_odd_metadata_stay_silent(capsys):

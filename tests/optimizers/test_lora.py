@@ -9,10 +9,12 @@ import torch
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 
+from classifier import evaluate, image_features, text_features
 from clip import build_model
 from clip.model import Attention
 from optimizers.lora import add_lora, merged, set_dropout
-from train import Course, compile_blocks, evaluate, image_features, text_features, train
+from optimizers.methods import Method
+from train import Adapted, Course, Settings, compile_blocks, train
 
 # torch 2.4's own, when it recomputes a chunk of the text
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -211,10 +213,12 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = images, torch.tensor([2, 0, 1])
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
-    curve = train(
-        model, optimizer, ((batch, True) for _ in range(30)), tokens,
-        Course(30), logit_scale=10.0, precision=precision, text_chunk=3,
+    course = Course(30)
+    train(
+        Adapted(model, tokens, Method(optimizer)), ((batch, True) for _ in range(30)), course,
+        Settings(logit_scale=10.0, precision=precision, text_chunk=3),
     )  # fmt: skip
+    curve = course.curve()
     after = model.state_dict()
     assert {name for name in after if not torch.equal(after[name], before[name])} == params.keys()
     assert curve[-1][1] < curve[0][1] / 2

@@ -1,9 +1,9 @@
 """The digits study's own part: what was forgotten of the printed signs."""
 
-import digits_study
 import pytest
 import torch
-from experiment import read_experiment
+from reporting import digits
+from reporting.experiments import read_experiment
 
 import clip
 import main
@@ -25,19 +25,19 @@ def compared(tmp_path_factory):
 
 
 def test_printed_signs_are_the_same_each_time_and_known_to_the_tiny_clip():
-    images, labels = digits_study.printed_signs()
-    again, _ = digits_study.printed_signs()
+    images, labels = digits.printed_signs()
+    again, _ = digits.printed_signs()
     assert images.shape == (1400, 3, 32, 32) and torch.equal(images, again)
     assert labels.bincount().tolist() == [20] * 70
     model, _ = clip.load("ViT-Tiny/8", "cpu")
-    assert digits_study.remembered(model, images, labels) > 50
+    assert digits.remembered(model, images, labels) > 50
 
 
 def test_what_was_forgotten_is_measured_on_the_adapted_weights(compared, tmp_path):
-    before, after = digits_study.forgetting(compared)
+    before, after = digits.forgetting(compared)
     assert set(after) == {(1, "so"), (1, "adam")}
     assert after[1, "adam"][0] < before - 5  # at a rate that spoils it
-    table = digits_study.table_of(after)
+    table = digits.table_of(after)
     assert f"{after[1, 'so'][0]:.1f}" in table and "| LoRA |" in table
-    figure = digits_study.draw_forgetting(before, {**after, (1, "lora"): [50.0]})
+    figure = digits.draw_forgetting(before, {**after, (1, "lora"): [50.0]})
     assert figure.axes[0].get_ylabel() == "accuracy on 70 signs (%)"

@@ -1,8 +1,6 @@
 """Experiment files: the runs they list, what is chosen from them, their tables and figures."""
 
-import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +9,10 @@ from pathlib import Path
 
 import experiment
 import pytest
-from report import pairs
-from reporting import kinds
-from reporting.kinds import best_rates
-from reporting.numbers import find_runs, studies
+from reporting import experiments, kinds
+from reporting.experiments import best_rates, read_experiment
+
+from results import computed
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -27,42 +25,40 @@ def write(folder, name, kind, text):
     return path
 
 
-def finish(plan, accuracy, seconds=1.0):
+def finish(plan, accuracy):
     """The files of a made-up result."""
     plan.folder.mkdir(parents=True)
-    with open(plan.folder / "curve.csv", "w", newline="") as file:
-        rows = [("iteration", "loss", "lr", "test_accuracy"), (1, 0.5, 0.1, accuracy)]
-        csv.writer(file).writerows(rows)
-    result = {key: getattr(plan.config, key) for key in ("method", "backbone", "dataset")}
-    result |= {"shots": plan.config.shots, "seed": plan.config.seed, "iterations": 1}
-    result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "wall_seconds": seconds}
-    result |= {"peak_memory_mb": 100.0, "config": {}}
+    (plan.folder / "curve.csv").write_text(
+        f"iteration,loss,lr,test_accuracy\n1,0.5,0.1,{accuracy}\n"
+    )
+    keys = ("method", "backbone", "dataset", "shots", "seed")
+    result = {key: getattr(plan.config, key) for key in keys} | {"config": computed(plan.config)}
+    result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "iterations": 1}
+    result |= {"wall_seconds": 1.0, "peak_memory_mb": 100.0}
     (plan.folder / "result.json").write_text(json.dumps(result))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_files_that_we_ship_can_be_read(path, tmp_path, monkeypatch):
+def test_files_that_we_ship_list_runs_in_folders_of_their_own(path, tmp_path, monkeypatch):
     rates = dict.fromkeys(("so", "lora", "adam"), 1e-3)
-    monkeypatch.setattr(experiment, "best_rates", lambda runs: rates)
-    found = experiment.read_experiment(path, root=tmp_path)
-    assert len(found.runs) >= 9
+    monkeypatch.setattr(experiments, "best_rates", lambda runs: rates)
+    found = read_experiment(path, root=tmp_path)
+    assert len(found.runs) >= 9 and len({run.folder for run in found.runs}) == len(found.runs)
     assert all(tmp_path in run.folder.parents for run in found.runs)
-    opening = path.read_text()
-    assert f"python scripts/experiment.py configs/experiments/{path.name}" in opening
+    assert f"python scripts/experiment.py configs/experiments/{path.name}" in path.read_text()
+    assert {run.config.save_weights for run in found.runs} == {path.stem == "digits_compare"}
 
 
-def test_runs_are_the_product_of_their_values_in_folders_that_tell_them_apart(tmp_path):
+def test_runs_are_the_product_of_their_values(tmp_path):
     text = "common: {config: configs/digits.yaml, seed: [1, 2], shots: 4}\nsettings:\n"
     text += "  - {t: [5, 9]}\n  - {method: adam, lr: 1.0e-4}\n"
-    found = experiment.read_experiment(write(tmp_path, "a", "compare", text), root=tmp_path)
-    folders = [str(run.folder.relative_to(tmp_path / "runs")) for run in found.runs]
-    tail = "ViT-Tiny-8/digits/4shots"
-    assert sorted(folders) == sorted(
-        [f"t{t}/so/{tail}/seed{seed}" for t in (5, 9) for seed in (1, 2)]
-        + [f"adam/{tail}/seed{seed}" for seed in (1, 2)]
-    )
+    found = read_experiment(write(tmp_path, "a", "compare", text), root=tmp_path)
+    configs = [run.config for run in found.runs]
     assert found.out == tmp_path / "docs"
-    assert {run.config.lr for run in found.runs if run.config.method == "adam"} == {1e-4}
+    assert sorted((c.method, c.t, c.seed) for c in configs) == [
+        ("adam", 5, 1), ("adam", 5, 2), ("so", 5, 1), ("so", 5, 2), ("so", 9, 1), ("so", 9, 2),
+    ]  # fmt: skip
+    assert {config.lr for config in configs if config.method == "adam"} == {1e-4}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +66,11 @@ def test_runs_are_the_product_of_their_values_in_folders_that_tell_them_apart(tm
     [
         ("common: {}\nsettings: [{}]\nmore: 1\n", "must have the keys"),
         ("common: {}\nsettings: []\n", "settings a list"),
-        ("common: {shot: 1}\nsettings: [{}]\n", "'shot' is no flag"),
+        ("common: {shot: 1}\nsettings: [{}]\n", "no flag 'shot'"),
         ("common: {filename: a b}\nsettings: [{}]\n", "has spaces"),
         ("common: {}\nsettings: [{}, {}]\n", "lists 1 run twice"),
         ("common: [\n", "is not YAML"),
+        ("common: {}\nsettings: [{}]\nkind: graph\n", "unknown kind 'graph'"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(text, complaint, tmp_path, capsys):
@@ -81,8 +78,25 @@ def test_bad_files_are_refused_in_one_sentence(text, complaint, tmp_path, capsys
     assert experiment.main([str(path), "--dry-run"]) == 2
     err = capsys.readouterr().err
     assert complaint in err and str(path) in err and err.count("\n") == 1
-    path.write_text(path.read_text().replace("grid", "graph"))
-    assert experiment.main([str(path), "--dry-run"]) == 2
+
+
+def test_results_of_other_runs_and_means_over_more_than_the_kind_has_are_refused(tmp_path):
+    text = "common: {config: configs/digits.yaml, t: [1, 5], seed: 1, shots: [1, 2]}\n"
+    runs = read_experiment(
+        write(tmp_path, "g", "grid", text + "settings: [{}]\n"), root=tmp_path
+    ).runs
+    with pytest.raises(ValueError, match="no run of this experiment is finished"):
+        kinds.grid(runs, tmp_path)
+    for run in runs:
+        finish(run, 60.0)
+    with pytest.raises(ValueError, match="no place for several shots"):
+        kinds.grid(runs, tmp_path)
+    path = runs[0].folder / "result.json"
+    result = json.loads(path.read_text())
+    result["config"]["lr"] = 7.0
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="another run's .lr 7.0 there"):
+        kinds.grid(runs, tmp_path)
 
 
 RATES = """common: {config: configs/digits.yaml, eval_split: val, seed: [1, 2]}
@@ -94,7 +108,7 @@ settings:
 
 def test_the_chosen_rates_are_the_best_on_average_and_the_lower_of_equals(tmp_path, capsys):
     path = write(tmp_path, "rates", "rates", RATES)
-    runs = experiment.read_experiment(path, root=tmp_path).runs
+    runs = read_experiment(path, root=tmp_path).runs
     accuracy = {("so", 0.001): (50, 61), ("so", 0.01): (60, 50)}
     accuracy |= {("adam", 0.001): (70, 70), ("adam", 0.01): (80, 60)}
     for run in runs[:-1]:
@@ -110,14 +124,14 @@ def test_the_chosen_rates_are_the_best_on_average_and_the_lower_of_equals(tmp_pa
 
     text = "rates: rates.yaml\ncommon: {config: configs/digits.yaml, method: [so, adam]}\n"
     text += "settings: [{}]\n"
-    second = experiment.read_experiment(write(tmp_path, "b", "compare", text), root=tmp_path)
+    second = read_experiment(write(tmp_path, "b", "compare", text), root=tmp_path)
     assert {run.config.lr for run in second.runs} == {0.001}
 
 
 def test_a_grid_shows_means_and_what_is_missing(tmp_path, capsys):
     text = "common: {config: configs/digits.yaml, s: [0.9, 0.99], t: [1, 5], seed: [1, 2]}\n"
     path = write(tmp_path, "grid", "grid", text + "settings: [{}]\n")
-    runs = experiment.read_experiment(path, root=tmp_path).runs
+    runs = read_experiment(path, root=tmp_path).runs
     for run in runs:
         if (run.config.s, run.config.t) != (0.99, 5):
             finish(run, 60 + run.config.t + run.config.seed)
@@ -132,7 +146,7 @@ def test_an_ablation_is_paired_with_so_by_seed(tmp_path, capsys):
     text = "common: {config: configs/digits.yaml, shots: 4, seed: [1, 2]}\nsettings:\n"
     text += "  - {grad_support: [random, magnitude], moment_support: [magnitude, fixed], t: 5}\n"
     text += "  - {t: 1000000}\n"
-    runs = experiment.read_experiment(write(tmp_path, "a", "ablation", text), root=tmp_path).runs
+    runs = read_experiment(write(tmp_path, "a", "ablation", text), root=tmp_path).runs
     for run in runs:
         loss = {"random": 0, "magnitude": 3}[run.config.grad_support] + (run.config.t > 5)
         finish(run, 70 + 10 * run.config.seed - loss)
@@ -146,42 +160,35 @@ def test_an_ablation_is_paired_with_so_by_seed(tmp_path, capsys):
     assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
 
 
-def test_pairs_are_of_the_same_seeds(tmp_path):
-    text = "common: {config: configs/digits.yaml, shots: [1, 4], seed: [1, 2, 3]}\n"
-    text += "settings: [{method: so}, {method: lora, lr: 0.1}]\n"
-    runs = experiment.read_experiment(write(tmp_path, "p", "compare", text), root=tmp_path).runs
-    for run in runs:
-        if (run.config.method, run.config.seed) != ("lora", 3):
-            gain = run.config.seed * (run.config.method == "so") * (run.config.shots - 2)
-            finish(run, 60 + gain)
-    (study,) = studies(find_runs([tmp_path / "runs"], pytest.fail))
-    one, four = (pairs(study, "so", "lora", [shots]) for shots in (1, 4))
-    assert (one.mean, one.better, one.worse, one.p) == (-1.5, 0, 2, 0.5)
-    assert (four.mean, four.better, four.worse) == (3.0, 2, 0)
-    assert four.half == pytest.approx(12.706 * 1.0, rel=1e-3)  # t of one degree, s / sqrt(2) = 1
-    both = pairs(study, "so", "lora", [1, 4])
-    assert (both.mean, both.better, both.equal, both.worse, both.p) == (0.75, 2, 0, 2, 1.0)
-    assert pairs(study, "so", "adam", [1]) is None
+PYTHON = """#!/usr/bin/env bash
+if [ "$1" != main.py ]; then cat; exit; fi
+touch {folder}/started
+[ ! -e {folder}/wait ] || {{ trap 'exit 143' TERM; while :; do sleep 0.05; done; }}
+"""
 
 
-def test_an_experiment_runs_goes_on_and_stops_cleanly(tmp_path):
-    text = "common: {config: configs/digits.yaml, shots: 1, seed: [1, 2], n_iters: %d,\n"
-    text += "  early_stop_loss: 0}\n"
+def test_an_experiment_runs_stops_cleanly_and_reports(tmp_path, monkeypatch, capfd):
+    """With a script in the place of Python, and results made up: main.py has tests of its own."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(PYTHON.format(folder=tmp_path))
+    stand_in.chmod(0o755)
+    for key, value in {"JOBS": "2", "LOGS": tmp_path / "logs", "PYTHON": stand_in}.items():
+        monkeypatch.setenv(key, str(value))
+    text = "common: {config: configs/digits.yaml, shots: 1, seed: [1, 2]}\n"
     text += "settings: [{method: so}, {method: adam}]\n"
-    path = write(tmp_path, "real", "compare", text % 100000)
+    path = write(tmp_path, "real", "compare", text)
+    (tmp_path / "wait").touch()
     command = [sys.executable, "scripts/experiment.py", str(path), "--root", str(tmp_path)]
-    options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    environment = os.environ | {"JOBS": "2", "LOGS": str(tmp_path / "logs")}
-    process = subprocess.Popen(command, env=environment, **options)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("config.yaml")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in err
-    path.write_text(path.read_text().replace("100000", "2"))
-    done = subprocess.run([*command, "--overwrite"], env=environment, **options)
-    assert done.returncode == 0 and "4 runs, 0 of them finished" in done.stderr
-    assert (tmp_path / "docs" / "tables.md").is_file()
-    done = subprocess.run(command, env=environment, **options)
-    assert done.returncode == 0 and "4 runs, 4 of them finished" in done.stderr
+    (tmp_path / "wait").unlink()
+    assert experiment.main(command[2:]) == 2 and "no run" in capfd.readouterr().err
+    for run in read_experiment(path, root=tmp_path).runs:
+        finish(run, 60.0)
+    assert experiment.main(command[2:]) == 0
+    assert "60.00 ± 0.00 (2)" in (tmp_path / "docs" / "tables.md").read_text()

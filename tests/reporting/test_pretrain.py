@@ -1,10 +1,8 @@
 """The tiny CLIP that is shipped, and the script that made it."""
 
 import hashlib
-import importlib.util
-import warnings
-from pathlib import Path
 
+import pretrain_tiny as pretrain
 import pytest
 import torch
 from PIL import Image
@@ -14,51 +12,30 @@ import clip
 from clip.loading import SHIPPED, WEIGHTS
 from datasets import digits
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "ViT-Tiny/8"
 
 
 @pytest.fixture(scope="module")
-def pretrain():
-    spec = importlib.util.spec_from_file_location(
-        "pretrain_tiny", ROOT / "scripts" / "pretrain_tiny.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # older matplotlib uses what newer pyparsing deprecates
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def signs(pretrain):
+def signs():
     return pretrain.draw_signs()
 
 
 @pytest.fixture(scope="module")
-def validation(pretrain):
+def validation():
     return pretrain.validation_set()
 
 
 @pytest.fixture
-def source(pretrain, signs, monkeypatch):
+def source(signs, monkeypatch):
     monkeypatch.setattr(pretrain, "draw_signs", lambda: signs)
     return pretrain.Source(clip.CLIP(**pretrain.SIZES))
 
 
-@pytest.fixture(scope="module")
-def path():
-    return WEIGHTS / SHIPPED[NAME][0]
-
-
-def test_the_shipped_file_is_the_one_the_code_loads(path):
+def test_the_shipped_file_is_the_one_the_code_loads_in_half_precision_and_openais_layout():
+    path = WEIGHTS / SHIPPED[NAME][0]
     data = path.read_bytes()
-    assert hashlib.sha256(data).hexdigest() == SHIPPED[NAME][1]
-    assert len(data) < 2.5e6
+    assert hashlib.sha256(data).hexdigest() == SHIPPED[NAME][1] and len(data) < 2.5e6
     assert SHIPPED[NAME][1] in (path.parent / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_shipped_file_is_half_precision_in_openai_layout(path, pretrain):
     state = torch.load(path, weights_only=True)
     extra = {key: state.pop(key).item() for key in clip.model.EXTRA_KEYS}
     assert extra == {"input_resolution": 32, "context_length": 32, "vocab_size": 514}
@@ -67,25 +44,27 @@ def test_the_shipped_file_is_half_precision_in_openai_layout(path, pretrain):
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_the_shipped_model_has_the_stated_sizes():
-    model, preprocess = clip.load(NAME, "cpu")
+def test_the_shipped_model_has_the_stated_sizes_and_room_for_every_prompt():
+    model, _ = clip.load(NAME, "cpu")
     assert model.visual.input_resolution == 32
     assert tuple(model.visual.conv1.weight.shape) == (128, 3, 8, 8)
-    assert len(model.visual.transformer.resblocks) == 4
-    assert len(model.transformer.resblocks) == 2
+    depths = len(model.visual.transformer.resblocks), len(model.transformer.resblocks)
+    assert depths == (4, 2) and model.visual.transformer.resblocks[0].attn.heads == 2
     assert model.text_projection.shape == (64, 64)
     assert (model.context_length, model.vocab_size) == (32, 514)
-    assert model.visual.transformer.resblocks[0].attn.heads == 2
+    tokens = model.tokenize([f"a photo of a {name}." for name in digits.CLASSNAMES])
+    assert tokens.shape == (10, 32)
+    assert (tokens.argmax(dim=1) + 1).max() == 17  # of "three", "seven" and "eight"
 
 
-def test_the_shipped_model_reads_handwriting_it_was_never_shown(pretrain, validation):
+def test_the_shipped_model_reads_handwriting_it_was_never_shown(validation):
     model, _ = clip.load(NAME, "cpu")
     images, labels = validation
     assert len(images) == 359
     assert 45 < pretrain.zero_shot_accuracy(model, images, labels) < 75
 
 
-def test_the_scripts_normalisation_is_that_of_the_loaded_preprocess(pretrain, validation):
+def test_the_scripts_normalisation_is_that_of_the_loaded_preprocess(validation):
     _, preprocess = clip.load(NAME, "cpu")
     pixels, labels = digits.render()
     images, _ = validation
@@ -95,14 +74,7 @@ def test_the_scripts_normalisation_is_that_of_the_loaded_preprocess(pretrain, va
     )
 
 
-def test_every_prompt_of_the_digits_fits_the_shipped_context():
-    model, _ = clip.load(NAME, "cpu")
-    tokens = model.tokenize([f"a photo of a {name}." for name in digits.CLASSNAMES])
-    assert tokens.shape == (10, 32)
-    assert (tokens.argmax(dim=1) + 1).max() == 17  # of "three", "seven" and "eight"
-
-
-def test_every_class_is_drawn_and_every_caption_fits(pretrain, source):
+def test_every_class_is_drawn_and_every_caption_fits(source):
     fonts = int(source.count[0])
     assert fonts in (21, 22)  # cmti10 is missing in older versions of matplotlib
     assert source.distances.shape == (62 * fonts + 8, 64, 64)
@@ -113,7 +85,7 @@ def test_every_class_is_drawn_and_every_caption_fits(pretrain, source):
     assert len(source.captions.unique(dim=0)) == len(source.captions)
 
 
-def test_a_batch_is_a_function_of_its_generator_and_all_its_captions_are_true(pretrain, source):
+def test_a_batch_is_a_function_of_its_generator_and_all_its_captions_are_true(source):
     batches = [source.batch(1.0, torch.Generator().manual_seed(7)) for _ in range(2)]
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one, other)
@@ -124,14 +96,14 @@ def test_a_batch_is_a_function_of_its_generator_and_all_its_captions_are_true(pr
     assert true.any(dim=0).all() and true.any(dim=1).all()
 
 
-def test_the_loss_with_one_true_caption_each_is_clips_own(pretrain):
+def test_the_loss_with_one_true_caption_each_is_clips_own():
     logits = torch.randn(6, 6)
     target = torch.arange(6)
     plain = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     torch.testing.assert_close(pretrain.contrastive_loss(logits, torch.eye(6).bool()), plain)
 
 
-def test_the_loss_does_not_part_captions_that_are_true_of_the_same_images(pretrain):
+def test_the_loss_does_not_part_captions_that_are_true_of_the_same_images():
     true = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     even = torch.where(true, 9.0, -9.0)
     apart = even + torch.tensor([[4.0, -4.0, 0.0], [-4.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
@@ -139,7 +111,7 @@ def test_the_loss_does_not_part_captions_that_are_true_of_the_same_images(pretra
 
 
 def test_a_resumed_pretraining_ends_with_the_same_file(
-    pretrain, signs, validation, tmp_path, capsys, monkeypatch
+    signs, validation, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(pretrain, "BATCH", 16)
     monkeypatch.setattr(pretrain, "TEMPLATES", pretrain.TEMPLATES[:2])

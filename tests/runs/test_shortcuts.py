@@ -4,36 +4,24 @@ The plain one (benchmarks/plain.py) runs all tokens of the whole context through
 computes every entry of every weight gradient.
 """
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 
 from benchmarks import plain
+from classifier import before_training, image_features, text_features, tokenize_prompts
 from clip import build_model
-from datasets.loader import normalise
+from datasets.images import normalise
 from optimizers import SO, sampled
+from optimizers.methods import POSITIONS, Method, select_matrices
 from optimizers.sampled import sample_gradients
-from train import (
-    POSITIONS,
-    Course,
-    before_training,
-    compile_blocks,
-    cosine_lr,
-    image_features,
-    lay_back_to_back,
-    select_matrices,
-    text_features,
-    tokenize_prompts,
-    train,
-)
+from train import Adapted, Course, Settings, compile_blocks, cosine_lr, train
 
 # What checkpoint of torch 2.4 says of its own autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 NAMES = ["red_one", "green", "blue", "x", "grey"]
-STEPS = 20
+STEPS = 12
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 # An eps above rounding: Adam would make a step of a gradient that is zero but for rounding.
 SETTINGS = dict(lr=1e-3, eps=1e-6, density_ratio=0.02, T=3, seed=1)
@@ -104,7 +92,9 @@ def test_training_equals_the_plain_computation(
     prompts = tokenize_prompts(ours, NAMES, templates)
     assert prompts.shape[-1] < ours.context_length
     stream = batches(ours.visual.input_resolution)
-    curve = train(ours, optimizer, stream, prompts, Course(STEPS), text_chunk=chunk)
+    course = Course(STEPS)
+    train(Adapted(ours, prompts, Method(optimizer)), stream, course, Settings(text_chunk=chunk))
+    curve = course.curve()
 
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)  # kept in float32
     for (name, p), q in zip(matrices.items(), their_matrices.values(), strict=True):
@@ -137,7 +127,7 @@ def test_what_lies_below_the_first_trained_block_of_the_text_tower_runs_once():
     for number, block in enumerate(model.transformer.resblocks):
         block.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
     prompts = tokenize_prompts(model, NAMES, ["a {}."])
-    train(model, SO(matrices.values()), batches(32), prompts, Course(5))
+    train(Adapted(model, prompts, Method(SO(matrices.values()))), batches(32), Course(5))
     assert calls == [1, 5]
 
 
@@ -176,29 +166,6 @@ def test_the_last_block_computes_the_token_that_is_read_alone():
         assert shape[1] == 1 if last else shape[1] > 1, name
 
 
-def test_matrices_back_to_back_are_updated_as_apart():
-    """Also where some have no gradient, some are bare, and some are not contiguous."""
-    shapes = [(6, 7), (3, 5), (6, 7), (20, 9)]
-    apart = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
-    apart.append(torch.nn.Parameter(torch.randn(4, 6, dtype=torch.float64).t()))
-    joined = copy.deepcopy(apart)
-    lay_back_to_back(joined[:4])
-    start = joined[0].untyped_storage().data_ptr()
-    assert all(p.untyped_storage().data_ptr() == start for p in joined[:4])
-    pairs = [(params, SO(params, lr=1e-2, density_ratio=0.1, T=2, seed=3, weight_decay=0.1))
-             for params in (apart, joined)]  # fmt: skip
-    for step in range(8):
-        grads = [torch.randn_like(p) for p in apart]
-        for params, optimizer in pairs:
-            for number, (p, grad) in enumerate(zip(params, grads, strict=True)):
-                p.grad = None if (step + number) % 3 == 0 else grad.clone()
-            versions = [p._version for p in params]
-            optimizer.step()
-            for p, version in zip(params, versions, strict=True):
-                assert (p._version > version) == (p.grad is not None)
-        assert all(map(torch.equal, apart, joined))
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.4's own doing
 def test_compiled_blocks_train_as_plain_ones():
@@ -207,7 +174,9 @@ def test_compiled_blocks_train_as_plain_ones():
     compile_blocks(ours, backend="aot_eager")
     prompts = tokenize_prompts(ours, NAMES, ["a {}."])
     optimizer = SO(matrices.values(), **SETTINGS)
-    curve = train(ours, optimizer, batches(32), prompts, Course(STEPS))
+    course = Course(STEPS)
+    train(Adapted(ours, prompts, Method(optimizer)), batches(32), course)
+    curve = course.curve()
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)
     for p, q in zip(matrices.values(), their_matrices.values(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), **CLOSE)

@@ -1,5 +1,6 @@
 """Sweeps: what is skipped, what goes on after failures, what a stop and a job array do."""
 
+import io
 import os
 import shlex
 import shutil
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import unfinished
 from clip_helpers import TINY_VIT, random_state_dict
 from dataset_helpers import make_dataset
+
+from results import run_folder
+from run_utils import parse_args
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -28,15 +33,39 @@ def data(tmp_path_factory):
     return folder
 
 
-def start(script, data, out, *flags, n_iters=2, **variables):
+@pytest.fixture
+def stand_in(tmp_path):
+    """An interpreter in whose place a script stands: what a sweep does is up to the shell alone.
+
+    Each main.py notes its arguments in calls.txt; one of `wait` goes on until it is stopped and has
+    written a file then, one of `fail` ends with status 137, as if killed.
+    """
+    path = tmp_path / "python"
+    path.write_text(
+        f"""#!/usr/bin/env bash
+cd "{tmp_path}" || exit
+if [ "$1" != main.py ]; then cat; [ ! -e bad_flag ]; exit; fi
+echo "$@" >>calls.txt
+case "$*" in
+*--method\\ wait*) trap 'sleep 0.3; echo written >checkpoint.pt; exit 143' TERM
+    touch started; while :; do sleep 0.05; done ;;
+*--method\\ fail*) exit 137 ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
+def start(script, data, out, *flags, **variables):
     settings = {"DATA": data, "PYTHON": sys.executable, "SHOTS": "1", "SEEDS": "1", **variables}
     environment = os.environ | {key: str(value) for key, value in settings.items()}
     command = [
-        "bash", ROOT / "scripts" / script, *flags, "--backbone", data / "tiny.pt", "--n_iters",
-        n_iters, "--s", 0.9, "--num_workers", 0, "--threads", 1, "--save_path", out,
+        "bash", ROOT / "scripts" / script, *flags, "--backbone", data / "tiny.pt", "--s", 0.9,
+        "--num_workers", 0, "--threads", 1, "--save_path", out,
     ]  # fmt: skip
     return subprocess.Popen(
-        list(map(str, command)), env=environment, text=True,
+        list(map(str, command)), env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # A shell cannot trap what was ignored as it started, as where the tests run behind a `&`.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -49,89 +78,127 @@ def sweep(*args, script="sweep.sh", **kwargs):
     return process.returncode, out, err
 
 
-def results(out):
-    return sorted(str(path.relative_to(out)) for path in out.rglob("result.json"))
+def wait_for(pattern, folder, process):
+    """The file of this name that a sweep makes, for as long as the sweep goes on."""
+    while not (found := list(folder.rglob(pattern))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return found[0]
+
+
+def calls(folder):
+    return (folder / "calls.txt").read_text().splitlines()
+
+
+# With main.py
 
 
 def test_a_sweep_goes_on_after_failures_lists_them_and_skips_what_is_finished(data, tmp_path):
-    variables = {"DATASETS": "dtd eurosat", "METHODS": "so adam", "JOBS": 2}
+    variables = {"DATASETS": "dtd eurosat", "METHODS": "so", "JOBS": 2}
     variables["LOGS"] = tmp_path / "logs"
     out = tmp_path / "my results"
-    status, text, err = sweep(data, out, **variables)
-    assert status == 1 and "4 runs, 0 of them finished" in err
-    assert "2 of 4 runs failed:" in err and "--method so --dataset dtd --shots 1 --seed 1" in err
+    status, text, err = sweep(data, out, "--n_iters", 2, **variables)
+    assert status == 1 and "2 runs, 0 of them finished" in err
+    assert "1 of 2 runs failed:" in err and "--method so --dataset dtd --shots 1 --seed 1" in err
     assert "DATASETS.md" in (text + err)  # the doctor's sentence
-    made = results(out)
-    assert len(made) == 2 and "so/tiny/eurosat/1shots/seed1/result.json" in made
-    times = [path.stat().st_mtime_ns for path in sorted(out.rglob("result.json"))]
-    (out / "so" / "tiny" / "eurosat" / "1shots" / "seed1" / "result.json").unlink()
-    status, text, err = sweep(data, out, **variables)
-    assert status == 1 and "4 runs, 1 of them finished" in err and results(out) == made
-    again = [path.stat().st_mtime_ns for path in sorted(out.rglob("result.json"))]
-    assert sum(a != b for a, b in zip(times, again, strict=True)) == 1
-    assert len(list((tmp_path / "logs").glob("*.txt"))) == 4
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_sweep_stops_its_run_and_continues_when_started_again(sent, data, tmp_path):
-    out = tmp_path / "out"
-    variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "so"}
-    long = ["--early_stop_loss", "0", "--checkpoint_every", "5"]
-    process = start("sweep.sh", data, out, *long, n_iters=100000, **variables)
-    deadline = time.monotonic() + 120
-    while not list(out.rglob("checkpoint.pt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)  # which ends when its run has ended, too
-    assert process.returncode == 130 and "goes on from here" in err
-    assert results(out) == []
-    assert list(out.rglob("checkpoint.pt"))  # from which the same command would go on
+    (result,) = out.rglob("result.json")
+    assert result.parent == out / "so/tiny/eurosat/1shots/seed1-n_iters_2-s_0.9"
+    assert not list(out.rglob("*.safetensors"))  # which --save_path alone would have kept
+    assert len(list((tmp_path / "logs").glob("*.txt"))) == 2
+    (result.parent / "checkpoint.pt").write_bytes(b"left by a run killed at its very end")
     variables["DATASETS"] = "eurosat"
-    status, _, err = sweep(data, out, **variables)
-    assert status == 1 and "n_iters 100000 there, 2 here" in err and results(out) == []
-    status, _, err = sweep(data, out, "--overwrite", **variables)
-    assert status == 0 and len(results(out)) == 1, err
+    done = sweep(data, out, "--n_iters", 2, **variables)
+    assert done == (0, "", "1 run, 1 of them finished\n")
+    assert not (result.parent / "checkpoint.pt").exists()
 
 
-def test_a_sweep_that_is_finished_ends_at_once_and_one_with_a_wrong_flag_before_it_begins(
-    data, tmp_path
-):
-    variables = {"DATASETS": "eurosat", "METHODS": "so"}
-    folder = tmp_path / "so" / "tiny" / "eurosat" / "1shots" / "seed1"
-    assert sweep(data, tmp_path, **variables)[0] == 0
-    (folder / "checkpoint.pt").write_bytes(b"left by a run killed at its very end")
-    status, out, err = sweep(data, tmp_path, **variables)
-    assert (status, out, err) == (0, "", "1 run, 1 of them finished\n")
-    assert not (folder / "checkpoint.pt").exists()
-    status, out, err = sweep(data, tmp_path, "--shot", "4", **variables)
-    assert status == 2 and err.count("\n") == 1 and "--shot" in err and out == ""
-    status, out, err = sweep(data, tmp_path, "--help", **variables)
-    assert status == 0 and "--shots" in err and out == ""
-
-
-def test_a_killed_run_costs_no_other_one(data, tmp_path):
+def test_a_sweep_whose_processes_are_all_stopped_twice_goes_on_from_its_checkpoint(data, tmp_path):
     variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "so"}
-    process = start("sweep.sh", data, tmp_path, n_iters=300, **variables)
-    deadline = time.monotonic() + 120
-    while not (locks := list(tmp_path.rglob(".lock"))) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(int(locks[0].read_text().split()[1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "1 of 2 runs failed" in err
-    assert len(results(tmp_path)) == 1
-    status, _, err = sweep(data, tmp_path, n_iters=300, **variables)
-    assert status == 0 and len(results(tmp_path)) == 2, err
+    flags = ["--early_stop_loss", 0, "--checkpoint_every", 5, "--n_iters", 100000]
+    process = start("sweep.sh", data, tmp_path, *flags, **variables)
+    checkpoint = wait_for("checkpoint.pt", tmp_path, process)
+    for _ in range(2):  # as SLURM and `timeout` do, while sweep.sh passes it on, too
+        os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in err and "--resume" in err
+    assert not list(tmp_path.rglob("result.json")) and checkpoint.exists()
+    process = start("sweep.sh", data, tmp_path, *flags, **variables)
+    while "Going on from iteration" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
-def test_each_method_may_have_a_configuration_of_its_own(data, tmp_path):
-    (tmp_path / "mine.yaml").write_text("# mine\nrank: 3\n")
-    variables = {"DATASETS": "eurosat", "METHODS": "lora", "CONFIG_lora": tmp_path / "mine.yaml"}
-    status, out, err = sweep(data, tmp_path / "out", **variables)
-    assert status == 0 and "LoRA of rank 3" in out, err
+def test_unfinished_asks_for_each_datasets_data_once(monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(unfinished, "describe_data", lambda *names: asked.append(names) or {})
+    monkeypatch.setattr(unfinished, "finished", lambda folder, config, data: {})
+    monkeypatch.setattr(unfinished, "tidy", lambda folder: None)
+    unfinished.data_of.cache_clear()
+    lines = [f"--dataset {name} --seed {seed}" for name in ("dtd", "fgvc") for seed in (1, 2)]
+    shared = ["--root_path", "/the data", "--save_path", str(tmp_path)]
+    for line in lines:
+        folder = run_folder(parse_args([*line.split(), *shared]))
+        folder.mkdir(parents=True)
+        (folder / "result.json").touch()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    unfinished.main(shared)
+    assert asked == [("dtd", "/the data"), ("fgvc", "/the data")]
+    assert capsys.readouterr().err == "4 runs, 4 of them finished\n"
 
 
-def test_a_job_array_runs_each_task_and_shows_their_commands_beforehand(data, tmp_path):
-    variables = {"DATASETS": "eurosat dtd", "SEEDS": "1 2", "METHODS": "so"}
+@pytest.mark.parametrize("flags, status, words", [("--shotss 4", 2, "--shotss"), ("--help", 0, "")])
+def test_a_wrong_flag_and_help_end_before_any_run(flags, status, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("--dataset dtd\n"))
+    with pytest.raises(SystemExit) as end:
+        unfinished.main(flags.split())
+    out, err = capsys.readouterr()
+    assert end.value.code == status and out == "" and words in err
+
+
+# With a stand-in for Python
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM again", "SIGTERM to all"])
+def test_a_stopped_sweep_waits_for_what_its_runs_write(sent, data, tmp_path, stand_in):
+    variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "wait", "PYTHON": stand_in}
+    process = start("sweep.sh", data, tmp_path / "out", **variables)
+    wait_for("started", tmp_path, process)
+    number = signal.Signals[sent.split()[0]]
+    (os.killpg if "all" in sent else os.kill)(process.pid, number)
+    if "again" in sent:
+        time.sleep(0.1)
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in err
+    assert (tmp_path / "checkpoint.pt").read_text() == "written\n"
+    assert len(calls(tmp_path)) == 1
+
+
+def test_a_killed_run_costs_no_other_one(data, tmp_path, stand_in):
+    variables = {"DATASETS": "eurosat dtd", "METHODS": "fail so", "PYTHON": stand_in}
+    status, _, err = sweep(data, tmp_path, **variables)
+    assert status == 1 and "2 of 4 runs failed" in err and err.count("--method fail") == 2
+    assert len(calls(tmp_path)) == 4
+    (tmp_path / "bad_flag").touch()
+    assert sweep(data, tmp_path, **variables)[0] == 1 and len(calls(tmp_path)) == 4
+
+
+def test_weights_are_kept_where_a_sweep_is_asked_for_them(data, tmp_path, stand_in):
+    variables = {"DATASETS": "eurosat", "METHODS": "so", "PYTHON": stand_in}
+    sweep(data, tmp_path, "--save_weights", **variables)
+    argv = calls(tmp_path)[0].split()[1:]
+    assert argv.index("--no-save_weights") < argv.index("--save_weights")
+
+
+def test_each_method_may_have_a_configuration_of_its_own(data, tmp_path, stand_in):
+    variables = {"DATASETS": "eurosat", "METHODS": "lora so", "CONFIG_lora": "mine.yaml"}
+    sweep(data, tmp_path, **variables, PYTHON=stand_in)
+    assert ["--config mine.yaml" in line for line in calls(tmp_path)] == [True, False]
+
+
+def test_a_job_array_runs_each_task_and_shows_their_commands_beforehand(data, tmp_path, stand_in):
+    variables = {"DATASETS": "eurosat dtd", "SEEDS": "1 2", "METHODS": "so", "PYTHON": stand_in}
     out = tmp_path / "my out"
     options = dict(script="slurm_sweep.sh", **variables)
     status, text, err = sweep(data, out, "--dry-run", **options)
@@ -139,13 +206,14 @@ def test_a_job_array_runs_each_task_and_shows_their_commands_beforehand(data, tm
     header, *tasks = text.splitlines()
     assert "4 tasks" in header and "--array=0-3" in header
     command = shlex.split(tasks[1].partition(": ")[2])
-    assert command[command.index("--save_path") + 1] == str(out)
-    assert command[command.index("--seed") + 1] == "2"
-    assert results(out) == []
-    assert sweep(data, out, **options, SLURM_ARRAY_TASK_ID=1, SLURM_SUBMIT_DIR=ROOT)[0] == 0
-    assert results(out) == ["so/tiny/eurosat/1shots/seed2/result.json"]
-    assert sweep(data, out, **options, SLURM_ARRAY_TASK_ID=2)[0] == 2
-    assert sweep(data, out, **options, SLURM_ARRAY_TASK_ID=4)[0] == 0
+    assert not (tmp_path / "calls.txt").exists()
+    task = dict(SLURM_ARRAY_TASK_ID=1, SLURM_SUBMIT_DIR=ROOT)
+    assert sweep(data, out, **options, **task)[0] == 0
+    assert calls(tmp_path) == [" ".join(command[1:])]
+    config = parse_args(command[2:])
+    assert (config.seed, config.save_path, config.save_weights) == (2, str(out), False)
+    assert sweep(data, out, **options, **task | {"SLURM_ARRAY_TASK_ID": 4})[0] == 0
+    assert len(calls(tmp_path)) == 1
     status, _, err = sweep(data, out, **options)
     assert status != 0 and "sbatch" in err
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,25 +11,15 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from PIL import Image
 
 import clip
+from classifier import evaluate, text_features, tokenize_prompts
 from clip import build_model
 from datasets import Item
 from datasets.loader import Loader
 from optimizers import SO
+from optimizers.delta import unpack
+from optimizers.methods import MATRICES, POSITIONS, Method, layers_at, select_matrices
 from optimizers.sampled import sample_gradients
-from train import (
-    MATRICES,
-    POSITIONS,
-    BestIterate,
-    Course,
-    NonFiniteLoss,
-    cosine_lr,
-    evaluate,
-    layers_at,
-    select_matrices,
-    text_features,
-    tokenize_prompts,
-    train,
-)
+from train import Adapted, Course, NonFiniteLoss, Settings, cosine_lr, train
 
 NAMES = ["red_one", "green", "blue"]
 TEMPLATE = ["a {}."]
@@ -62,7 +53,9 @@ def prompts(model, template=TEMPLATE):
 def adapt(model, items, optimizer, iterations=6, workers=0, **options):
     loader = Loader(model.visual.input_resolution, workers, cache_mb=10)
     batches = loader.train_batches(items, 5, seed=1)
-    return train(model, optimizer, batches, prompts(model), Course(iterations), **options)
+    course = Course(iterations)
+    train(Adapted(model, prompts(model), Method(optimizer)), batches, course, Settings(**options))
+    return course.curve()
 
 
 @pytest.mark.parametrize(
@@ -202,22 +195,27 @@ def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
 
 
 def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
-    p = torch.nn.Parameter(torch.zeros(3))
-    best = BestIterate(torch.optim.SGD([p], lr=1.0))
-    for iteration, score in enumerate([10.0, 30.0, 30.0, 20.0]):
-        with torch.no_grad():
-            p.fill_(iteration)
-        best.offer(iteration, score)
-    assert best.restore() == 1 and p.tolist() == [1, 1, 1]
+    tensors = {"w": torch.zeros(30), "new": torch.zeros(2)}
+    base, course = {"w": torch.zeros(30)}, Course(9)
+    adapted = Adapted(None, None, Method(None, tensors), SimpleNamespace(read=lambda: base))
+    for count, score in enumerate([10.0, 30.0, 30.0, 20.0]):
+        course.count = count
+        tensors["w"][count], tensors["new"][0] = 1, count
+        course.offer(score, adapted)
+    unpack(course.best[2], tensors, base)
+    assert course.best[:2] == (1, 30.0)
+    assert tensors["w"].tolist() == [1, 1] + [0] * 28 and tensors["new"].tolist() == [1, 0]
+    assert len(course.best[2]["w"][0]) == 2  # kept as what changed
 
 
 def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):
     model = tiny()
     optimizer = SO(select_matrices(model, "text", "top").values(), lr=1e38, seed=1)
-    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr") as caught:
-        adapt(model, items, optimizer, 9)
-    assert len(caught.value.rows) == 2
-    assert math.isfinite(caught.value.rows[0][1]) and not math.isfinite(caught.value.rows[1][1])
+    course = Course(9)
+    batches = Loader(32).train_batches(items, 5, seed=1)
+    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
+        train(Adapted(model, prompts(model), Method(optimizer)), batches, course)
+    assert [math.isfinite(row[1]) for row in course.curve()] == [True, False]
 
 
 def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
@@ -228,24 +226,22 @@ def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_iteration_on_a_gpu_waits_for_nothing(items, precision):
+def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precision):
     model = tiny().cuda()
     optimizer = SO(select_matrices(model, "both", "all").values(), density_ratio=0.05, seed=1)
     adapt(model, items, optimizer, 3, precision=precision)
-    batches = Loader(32).train_batches(items, 5, seed=1)
-    waits = []
+    modes = []
 
-    class Watched:
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            waits.append(torch.cuda.get_sync_debug_mode())
-            torch.cuda.set_sync_debug_mode("error" if len(waits) < 40 else "default")
-            return next(batches)
+    def watched(batches):
+        for batch, ends_epoch in batches:
+            modes.append("default" if ends_epoch or len(modes) == 39 else "error")
+            torch.cuda.set_sync_debug_mode(modes[-1])
+            yield batch, ends_epoch
 
     try:
-        train(model, optimizer, Watched(), prompts(model), Course(40), precision=precision)
+        batches = watched(Loader(32).train_batches(items, 5, seed=1))
+        adapted = Adapted(model, prompts(model), Method(optimizer))
+        train(adapted, batches, Course(40), Settings(precision=precision))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert waits.count(2) == 39
+    assert modes.count("error") == 26  # two of three batches

@@ -1,0 +1,135 @@
+"""CLIP as a classifier: features of prompts and of images, and its accuracy.
+
+A class is the mean of its prompts' features, an image belongs to the class of the largest cosine.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from clip import CLIP
+from datasets.images import Batch, normalise, to_device
+from utils import Progress
+
+TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
+
+
+def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:
+    """Tokens of each class's prompts, as long as the longest of them: (P, C, L) int64.
+
+    Attention is causal, so that nothing behind a prompt's last token changes its feature. A prompt
+    that the model has no room for is cut, with a note on standard error.
+    """
+    texts = [prompt.format(name.replace("_", " ")) for prompt in template for name in classnames]
+    try:
+        tokens = model.tokenize(texts)
+    except ValueError:
+        tokens = model.tokenize(texts, truncate=True)
+        print(
+            f"note: prompts of more than {model.context_length} tokens are cut to that many, "
+            "which is all that this backbone reads",
+            file=sys.stderr,
+        )
+    longest = int(tokens.argmax(dim=-1).max()) + 1  # the token that ends a text has the highest id
+    tokens = tokens[:, :longest].reshape(len(template), len(classnames), longest)
+    return tokens.to(model.text_projection.device)
+
+
+def text_features(
+    model: CLIP,
+    prompts: Tensor,
+    chunk: int = 0,
+    hidden: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Features of classes from their prompts' tokens: (P, C, L) -> (C, D), each of length 1.
+
+    Those of several prompts are averaged. Gradients flow where they are asked for.
+
+    Args:
+        model: Whose text tower it is.
+        prompts: The tokens.
+        chunk: Classes encoded at once; where gradients are wanted, each chunk is encoded again
+            when its gradient comes, so that activations of one chunk alone are held. 0 takes all,
+            or TEXT_BATCH prompts where no gradients are wanted.
+        hidden: What enters block `first` of the text tower, (P, C, L, W); None begins with tokens.
+        first: The first block to run.
+    """
+
+    def features(tokens: Tensor, x: Tensor | None) -> Tensor:
+        flat = tokens.flatten(0, 1)  # (P c, L)
+        x = model.begin_text(flat) if x is None else x.flatten(0, 1)
+        each = unit(model.finish_text(x, flat, first))  # (P c, D)
+        return each.unflatten(0, tokens.shape[:2]).sum(dim=0)
+
+    encode = features
+    if torch.is_grad_enabled() and chunk:
+        encode = partial(checkpoint, features, use_reentrant=False)
+    size = chunk or prompts.shape[1]
+    if not torch.is_grad_enabled():
+        size = min(size, max(TEXT_BATCH // len(prompts), 1))
+    parts = prompts.split(size, dim=1)
+    inputs = [None] * len(parts) if hidden is None else hidden.split(size, dim=1)
+    return unit(torch.cat([encode(*pair) for pair in zip(parts, inputs, strict=True)]))
+
+
+@torch.no_grad()
+def before_training(model: CLIP, prompts: Tensor) -> tuple[int, Tensor]:
+    """Run the text tower up to the first block that is trained: once is enough.
+
+    Returns:
+        That block's number and what enters it, (P, C, L, W); where nothing is trained the number
+        of blocks, and the classes' features (C, D).
+    """
+    blocks = model.transformer.resblocks
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    if not any(trained):
+        return len(blocks), text_features(model, prompts)
+    first = trained.index(True)
+    parts = [model.begin_text(part, first) for part in prompts.flatten(0, 1).split(TEXT_BATCH)]
+    return first, torch.cat(parts).unflatten(0, prompts.shape[:2])
+
+
+def image_features(model: CLIP, images: Tensor) -> Tensor:
+    """Features of uint8 images (B, 3, R, R), of length 1: (B, D)."""
+    return unit(model.encode_image(normalise(images, model.image_mean, model.image_std)))
+
+
+def unit(features: Tensor) -> Tensor:
+    """Scale each row (N, D) to length 1, in float32 at least."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+    """The context in which matrix products run at this precision; weights stay as they are."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@torch.no_grad()
+def evaluate(
+    model: CLIP,
+    batches: Iterable[Batch],
+    total: int,
+    prompts: Tensor,
+    precision: str = "fp32",
+    desc: str = "Evaluation",
+) -> float:
+    """Top-1 accuracy in percent of the model as a classifier of `total` images by prompts."""
+    device = model.text_projection.device
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with autocast(device, precision), Progress(total, desc, "images") as bar:
+        classes = text_features(model, prompts)  # (C, D)
+        for batch in batches:
+            images, labels = to_device(batch, device)
+            predicted = (image_features(model, images) @ classes.T).argmax(dim=-1)
+            correct += (predicted == labels).sum()
+            bar.update(len(labels))
+    return 100.0 * correct.item() / total

@@ -1,0 +1,26 @@
+"""What the tests of runs share: a small EuroSAT, two random checkpoints, a short command."""
+
+import pytest
+import torch
+from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from dataset_helpers import make_dataset
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with a small EuroSAT, random checkpoints of a ViT and a ResNet."""
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset("eurosat", folder)
+    for name, config in (("tiny vit.pt", TINY_VIT), ("tiny-resnet.pt", TINY_RESNET)):
+        torch.save(random_state_dict({**config, "context_length": 48}), folder / name)
+    return folder
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """Arguments of a run of four iterations into `out`."""
+    return [
+        "--root_path", data, "--dataset", "eurosat", "--backbone", data / "tiny vit.pt",
+        "--shots", 2, "--n_iters", 2, "--s", 0.9, "--lr", 1e-3, "--num_workers", 0,
+        "--threads", 1, "--save_path", tmp_path / "out",
+    ]  # fmt: skip

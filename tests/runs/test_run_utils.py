@@ -1,0 +1,203 @@
+"""Flags and files of settings: what they resolve to, and how they are refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import call_main, refused
+
+from run_utils import EMBEDDED_LR, exit_status, parse_args
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "seed device root_path dataset shots backbone position encoder lr n_iters early_stop_loss "
+    "batch_size s sparsity t save_path filename eval_only num_workers precision logit_scale "
+    "threads save_weights overwrite dense_grad config method rank eval_every select text_chunk "
+    "compile activation heads"
+).split()
+
+
+def test_the_defaults_are_the_papers():
+    expected = dict(
+        seed=3, shots=1, backbone="ViT-B/16", lr=2e-4, n_iters=2000, early_stop_loss=0.01,
+        batch_size=32, s=0.99995, t=5, save_path="results", filename="weights", eval_only=False,
+        precision="fp32", logit_scale=100.0, crop_scale=[0.08, 1.0], flip=True,
+        encoder="both", position="all", config=None, save_weights=False,
+    )  # fmt: skip
+    assert expected.items() <= vars(parse_args(["--dataset", "eurosat"])).items()
+
+
+def test_help_names_every_flag_with_a_noun_and_what_flip_does():
+    status, out, _ = call_main("--help")
+    text = " ".join(out.split())
+    assert status == 0 and all(f"--{flag}" in text for flag in FLAGS)
+    assert "mirror each training image with probability one half" in text
+
+
+def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
+    file = tmp_path / "my settings.yaml"
+    file.write_text(
+        "dataset: eurosat\nlr: 1e-4\nshots: 4\nflip: false\ncrop_scale: [0.5, 1]\nthreads: null\n"
+        "logit_scale: checkpoint\n"
+    )
+    config = parse_args(["--config", str(file), "--shots", "8", "--t", "7"])
+    assert (config.dataset, config.lr, config.shots, config.t) == ("eurosat", 1e-4, 8, 7)
+    assert (config.flip, config.crop_scale, config.threads) == (False, [0.5, 1.0], None)
+    assert (config.logit_scale, config.batch_size) == ("checkpoint", 32)
+
+
+def test_shipped_configurations_parse():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert path.read_text().startswith("#")
+        config = parse_args(["--config", str(path), "--dataset", "eurosat"])
+        assert yaml.safe_load(path.read_text()).keys() <= vars(config).keys()
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--root", "x", "--data", "eurosat"], {"root_path": "x", "dataset": "eurosat"}),
+        (["--sparsity", "0.9"], {"s": 0.9}),
+        (["--s", "0.9", "--sh", "4"], {"s": 0.9, "shots": 4}),
+        (["--early_stop_loss", "-1"], {"early_stop_loss": -1.0}),
+        (["--n_iters", "0"], {"n_iters": 0}),
+        (["--save_path", "w"], {"save_weights": True}),
+        (["--save_path", "w", "--no-save_weights"], {"save_weights": False}),
+    ],
+)
+def test_flags_of_the_authors_scripts_mean_what_they_mean_there(argv, expected):
+    assert expected.items() <= vars(parse_args(argv)).items()
+
+
+@pytest.mark.parametrize(
+    "argv, dataset, backbone",
+    [
+        ([], "digits", "ViT-Tiny/8"),
+        (["--shots", "4"], "digits", "ViT-Tiny/8"),
+        (["--dataset", "digits", "--root_path", "."], "digits", "ViT-Tiny/8"),
+        (["--backbone", "ViT-Tiny/8"], "digits", "ViT-Tiny/8"),
+        (["--config", "configs/digits.yaml"], "digits", "ViT-Tiny/8"),
+        (["--config", "configs/digits.yaml", "--root_path", "."], "digits", "ViT-Tiny/8"),
+        (["--root_path", ".", "--shots", "4"], "dtd", "ViT-B/16"),
+        (["--root_path", ".", "--backbone", "ViT-Tiny/8"], "dtd", "ViT-Tiny/8"),
+        (["--dataset", "eurosat"], "eurosat", "ViT-B/16"),
+        (["--dataset", "digits", "--backbone", "ViT-B/16"], "digits", "ViT-B/16"),
+        (["--dataset", "eurosat", "--backbone", "ViT-Tiny/8"], "eurosat", "ViT-Tiny/8"),
+    ],
+)
+def test_the_embedded_default_is_left_by_naming_something_else(
+    argv, dataset, backbone, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    config = parse_args(argv)
+    assert (config.dataset, config.backbone) == (dataset, backbone)
+    embedded = (dataset, backbone) == ("digits", "ViT-Tiny/8")
+    assert (config.config is not None) == (config.logit_scale == "checkpoint") == embedded
+    assert config.lr == (EMBEDDED_LR["so"] if embedded else 2e-4)
+
+
+def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
+    table = (ROOT / "docs/digits/rates/table.md").read_text()
+    chosen = re.findall(r"^\| (\w+) .*?(\S+): \S+ \(chosen\)", table, re.MULTILINE)
+    assert {name.lower(): float(lr) for name, lr in chosen} == EMBEDDED_LR
+    for method, lr in EMBEDDED_LR.items():
+        assert parse_args(["--method", method]).lr == lr
+        assert parse_args(["--method", method, "--lr", "0.3"]).lr == 0.3
+        assert parse_args(["--method", method, "--dataset", "dtd"]).lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--dataset", "eurosta"], ["eurosta", "did you mean 'eurosat'", "oxford_pets"]),
+        (["--backbone", "ViT-B16"], ["ViT-B16", "ViT-B/16"]),
+        (["--backbone", "gone.pt"], ["gone.pt", "check the path"]),
+        (["--position", "botom"], ["botom", "did you mean 'bottom'", "half-up"]),
+        (["--method", "sparse"], ["sparse", "so, lora, adam"]),
+        (["--precision", "fp8"], ["fp8", "bf16"]),
+        (["--shots", "0"], ["--shots", ">= 1", "'0'"]),
+        (["--shots", "two"], ["--shots", "whole number", "'two'"]),
+        (["--s", "1"], ["--s", "< 1"]),
+        (["--s", "-0.1"], ["--s", ">= 0"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "0"], ["--lr", "> 0"]),
+        (["--early_stop_loss", "x"], ["--early_stop_loss", "a number, not 'x'"]),
+        (["--logit_scale", "big"], ["--logit_scale", "big"]),
+        (["--n_iters", "1.5"], ["--n_iters", "whole number"]),
+        (["--n_iters", 10**30], ["--n_iters"]),
+        (["--crop_scale", "0.9", "0.1"], ["--crop_scale", "MIN is above MAX"]),
+        (["--filename", "../x"], ["--filename", "../x"]),
+        (["--datset", "x"], ["--datset", "did you mean '--dataset'"]),
+        (["--e", "x"], ["ambiguous", "--encoder"]),
+        (["stray"], ["stray"]),
+        (["--select", "val"], ["--select", "--eval_every"]),
+        (["--method", "lora", "--grad_support", "magnitude"], ["--grad_support", "--method so"]),
+        (["--config", "no such.yaml"], ["no such.yaml"]),
+        (["--backbone", "ViT-B/32"], ["--dataset"]),
+        (["--precision=--"], ["--precision", "expected a value"]),
+        (["--method", "9" * 5000], ["valid: so, lora, adam"]),
+    ],
+)
+def test_bad_flags_end_in_one_sentence(argv, words):
+    message = refused(*argv)
+    assert all(word in message for word in words) and len(message) < 2100, message
+
+
+LAUGHS = "a0: &a0 [x]\n" + "\n".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("dataste: eurosat", ["dataste", "did you mean 'dataset'", "n_iters"]),
+        ("config: x.yaml", ["config"]),
+        ("shots: many", ["shots", "whole number", "many"]),
+        ("position: botom", ["botom", "did you mean 'bottom'"]),
+        ("flip: 3", ["flip", "true or false"]),
+        ("lr: true", ["lr", "True"]),
+        ("lr: {a: 1}", ["lr"]),
+        ("crop_scale: [0.1]", ["crop_scale", "2 values"]),
+        ("crop_scale: [0.1, [1]]", ["crop_scale"]),
+        ("- a list", ["key: value"]),
+        ("", ["key: value"]),
+        ("a: [1", ["not YAML"]),
+        ("\x00", ["not YAML"]),
+        ("[" * 3000, ["not YAML"]),
+        ("lr: !!bool x", ["not YAML"]),
+        ("lr: 2001-99-99", ["not YAML"]),
+        (LAUGHS, ["not YAML", "alias"]),
+        ("!!python/object/apply:os.system ['touch hacked']", ["not YAML"]),
+    ],
+    ids=range(18),
+)
+def test_a_bad_file_of_settings_is_named_with_its_fault(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    message = refused("--config", "mine.yaml", "--dataset", "eurosat")
+    assert "mine.yaml" in message and all(word in message for word in words), message
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")]
+)
+def test_a_lack_of_memory_is_one_sentence_and_mistakes_of_ours_keep_their_traceback(error, capsys):
+    def fail(error):
+        raise error
+
+    assert exit_status(lambda: fail(error)) == 2
+    said = capsys.readouterr().err
+    assert "memory" in said and "--batch_size" in said and said.count("\n") == 1
+    with pytest.raises(RuntimeError):
+        exit_status(lambda: fail(RuntimeError("a mistake of ours")))
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "tpu", "meta", "hpu"])
+def test_a_device_that_is_not_there_is_refused(device):
+    message = refused("--device", device, "--n_iters", 0)
+    assert f"--device {device} cannot be used" in message
+    assert "--device cpu" in message or torch.cuda.is_available()
