@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -243,12 +243,12 @@ class SO(Optimizer):
         """Load what `state_dict` returned, also where the parameters had another precision.
 
         Raises:
-            ValueError: It is not the state of an SO of such tensors.
+            ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
         """
-        seen = []  # the state as other hooks have left it
+        pairs: list[tuple[Tensor, dict]] = []  # as hooks before ours have left them
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, state: seen.append(state)),
-            self.register_load_state_dict_post_hook(lambda _: self._reread(*seen), prepend=True),
+            self.register_load_state_dict_pre_hook(lambda _, s: pairs.extend(self._match(s))),
+            self.register_load_state_dict_post_hook(lambda _: self._reread(pairs), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -258,21 +258,25 @@ class SO(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _reread(self, state_dict: dict[str, Any]) -> None:
-        """Take state as it was saved: torch has cast it to the dtype of the parameters."""
+    def _match(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
+        """Pair each parameter with its saved state, which must fit it."""
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
-            _check(group)
+            _check({**saved, "params": []})
             for number, p in zip(saved["params"], group["params"]):
-                for name, value in state_dict["state"].get(number, {}).items():
-                    if name == "step":  # a plain number in some files
-                        value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
-                    elif name.startswith("exp_avg"):
-                        value = value.to(p.device, _moment_dtype(p), copy=True)
-                    elif not 0 <= int(value.min()) <= int(value.max()) < p.numel():
-                        raise ValueError(f"{name} is not a support in shape {tuple(p.shape)}")
-                    else:
-                        value = value.to(p.device, torch.int64, copy=True)
-                    self.state[p][name] = value
+                if state := state_dict["state"].get(number):
+                    _check_state(p, state, _is_dense(p, saved))
+                    yield p, state
+
+    def _reread(self, pairs: list[tuple[Tensor, dict]]) -> None:
+        """Take state as it was saved: torch has cast it to the dtype of the parameters."""
+        for p, state in pairs:
+            for name, value in state.items():
+                if name == "step":  # a plain number in some files
+                    value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+                else:
+                    dtype = _moment_dtype(p) if name.startswith("exp_avg") else torch.int64
+                    value = value.to(p.device, dtype, copy=True)
+                self.state[p][name] = value
 
     def __getstate__(self) -> dict[str, Any]:
         self._resolve_seeds()
@@ -416,6 +420,21 @@ def _warn_of_few(counts: list[int]) -> None:
             "barely train: raise density_ratio (and lr), or put them into a group with dense=True",
             stacklevel=7,  # the line that called step
         )
+
+
+def _check_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
+    """Raise ValueError where a saved state is not p's: a step writes where its indices say."""
+    supports = [] if dense else [state["grad_indices"], state["indices"]]
+    shape = p.shape if dense else state["indices"].shape
+    moments = [state["exp_avg"], state["exp_avg_sq"]]
+    step = torch.as_tensor(state["step"]).flatten().tolist()
+    good = len(step) == 1 and 0 <= step[0] < float("inf")
+    good &= all(m.shape == shape and m.is_floating_point() and not m.is_meta for m in moments)
+    for s in supports:
+        good &= s.dtype == torch.int64 and s.dim() == 1 and 0 < len(s) == len(s.unique())
+        good = good and 0 <= int(s.min()) and int(s.max()) < p.numel()
+    if not good:
+        raise ValueError(f"the saved state is not that of a tensor of shape {tuple(p.shape)}")
 
 
 def _check(group: dict[str, Any]) -> None:
