@@ -74,6 +74,22 @@ class Checkpoint:
         if not self.path.exists() or (config.overwrite and not config.resume):
             return None
         try:
+            content = self._checked()
+        except ValueError:
+            if config.overwrite:
+                return None
+            raise
+        if not config.resume:
+            raise ValueError(
+                f"{self.path} holds this run at iteration {content['course']['count']} of "
+                f"{content['course']['iterations']}: --resume goes on from there, --overwrite "
+                "starts anew"
+            )
+        return content
+
+    def _checked(self) -> dict[str, Any]:
+        """What the file holds, if that belongs to this very run."""
+        try:
             content = read_saved(self.path)  # as torch.load with weights_only, but safe in old ones
             version = content["version"]
             whole = content.pop("digest") == content_digest(content)
@@ -87,20 +103,15 @@ class Checkpoint:
             )
         if not whole:
             raise ValueError(f"{self.path} is damaged (its digest does not match); {REMEDY}")
-        if changes := differences(content["config"], content["data"], config, self.data):
-            if config.overwrite:
-                return None
+        if changes := differences(content["config"], content["data"], self.config, self.data):
             raise ValueError(
                 f"{self.path} belongs to another run ({changes}); give another --save_path, or "
                 "--overwrite to replace it"
             )
         if content["base"] != self.base:
-            raise ValueError(f"{self.path} belongs to other weights than {config.backbone} has now")
-        if not config.resume:
             raise ValueError(
-                f"{self.path} holds this run at iteration {content['course']['count']} of "
-                f"{content['course']['iterations']}: --resume goes on from there, --overwrite "
-                "starts anew"
+                f"{self.path} belongs to other weights than {self.config.backbone} has now; "
+                f"{REMEDY}"
             )
         return content
 

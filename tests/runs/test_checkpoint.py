@@ -205,8 +205,7 @@ def test_a_checkpoint_of_another_run_is_refused(checkpoint, tmp_path):
         change(checkpoint, **entries)
         message = refused(*COMMON, tmp_path, "--resume")
         assert words in message and str(checkpoint) in message
-        if "there" in words:
-            assert "--save_path" in message and "--overwrite" in message
+        assert "--overwrite" in message
         checkpoint.write_bytes(before)
     change(checkpoint, config={**data["config"], "lr": 0.1})
     run(*COMMON, tmp_path, "--overwrite", "--resume")  # as an overwriting sweep is started again
