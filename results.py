@@ -108,7 +108,7 @@ def in_words(value: float | str) -> str:
     known = value in DATASETS or value in clip.available_models() or value.startswith("open_clip:")
     if not known and ("/" in value or os.path.isfile(value)):
         value = Path(value).name if os.path.isdir(value) else Path(value).stem
-    return value.replace("/", "-").replace("@", "-")
+    return re.sub("[/@:]", "-", value)
 
 
 def computed(config: argparse.Namespace) -> dict[str, Any]:

@@ -621,6 +621,7 @@ def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash:
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     faulthandler.enable(room.crash)
     warnings.filterwarnings("always", append=True)
+    warnings.filterwarnings("ignore", "SO keeps fewer than ten entries")
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))

@@ -15,6 +15,7 @@ import torch
 from clip_helpers import TINY_VIT, random_state_dict
 from dataset_helpers import LAYOUTS, make_dataset
 from PIL import EpsImagePlugin, Image
+from reporting.numbers import find_runs
 from torch import nn
 
 import clip
@@ -137,7 +138,7 @@ def test_the_report_complains_in_letters_on_one_line(tmp_path, capsys):
 def test_the_report_reads_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "result.json")
     said = []
-    assert report.find_runs([tmp_path], said.append) == []
+    assert find_runs([tmp_path], said.append) == []
     assert "result.json is not a file" in said[0]
 
 
