@@ -87,7 +87,8 @@ def backbone(name: str) -> str:
     try:
         clip.check(name)
     except (ValueError, FileNotFoundError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        sentence = str(error).replace("unknown model", "unknown backbone")  # as the flag calls it
+        raise argparse.ArgumentTypeError(sentence) from None
     return name
 
 

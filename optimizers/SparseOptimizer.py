@@ -427,7 +427,7 @@ def _check_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
     supports = [] if dense else [state["grad_indices"], state["indices"]]
     shape = p.shape if dense else state["indices"].shape
     moments = [state["exp_avg"], state["exp_avg_sq"]]
-    step = torch.as_tensor(state["step"]).flatten().tolist()
+    step = torch.as_tensor(state["step"], device="cpu").flatten().tolist()
     good = len(step) == 1 and 0 <= step[0] < float("inf")
     good &= all(m.shape == shape and m.is_floating_point() and not m.is_meta for m in moments)
     for s in supports:

@@ -91,8 +91,9 @@ def test_unknown_supports_are_refused():
 def test_main_puts_ablations_into_folders_of_their_own(tmp_path, capsys):
     common = ["--shots", "1", "--n_iters", "2", "--save_path", str(tmp_path), "--num_workers", "0"]
     main.main([*common, "--grad_support", "magnitude", "--moment_support", "fixed"])
-    folder = tmp_path / "so-grad_magnitude-moment_fixed" / "ViT-Tiny-8" / "digits"
-    result = json.loads((folder / "1shots" / "seed3" / "result.json").read_text())
+    folder = tmp_path / "so/ViT-Tiny-8/digits/1shots"
+    run = "seed3-grad_support_magnitude-moment_support_fixed-n_iters_2"
+    result = json.loads((folder / run / "result.json").read_text())
     assert result["method"] == "so" and result["config"]["grad_support"] == "magnitude"
     with pytest.raises(SystemExit) as stop:
         main.main([*common, "--method", "adam", "--moment_support", "random"])
