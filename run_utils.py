@@ -358,6 +358,7 @@ def exit_status(main: Callable[[], None]) -> int:
     """
     # Pillow's complaints about an image's metadata do not matter here.
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.formatwarning = lambda message, *_, **__: one_line(f"note: {message}") + "\n"
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that it lacks

@@ -97,7 +97,7 @@ def test_main_puts_ablations_into_folders_of_their_own(tmp_path, capsys):
     assert result["method"] == "so" and result["config"]["grad_support"] == "magnitude"
     with pytest.raises(SystemExit) as stop:
         main.main([*common, "--method", "adam", "--moment_support", "random"])
-    assert stop.value.code == 2 and "is of --method so" in capsys.readouterr().err
+    assert stop.value.code == 2 and "belongs to --method so" in capsys.readouterr().err
 
 
 def test_accuracies_can_be_of_the_few_validation_images(tmp_path, capsys):
