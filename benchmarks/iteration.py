@@ -2,11 +2,12 @@
 
     python benchmarks/iteration.py [--classes 10] [--batch 32] [--backbone ViT-B/16] [--json FILE]
 
-Rows: `plain`, SO as the authors compute it (plain.py); `lora`, rank 2 on q, k and v of both
-towers; `adam`, torch's on SO's matrices; `so`, what main.py does; `floor`, how long the matrix
-products of forward pass and input gradients alone would take at the rate measured beside `so`.
-`so:bf16` is a row at another precision than --precision. Each row is a process of its own, which
-take turns; medians are printed. Weights, images and prompts are random.
+Rows: `plain`, SO as the authors compute it (plain.py); `short`, `last` and `sampled`, the same with
+one of our savings: short texts, one token in the last block, sampled gradients; `lora`, rank 2 on
+q, k and v of both towers; `adam`, torch's on SO's matrices; `so`, what main.py does; `floor`, how
+long the matrix products of forward pass and input gradients alone would take at the rate measured
+beside `so`. `so:bf16` is a row at another precision than --precision. Each row is a process of its
+own, which take turns; medians are printed. Weights, images and prompts are random.
 """
 
 import argparse
@@ -62,6 +63,9 @@ Mark = Callable[[str], None]  # called with a part's name where it ends
 PARTS = ("input", "text", "image", "backward", "step")
 METHODS = {
     "plain": "SO, as the authors compute it",
+    "short": "the same with short texts",
+    "last": "the same with one token in the last block",
+    "sampled": "the same with sampled gradients",
     "lora": "LoRA",
     "adam": "Adam",
     "so": "SO",
@@ -85,9 +89,11 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     images = torch.randint(256, (args.batch, side, side, 3), dtype=torch.uint8)
     batch = images.permute(0, 3, 1, 2), torch.randint(args.classes, (args.batch,))
     row = dict(model=model, batch=batch, prompts=cut(tokens))
-    if method == "plain":
+    if method in ("plain", "short", "last"):
         optimizer = plain.PlainSO(params, args.density, LR, T)
-        row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer)
+        tokens = row["prompts"][0] if method == "short" else tokens
+        one_token = method == "last"
+        row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer, one_token)
         return row
 
     if method == "lora":
@@ -100,6 +106,9 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     else:
         optimizer = SO(params, lr=LR, density_ratio=args.density, T=T, seed=0)
         sample_gradients(model, optimizer)
+        if method == "sampled":
+            row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer, False)
+            return row
     row |= dict(optimizer=optimizer, precision=precision, text_chunk=args.text_chunk)
     with autocast(device, precision):
         first, hidden = before_training(model, row["prompts"])
@@ -112,19 +121,19 @@ def plain_iteration(
     model: CLIP,
     batch: tuple[Tensor, Tensor],
     tokens: Tensor,
-    optimizer: plain.PlainSO,
+    optimizer: plain.PlainSO | SO,
+    one_token: bool,
     mark: Mark,
 ) -> None:
-    """One iteration of the authors' code."""
+    """One iteration of the authors' code, or with `one_token` in its last blocks."""
     images, labels = to_device(batch, tokens.device)
     images = normalise(images, model.image_mean, model.image_std)
     mark("input")
-    texts = plain.encode_text(model, tokens)
+    texts = plain.encode_text(model, tokens, one_token)
     mark("text")
-    features = plain.encode_image(model, images)
+    features = plain.encode_image(model, images, one_token)
     mark("image")
-    for p in optimizer.params:
-        p.grad = None
+    model.zero_grad()
     plain.cosine_loss(features, texts, labels).backward()
     mark("backward")
     optimizer.step()

@@ -47,28 +47,36 @@ class PlainSO:
             s["indices"], s["m"], s["v"] = union[keep], m[keep], v[keep]
 
 
-def encode_image(model: CLIP, images: Tensor) -> Tensor:
-    """Features of images, not normalised: (B, 3, R, R) -> (B, D)."""
+def encode_image(model: CLIP, images: Tensor, one_token: bool = False) -> Tensor:
+    """Features of images, not normalised: (B, 3, R, R) -> (B, D).
+
+    With `one_token` the last block computes the class token alone.
+    """
     visual = model.visual
     if not hasattr(visual, "transformer"):  # a ResNet, of which we leave nothing out
         return visual(images)
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
     first = visual.class_embedding.expand(len(x), 1, -1)
     x = visual.ln_pre(torch.cat([first, x], dim=1) + visual.positional_embedding)
-    x = _transformer(visual.transformer.resblocks, x)  # (B, 1 + patches, W)
+    read = x.new_zeros(len(x), dtype=torch.int64)  # the class token
+    x = _transformer(visual.transformer.resblocks, x, read if one_token else None)
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
-def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
+def encode_text(model: CLIP, tokens: Tensor, one_token: bool = False) -> Tensor:
     """Features of texts, not normalised: (N, L) -> (N, D); L is the context in the authors' code.
 
-    The end-of-text token, whose output is the feature, has the highest id.
+    The end-of-text token, whose output is the feature, has the highest id; with `one_token` the
+    last block computes it alone.
     """
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     mask = x.new_full((length, length), float("-inf")).triu(1)
-    x = model.ln_final(_transformer(model.transformer.resblocks, x, mask))  # (N, L, W)
-    return x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)] @ model.text_projection
+    read = tokens.argmax(dim=-1)
+    x = _transformer(model.transformer.resblocks, x, read if one_token else None, mask)
+    x = model.ln_final(x)  # (N, L, W), or (N, 1, W)
+    x = x[:, 0] if one_token else x[torch.arange(len(x), device=x.device), read]
+    return x @ model.text_projection
 
 
 def loss(
@@ -88,12 +96,18 @@ def cosine_loss(
     return F.cross_entropy(logit_scale * image_features @ text_features.T, labels)
 
 
-def _transformer(blocks: nn.Sequential, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """All positions through all blocks, which see (L, N, W) as in OpenAI's code."""
+def _transformer(
+    blocks: nn.Sequential, x: Tensor, read: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """All positions through all blocks, which see (L, N, W) as in OpenAI's code.
+
+    Where positions to read are given, the last block is our own, and computes these alone.
+    """
     x = x.transpose(0, 1)
-    for block in blocks:
+    for block in blocks if read is None else blocks[:-1]:
         x = _block(block, x, mask)
-    return x.transpose(0, 1)
+    x = x.transpose(0, 1)
+    return x if read is None else blocks[-1](x, read)
 
 
 def _block(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:
