@@ -134,11 +134,9 @@ class SampledGradients:
             raise ValueError(f"sampled gradients need an SO, not {type(optimizer).__name__}")
         if isinstance(model, DistributedDataParallel):
             raise ValueError(WITHOUT_DDP)
-        self.params, self.whole = _sort(model, optimizer)
+        self.params, self.whole = _sort(model, optimizer.param_groups)
         if any(_owner(p) is not None for p in self.params):
-            raise ValueError(
-                "sampling is already active for this model: call its handle's remove()"
-            )
+            raise ValueError("sampling is already active for this model: remove() it first")
         if not self.params:
             raise ValueError(
                 "the optimizer has no sparse matrix of this model's to sample: one with two "
@@ -157,22 +155,17 @@ class SampledGradients:
             _owners[p] = weakref.ref(self)  # the optimizer's hooks keep it alive
 
     def __repr__(self) -> str:
-        lines = [f"    whole: {name} ({reason})" for name, reason in self.whole.items()]
-        return "\n".join([self.summary(), *lines])
-
-    def summary(self) -> str:
-        """What is sampled, in one line."""
-        density = {
-            id(p): group["density_ratio"]
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-        }
-        kept = sum(max(1, int(p.numel() * density[id(p)])) for p in self.params)
-        entries = sum(p.numel() for p in self.params)
-        return (
+        ids, kept, entries = set(map(id, self.params)), 0, 0
+        for group in self._optimizer.param_groups:
+            sizes = [p.numel() for p in group["params"] if id(p) in ids]
+            entries += sum(sizes)
+            kept += sum(max(1, int(n * group["density_ratio"])) for n in sizes)
+        lines = [
             f"sampled gradients in {len(self.params)} matrices, {kept:,} of {entries:,} entries; "
-            f"whole in {len(self.whole)} others"
-        )
+            f"whole in {len(self.whole)} others",
+            *(f"    whole: {name} ({reason})" for name, reason in self.whole.items()),
+        ]
+        return "\n".join(lines)
 
     def remove(self) -> None:
         """End sampling: later gradients are whole; weights stay as trained. May be repeated."""
@@ -208,16 +201,9 @@ class SampledGradients:
         return self._plans.get(id(p))
 
 
-def _sort(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[list[Tensor], dict[str, str]]:
+def _sort(model: nn.Module, groups: list[dict]) -> tuple[list[Tensor], dict[str, str]]:
     """Tell the sparse tensors to sample from those that stay whole, these by name and reason."""
-    sparse = {
-        id(p)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if not group["dense"] and (p.dim() >= 2 or group["dense"] is False)
-    }
+    sparse = {id(p) for group in groups if not group["dense"] for p in group["params"]}
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         mine = (
@@ -228,7 +214,7 @@ def _sort(
     sampled, whole = [], {}
     for name, p in model.named_parameters():
         by = [type(module).__name__ for module in users[id(p)] if isinstance(module, TORCHS_OWN)]
-        if id(p) not in sparse:
+        if id(p) not in sparse or p.dim() < 2:
             continue
         if p.dim() != 2:
             whole[name] = f"{p.dim()} dimensions"
@@ -397,7 +383,8 @@ def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int | None) -> Tenso
         inside = (rows >= 0) & (rows < dy.shape[1])
         rows = rows.clamp(0, dy.shape[1] - 1)
     device, exact = dy.device.type, torch.promote_types(dy.dtype, torch.float32)
-    if len(rows) >= _product_from(device, dy.dtype) * dy.shape[1] * plan.in_features:
+    density = len(rows) / max(dy.shape[1] * plan.in_features, 1)
+    if density * EARLIER.get((device, dy.dtype.itemsize == 2), 1) >= PRODUCT_FROM:
         product = dy.t().mm(kept)  # (rows, c)
         columns = plan.slots
         if columns is None:
@@ -412,8 +399,3 @@ def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int | None) -> Tenso
             chunk = product.sum(dim=0)
             total = chunk if total is None else total.add_(chunk)
     return total if inside is None else total * inside
-
-
-def _product_from(device: str, dtype: torch.dtype) -> float:
-    """Density from which the whole matrix product is the faster way."""
-    return PRODUCT_FROM / EARLIER.get((device, dtype.itemsize == 2), 1)
