@@ -7,15 +7,14 @@ Entry (i, j) of the gradient of W in y = x W^T + b is a product of two columns,
 
 so the forward pass keeps the columns j that occur in the support, not x, and the backward pass
 makes k such products, O(tokens * k), not the matrix product dy^T x. The gradient is a coalesced
-sparse COO tensor, which torch accumulates, clips and unscales, and which SO reads like a strided
-one.
+sparse COO tensor, which torch accumulates, clips and unscales, and which SO reads like others.
 
     optimizer = SO(model.parameters(), lr=3e-4, density_ratio=5e-4)
     print(sample_gradients(model, optimizer))
     ...  # train as before
 
-Needs torch, and SparseOptimizer.py where the optimizer comes from. It pays while few of the entries
-are wanted; from the density of PRODUCT_FROM on, values are taken from the matrix product.
+Needs torch, and SparseOptimizer.py where the optimizer comes from. From the density of PRODUCT_FROM
+on, values are taken from the matrix product, which is faster then.
 """
 
 import weakref
@@ -32,18 +31,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
 
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
+CHUNK = {"cpu": 2**18}
+CHUNK_ELSEWHERE = 2**23
+# Density from which the whole matrix product is faster: for float32 factors on a CPU, and how many
+# times as early it is otherwise. The CPU's were measured (benchmarks/product.py); a GPU's follow
+# from an H100's bandwidth and arithmetic, and were not.
+PRODUCT_FROM = 1 / 150
+EARLIER = {("cpu", False): 1, ("cpu", True): 1.4, ("cuda", False): 1.3, ("cuda", True): 10}
+TORCHS_OWN = (nn.MultiheadAttention, nn.RNNBase)  # use their matrices otherwise than by F.linear
 WITHOUT_DDP = (
     "DistributedDataParallel cannot reduce sampled gradients: use the model itself and average the "
     "values of its gradients over the processes before each step, or leave sample_gradients out"
 )
-TORCHS_OWN = (nn.MultiheadAttention, nn.RNNBase)  # use their matrices otherwise than by F.linear
-CHUNK = {"cpu": 2**18}
-CHUNK_ELSEWHERE = 2**23
-# Density from which the whole matrix product is the faster way: for float32 factors on a CPU, and
-# how many times as early it is otherwise. The CPU's were measured (benchmarks/README.md); a GPU's
-# follow from an H100's bandwidth and arithmetic, and were not.
-PRODUCT_FROM = 1 / 150
-EARLIER = {("cpu", False): 1, ("cpu", True): 2, ("cuda", False): 1.3, ("cuda", True): 10}
 
 
 class _Plan(NamedTuple):

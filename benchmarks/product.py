@@ -1,0 +1,67 @@
+"""Where sampled gradients stop paying: k products against the whole matrix product, by density.
+
+    python benchmarks/product.py [--threads 1] [--device cpu] [--tokens 2000]
+
+For one matrix of ViT-B/16's image tower (3072 x 768) and one of its text tower (512 x 512), with
+float32 and bfloat16 factors: milliseconds of both ways of `sampled._products`, which take turns;
+the least of several. `sampled.PRODUCT_FROM` and `EARLIER` are set by it.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.common import synchronise
+from machine import default_device
+from optimizers import sampled
+from optimizers.SparseOptimizer import draw_support
+
+SHAPES = ((3072, 768), (512, 512))
+DENSITIES = (1 / 1000, 1 / 500, 1 / 300, 1 / 200, 1 / 150, 1 / 100, 1 / 50)
+
+
+def milliseconds(dy: Tensor, x: Tensor, density: float, repeats: int) -> list[float]:
+    """The least time of k products, and of the whole matrix product with k entries taken."""
+    rows, columns = dy.shape[1], x.shape[1]
+    k, generator = int(rows * columns * density), torch.Generator().manual_seed(0)
+    support = draw_support(rows * columns, k, generator).to(dy.device)
+    (plan,) = sampled._make_plans([support], [columns])
+    kept = x if plan.kept is None else sampled._columns(x, plan.kept)
+    least = [float("inf"), float("inf")]
+    for _ in range(repeats):
+        for way, product_from in enumerate((1e9, 0)):
+            sampled.PRODUCT_FROM = product_from
+            synchronise(dy.device)
+            start = time.perf_counter()
+            sampled._products(dy, kept, plan, None)
+            synchronise(dy.device)
+            least[way] = min(least[way], 1e3 * (time.perf_counter() - start))
+    return least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--tokens", type=int, default=2000, help="rows of both factors")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print("| matrix | density | sampled, ms | whole, ms | ratio |\n|-|-|-|-|-|")
+    for rows, columns in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            dy, x = (torch.randn(args.tokens, n, device=args.device) for n in (rows, columns))
+            for density in DENSITIES:
+                one, other = milliseconds(dy.to(dtype), x.to(dtype), density, args.repeats)
+                name = f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}"
+                times = f"{one:.1f} | {other:.1f} | {one / other:.2f}"
+                print(f"| {name} | 1/{1 / density:.0f} | {times} |")
+
+
+if __name__ == "__main__":
+    main()
