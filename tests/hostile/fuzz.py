@@ -622,6 +622,8 @@ def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash:
     faulthandler.enable(room.crash)
     warnings.filterwarnings("always", append=True)
     warnings.filterwarnings("ignore", "SO keeps fewer than ten entries")
+    # On two lines, which no note of main.py's has.
+    warnings.showwarning = lambda message, *_, **__: print(f"warning\n{message}", file=sys.stderr)
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
