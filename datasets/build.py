@@ -85,6 +85,12 @@ def build_dataset(
         print(f"note: {missing}", file=sys.stderr)
     if fewshot_list:
         train, val = read_shots(fewshot_list, original, split)
+        if len(train) != shots * len(split.names):
+            print(
+                f"note: {fewshot_list} has {len(train)} training images for {len(split.names)} "
+                f"classes, not {shots} for each, which the results are filed under",
+                file=sys.stderr,
+            )
     else:
         try:
             train, val = draw_shots(split, shots, spec.together)

@@ -18,12 +18,14 @@ WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 def check_split(source: Source, split: Split) -> list[Exception]:
     """All faults of a split: in its classes, in its names, in its files."""
-    faults = [*check_classes(source, split), *check_names(source, split)]
-    return faults if split.listed else [*faults, *check_files(source, split)]
+    checks = [check_labels, check_names, check_files, check_classes]
+    if split.listed:
+        checks.remove(check_files)
+    return [fault for check in checks for fault in check(source, split)]
 
 
-def check_classes(source: Source, split: Split) -> Iterator[Exception]:
-    """Yield faults of labels and classes that do not add up."""
+def check_labels(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield faults of labels that do not add up."""
     where, names = split.where, split.names
     again = source.remedy("get the file again")
     twice = {}
@@ -45,11 +47,16 @@ def check_classes(source: Source, split: Split) -> Iterator[Exception]:
             f"labels in {where} must run from 0 to {len(labels) - 1}, one for each class, "
             f"which {first_few(map(str, sorted(odd)))} breaks; {again}"
         )
+
+
+def check_classes(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield faults of classes without images to train or to test with."""
+    names = split.names
     for part in ("train", "test"):
         present = {label for _, label, _ in getattr(split, part)}
         if lacking := [repr(names[label]) for label in sorted(set(names) - present)]:
             yield source.missing(
-                f"{where} has no {WORDS[part]} images of the class {first_few(lacking)}",
+                f"{split.where} has no {WORDS[part]} images of the class {first_few(lacking)}",
                 source.remedy(
                     "the download or the list is incomplete",
                     "add some, 4 for a class that is to be divided here, or remove the class",
@@ -97,7 +104,7 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
                 missing.append(path)
     if missing:
         yield source.missing(
-            f"{first_few(missing)}: named in {split.where}, missing in {source.images}{instead} "
+            f"{first_few(sorted(missing))}: named in {split.where}, missing in {source.images}{instead} "
             f"({len(missing)} of {plural(len(paths_of_all), 'image')})",
             source.remedy("the download is incomplete or lies elsewhere", "correct the paths"),
         )

@@ -4,6 +4,7 @@ DATASETS.md, section "Your own images", shows the forms. A JSON file is read as 
 """
 
 import csv
+import io
 import os
 from dataclasses import replace
 from functools import partial
@@ -120,7 +121,7 @@ def _read_parts(source: Source, inner: dict[str, list[str]]) -> Split:
 def read_csv(source: Source, file: str) -> Split:
     """Read the columns path, label and perhaps split; other columns are left alone."""
     path = source.folder / file
-    reader = csv.DictReader(read_text(source, path).splitlines(), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(source, path)), strict=True)
     try:
         columns = [str(name).strip().lower() for name in reader.fieldnames or ()]
         if lacking := [name for name in ("path", "label") if name not in columns]:
