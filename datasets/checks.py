@@ -103,8 +103,9 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
                     instead = next((f" ({n} is there)" for n in present if n.startswith(stem)), "")
                 missing.append(path)
     if missing:
+        names = first_few(sorted(missing))
         yield source.missing(
-            f"{first_few(sorted(missing))}: named in {split.where}, missing in {source.images}{instead} "
+            f"{names}: named in {split.where}, missing in {source.images}{instead} "
             f"({len(missing)} of {plural(len(paths_of_all), 'image')})",
             source.remedy("the download is incomplete or lies elsewhere", "correct the paths"),
         )
