@@ -3,19 +3,19 @@
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from dataset_helpers import PARTS, make_dataset, write_image
 
-from datasets import DATASETS, build_dataset, check_dataset, dataset_name, describe_data
+from datasets import build_dataset, check_dataset, dataset_name, describe_data
 from datasets.__main__ import main as doctor
 from datasets.base import TEMPLATE
 from datasets.sampling import fewshot_json
 
 SIZES = {"Käse Brot": 12, "a.b": 10, "zoo_bar": 5}
-DTD_SPLIT = "dtd/split_zhou_DescribableTextures.json"
 
 
 def fill(folder, sizes):
@@ -51,7 +51,7 @@ def test_each_class_of_a_folder_is_divided_and_nothing_is_written(mine):
     before = sorted(mine.parent.rglob("*"))
     dataset = built(mine)
     assert dataset.name == "mine" and dataset.classnames == sorted(SIZES)
-    assert dataset.template == TEMPLATE and dataset.data["split"] == "own"
+    assert dataset.data["split"] == "own" and dataset.template == TEMPLATE
     assert [dataset.data[part] for part in PARTS] == [6 + 5 + 2, 2 + 2 + 1, 4 + 3 + 2]
     for item in dataset.train_x + dataset.val + dataset.test:
         assert Path(item.impath).is_file() and Path(item.impath).parent.name == item.classname
@@ -64,11 +64,10 @@ def test_the_images_of_a_known_dataset_are_drawn_alike_as_own_ones(tmp_path, for
     make_dataset("dtd", tmp_path, split=form == "json", per_class=20, size=(8, 8))
     images = tmp_path / "dtd/images"
     if form == "json":
-        images = (tmp_path / DTD_SPLIT).rename(images / "my.json")
-        (tmp_path / DTD_SPLIT).write_bytes(images.read_bytes())
+        shutil.copy(tmp_path / "dtd/split_zhou_DescribableTextures.json", images / "my.json")
+        images /= "my.json"
     known, own = built("dtd", 3, root=tmp_path), built(images, 3)
-    for part in ("train_x", "val", "test"):
-        assert getattr(own, part) == getattr(known, part)
+    assert (own.train_x, own.val, own.test) == (known.train_x, known.val, known.test)
     assert own.data == {**known.data, "split": "own"} and own.name in ("images", "my")
 
 
@@ -106,23 +105,19 @@ def test_a_known_name_wins_unless_a_path_is_written(tmp_path, monkeypatch):
         assert describe_data(name, None)["split"] == "own" and dataset_name(name) == "dtd"
     (tmp_path / "dtd").rename(tmp_path / "my.set")
     check_dataset("my.set")
+    with pytest.raises(ValueError, match="0.png is not a folder, a .csv or a .json"):
+        check_dataset("my.set/a/0.png")
     assert dataset_name("my.set") == "my.set" and dataset_name("x/some.csv") == "some"
-    assert dataset_name("dtd") == "dtd" and "dtd" in DATASETS
 
 
 def test_a_csv_without_parts_is_divided_as_the_folder_is(mine):
-    csv, folder = (
-        built(listed(mine, "path,label,x", lambda n, p, name: f"{p},{name},-")),
-        built(mine),
-    )
+    csv = built(listed(mine, "path,label,x", lambda n, path, name: f"{path},{name},-"))
+    folder = built(mine)
     assert csv.name == "list" and csv.data["digest"] != folder.data["digest"]  # other paths
-    for part in ("train_x", "val", "test", "classnames"):
-        assert getattr(csv, part) == getattr(folder, part)
+    assert (csv.train_x, csv.val, csv.test) == (folder.train_x, folder.val, folder.test)
 
 
-@pytest.mark.parametrize(
-    "words", [PARTS, ("Train", "validation", "TEST"), ("train", "valid", "test")]
-)
+@pytest.mark.parametrize("words", [PARTS, ("Train", "valid", "TEST")])
 def test_a_csv_with_parts_and_numbers_keeps_both(mine, words):
     number = dict(zip(SIZES, (10, 9, -1), strict=True))
     path = listed(mine, "Split,label,path", lambda n, p, name: f"{words[n % 3]},{number[name]},{p}")
@@ -135,8 +130,7 @@ def test_a_csv_with_parts_and_numbers_keeps_both(mine, words):
 
 def test_the_doctor_takes_a_path(mine, capsys):
     assert doctor(["--dataset", str(mine), "--decode"]) == 0
-    row = capsys.readouterr().out.splitlines()[1]
-    assert row.split() == "mine mine own 3 13 5 9 ok".split()
+    assert capsys.readouterr().out.splitlines()[1].split() == "mine mine own 3 13 5 9 ok".split()
     (mine / "a.b/0.png").write_bytes(b"x")
     assert doctor(["--dataset", str(mine), "--decode"]) == 1
     assert f"a.b/0.png in {mine} cannot be decoded" in capsys.readouterr().out
@@ -153,12 +147,11 @@ def test_names_from_a_file_are_in_items_and_digest(mine):
     assert describe_data(str(mine), None, classnames=names) == dataset.data
 
 
-@pytest.mark.parametrize("text", ["0: fields", "Annual Crop Land: fields"])
-def test_classes_of_a_known_dataset_are_renamed_by_label_or_name(tmp_path, text):
+def test_classes_of_a_known_dataset_are_renamed_by_label_or_name(tmp_path):
     make_dataset("eurosat", tmp_path, size=(8, 8))
-    (tmp_path / "names.yaml").write_text(text)
-    dataset = built("eurosat", root=tmp_path, classnames=str(tmp_path / "names.yaml"))
-    assert dataset.classnames[:2] == ["fields", "Forest"]
+    (tmp_path / "names.yaml").write_text("0: fields\nForest: wood")
+    dataset = built("eurosat", root=tmp_path, classnames=tmp_path / "names.yaml")
+    assert dataset.classnames[:2] == ["fields", "wood"]
 
 
 def test_templates_are_texts_or_those_of_the_field(mine):
@@ -167,8 +160,8 @@ def test_templates_are_texts_or_those_of_the_field(mine):
     assert built(mine, template=["dataset"]).template == TEMPLATE
     assert len(set(built(mine, template="clip").template)) == 7
     make_dataset("oxford_pets", mine.parent, size=(8, 8))
-    dataset = built("oxford_pets", root=mine.parent, template=["dataset"])
-    assert dataset.template == ["a photo of a {}, a type of pet."]
+    pets = built("oxford_pets", root=mine.parent, template=["dataset"])
+    assert pets.template == ["a photo of a {}, a type of pet."]
 
 
 @pytest.mark.parametrize("prefix", ["", "/home/them/images/", "D:\\data\\images\\", "images/"])
@@ -185,7 +178,6 @@ def test_a_list_gives_the_same_images_on_another_disk(mine, tmp_path, capsys, pr
     second = built(tmp_path / "other/mine", **more)
     assert random.getstate() == random.Random(1).getstate() and second.data == first.data
     assert fewshot_json(second) == fewshot_json(first) and capsys.readouterr().err == ""
-    assert second.train_x[0].impath.startswith(str(tmp_path / "other"))
     built(mine, 1, **more)
     assert "few.json has 6 training images for 3 classes, not 1 for" in capsys.readouterr().err
 
@@ -210,16 +202,12 @@ REFUSED = [
     ("folder", "a:6 b:0", "no training images of the class 'b'; add some"),
     ("folder", "a:6 b:3", "no test images of the class 'b'; add some, 4 for a class"),
     ("folder", "train/a:2 train/b:2 test/a:1 test/b:0", "no test images of the class 'b'"),
-    ("folder", "train/a:2 train/b:2 test/a:1 test/c:1", "test/ in {} have different classes: b, c"),
+    ("folder", "train/a:2 train/b:2 test/a:1 test/c:1", "{} have different classes: b, c"),
     ("folder", "train/a:2 test/a:2 val/b:1", "train/ and val/ in {} have different classes: a, b"),
     ("folder", "train/a:2 test/a:2 val/a:2 valid/a:2", "has test, train, val, valid: keep one"),
     ("folder", "train/a:2 val/a:2", "{} has train/, val/ but no test/"),
     ("folder", "train:2 test:2", "/test, {}/train has no class folders"),
-    (
-        "text",
-        "file;label\na;b",
-        "no column path and no column label but file;label: its first line",
-    ),
+    ("text", "file;label\na;b", "and no column label but file;label: its first line must be path,"),
     ("text", "", "no column path and no column label but none"),
     ("csv", "", "has no images at all; add some"),
     ("csv", "a/y.png,a\na/x.png,a\nb/0.png,b", "a/x.png, a/y.png: named in"),
@@ -230,26 +218,22 @@ REFUSED = [
     ("parts", "a/0.png,a,tets", "line 2 has the split 'tets' (did you mean 'test'?)"),
     ("parts", "a/0.png,a,test\nb/0.png,b", "line 3 has the split '': valid are train"),
     ("parts", "a/0.png,a,train\na/1.JPG,a,test", "has one class, 'a'"),
-    (
-        "parts",
-        "a/0.png,a,train\na/1.JPG,a,test\nb/0.png,b,train",
-        "no test images of the class 'b'",
-    ),
+    ("parts", "a/0.png,a,train\na/1.JPG,a,test\nb/0.png,b,train", "no test images of the class"),
+    ("json", None, "there is no {}/list.json: --dataset takes"),
     ("json", "[]", "list.json lacks the part train, val, test; correct it"),
     ("json", '{"train": [], "val": [], "test": []}', "list.json has no images at all"),
-    ("name", None, "there is no {}/file: --dataset takes"),
-    ("name", "a picture", "file is not a folder, a .csv or a .json"),
-    ("classnames", None, "there is no file {}/file: --classnames takes"),
+    ("json", None, "there is no {}/list.json: --dataset takes"),
+    ("classnames", None, "there is no file {}/list.csv: --classnames takes"),
     ("classnames", "A: x\nzzz: y", "names 'A' (did you mean 'a'?), 'zzz', a class that {} does"),
     ("classnames", "0: x\n7: y", "names '7', a class"),
     ("classnames", "- a", "is not made of lines like"),
     ("classnames", "a:", "has no name for a: it takes lines like"),
     ("classnames", "a: [", "cannot be read as YAML"),
-    ("template", ["a photo"], "the template 'a photo' must have {{}} exactly once"),
-    ("template", ["a {}", "{} {}"], "the template '{{}} {{}}' must have {{}} exactly once"),
-    ("template", ["{} {x}"], "must have {{}} exactly once"),
+    ("template", ["a photo"], "the template 'a photo' must have {{}} exactly"),
+    ("template", ["a {}", "{} {}"], "the template '{{}} {{}}' must have {{}} exactly"),
+    ("template", ["{} {x}"], "must have {{}} exactly"),
     ("template", [], "the template is empty and must have"),
-    ("fewshot_list", None, "there is no file {}/file: --fewshot_list takes"),
+    ("fewshot_list", None, "there is no file {}/list.csv: --fewshot_list takes"),
     ("fewshot_list", "{", "cannot be read as JSON"),
     ("fewshot_list", '{"train": [], "val": []}', "has no list of images named train"),
     ("fewshot_list", '["a/0.png", "0", "a"]', "entries in train that are not"),
@@ -258,25 +242,22 @@ REFUSED = [
     ("fewshot_list", '["a/0.png", 1, "a"]', "gives a/0.png the label 1 and the class 'a', which"),
     ("fewshot_list", '["a/1.JPG", 0, "a"]', "names a/1.JPG, a test image in {}: take it out"),
 ]
-HEADERS = {"text": "", "csv": "path,label\n", "parts": "path,label,split\n"}
+HEADERS = {"json": "", "text": "", "csv": "path,label\n", "parts": "path,label,split\n"}
 
 
 @pytest.mark.parametrize("what, content, message", REFUSED)
 def test_bad_input_gets_one_sentence(tmp_path, what, content, message):
     sizes = [pair.split(":") for pair in (content if what == "folder" else "a:6 b:6").split()]
     fill(tmp_path, {name: int(count) for name, count in sizes})
-    name, more = tmp_path, {}
-    if what in ("csv", "parts", "text", "json"):
-        name = tmp_path / ("list.json" if what == "json" else "list.csv")
-        name.write_text(HEADERS.get(what, "") + content)
-    elif what == "template":
-        more = {"template": content}
+    file, more = tmp_path / {"json": "list.json"}.get(what, "list.csv"), {"name": tmp_path}
+    if what in HEADERS:
+        more = {"name": file}
     elif what != "folder":
-        name, more = tmp_path, {what: tmp_path / "file"}
-        name = more.pop("name", name)
-        if content:
-            listed = f'{{"train": [{content}], "val": []}}'
-            (tmp_path / "file").write_text(listed if content.startswith("[") else content)
+        more[what] = content if what == "template" else file
+    if what == "fewshot_list" and content and content.startswith("["):
+        content = f'{{"train": [{content}], "val": []}}'
+    if isinstance(content, str):
+        file.write_text(HEADERS.get(what, "") + content)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        built(name, **more)
+        built(**more)
     assert message.format(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
