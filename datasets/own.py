@@ -100,22 +100,33 @@ def _read_parts(source: Source, inner: dict[str, list[str]]) -> Split:
             f"{first_few(flat)} has no class folders: sort its images into a folder for each class"
         )
     train = inner[found["train"]]
-    for name in inner.values():
-        if differing := sorted(set(train) ^ set(name)):
-            part = next(folder for folder in inner if inner[folder] is name)
+    for folder, classes in inner.items():
+        if differing := sorted(set(train) ^ set(classes)):
             raise source.error(
-                f"{found['train']}/ and {part}/ in {source.images} have different classes: "
-                f"{first_few(differing)} is in one of them alone; make them alike"
+                f"{found['train']}/ and {folder}/ in {source.images} have different classes: "
+                f"{first_few(differing)} in one of them alone; make them alike"
             )
     names = dict(enumerate(in_order(train)))
     parts: dict[str, list[Entry]] = {part: [] for part in PARTS}
     for part, folder in found.items():
         for label, name in names.items():
             parts[part] += [(path, label, name) for path in paths_in(source, f"{folder}/{name}")]
-    split = Split(str(source.images), **parts, names=names)
-    if "val" not in found:
-        split = hold_out(source.images, split.train, split.test, names)
-    return replace(split, kind="own", listed=True)
+    return replace(_with_val(source, source.images, parts, names, "val" in found), listed=True)
+
+
+def _with_val(
+    source: Source, where: Path, parts: dict[str, list[Entry]], names: dict[int, str], given: bool
+) -> Split:
+    """The split of these parts, its validation images taken from training where none are given."""
+    if not given:
+        return replace(hold_out(where, parts["train"], parts["test"], names), kind="own")
+    present = {label for _, label, _ in parts["val"]}
+    if lacking := [repr(name) for label, name in names.items() if label not in present]:
+        raise source.error(
+            f"{where} has no validation images of the class {first_few(lacking)}; add some, or "
+            "take the validation part out"
+        )
+    return Split(str(where), **parts, names=names, kind="own")
 
 
 def read_csv(source: Source, file: str) -> Split:
@@ -156,10 +167,7 @@ def read_csv(source: Source, file: str) -> Split:
     parts: dict[str, list[Entry]] = {part: [] for part in PARTS}
     for image, name, part in rows:
         parts[part].append((image, labels[name], name))
-    split = Split(str(path), **parts, names=dict(enumerate(names)), kind="own")
-    if not split.val:
-        split = replace(hold_out(path, split.train, split.test, split.names), kind="own")
-    return split
+    return _with_val(source, path, parts, dict(enumerate(names)), bool(parts["val"]))
 
 
 def _part(name: str) -> str | None:
