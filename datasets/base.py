@@ -281,6 +281,14 @@ def _three_levels(folder: Path) -> Iterator[Path]:
         level = [path / name for path in level for name in list_folders(path)]
 
 
+def by_class(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries of each class, the classes in order of first appearance."""
+    groups: dict[int, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry[1], []).append(entry)
+    return list(groups.values())
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Distinct names, sorted; by value where all of them are numbers."""
     names = sorted(set(names))

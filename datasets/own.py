@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from datasets.base import PARTS, DatasetSpec, Entry, Source, Split, in_order, list_folders
+from datasets.base import PARTS, DatasetSpec, Entry, Source, Split, by_class, in_order, list_folders
 from datasets.raw import divide, hold_out, paths_in, read_text
 from datasets.splits import slashes
 from utils import first_few, nearest
@@ -157,16 +157,14 @@ def read_csv(source: Source, file: str) -> Split:
     if bad:
         raise source.error(f"in {path}, {first_few(bad)}: valid are train, val and test")
     names = in_order(label for _, label, _ in rows)
-    if "split" not in columns:
-        images: dict[str, list[str]] = {name: [] for name in names}
-        for image, label, _ in rows:
-            images[label].append(image)
-        classes = [(name, sorted(images[name])) for name in names]
-        return replace(divide(path, classes), kind="own")
     labels = {name: label for label, name in enumerate(names)}
     parts: dict[str, list[Entry]] = {part: [] for part in PARTS}
     for image, name, part in rows:
         parts[part].append((image, labels[name], name))
+    if "split" not in columns:
+        groups = by_class(sorted(parts["train"], key=lambda entry: (entry[1], entry[0])))
+        classes = [(entries[0][2], [image for image, _, _ in entries]) for entries in groups]
+        return replace(divide(path, classes), kind="own")
     return _with_val(source, path, parts, dict(enumerate(names)), bool(parts["val"]))
 
 

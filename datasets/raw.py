@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets.base import PARTS, Entry, Source, Split, list_folders, list_images
+from datasets.base import PARTS, Entry, Source, Split, by_class, list_folders, list_images
 from utils import first_few
 
 SEED = 1
@@ -177,10 +177,7 @@ def hold_out(where: Path, train: list[Entry], test: list[Entry], names: dict[int
     """Make 20 % of each class's training images validation."""
     rng = random.Random(SEED)
     rest, val = [], []
-    classes: dict[int, list[Entry]] = {}
-    for entry in train:
-        classes.setdefault(entry[1], []).append(entry)
-    for _, entries in sorted(classes.items()):
+    for entries in sorted(by_class(train), key=lambda entries: entries[0][1]):
         rng.shuffle(entries)
         count = round(0.2 * len(entries))
         val += entries[:count]

@@ -4,7 +4,7 @@ import json
 import os
 import random
 
-from datasets.base import Entry, FewShotDataset, Item, Split
+from datasets.base import Entry, FewShotDataset, Item, Split, by_class
 from datasets.splits import well_formed
 from utils import first_few, nearest
 
@@ -32,9 +32,9 @@ def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[E
     """
     few = min(shots, 4)
     if not together:
-        val = [entry for items in _by_class(split.val) for entry in _draw(items, few)]
-        return [entry for items in _by_class(split.train) for entry in _draw(items, shots)], val
-    groups = _by_class(split.train)
+        val = [entry for items in by_class(split.val) for entry in _draw(items, few)]
+        return [entry for items in by_class(split.train) for entry in _draw(items, shots)], val
+    groups = by_class(split.train)
     for items in groups:
         if len(items) < shots + few:
             raise ValueError(
@@ -44,14 +44,6 @@ def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[E
     drawn = [random.sample(items, shots + few) for items in groups]
     train = [entry for items in drawn for entry in items[:shots]]
     return train, [entry for items in drawn for entry in items[shots:]]
-
-
-def _by_class(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of each class, the classes in order of first appearance."""
-    groups: dict[int, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry[1], []).append(entry)
-    return list(groups.values())
 
 
 def _draw(items: list[Entry], count: int) -> list[Entry]:
