@@ -6,7 +6,8 @@ where to get it and how it must lie.
 """
 
 from datasets.base import DatasetSpec, FewShotDataset, Item
-from datasets.build import build_dataset, describe_data, find_spec
+from datasets.build import build_dataset, check_dataset, dataset_name, describe_data, find_spec
+from datasets.sampling import fewshot_json
 from datasets.table import DATASETS
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "FewShotDataset",
     "Item",
     "build_dataset",
+    "check_dataset",
+    "dataset_name",
     "describe_data",
+    "fewshot_json",
     "find_spec",
 ]

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from datasets.base import PARTS, Source, Split, find_source, root_folder
-from datasets.build import find_spec
+from datasets.build import dataset_name, find_spec
 from datasets.checks import numbers, shortfall
 from datasets.images import read_image
 from datasets.splits import read_split
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the doctor; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m datasets", description="Check the datasets.")
     parser.add_argument("--root_path", help="folder that holds all datasets")
-    parser.add_argument("--dataset", help="name of the only dataset to check")
+    parser.add_argument("--dataset", help="name of the only dataset, or path of your own")
     parser.add_argument("--decode", action="store_true", help="open every image as well")
     parser.add_argument("--list", action="store_true", help="print the known datasets and end")
     args = parser.parse_args(arguments)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         names = [args.dataset] if args.dataset else list(DATASETS)
-        to_be_found = [name for name in names if not find_spec(name).prepare]
+        to_be_found = [name for name in names if find_spec(name).needs_root]
     except ValueError as error:
         parser.error(str(error))
     if to_be_found and not args.root_path:
@@ -78,11 +78,12 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
     """Look at one dataset, without writing anything.
 
     Args:
-        name: Its name in the table.
+        name: Its name in the table, or the path of own images.
         root_path: The folder of all datasets.
         decode: Open every image.
     """
-    spec, finding = DATASETS[name], Finding(name)
+    spec, name = find_spec(name), dataset_name(name)
+    finding = Finding(name)
     try:
         source = find_source(name, spec, root_path, prepare=False)
         if spec.prepare and not source.folder.exists():

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -38,6 +39,7 @@ class FewShotDataset:
         classnames: By label.
         template: Prompts with {} for the class name.
         data: What the few were drawn from, for results to be told apart by (see `Split.data`).
+        images: The image folder, where the paths of all items begin.
     """
 
     name: str
@@ -47,6 +49,7 @@ class FewShotDataset:
     classnames: list[str]
     template: list[str]
     data: dict[str, str | int]
+    images: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Split:
         where: The file or folder that they were read from, for messages.
         names: Class name of each label.
         kind: "published", "made" here from the raw download, or "own" for a user's images.
+        listed: The paths come from listing their folders, so that the files are there.
     """
 
     where: str
@@ -65,6 +69,7 @@ class Split:
     test: list[Entry]
     names: dict[int, str]
     kind: str = "published"
+    listed: bool = False
 
     def entries(self) -> Iterator[Entry]:
         """All entries, in the order of PARTS."""
@@ -105,6 +110,8 @@ class DatasetSpec:
         others: Folders of another release that people have instead, and what to say of each.
         together: Training and validation images are drawn at once (see `draw_shots`).
         prepare: Makes the dataset's folder, if it is not there yet, instead of a download.
+        template: The prompt that CoOp has for it.
+        place: The folder of a user's own images, which need not be below the root.
     """
 
     title: str
@@ -121,6 +128,13 @@ class DatasetSpec:
     others: tuple[tuple[str, str], ...] = ()
     together: bool = False
     prepare: Callable[[Path], None] | None = None
+    template: str = TEMPLATE[0]
+    place: Path | None = None
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether its folder is looked for below the folder of all datasets."""
+        return not self.prepare and not self.place
 
     def image_folders(self, folder: Path) -> list[Path]:
         """The folders of images, where the dataset's own folder is this one."""
@@ -153,6 +167,10 @@ class Source:
         """An exception in one form: dataset, fault and remedy, section of DATASETS.md."""
         return kind(f"{self.name}: {text}; see DATASETS.md, section {self.spec.title}")
 
+    def remedy(self, download: str, own: str = "correct it") -> str:
+        """What helps with faulty data: another for a download than for a user's own images."""
+        return own if self.spec.place else download
+
     def missing(
         self, text: str, remedy: str = "", kind: type[Exception] = FileNotFoundError
     ) -> Exception:
@@ -175,7 +193,7 @@ def find_source(
     Args:
         name: The dataset's name in the table.
         spec: Its row.
-        root_path: The folder of all datasets; needed unless the row has `prepare`.
+        root_path: The folder of all datasets; needed where the row says so.
         prepare: Make the folder where it is missing and the row says how. Without it, such a
             row's folder need not be there.
 
@@ -183,8 +201,10 @@ def find_source(
         ValueError: No root_path, or the folder could not be made.
         FileNotFoundError: The root or the dataset's folder is not there.
     """
+    if spec.place:
+        return Source(name, spec, spec.place.parent, spec.place)
     names, section = " or ".join(spec.folders), f"see DATASETS.md, section {spec.title}"
-    if not root_path and not spec.prepare:
+    if not root_path and spec.needs_root:
         raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
     root = root_folder(root_path)
     if root_path and not os.path.isdir(root):
@@ -259,6 +279,21 @@ def _three_levels(folder: Path) -> Iterator[Path]:
     for _ in range(3):
         yield from level
         level = [path / name for path in level for name in list_folders(path)]
+
+
+def by_class(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries of each class, the classes in order of first appearance."""
+    groups: dict[int, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry[1], []).append(entry)
+    return list(groups.values())
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Distinct names, sorted; by value where all of them are numbers."""
+    names = sorted(set(names))
+    numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
+    return sorted(names, key=float) if numbers else names
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:

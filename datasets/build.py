@@ -2,105 +2,141 @@
 
 import os
 import random
+import shlex
 import sys
+from collections.abc import Sequence
 
-from datasets.base import (
-    TEMPLATE,
-    DatasetSpec,
-    Entry,
-    FewShotDataset,
-    Item,
-    Source,
-    Split,
-    find_source,
-)
+from datasets.base import DatasetSpec, Entry, FewShotDataset, Item, Source, Split, find_source
 from datasets.checks import shortfall
-from datasets.sampling import draw_shots
+from datasets.own import is_path, own_spec, stem
+from datasets.prompts import prompt_templates, rename
+from datasets.sampling import draw_shots, read_shots
 from datasets.splits import read_split
 from datasets.table import DATASETS
 from utils import nearest
 
 
 def find_spec(name: str) -> DatasetSpec:
-    """The row of a dataset.
+    """The row of a dataset: of the table, or made for the path of a user's own images.
 
     Raises:
-        ValueError: There is no such name; the error lists those that there are.
+        ValueError: It is neither a name of the table nor such a path.
     """
-    if name not in DATASETS:
-        hint = nearest(str(name), DATASETS)
-        raise ValueError(f"unknown dataset {name!r}{hint}; valid: {', '.join(DATASETS)}")
-    return DATASETS[name]
+    name = os.fspath(name)
+    if name in DATASETS:
+        return DATASETS[name]
+    if is_path(name):
+        return own_spec(name)
+    raise ValueError(
+        f"unknown dataset {name!r}{nearest(name, DATASETS)}; valid: {', '.join(DATASETS)}, or the "
+        "path of your own images: a folder, a .csv or a .json"
+    )
 
 
-def build_dataset(name: str, root_path: str | os.PathLike | None, shots: int) -> FewShotDataset:
+def check_dataset(name: str) -> None:
+    """Check that a dataset is in the table or an existing path; no image is looked at.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    find_spec(name)
+
+
+def dataset_name(name: str) -> str:
+    """What results call a dataset: its name in the table, or its folder's or its file's stem."""
+    return name if name in DATASETS else stem(name)
+
+
+def build_dataset(
+    name: str,
+    root_path: str | os.PathLike | None,
+    shots: int,
+    *,
+    classnames: str | os.PathLike | None = None,
+    template: str | Sequence[str] | None = None,
+    fewshot_list: str | os.PathLike | None = None,
+) -> FewShotDataset:
     """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
 
     Numbers of classes and images that differ from the published ones are said on standard error,
     and so is a split that is not the published one.
 
     Args:
-        name: A name of the table `DATASETS`.
-        root_path: The folder of all datasets; None for those that are made on first use.
+        name: A name of the table `DATASETS`, or the path of own images.
+        root_path: The folder of all datasets; None for those that are made on first use, and for
+            own images.
         shots: Training images per class; min(shots, 4) are drawn for validation.
+        classnames: YAML file with the names that prompts give the classes (see `rename`).
+        template: Prompts with {}, or "dataset" or "clip" (see `prompt_templates`).
+        fewshot_list: JSON file of images to take in place of the draw (see `read_shots`).
 
     Raises:
-        ValueError: An unknown name, shots below 1, no root_path, or broken data.
+        ValueError: An unknown name, shots below 1, no root_path, broken data, or names, a template
+            or a list that do not fit the data.
         FileNotFoundError: A folder, list or image is missing.
     """
     spec = find_spec(name)
     if not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
-    source, split = _read(name, root_path, save=True)
+    prompts = prompt_templates(template, spec)
+    source, original = _read(name, root_path, save=True)
+    split = rename(original, classnames)
     if missing := shortfall(source, split):
         print(f"note: {missing}", file=sys.stderr)
-    try:
-        train, val = draw_shots(split, shots, spec.together)
-    except ValueError as error:
-        raise source.error(str(error)) from error
+    if fewshot_list:
+        train, val = read_shots(fewshot_list, original, split)
+        if len(train) != shots * len(split.names):
+            print(
+                f"note: {fewshot_list} has {len(train)} training images for {len(split.names)} "
+                f"classes, not {shots} for each, which the results are filed under",
+                file=sys.stderr,
+            )
+    else:
+        try:
+            train, val = draw_shots(split, shots, spec.together)
+        except ValueError as error:
+            raise source.error(str(error)) from error
 
     def items(entries: list[Entry]) -> list[Item]:
         return [Item(source.locate(path), label, name) for path, label, name in entries]
 
     return FewShotDataset(
-        name,
+        source.name,
         items(train),
         items(val),
         items(split.test),
         list(split.names.values()),
-        list(TEMPLATE),
+        prompts,
         split.data(),
+        str(source.images),
     )
 
 
-def describe_data(name: str, root_path: str | os.PathLike | None) -> dict[str, str | int]:
+def describe_data(
+    name: str,
+    root_path: str | os.PathLike | None,
+    classnames: str | os.PathLike | None = None,
+) -> dict[str, str | int]:
     """Say which data `build_dataset` would use: what it gives as `data`.
 
-    Nothing is drawn, printed or written.
-
-    Args:
-        name: A name of the table `DATASETS`.
-        root_path: The folder of all datasets; None for those that are made on first use.
-
-    Raises:
-        ValueError: As `build_dataset`.
-        FileNotFoundError: As `build_dataset`.
+    Nothing is drawn, printed or written. Arguments and errors are those of `build_dataset`.
     """
-    return _read(name, root_path, save=False)[1].data()
+    return rename(_read(name, root_path, save=False)[1], classnames).data()
 
 
 def _read(name: str, root_path: str | os.PathLike | None, save: bool) -> tuple[Source, Split]:
     """Read and check all entries, leaving Python's global generator as it was."""
     spec, state = find_spec(name), random.getstate()
     try:
-        source = find_source(name, spec, root_path, prepare=save)
+        source = find_source(dataset_name(name), spec, root_path, prepare=save)
         split, problems = read_split(source, save)
     finally:
         random.setstate(state)  # importing what a reader needs may draw: scikit-learn does
     if problems:
         first, more = problems[0], len(problems) - 1
         if more:
-            command = f"python -m datasets --root_path {root_path} --dataset {name}"
+            root = f" --root_path {root_path}" if spec.needs_root else ""
+            command = f"python -m datasets{root} --dataset {shlex.quote(name)}"
             raise type(first)(f"{first} (`{command}` lists this and {more} more)")
         raise first
     return source, split

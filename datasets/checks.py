@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from datasets.base import DatasetSpec, Source, Split, exists
-from utils import first_few
+from utils import first_few, plural
 
 NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
 OUTSIDE = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
@@ -18,33 +18,49 @@ WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 def check_split(source: Source, split: Split) -> list[Exception]:
     """All faults of a split: in its classes, in its names, in its files."""
-    return [*check_classes(source, split), *check_names(source, split), *check_files(source, split)]
+    checks = [check_labels, check_names, check_files, check_classes]
+    if split.listed:
+        checks.remove(check_files)
+    return [fault for check in checks for fault in check(source, split)]
 
 
-def check_classes(source: Source, split: Split) -> Iterator[Exception]:
-    """Yield faults of labels and classes that do not add up."""
+def check_labels(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield faults of labels that do not add up."""
     where, names = split.where, split.names
+    again = source.remedy("get the file again")
     twice = {}
     for _, label, name in split.entries():
         if names.get(label, name) != name:
             twice[label] = f"label {label} stands for {names[label]!r} and {name!r}"
     if twice:
-        yield source.error(f"in {where}, {first_few(twice.values())}; get the file again")
+        yield source.error(f"in {where}, {first_few(twice.values())}; {again}")
     labels = sorted({*names, *(label for _, label, _ in split.entries())})
     if not labels:
-        yield source.missing(f"{where} has no images at all", "get it again")
+        yield source.missing(
+            f"{where} has no images at all", source.remedy("get it again", "add some")
+        )
+    elif source.spec.place and len(labels) == 1:
+        yield source.error(f"{where} has one class, {names[labels[0]]!r}; a task takes two or more")
     elif labels != list(range(len(labels))):
         odd = set(labels) ^ set(range(len(labels)))
         yield source.error(
             f"labels in {where} must run from 0 to {len(labels) - 1}, one for each class, "
-            f"which {first_few(map(str, sorted(odd)))} breaks; get the file again"
+            f"which {first_few(map(str, sorted(odd)))} breaks; {again}"
         )
+
+
+def check_classes(source: Source, split: Split) -> Iterator[Exception]:
+    """Yield faults of classes without images to train or to test with."""
+    names = split.names
     for part in ("train", "test"):
         present = {label for _, label, _ in getattr(split, part)}
         if lacking := [repr(names[label]) for label in sorted(set(names) - present)]:
             yield source.missing(
-                f"{where} has no {WORDS[part]} images of the class {first_few(lacking)}",
-                "the download or the list is incomplete",
+                f"{split.where} has no {WORDS[part]} images of the class {first_few(lacking)}",
+                source.remedy(
+                    "the download or the list is incomplete",
+                    "add some, 4 for a class that is to be divided here, or remove the class",
+                ),
                 ValueError,
             )
 
@@ -68,7 +84,8 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
     image.
     """
     by_folder: dict[str, list[str]] = {}
-    for path in dict.fromkeys(path for path, _, _ in split.entries()):
+    paths_of_all = dict.fromkeys(path for path, _, _ in split.entries())
+    for path in paths_of_all:
         by_folder.setdefault(os.path.dirname(path), []).append(path)
     missing, instead = [], ""
     for folder, paths in by_folder.items():
@@ -86,9 +103,11 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
                     instead = next((f" ({n} is there)" for n in present if n.startswith(stem)), "")
                 missing.append(path)
     if missing:
+        names = first_few(sorted(missing))
         yield source.missing(
-            f"{first_few(missing)}: named in {split.where}, missing in {source.images}{instead}",
-            "the download is incomplete or lies elsewhere",
+            f"{names}: named in {split.where}, missing in {source.images}{instead} "
+            f"({len(missing)} of {plural(len(paths_of_all), 'image')})",
+            source.remedy("the download is incomplete or lies elsewhere", "correct the paths"),
         )
 
 
@@ -101,9 +120,9 @@ def numbers(spec: DatasetSpec, split: Split) -> dict[str, str]:
     found = {"classes": len(split.names), **split.counts()}
     published = dict(zip(found, (spec.classes, *spec.counts), strict=True))
     return {
-        key: str(count) if count == published[key] else f"{count} of {published[key]}"
+        key: str(count) if published[key] in (None, count) else f"{count} of {published[key]}"
         for key, count in found.items()
-        if published[key] is not None
+        if count or published[key] is not None
     }
 
 

@@ -35,7 +35,7 @@ def read_imagenet(source: Source) -> Split:
             for image in list_images(folder / wnid)
         ]
     classnames = {label: names[wnid] for label, wnid in enumerate(ids)}
-    return Split(str(source.images), parts["train"], [], parts["val"], classnames)
+    return Split(str(source.images), parts["train"], [], parts["val"], classnames, listed=True)
 
 
 def _names(source: Source) -> dict[str, str]:

@@ -9,10 +9,11 @@ import json
 import random
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets.base import PARTS, Entry, Source, Split, list_folders, list_images
+from datasets.base import PARTS, Entry, Source, Split, by_class, list_folders, list_images
 from utils import first_few
 
 SEED = 1
@@ -26,9 +27,13 @@ def read_class_folders(
     classes = []
     for folder in list_folders(source.images):
         if folder not in ignored:
-            images = [f"{folder}/{name}" for name in list_images(source.locate(folder))]
-            classes.append(((names or {}).get(folder, folder), images))
-    return _divide(source.images, classes)
+            classes.append(((names or {}).get(folder, folder), paths_in(source, folder)))
+    return replace(divide(source.images, classes), listed=True)
+
+
+def paths_in(source: Source, folder: str) -> list[str]:
+    """Sorted paths of a folder's images, both below the image folder."""
+    return [f"{folder}/{name}" for name in list_images(source.locate(folder))]
 
 
 def read_fgvc(source: Source) -> Split:
@@ -64,7 +69,7 @@ def read_flowers(source: Source) -> Split:
     images: dict[int, list[str]] = {label: [] for label in range(1, max(labels, default=0) + 1)}
     for number, label in enumerate(labels, start=1):
         images[label].append(f"image_{number:05d}.jpg")
-    return _divide(where, [(names.get(label, str(label)), images[label]) for label in images])
+    return divide(where, [(names.get(label, str(label)), images[label]) for label in images])
 
 
 def read_cars(source: Source) -> Split:
@@ -84,7 +89,7 @@ def read_cars(source: Source) -> Split:
         return _column(source, path, "annotations", entry)
 
     train, test = entries(training, "cars_train"), entries(tests, "cars_test")
-    return _hold_out(devkit, train, test, names)
+    return hold_out(devkit, train, test, names)
 
 
 def read_pets(source: Source) -> Split:
@@ -98,7 +103,7 @@ def read_pets(source: Source) -> Split:
     require(source, *lists)
     train, test = (parse_lines(source, path, "image class species breed", entry) for path in lists)
     names = {label: name for _, label, name in reversed([*train, *test])}
-    return _hold_out(lists[0], train, test, dict(sorted(names.items())))
+    return hold_out(lists[0], train, test, dict(sorted(names.items())))
 
 
 def read_sun397(source: Source) -> Split:
@@ -115,7 +120,7 @@ def read_sun397(source: Source) -> Split:
 
     form = "/letter/class/image of a class in ClassName.txt"
     train, test = (parse_lines(source, path, form, entry) for path in lists)
-    return _hold_out(lists[0], train, test, dict(enumerate(name for _, name in classes)))
+    return hold_out(lists[0], train, test, dict(enumerate(name for _, name in classes)))
 
 
 def _sun_class(line: str) -> tuple[str, str]:
@@ -150,10 +155,10 @@ def read_ucf101(source: Source) -> Split:
     form = "class/video of a class in classInd.txt"
     train, test = (parse_lines(source, path, form, entry) for path in lists)
     names = {label: rename(name) for label, name in sorted(classes)}
-    return _hold_out(lists[0], train, test, names)
+    return hold_out(lists[0], train, test, names)
 
 
-def _divide(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
+def divide(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
     """Divide each class (name, its images) 50 / 20 / 30."""
     rng = random.Random(SEED)
     train, val, test = [], [], []
@@ -168,12 +173,11 @@ def _divide(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
     return Split(str(where), train, val, test, dict(enumerate(name for name, _ in classes)))
 
 
-def _hold_out(where: Path, train: list[Entry], test: list[Entry], names: dict[int, str]) -> Split:
+def hold_out(where: Path, train: list[Entry], test: list[Entry], names: dict[int, str]) -> Split:
     """Make 20 % of each class's training images validation."""
     rng = random.Random(SEED)
     rest, val = [], []
-    for label in sorted({label for _, label, _ in train}):
-        entries = [entry for entry in train if entry[1] == label]
+    for entries in sorted(by_class(train), key=lambda entries: entries[0][1]):
         rng.shuffle(entries)
         count = round(0.2 * len(entries))
         val += entries[:count]

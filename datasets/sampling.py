@@ -1,8 +1,12 @@
-"""The few-shot draw, and the order in which it uses Python's global `random`."""
+"""The few-shot draw, how it uses Python's global `random`, and lists in place of it."""
 
+import json
+import os
 import random
 
-from datasets.base import Entry, Split
+from datasets.base import Entry, FewShotDataset, Item, Split, by_class
+from datasets.splits import well_formed
+from utils import first_few, nearest
 
 
 def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[Entry], list[Entry]]:
@@ -28,9 +32,9 @@ def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[E
     """
     few = min(shots, 4)
     if not together:
-        val = [entry for items in _by_class(split.val) for entry in _draw(items, few)]
-        return [entry for items in _by_class(split.train) for entry in _draw(items, shots)], val
-    groups = _by_class(split.train)
+        val = [entry for items in by_class(split.val) for entry in _draw(items, few)]
+        return [entry for items in by_class(split.train) for entry in _draw(items, shots)], val
+    groups = by_class(split.train)
     for items in groups:
         if len(items) < shots + few:
             raise ValueError(
@@ -42,14 +46,104 @@ def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[E
     return train, [entry for items in drawn for entry in items[shots:]]
 
 
-def _by_class(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of each class, the classes in order of first appearance."""
-    groups: dict[int, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry[1], []).append(entry)
-    return list(groups.values())
-
-
 def _draw(items: list[Entry], count: int) -> list[Entry]:
     """One draw of one class."""
     return random.sample(items, count) if len(items) >= count else random.choices(items, k=count)
+
+
+def read_shots(
+    path: str | os.PathLike, original: Split, split: Split
+) -> tuple[list[Entry], list[Entry]]:
+    """Take the few images from a list in place of the draw, which is left alone.
+
+    The list is {"train": [...], "val": [...]} of {"impath", "label", "classname"}, as the code of
+    cross-modal adaptation writes it, or of [path, label, class name], as `fewshot_json` does. An
+    image is found by its path below the image folder, with any number of folders before it or
+    the first ones left out.
+
+    Args:
+        path: The list, a JSON file.
+        original: The dataset, with its own class names.
+        split: The same, with those that the user gives the classes.
+
+    Raises:
+        ValueError: The file is not such a list, or has an image, a class or a label that the
+            dataset does not have.
+    """
+    listed = _load_list(path)
+    known = {image: (image, label, name) for image, label, name in split.entries()}
+    few = {image for part in (split.train, split.val) for image, _, _ in part}
+    names = [*original.names.values(), *split.names.values()]
+    by_file: dict[str, list[str]] = {}
+    for image in known:
+        by_file.setdefault(image.rsplit("/", 1)[-1], []).append(image)
+
+    def find(given: str) -> Entry:
+        if given in known:
+            return known[given]
+        given = given.replace("\\", "/")
+        alike = by_file.get(given.rsplit("/", 1)[-1], [])
+        found = [image for image in alike if given.endswith(f"/{image}")]
+        found = [max(found, key=len)] if found else [i for i in alike if i.endswith(f"/{given}")]
+        if len(found) != 1:
+            kind = "several images have" if found else f"{split.where} does not have"
+            raise ValueError(f"{path} names the image {given}, which {kind}")
+        return known[found[0]]
+
+    def entry(image: str, label: int, name: str) -> Entry:
+        if all(_spaced(name) != _spaced(other) for other in names):
+            hint = nearest(name, names)
+            raise ValueError(
+                f"{path} names the class {name!r}{hint}, which {split.where} does not have"
+            )
+        found = find(image)
+        own = original.names[found[1]]
+        if label != found[1] or _spaced(name) not in (_spaced(own), _spaced(found[2])):
+            raise ValueError(
+                f"{path} gives {image} the label {label} and the class {name!r}, which are "
+                f"{found[1]} and {own!r} in {split.where}"
+            )
+        if found[0] not in few:
+            raise ValueError(f"{path} names {image}, a test image in {split.where}: take it out")
+        return found
+
+    train, val = ([entry(*item) for item in listed[part]] for part in ("train", "val"))
+    return train, val
+
+
+def _load_list(path: str | os.PathLike) -> dict[str, list[list]]:
+    """The content of a list of images."""
+    path = os.path.expanduser(path)
+    form = '{"train": [...], "val": [...]} with entries [path, label, class name]'
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}: --fewshot_list takes one of the form {form}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            data = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
+    parts: dict[str, list[list]] = {}
+    for part in ("train", "val"):
+        entries = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(entries, list) or not entries and part == "train":
+            raise ValueError(f"{path} has no list of images named {part}: it must be {form}")
+        keys = ("impath", "label", "classname")
+        parts[part] = [[e.get(key) for key in keys] if isinstance(e, dict) else e for e in entries]
+        if bad := [repr(e)[:60] for e in parts[part] if not well_formed(e)]:
+            raise ValueError(f"{path} has entries in {part} that are not {form}: {first_few(bad)}")
+    return parts
+
+
+def fewshot_json(dataset: FewShotDataset) -> str:
+    """The text of a list of a dataset's few images, which `read_shots` takes on any disk."""
+
+    def entries(items: list[Item]) -> list[Entry]:
+        start = os.path.join(dataset.images, "")
+        return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
+
+    return json.dumps({"train": entries(dataset.train_x), "val": entries(dataset.val)})
+
+
+def _spaced(name: str) -> str:
+    """A class name as prompts have it."""
+    return name.replace("_", " ")

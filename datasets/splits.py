@@ -41,7 +41,7 @@ def read_split(source: Source, save: bool = True) -> Read:
         split = spec.read(source)
     except PermissionError as error:
         raise source.error(f"{error.filename} may not be read; correct its permissions") from error
-    if spec.split:
+    if spec.split and not spec.place:
         return _made_split(source, replace(split, kind="made"), save)
     return split, check_split(source, split)
 
@@ -96,18 +96,19 @@ def read_split_file(source: Source, path: Path) -> Read:
     bad = []
     for part in PARTS:
         for entry in data[part]:
-            if _well_formed(entry):
+            if well_formed(entry):
                 image, label, name = entry
-                parts[part].append((_slashes(source, image), label, name))
+                parts[part].append((slashes(source, image), label, name))
                 names.setdefault(label, name)
             else:
                 bad.append(f"{part}: {repr(entry)[:60]}")
-    split = Split(str(path), **parts, names=dict(sorted(names.items())))
+    kind = "own" if source.spec.place else "published"
+    split = Split(str(path), **parts, names=dict(sorted(names.items())), kind=kind)
     problems = check_split(source, split)
     if bad:
         form = "entries that are not [path, label, class name]"
         problems.insert(
-            0, source.unreadable(path, f"has {form}: {first_few(bad)}; {_remedy(path)}")
+            0, source.unreadable(path, f"has {form}: {first_few(bad)}; {_remedy(source, path)}")
         )
     return split, problems
 
@@ -119,28 +120,30 @@ def _load(source: Source, path: Path) -> dict[str, Any]:
             raise ValueError("it is not a regular file")  # reading a pipe would never end
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        fault = f"cannot be read as JSON ({error}); {_remedy(path)}"
+        fault = f"cannot be read as JSON ({error}); {_remedy(source, path)}"
         raise source.unreadable(path, fault) from error
     data = data if isinstance(data, dict) else {}
     if lacking := [part for part in PARTS if not isinstance(data.get(part), list)]:
-        raise source.unreadable(path, f"lacks the part {', '.join(lacking)}; {_remedy(path)}")
+        raise source.unreadable(
+            path, f"lacks the part {', '.join(lacking)}; {_remedy(source, path)}"
+        )
     return data
 
 
-def _remedy(path: Path) -> str:
+def _remedy(source: Source, path: Path) -> str:
     """What helps with a broken split file."""
     made = path.name.startswith("split_so_")
-    return "delete it, and it is made again" if made else "get the file again"
+    return "delete it, and it is made again" if made else source.remedy("get the file again")
 
 
-def _slashes(source: Source, path: str) -> str:
+def slashes(source: Source, path: str) -> str:
     """A path as written on Windows, with "/" where that finds the file."""
     if "\\" in path and os.path.isfile(source.locate(path.replace("\\", "/"))):
         return path.replace("\\", "/")
     return path
 
 
-def _well_formed(entry: Any) -> bool:
+def well_formed(entry: Any) -> bool:
     """Whether an entry is a path, a label and a class name."""
     if not isinstance(entry, list) or len(entry) != 3:
         return False

@@ -32,6 +32,15 @@ CALTECH_NAMES = {
     "Motorbikes": "motorbike",
 }
 CALTECH_IGNORED = ("BACKGROUND_Google", "Faces_easy")
+CLIP_TEMPLATES = (  # the seven general ones of CLIP's authors
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 MULTI_SPECTRAL = "EuroSAT's multi-spectral download: get the RGB one, EuroSAT_RGB.zip"
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -74,6 +83,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=100,
         counts=(3334, 3333, 3333),
         url="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+        template="a photo of a {}, a type of aircraft.",
         aliases=("fgvc-aircraft-2013b", "FGVCAircraft", "FGVC-Aircraft"),
     ),
     "eurosat": DatasetSpec(
@@ -85,6 +95,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=10,
         counts=(13500, 5400, 8100),
         url="https://github.com/phelber/EuroSAT",
+        template="a centered satellite photo of {}.",
         aliases=("EuroSAT",),
         image_aliases=("EuroSAT_RGB", "EuroSAT"),
         others=(("EuroSAT_MS", MULTI_SPECTRAL), ("EuroSATallBands", MULTI_SPECTRAL)),
@@ -117,6 +128,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=101,
         counts=(50500, 20200, 30300),
         url="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        template="a photo of {}, a type of food.",
         aliases=("food101", "Food-101", "food41"),
     ),
     "oxford_pets": DatasetSpec(
@@ -128,6 +140,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=37,
         counts=(2944, 736, 3669),
         url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
+        template="a photo of a {}, a type of pet.",
         aliases=("oxford-iiit-pet", "OxfordIIITPet", "the-oxfordiiit-pet-dataset", "pets"),
     ),
     "oxford_flowers": DatasetSpec(
@@ -139,6 +152,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=102,
         counts=(4093, 1633, 2463),
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        template="a photo of a {}, a type of flower.",
         aliases=("flowers-102", "102flowers", "flowers102", "Flowers102", "oxford-102-flowers"),
     ),
     "caltech101": DatasetSpec(
@@ -162,6 +176,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=47,
         counts=(2820, 1128, 1692),
         url="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+        template="{} texture.",
         aliases=("dtd-r1.0.1", "describable-textures-dataset-dtd"),
     ),
     "ucf101": DatasetSpec(
@@ -173,6 +188,7 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=101,
         counts=(7639, 1898, 3783),
         url="https://www.crcv.ucf.edu/data/UCF101.php",
+        template="a photo of a person doing {}.",
         aliases=("UCF-101", "ucf-101"),
         image_aliases=("UCF-101-midframes", "UCF101_midframes"),
     ),

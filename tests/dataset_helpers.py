@@ -103,6 +103,18 @@ def change_split(folder: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(split))
 
 
+def refused(name: str, root: Path, message: str = ".") -> str:
+    """Check that a dataset is refused in one sentence, which a pattern fits; return it."""
+    import pytest
+
+    from datasets import build_dataset
+
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        build_dataset(name, root, 1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def class_names(name: str, classes: int) -> list[str]:
     """Class names as the raw download spells them."""
     if name == "imagenet":

@@ -5,17 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dataset_helpers import ELEVEN, LAYOUTS, make_dataset
+from dataset_helpers import ELEVEN, LAYOUTS, make_dataset, refused
 
 from datasets import DATASETS, build_dataset
 from datasets.base import LEFT_OVERS
-
-
-def refusal(name, root):
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        build_dataset(name, root, 1)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_the_coop_folder_is_preferred_and_an_empty_one_is_not(tmp_path):
@@ -39,9 +32,7 @@ def test_a_missing_image_folder_is_named(tmp_path, name, split):
     make_dataset(name, tmp_path, split=split, size=(8, 8))
     folder = tmp_path / LAYOUTS[name][0]
     (folder / DATASETS[name].images).rename(tmp_path / "moved")
-    assert f"the image folder {folder}/{DATASETS[name].images} is missing" in refusal(
-        name, tmp_path
-    )
+    refused(name, tmp_path, f"the image folder {folder}/{DATASETS[name].images} is missing")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +111,7 @@ def test_a_dataset_one_level_deeper_or_under_another_name_says_what_to_move(
         root = tmp_path / str(split)
         (root / place).parent.mkdir(parents=True)
         (tmp_path / "made" / LAYOUTS[name][0]).rename(root / place)
-        assert remedy.replace("{}", str(root)) in refusal(name, root)
+        assert remedy.replace("{}", str(root)) in refused(name, root)
 
 
 # dataset, folder below its own, where that lies instead, what to do
@@ -152,12 +143,12 @@ def test_images_one_level_deeper_or_under_another_name_say_what_to_move(
         (folder / place).parent.mkdir(exist_ok=True)
         (tmp_path / "aside").rename(folder / place)
         remedy_here = remedy.replace("{}/..", str(root)).replace("{}", str(folder))
-        assert remedy_here in refusal(name, root)
+        assert remedy_here in refused(name, root)
 
 
 def test_a_dataset_s_own_folder_as_root_is_told_from_the_folder_above(tmp_path):
     make_dataset("dtd", tmp_path, size=(8, 8))
-    assert f"name the folder above, {tmp_path}, as --root_path" in refusal("dtd", tmp_path / "dtd")
+    assert f"name the folder above, {tmp_path}, as --root_path" in refused("dtd", tmp_path / "dtd")
 
 
 def test_a_link_to_itself_is_neither_a_class_nor_an_image(tmp_path):

@@ -5,19 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_helpers import CALTECH_NAMES, EUROSAT_NAMES, LAYOUTS, WITH_SPLIT, make_dataset
+from dataset_helpers import CALTECH_NAMES, EUROSAT_NAMES, LAYOUTS, WITH_SPLIT, make_dataset, refused
 from scipy.io import savemat
 
 from datasets import build_dataset
 
 RAW = tuple(name for name in WITH_SPLIT if name != "digits")
 SHARED = ("dtd", "eurosat", "caltech101", "food101", "oxford_flowers")  # 50 / 20 / 30
-
-
-def refused(name, root, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        build_dataset(name, root, 1)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -5,7 +5,7 @@ import os
 import random
 
 import pytest
-from dataset_helpers import LAYOUTS, WITH_SPLIT, change_split, make_dataset, write_image
+from dataset_helpers import LAYOUTS, WITH_SPLIT, change_split, make_dataset, refused, write_image
 
 import datasets.splits
 from datasets import DATASETS, build_dataset, describe_data
@@ -79,11 +79,8 @@ def test_a_broken_split_file_is_named_with_what_is_wrong(eurosat, case):
     change, message = BROKEN[case]
     os.mkfifo(eurosat / "2750/Forest/pipe.jpg")  # which nobody may open: it would wait for ever
     change_split(eurosat, change)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        build_dataset("eurosat", eurosat.parent, 1)
-    assert "split_zhou_EuroSAT.json" in str(caught.value)
-    assert "see DATASETS.md, section EuroSAT" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = refused("eurosat", eurosat.parent, message)
+    assert "split_zhou_EuroSAT.json" in said and "see DATASETS.md, section EuroSAT" in said
 
 
 def link_to_nowhere(path):
@@ -112,8 +109,7 @@ NOT_JSON = {
 def test_a_split_file_that_is_not_json_is_named_and_not_passed_over(eurosat, case):
     spoil, message = NOT_JSON[case]
     spoil(eurosat / "split_zhou_EuroSAT.json")
-    with pytest.raises(ValueError, match=f"split_zhou_EuroSAT.json {message}"):
-        build_dataset("eurosat", eurosat.parent, 1)
+    refused("eurosat", eurosat.parent, f"split_zhou_EuroSAT.json {message}")
 
 
 def test_backslashes_are_read_as_slashes_where_that_finds_the_file(eurosat):
@@ -229,18 +225,15 @@ def test_a_folder_that_cannot_be_written_still_gives_its_split(dtd, capsys, monk
 
 def test_a_damaged_split_of_ours_says_how_to_have_it_made_again(dtd):
     (dtd / MADE).write_text("{")
-    with pytest.raises(ValueError, match="split_so_.*delete it, and it is made again"):
-        build_dataset("dtd", dtd.parent, 1)
+    refused("dtd", dtd.parent, "split_so_.*delete it, and it is made again")
 
 
 def test_a_folder_without_images_or_classes_leaves_no_split(dtd):
     (dtd / "images/zigzagged").mkdir()
-    with pytest.raises(ValueError, match="no training images of the class 'zigzagged'"):
-        build_dataset("dtd", dtd.parent, 1)
+    refused("dtd", dtd.parent, "no training images of the class 'zigzagged'")
     (dtd / "images").rename(dtd / "aside")
     (dtd / "images").mkdir()
-    with pytest.raises(FileNotFoundError, match="dtd/images has no images at all"):
-        build_dataset("dtd", dtd.parent, 1)
+    refused("dtd", dtd.parent, "dtd/images has no images at all")
     assert not list(dtd.glob("split_so_*"))
 
 
@@ -271,5 +264,4 @@ def test_a_name_that_is_not_utf_8_is_named(dtd, where):
         (dtd / "images/meshed").rename(dtd / "images" / latin)
     else:
         write_image(dtd / "images/meshed" / f"{latin}.jpg", 0, 0, (8, 8))
-    with pytest.raises(ValueError, match=r"images has '.*K\\udce4se.*, not UTF-8; rename it"):
-        build_dataset("dtd", dtd.parent, 1)
+    refused("dtd", dtd.parent, r"images has '.*K\\udce4se.*, not UTF-8; rename it")
