@@ -16,8 +16,9 @@ from commands import run_folder as only_folder
 from dataset_helpers import LAYOUTS, make_dataset
 
 import machine
-from results import locked, read_run, run_folder
+from results import locked, run_folder
 from run_utils import parse_args
+from runs import read_run
 
 ROOT = Path(__file__).parents[2]
 
