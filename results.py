@@ -3,13 +3,14 @@
 import argparse
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
-from datasets import DATASETS, FewShotDataset
+from datasets import DATASETS, FewShotDataset, dataset_name, fewshot_json
+from flags import SPLITS
 from machine import device_name, git_commit, peak_memory
-from run_utils import EMBEDDED, SPLITS, Config, default_settings
-from runs import COLUMNS
+from metrics import calibration_error, class_accuracies, names_apart
+from run_utils import EMBEDDED, Config, default_settings
+from runs import COLUMNS, PREDICTED
+from train import Course
 from utils import atomic_write
 
 # Where and how a run goes, as opposed to what it computes.
@@ -60,10 +64,13 @@ def run_folder(config: Config) -> Path:
             continue
         if isinstance(value, bool):
             leaf.append(key if value else f"no-{key}")
+        elif key == "template":
+            leaf.append(f"{key}_{prompts_in_words(value)}")
         else:
             values = value if isinstance(value, list) else [value]
             leaf.append("_".join([key, *map(in_words, values)]))
-    names = [config.method, in_words(config.backbone), in_words(config.dataset)]
+    data = re.sub("[/@:]", "-", dataset_name(config.dataset))
+    names = [config.method, in_words(config.backbone), data]
     return Path(config.save_path, *names, f"{config.shots}shots", "-".join(leaf))
 
 
@@ -76,6 +83,18 @@ def in_words(value: float | str) -> str:
     if not known and ("/" in value or os.path.isfile(value)):
         value = Path(value).name if os.path.isdir(value) else Path(value).stem
     return re.sub("[/@:]", "-", value)
+
+
+def prompts_in_words(prompts: Sequence[str]) -> str:
+    """Prompts as part of a folder's name: letters, digits and dashes, at most 40 of them.
+
+    What such a name leaves out is in the digest behind it.
+    """
+    if prompts in (["dataset"], ["clip"]):
+        return prompts[0]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    words = re.sub(r"[\W_]+", "-", " ".join(prompts)).strip("-")[:33].rstrip("-")
+    return f"{words}-{digest[:6]}"
 
 
 def computed(config: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +146,12 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
 # Written
 
 
+def write_task(folder: Path, config: Config, dataset: FewShotDataset) -> None:
+    """Write what a run begins with: config.yaml, and its few images as fewshot.json."""
+    write_config(folder, config)
+    atomic_write(folder / "fewshot.json", fewshot_json(dataset))
+
+
 def write_config(folder: Path, config: Config) -> None:
     """Write config.yaml, from which --config repeats the run."""
     settings = {key: value for key, value in vars(config).items() if key != "config"}
@@ -140,34 +165,52 @@ def write_config(folder: Path, config: Config) -> None:
 
 def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
     """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    atomic_write(folder / "curve.csv", text.getvalue())
+    atomic_write(folder / "curve.csv", as_csv(COLUMNS, rows))
 
 
 def write_result(
-    folder: Path,
-    config: Config,
-    data: dict[str, Any],
-    device: torch.device,
-    measured: dict[str, float],
+    folder: Path, config: Config, dataset: FewShotDataset, device: torch.device, course: Course
 ) -> None:
-    """Write result.json, the last of a run's files, and remove its checkpoint."""
+    """Write curve.csv, predictions.csv and, as the last of a run's files, result.json.
+
+    Then remove its checkpoint.
+    """
+    items = dataset.val if config.eval_split == "val" else dataset.test
+    labels, predicted, probabilities = course.predictions
+    names = names_apart(dataset.classnames)
+    accuracies = class_accuracies(labels, predicted, len(names))
     result = {
         **{key: getattr(config, key) for key in ("method", "backbone", "dataset", "shots", "seed")},
-        **measured,
+        "dataset": dataset_name(config.dataset),
+        **course.measured,
+        "ece": calibration_error(predicted == labels, probabilities),
+        "per_class": dict(zip(names, accuracies, strict=True)),
+        "classnames": dataset.classnames,
+        "template": dataset.template,
         "peak_memory_mb": round(peak_memory(device), 1),
         "device": device_name(device),
         "versions": {"python": platform.python_version()}
         | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
         "git_commit": git_commit(),
         "config": computed(config),
-        "data": data,
+        "data": dataset.data,
     }
+    columns = labels.tolist(), predicted.tolist(), probabilities.tolist()
+    write_curve(folder, course.curve())
+    paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
+    rows = zip(paths, *columns, strict=True)
+    atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """The text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 # Told
@@ -196,8 +239,9 @@ def describe(config: Config, dataset: FewShotDataset, method: str, device: torch
     if config.eval_split == "val":
         evaluated = f"{len(dataset.val)} to validate"
     print(
-        f"{config.dataset}: {len(dataset.classnames)} classes, {len(dataset.train_x)} images to "
-        f"adapt with ({config.shots} per class, seed {config.seed}), {evaluated}\n"
+        f"{dataset_name(config.dataset)}: {len(dataset.classnames)} classes, "
+        f"{len(dataset.train_x)} images to adapt with "
+        f"({config.shots} per class, seed {config.seed}), {evaluated}\n"
         f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
         flush=True,
     )

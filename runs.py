@@ -12,6 +12,7 @@ import numpy as np
 import clip
 
 COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
+PREDICTED = ["path", "label", "predicted", "probability"]  # of predictions.csv
 FIELDS = {  # of result.json: type, then a number's range or a text's pattern
     "method": (str, r"\w[\w.+-]*"),
     "backbone": (str, r".*\w.*"),

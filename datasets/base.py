@@ -38,6 +38,7 @@ class FewShotDataset:
         classnames: By label.
         template: Prompts with {} for the class name.
         data: What the few were drawn from, for results to be told apart by (see `Split.data`).
+        images: The image folder, where all items' paths begin.
     """
 
     name: str
@@ -47,6 +48,7 @@ class FewShotDataset:
     classnames: list[str]
     template: list[str]
     data: dict[str, str | int]
+    images: str
 
 
 @dataclass(frozen=True)

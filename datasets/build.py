@@ -70,6 +70,7 @@ def build_dataset(name: str, root_path: str | os.PathLike | None, shots: int) ->
         list(split.names.values()),
         list(TEMPLATE),
         split.data(),
+        str(source.images),
     )
 
 

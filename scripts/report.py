@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reporting.report import write_report
 
-from run_utils import Parser
+from flags import Parser
 from utils import explain, one_line
 
 
