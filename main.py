@@ -104,6 +104,7 @@ def run(config: Config, signals: Signals) -> None:
             stop.kept = checkpoint.kept
             raise
         results.tell("final_accuracy", course.measured["final_accuracy"], config.eval_split)
+        results.write_curve(folder, course.curve())
         if config.save_weights:
             adapted.save(folder / f"{config.filename}.safetensors", course)
         results.write_result(folder, config, dataset, device, course)

@@ -171,7 +171,7 @@ def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
 def write_result(
     folder: Path, config: Config, dataset: FewShotDataset, device: torch.device, course: Course
 ) -> None:
-    """Write curve.csv, predictions.csv and, as the last of a run's files, result.json.
+    """Write predictions.csv and, as the last of a run's files, result.json.
 
     Then remove its checkpoint.
     """
@@ -196,7 +196,6 @@ def write_result(
         "data": dataset.data,
     }
     columns = labels.tolist(), predicted.tolist(), probabilities.tolist()
-    write_curve(folder, course.curve())
     paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
     rows = zip(paths, *columns, strict=True)
     atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))

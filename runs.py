@@ -16,7 +16,7 @@ PREDICTED = ["path", "label", "predicted", "probability"]  # of predictions.csv
 FIELDS = {  # of result.json: type, then a number's range or a text's pattern
     "method": (str, r"\w[\w.+-]*"),
     "backbone": (str, r".*\w.*"),
-    "dataset": (str, r"\w[\w.+-]*"),
+    "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # a folder's name, where the images are one's own
     "shots": (int, 1, 10**6),
     "seed": (int, 0, 10**18),
     "zero_shot_accuracy": (int | float, 0, 100),
@@ -25,6 +25,12 @@ FIELDS = {  # of result.json: type, then a number's range or a text's pattern
     "wall_seconds": (int | float, 0, 10**9),
     "peak_memory_mb": (int | float, 0, 10**9),
     "config": (dict,),
+}
+ABOUT_CLASSES = {  # of result.json, which older ones lack
+    "classnames": (list,),
+    "template": (list,),
+    "per_class": (dict,),
+    "ece": (int | float, 0, 100),
 }
 
 
@@ -45,6 +51,11 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     made_by: tuple[str, str, str]  # commit, torch's version, device
     data: dict[str, Any]  # its images: split, digest and counts; {} in older results
+    folder: Path
+    classnames: list[str]  # by label; [] in older results, as the two that follow
+    template: list[str]  # prompts with {} for the class's name
+    per_class: dict[str, float | None]  # accuracy by class; None where no image is of it
+    ece: float | None  # expected calibration error in percent; None in older results
 
 
 def read_run(folder: Path) -> Run:
@@ -71,7 +82,8 @@ def read_run(folder: Path) -> Run:
         result["seed"], zero_shot, result["final_accuracy"], result["wall_seconds"],
         result["peak_memory_mb"], loss, np.array([(0, zero_shot), *evaluated], float),
         result["config"], tuple(str(value or "unknown") for value in made_by),
-        data if isinstance(data, dict) else {},
+        data if isinstance(data, dict) else {}, folder, result.get("classnames", []),
+        result.get("template", []), result.get("per_class", {}), result.get("ece"),
     )  # fmt: skip
 
 
@@ -79,17 +91,59 @@ def check_result(result: Any) -> None:
     """Raise a ValueError that says what is wrong with the contents of a result.json."""
     if not isinstance(result, dict):
         raise ValueError("result.json does not hold an object")
-    for key, (kind, *limits) in FIELDS.items():
+    new = [key for key in ABOUT_CLASSES if key in result]
+    for key, (kind, *limits) in {**FIELDS, **{key: ABOUT_CLASSES[key] for key in new}}.items():
         if key not in result:
             raise ValueError(f"result.json has no {key}")
         value = result[key]
         good = isinstance(value, kind) and not isinstance(value, bool)
         if good and kind is str:
-            good = re.fullmatch(limits[0], value, re.ASCII) is not None
+            good = re.fullmatch(limits[0], value) is not None and value.isprintable()
         elif good and limits:
             good = limits[0] <= value <= limits[1]  # NaN is not
         if not good:
             raise ValueError(f"result.json: {key} cannot be {str(value)[:50]!r}")
+    if new:
+        check_classes(*(result.get(key) for key in ABOUT_CLASSES))
+
+
+def check_classes(names: Any, template: Any, accuracies: Any, ece: Any) -> None:
+    """Raise a ValueError that says what is wrong with what a result.json says of its classes."""
+    if any(value is None for value in (names, template, accuracies, ece)):
+        raise ValueError(f"result.json has some of {', '.join(ABOUT_CLASSES)}, and not all")
+    if not all(isinstance(text, str) for text in [*names, *template]):
+        raise ValueError("result.json: classnames and template must be texts")
+    values = [value for value in accuracies.values() if value is not None]
+    good = all(isinstance(value, int | float) and 0 <= value <= 100 for value in values)
+    if not names or not template or len(accuracies) != len(names) or not good:
+        raise ValueError("result.json: per_class must hold an accuracy for each of classnames")
+
+
+def read_predictions(run: Run) -> np.ndarray:
+    """How often each class of a run's was taken for each: (C, C) int64, true class first.
+
+    Raises:
+        ValueError, OSError, csv.Error: There is no predictions.csv, or it is malformed.
+    """
+    path, classes = run.folder / "predictions.csv", len(run.classnames)
+    if not path.is_file():
+        raise ValueError("there is no predictions.csv")
+    counts = np.zeros((classes, classes), int)
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        if next(reader, None) != PREDICTED:
+            raise ValueError(f"predictions.csv does not begin with {','.join(PREDICTED)}")
+        for row in reader:
+            try:
+                _, label, predicted, _ = row
+                pair = int(label), int(predicted)
+                good = min(pair) >= 0 and max(pair) < classes
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError(f"predictions.csv is malformed at line {reader.line_num}")
+            counts[pair] += 1
+    return counts
 
 
 def read_curve(path: Path, iterations: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
