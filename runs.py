@@ -143,6 +143,8 @@ def read_predictions(run: Run) -> np.ndarray:
             if not good:
                 raise ValueError(f"predictions.csv is malformed at line {reader.line_num}")
             counts[pair] += 1
+    if not counts.any():
+        raise ValueError("predictions.csv has 0 rows")
     return counts
 
 
