@@ -13,7 +13,7 @@ def make_run(
 ):  # fmt: skip
     """The files of a made-up run; `changes` replace entries of result.json, None removes one."""
     settings = {"lr": 2e-4, "seed": seed, **dict(settings)}
-    tag = "-".join(f"{key}_{value}" for key, value in settings.items())
+    tag = "-".join(f"{key}_{value}" for key, value in settings.items()).replace("/", "-")
     folder = Path(root) / method / backbone.replace("/", "-") / dataset / f"{shots}shots" / tag
     folder.mkdir(parents=True)
     draw = random.Random(f"{method} {dataset} {shots} {seed}")

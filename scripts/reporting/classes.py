@@ -7,8 +7,10 @@ seeds together. Results of earlier versions, which kept no predictions, are left
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,9 +68,9 @@ class Classes(NamedTuple):
 def find_classes(study: Study, complain: Callable[[str], None]) -> list[Classes]:
     """The cells of a backbone that have predictions; complains of the runs that have none."""
     found, older = [], 0
-    for (dataset, shots, variant), cell in sorted(study.cells.items()):
+    for dataset, shots, variant in product(study.datasets, study.shots, study.variants):
         runs, counts = [], []
-        for _, run in sorted(cell.items()):
+        for _, run in sorted(study.cell(dataset, shots, variant).items()):
             if not run.classnames:
                 older += 1
             elif not runs or run.classnames == runs[0].classnames:
@@ -80,8 +82,8 @@ def find_classes(study: Study, complain: Callable[[str], None]) -> list[Classes]
         if runs:
             names = names_apart(runs[0].classnames)
             total, errors = np.sum(counts, axis=0), [run.ece for run in runs]
-            cell = study.backbone, dataset, shots, variant, names, total, len(runs), errors
-            found.append(Classes(*cell))
+            where = study.backbone, dataset, shots, variant
+            found.append(Classes(*where, names, total, len(runs), errors))
     if older:
         complain(
             f"note: {study.backbone}, {plural(older, 'run')} of an earlier version, without "
@@ -102,7 +104,7 @@ def classes_text(cells: Sequence[Classes]) -> str:
         hardest = [f"{name} ({accuracy:.1f})" for name, _, accuracy in cell.worst_first[:HARDEST]]
         error = with_spread(*mean_and_std(cell.errors), ".1f")
         row = title_of(cell.dataset), cell.variant.label, str(cell.shots), error
-        lines.append([text.replace("|", "\\|") for text in (*row, ", ".join(hardest))])
+        lines.append([*row, ", ".join(hardest)])
     table = markdown(["dataset", "method", "shots", "ECE", "hardest classes"], lines, left=2)
     return (
         "### Classes\n\nExpected calibration error (ECE) in percent, over 15 bins of confidence; "
@@ -147,7 +149,7 @@ def draw_confusion(cell: Classes) -> Any:
 
     count, shares = len(cell.names), np.nan_to_num(cell.shares)
     listed = count > NAMES
-    figure, (axes, *beside) = canvas(cell.title, panels=2 if listed else 1)
+    figure, (axes, *beside) = canvas("", panels=2 if listed else 1)
     side = 8.5 if listed else max(4.2, 0.42 * count if count <= NUMBERS else 0.135 * count)
     figure.set_size_inches(2 * side if listed else side + 3, side + (0 if listed else 2))
     # White is none at all: one image of many is seen, and more so by the square root.
@@ -157,6 +159,7 @@ def draw_confusion(cell: Classes) -> Any:
         interpolation="nearest",
     )  # fmt: skip
     axes.grid(False)
+    set_title(figure, cell.title)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100])
     bar.set_label("share of the true class's images (%)")
     if listed:
@@ -199,8 +202,9 @@ def draw_classes(cell: Classes) -> Any:
     columns = math.ceil(len(rows) / (50 if len(rows) <= 100 else 100))
     length = math.ceil(len(rows) / columns)
     size, height = (8, 0.17) if length <= 50 else (6.5, 0.135)
-    figure, panels = canvas(cell.title, panels=columns)
+    figure, panels = canvas("", panels=columns)
     figure.set_size_inches(max(3.6 * columns, 6), height * length + 1.2)
+    set_title(figure, cell.title)
     for number, axes in enumerate(panels):
         part = rows[number * length : (number + 1) * length]
         values = [accuracy for _, _, accuracy in part]
@@ -212,6 +216,14 @@ def draw_classes(cell: Classes) -> Any:
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.grid(False, axis="y")
     return figure
+
+
+def set_title(figure: Any, title: str) -> None:
+    """Put the title above a figure whose size is known, on as many lines as it takes."""
+    lines = textwrap.wrap(title.replace("$", r"\$"), int(10 * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), fontsize=12)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * len(lines))
 
 
 def shortened(name: str) -> str:

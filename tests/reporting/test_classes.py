@@ -61,15 +61,19 @@ def test_confusions_are_shares_of_the_true_classs_images():
 def test_seeds_are_added_and_other_settings_apart(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path, seed=seed)
-    make_run(tmp_path, seed=1, settings={"lr": 1e-3})
+    make_run(tmp_path, seed=1, settings={"lr": 1e-3, "classnames": "/some/where/names.yaml"})
     (study,) = studies(find_runs([tmp_path], pytest.fail))
     both, one = find_classes(study, pytest.fail)
     assert (both.seeds, both.counts.sum(), both.errors) == (2, 64, [6.0, 7.0])
-    assert (one.seeds, one.counts.sum(), one.variant.settings) == (1, 32, "lr 0.001")
+    assert (one.seeds, one.counts.sum(), one.variant.settings) == (
+        1,
+        32,
+        "classnames names, lr 0.001",
+    )
     assert list(class_figures([both, one])) == [
         "ViT-B-16/confusion-dtd-4shots-so.png", "ViT-B-16/classes-dtd-4shots-so.png",
-        "ViT-B-16/confusion-dtd-4shots-so-lr-0.001.png",
-        "ViT-B-16/classes-dtd-4shots-so-lr-0.001.png",
+        "ViT-B-16/confusion-dtd-4shots-so-classnames-names--lr-0.001.png",
+        "ViT-B-16/classes-dtd-4shots-so-classnames-names--lr-0.001.png",
     ]  # fmt: skip
 
 
