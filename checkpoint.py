@@ -18,7 +18,7 @@ from run_utils import Config
 from train import Adapted, Course
 from utils import atomic_write, content_digest
 
-VERSION = 2  # of checkpoint.pt
+VERSION = 3  # of checkpoint.pt
 REMEDY = "remove it, or give --overwrite, to start anew"
 
 

@@ -1,4 +1,4 @@
-"""CLIP as a classifier: features of prompts and of images, and its accuracy.
+"""CLIP as a classifier: features of prompts and of images, and its predictions.
 
 A class is the mean of its prompts' features, an image belongs to the class of the largest cosine.
 """
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIP
 from datasets.images import Batch, normalise, to_device
+from metrics import Predictions
 from utils import Progress
 
 TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
@@ -113,6 +114,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast | nullconte
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+def scale_of(model: CLIP, logit_scale: float | str) -> float | Tensor:
+    """The factor of the cosines: a number, or with "checkpoint" the one that the weights carry."""
+    return model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
+
+
 @torch.no_grad()
 def evaluate(
     model: CLIP,
@@ -121,15 +127,31 @@ def evaluate(
     prompts: Tensor,
     precision: str = "fp32",
     desc: str = "Evaluation",
-) -> float:
-    """Top-1 accuracy in percent of the model as a classifier of `total` images by prompts."""
-    device = model.text_projection.device
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    logit_scale: float | str = 100.0,
+) -> Predictions:
+    """Classify `total` images by prompts.
+
+    Args:
+        model: The classifier.
+        batches: Images and labels.
+        total: Number of images.
+        prompts: Tokens of the classes' prompts: (P, C, L).
+        precision: Precision of the matrix products.
+        desc: What the progress bar says.
+        logit_scale: Factor of the cosines, on which probabilities depend; or "checkpoint".
+
+    Returns:
+        Labels, predicted labels and their probabilities, in the images' order.
+    """
+    device, answers = model.text_projection.device, []
     with autocast(device, precision), Progress(total, desc, "images") as bar:
         classes = text_features(model, prompts)  # (C, D)
         for batch in batches:
             images, labels = to_device(batch, device)
-            predicted = (image_features(model, images) @ classes.T).argmax(dim=-1)
-            correct += (predicted == labels).sum()
+            cosines = image_features(model, images) @ classes.T  # (b, C)
+            predicted = cosines.argmax(dim=-1)
+            logits = scale_of(model, logit_scale) * cosines.float()
+            probabilities = logits.softmax(dim=-1).gather(1, predicted[:, None])[:, 0]
+            answers.append((labels, predicted, probabilities))
             bar.update(len(labels))
-    return 100.0 * correct.item() / total
+    return Predictions(*(torch.cat(parts).cpu() for parts in zip(*answers, strict=True)))

@@ -8,12 +8,14 @@ python main.py --help
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 
 import results
 from checkpoint import Checkpoint
 from classifier import evaluate, tokenize_prompts
 from datasets import build_dataset
 from datasets.loader import Loader
+from metrics import Predictions
 from optimizers.delta import Base, load_weights
 from optimizers.lora import merged
 from optimizers.methods import make_method, select_matrices
@@ -34,7 +36,8 @@ def run(config: Config, signals: Signals) -> None:
     folder, course = results.run_folder(config), Course(config.n_iters * config.shots)
     weights = results.find_weights(folder, config) if config.eval_only else None
     device = prepare_machine(config.device, config.threads, config.seed)
-    dataset = build_dataset(config.dataset, config.root_path, config.shots)
+    own = config.pick("classnames", "template", "fewshot_list")
+    dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)
     if result := results.finished(folder, config, dataset.data):
         return results.tell_finished(result, folder, config)
     base = Base(config.backbone, config.activation, config.heads)
@@ -42,30 +45,31 @@ def run(config: Config, signals: Signals) -> None:
     prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
     loader = Loader(model.visual.input_resolution, config.num_workers, config.cache_mb)
 
-    def accuracy(split: str, title: str) -> float:
+    def predict(split: str, title: str) -> Predictions:
         items = dataset.val if split == "val" else dataset.test
         batches = loader.test_batches(items, batch_size=256)
         with signals.at_once(), merged(model):
-            return evaluate(model, batches, len(items), prompts, config.precision, title)
+            return evaluate(
+                model, batches, len(items), prompts, config.precision, title, config.logit_scale
+            )
 
     if weights or not course.iterations:
-        zero_shot = accuracy(config.eval_split, "Zero-shot")
+        zero_shot = predict(config.eval_split, "Zero-shot").accuracy
         results.tell("zero_shot_accuracy", zero_shot, config.eval_split)
         if weights:
             load_weights(model, weights, config.backbone)
-            tuned = accuracy(config.eval_split, "Evaluation")
+            tuned = predict(config.eval_split, "Evaluation").accuracy
             results.tell("accuracy", tuned, config.eval_split)
         return
 
     with results.locked(folder), signals.deferred():
         checkpoint = Checkpoint(folder, config, dataset.data, base.digest)
         interrupted = checkpoint.read()
-        results.write_config(folder, config)
+        results.write_task(folder, config, dataset)
         method = make_method(
             config.method, model, select_matrices(model, config.encoder, config.position),
-            lr=config.lr, density=1 - config.s, T=config.t, rank=config.rank, seed=config.seed,
-            sampled=not (config.dense_grad or config.compile),
-            grad_support=config.grad_support, moment_support=config.moment_support,
+            density=1 - config.s, T=config.t, sampled=not (config.dense_grad or config.compile),
+            **config.pick("lr", "rank", "seed", "grad_support", "moment_support"),
         )  # fmt: skip
         if config.compile:
             compile_blocks(model)
@@ -75,24 +79,24 @@ def run(config: Config, signals: Signals) -> None:
             checkpoint.resume(interrupted, adapted, course)
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
         else:
-            course.zero_shot = accuracy(config.eval_split, "Zero-shot")
+            course.zero_shot = predict(config.eval_split, "Zero-shot").accuracy
         results.tell("zero_shot_accuracy", course.zero_shot, config.eval_split)
 
-        def measure() -> float:
+        def measure() -> Predictions:
             if config.select == "val":
-                course.offer(accuracy("val", "Validation"), adapted)
-            return accuracy(config.eval_split, "Evaluation")
-
-        def save() -> None:
-            checkpoint.save(adapted, course)
+                course.offer(predict("val", "Validation").accuracy, adapted)
+            return predict(config.eval_split, "Evaluation")
 
         batches = loader.train_batches(
             dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
             config.flip, start=course.count,
         )  # fmt: skip
-        settings = Settings(**{f.name: getattr(config, f.name) for f in fields(Settings)})
+        settings = Settings(**config.pick(*(field.name for field in fields(Settings))))
         try:
-            train(adapted, batches, course, settings, measure, save, signals.check)
+            train(
+                adapted, batches, course, settings, measure,
+                partial(checkpoint.save, adapted, course), signals.check,
+            )  # fmt: skip
         except NonFiniteLoss:
             results.write_curve(folder, course.curve())
             raise
@@ -103,7 +107,7 @@ def run(config: Config, signals: Signals) -> None:
         results.write_curve(folder, course.curve())
         if config.save_weights:
             adapted.save(folder / f"{config.filename}.safetensors", course)
-        results.write_result(folder, config, dataset.data, device, course.measured)
+        results.write_result(folder, config, dataset, device, course)
     results.whats_next(config, folder)
 
 

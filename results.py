@@ -1,19 +1,19 @@
-"""A run's folder, written and read: path, lock, config.yaml, curve.csv, result.json."""
+"""A run's folder: its path and lock, what is written into it, and whose result it holds."""
 
 import argparse
 import csv
 import errno
+import hashlib
 import io
 import json
-import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,13 @@ import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
-from datasets import DATASETS, FewShotDataset
+from datasets import DATASETS, FewShotDataset, dataset_name, fewshot_json
+from flags import SPLITS
 from machine import device_name, git_commit, peak_memory
-from run_utils import EMBEDDED, SPLITS, Config, default_settings
+from metrics import calibration_error, class_accuracies, names_apart
+from run_utils import EMBEDDED, Config, default_settings
+from runs import COLUMNS, PREDICTED
+from train import Course
 from utils import atomic_write
 
 # Where and how a run goes, as opposed to what it computes.
@@ -33,20 +37,6 @@ CIRCUMSTANCES = {
     "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every",
 }  # fmt: skip
 IN_PATH = {"method", "backbone", "dataset", "shots", "seed"}
-COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
-FIELDS = {  # of result.json: type, then a number's range or a text's pattern
-    "method": (str, r"\w[\w.+-]*"),
-    "backbone": (str, r".*\w.*"),
-    "dataset": (str, r"\w[\w.+-]*"),
-    "shots": (int, 1, 10**6),
-    "seed": (int, 0, 10**18),
-    "zero_shot_accuracy": (int | float, 0, 100),
-    "final_accuracy": (int | float, 0, 100),
-    "iterations": (int, 1, 10**9),
-    "wall_seconds": (int | float, 0, 10**9),
-    "peak_memory_mb": (int | float, 0, 10**9),
-    "config": (dict,),
-}
 RESULT_LINES = {
     "zero_shot_accuracy": "Zero-shot CLIP's {} accuracy",
     "final_accuracy": "Final {} accuracy",
@@ -54,25 +44,6 @@ RESULT_LINES = {
 }
 REMEDIES = "give another --save_path, or --overwrite to replace it"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # said by some network file systems
-
-
-class Run(NamedTuple):
-    """A finished run."""
-
-    method: str
-    backbone: str
-    dataset: str
-    shots: int
-    seed: int
-    zero_shot: float  # accuracies in percent
-    accuracy: float
-    seconds: float
-    memory: float  # MB
-    loss: np.ndarray  # (iterations,)
-    evaluated: np.ndarray  # (E, 2): iteration, test accuracy; zero-shot at iteration 0 first
-    settings: dict[str, Any]
-    made_by: tuple[str, str, str]  # commit, torch's version, device
-    data: dict[str, Any]  # its images: split, digest and counts; {} in older results
 
 
 # Its place
@@ -93,10 +64,13 @@ def run_folder(config: Config) -> Path:
             continue
         if isinstance(value, bool):
             leaf.append(key if value else f"no-{key}")
+        elif key == "template":
+            leaf.append(f"{key}_{prompts_in_words(value)}")
         else:
             values = value if isinstance(value, list) else [value]
             leaf.append("_".join([key, *map(in_words, values)]))
-    names = [config.method, in_words(config.backbone), in_words(config.dataset)]
+    data = re.sub("[/@:]", "-", dataset_name(config.dataset))
+    names = [config.method, in_words(config.backbone), data]
     return Path(config.save_path, *names, f"{config.shots}shots", "-".join(leaf))
 
 
@@ -109,6 +83,18 @@ def in_words(value: float | str) -> str:
     if not known and ("/" in value or os.path.isfile(value)):
         value = Path(value).name if os.path.isdir(value) else Path(value).stem
     return re.sub("[/@:]", "-", value)
+
+
+def prompts_in_words(prompts: Sequence[str]) -> str:
+    """Prompts as part of a folder's name: letters, digits and dashes, at most 40 of them.
+
+    What such a name leaves out is in the digest behind it.
+    """
+    if prompts in (["dataset"], ["clip"]):
+        return prompts[0]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    words = re.sub(r"[\W_]+", "-", " ".join(prompts)).strip("-")[:33].rstrip("-")
+    return f"{words}-{digest[:6]}"
 
 
 def computed(config: argparse.Namespace) -> dict[str, Any]:
@@ -160,6 +146,12 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
 # Written
 
 
+def write_task(folder: Path, config: Config, dataset: FewShotDataset) -> None:
+    """Write what a run begins with: config.yaml, and its few images as fewshot.json."""
+    write_config(folder, config)
+    atomic_write(folder / "fewshot.json", fewshot_json(dataset))
+
+
 def write_config(folder: Path, config: Config) -> None:
     """Write config.yaml, from which --config repeats the run."""
     settings = {key: value for key, value in vars(config).items() if key != "config"}
@@ -173,34 +165,51 @@ def write_config(folder: Path, config: Config) -> None:
 
 def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
     """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    atomic_write(folder / "curve.csv", text.getvalue())
+    atomic_write(folder / "curve.csv", as_csv(COLUMNS, rows))
 
 
 def write_result(
-    folder: Path,
-    config: Config,
-    data: dict[str, Any],
-    device: torch.device,
-    measured: dict[str, float],
+    folder: Path, config: Config, dataset: FewShotDataset, device: torch.device, course: Course
 ) -> None:
-    """Write result.json, the last of a run's files, and remove its checkpoint."""
+    """Write predictions.csv and, as the last of a run's files, result.json.
+
+    Then remove its checkpoint.
+    """
+    items = dataset.val if config.eval_split == "val" else dataset.test
+    labels, predicted, probabilities = course.predictions
+    names = names_apart(dataset.classnames)
+    accuracies = class_accuracies(labels, predicted, len(names))
     result = {
         **{key: getattr(config, key) for key in ("method", "backbone", "dataset", "shots", "seed")},
-        **measured,
+        "dataset": dataset_name(config.dataset),
+        **course.measured,
+        "ece": calibration_error(predicted == labels, probabilities),
+        "per_class": dict(zip(names, accuracies, strict=True)),
+        "classnames": dataset.classnames,
+        "template": dataset.template,
         "peak_memory_mb": round(peak_memory(device), 1),
         "device": device_name(device),
         "versions": {"python": platform.python_version()}
         | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
         "git_commit": git_commit(),
         "config": computed(config),
-        "data": data,
+        "data": dataset.data,
     }
+    columns = labels.tolist(), predicted.tolist(), probabilities.tolist()
+    paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
+    rows = zip(paths, *columns, strict=True)
+    atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """The text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 # Told
@@ -229,8 +238,9 @@ def describe(config: Config, dataset: FewShotDataset, method: str, device: torch
     if config.eval_split == "val":
         evaluated = f"{len(dataset.val)} to validate"
     print(
-        f"{config.dataset}: {len(dataset.classnames)} classes, {len(dataset.train_x)} images to "
-        f"adapt with ({config.shots} per class, seed {config.seed}), {evaluated}\n"
+        f"{dataset_name(config.dataset)}: {len(dataset.classnames)} classes, "
+        f"{len(dataset.train_x)} images to adapt with "
+        f"({config.shots} per class, seed {config.seed}), {evaluated}\n"
         f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
         flush=True,
     )
@@ -315,86 +325,3 @@ def find_weights(folder: Path, config: Config) -> Path:
         f"there are no weights to evaluate: neither {delta}, which --save_weights keeps, nor a "
         f"whole state dict at {whole}"
     )
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's files.
-
-    Raises:
-        ValueError: One of them is not what a finished run leaves; the sentence says why.
-        OSError, csv.Error, RecursionError: It cannot be read at all.
-    """
-    path = folder / "result.json"
-    if path.exists() and not path.is_file():  # reading a pipe would never end
-        raise ValueError("result.json is not a file")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"result.json is not JSON ({error})") from error
-    check_result(result)
-    loss, evaluated = read_curve(folder / "curve.csv", result["iterations"])
-    zero_shot, versions, data = map(result.get, ("zero_shot_accuracy", "versions", "data"))
-    torch = versions.get("torch") if isinstance(versions, dict) else None
-    made_by = (result.get("git_commit"), torch, result.get("device"))
-    return Run(
-        result["method"], backbone_name(result["backbone"]), result["dataset"], result["shots"],
-        result["seed"], zero_shot, result["final_accuracy"], result["wall_seconds"],
-        result["peak_memory_mb"], loss, np.array([(0, zero_shot), *evaluated], float),
-        result["config"], tuple(str(value or "unknown") for value in made_by),
-        data if isinstance(data, dict) else {},
-    )  # fmt: skip
-
-
-def check_result(result: Any) -> None:
-    """Raise a ValueError that says what is wrong with the contents of a result.json."""
-    if not isinstance(result, dict):
-        raise ValueError("result.json does not hold an object")
-    for key, (kind, *limits) in FIELDS.items():
-        if key not in result:
-            raise ValueError(f"result.json has no {key}")
-        value = result[key]
-        good = isinstance(value, kind) and not isinstance(value, bool)
-        if good and kind is str:
-            good = re.fullmatch(limits[0], value, re.ASCII) is not None
-        elif good and limits:
-            good = limits[0] <= value <= limits[1]  # NaN is not
-        if not good:
-            raise ValueError(f"result.json: {key} cannot be {str(value)[:50]!r}")
-
-
-def read_curve(path: Path, iterations: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
-    """The loss of each iteration, and (iteration, test accuracy) where it was measured."""
-    if not path.is_file():
-        raise ValueError("there is no curve.csv")
-    losses, evaluated = [], []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if next(reader, None) != COLUMNS:
-            raise ValueError(f"curve.csv does not begin with the columns {','.join(COLUMNS)}")
-        for count, row in enumerate(reader, start=1):
-            try:
-                iteration, loss, lr, accuracy = row
-                numbers = [float(loss), float(lr), float(accuracy or 0)]
-                good = int(iteration) == count and all(map(math.isfinite, numbers))
-            except ValueError:
-                good = False
-            if not good or not 0 <= numbers[2] <= 100:
-                raise ValueError(f"curve.csv is malformed at line {count + 1}")
-            losses.append(numbers[0])
-            if accuracy:
-                evaluated.append((count, numbers[2]))
-    if len(losses) != iterations:
-        raise ValueError(f"curve.csv has {len(losses)} of {iterations} iterations")
-    return np.array(losses), evaluated
-
-
-def slug(backbone: str) -> str:
-    """A backbone's name as a folder's, as in a run's path."""
-    return re.sub(r"[^\w.-]", "-", backbone).lstrip(".") or "-"
-
-
-def backbone_name(name: str) -> str:
-    """A model's name; for a checkpoint's path its stem, or the model that this stem stands for."""
-    known = {slug(model): model for model in clip.available_models()}
-    stem = slug(name if name in known.values() else Path(name).stem)
-    return known.get(stem, stem)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier import autocast, before_training, image_features, text_features
+from classifier import autocast, before_training, image_features, scale_of, text_features
 from clip import CLIP
 from clip.model import ResidualAttentionBlock
 from datasets.images import Batch, to_device
+from metrics import Predictions
 from optimizers.delta import Base, Packed, pack, save_delta, unpack
 from optimizers.lora import merged
 from optimizers.methods import Method
@@ -87,6 +88,7 @@ class Course:
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # (iterations,), on the device
     scaler: dict[str, Any] = field(default_factory=dict)  # GradScaler's state
     best: tuple[int, float, Packed] = (0, -math.inf, {})  # iteration, score, weights then
+    predictions: Predictions | tuple = ()  # of the iterate that is reported, as far as is known
     began: float = field(default_factory=time.perf_counter)  # less the time of earlier processes
 
     @property
@@ -119,13 +121,21 @@ class Course:
         if score > self.best[1]:
             self.best = self.count, score, pack(adapted.method.trained, adapted.base.read())
 
+    def record(self, predictions: Predictions) -> None:
+        """Note the present weights' accuracy; keep their predictions if they would be reported."""
+        self.accuracies[self.count] = predictions.accuracy
+        if self.best[0] in (0, self.count):
+            self.predictions = predictions
+
     def state(self) -> dict[str, Any]:
         """Everything as plain values and CPU tensors."""
-        return {**vars(self), "losses": self.losses[: self.count].cpu(), "began": -self.seconds}
+        losses, answers = self.losses[: self.count].cpu(), tuple(self.predictions)
+        return {**vars(self), "losses": losses, "predictions": answers, "began": -self.seconds}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         vars(self).update(state, began=self.began + state["began"])
+        self.predictions = Predictions(*self.predictions) if self.predictions else ()
 
 
 def compile_blocks(model: CLIP, backend: str = "inductor") -> None:
@@ -151,7 +161,7 @@ def train(
     batches: Iterator[tuple[Batch, bool]],
     course: Course,
     settings: Settings = Settings(),  # noqa: B008 # frozen
-    measure: Callable[[], float] | None = None,
+    measure: Callable[[], Predictions] | None = None,
     save: Callable[[], None] = lambda: None,
     interruption: Callable[[], None] = lambda: None,
 ) -> None:
@@ -163,7 +173,7 @@ def train(
             next one first.
         course: How far it is: a new one, or an interrupted run's. It is kept up to date.
         settings: How it is trained.
-        measure: Returns the test accuracy in percent.
+        measure: Returns the predictions for the test images.
         save: Writes a checkpoint.
         interruption: Called after each iteration; raises Interrupted to end training.
 
@@ -173,9 +183,7 @@ def train(
     """
     model, optimizer = adapted.model, adapted.method.optimizer
     device = model.text_projection.device
-    scale: float | Tensor = settings.logit_scale
-    if scale == "checkpoint":
-        scale = model.logit_scale.detach().exp()
+    scale = scale_of(model, settings.logit_scale)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # a resumed run's rate is that of its last step
     course.lr = optimizer.param_groups[0]["initial_lr"]
@@ -192,7 +200,7 @@ def train(
         count, every = course.count, settings.eval_every
         due = course.ended or (every and count and count % every == 0)
         if measure is not None and due and count not in course.accuracies:
-            course.accuracies[count] = measure()
+            course.record(measure())
 
     def save_if_sound() -> None:
         if course.count and losses[: course.count].isfinite().all():

@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DURING = ("checkpoint.pt", "curve.csv", "weights.safetensors", "result.json")
 TOLD = ("zero_shot_accuracy", "final_accuracy", "last_accuracy", "iterations", "selected_iteration")
+TOLD += ("per_class", "ece")
+FILES = ("curve.csv", "weights.safetensors", "predictions.csv", "fewshot.json")
 
 
 def command(out: Path, extra: Sequence[str]) -> list[str]:
@@ -76,7 +78,7 @@ def outcome(out: Path) -> dict[str, object]:
     """All of a finished run that must not depend on kills."""
     folder = run_folder(out)
     result = json.loads((folder / "result.json").read_text())
-    files = {name: (folder / name).read_bytes() for name in ("curve.csv", "weights.safetensors")}
+    files = {name: (folder / name).read_bytes() for name in FILES}
     left = sorted(path.name for path in folder.iterdir())
     return {**files, **{key: result[key] for key in TOLD}, "files": left}
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from clip import CLIP, build_model, read_checkpoint
 from clip.loading import locate
+from flags import Parser, backbone
 from optimizers.delta import Delta, apply_delta, changed_entries, read_delta
-from run_utils import Parser, backbone
 from utils import atomic_write, explain, one_line, say
 
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")

@@ -1,14 +1,17 @@
-"""Tables and figures of finished runs, from their result.json and curve.csv files alone.
+"""Tables and figures of finished runs, from the files in their folders alone.
 
     python scripts/report.py results                        # writes results/report/
     python scripts/report.py results more --out docs/study
 
 Per backbone: accuracy by dataset, method and shots as mean and standard deviation over seeds,
-beside published figures (reporting/published.yaml); memory and time; accuracy by shots; curves.
+beside published figures (reporting/published.yaml); memory and time; accuracy by shots; curves;
+the confusion matrix and the accuracies of the classes, worst first, over all seeds of a cell.
 Runs that differ in any other setting than the seed are never averaged: the method's name is
 followed by what differs. tables.md is for reading, tables.csv holds the same numbers, one line per
-cell and published figure. Runs that are broken or unfinished are named on standard error and left
-out. Figures need matplotlib; without it there are tables alone.
+cell and published figure, classes.csv one line per cell and class. Runs that are broken or
+unfinished are named on standard error and left out, as are from what is said of classes those of
+earlier versions, without predictions.csv. Figures need matplotlib; without it there are tables
+alone.
 """
 
 import sys
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from reporting.report import write_report
 
-from run_utils import Parser
+from flags import Parser
 from utils import explain, one_line
 
 

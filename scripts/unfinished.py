@@ -38,7 +38,8 @@ def is_finished(arguments: Sequence[str]) -> bool:
     if not (folder / "result.json").exists():
         return False
     try:
-        done = finished(folder, config, data_of(config.dataset, config.root_path)) is not None
+        data = data_of(config.dataset, config.root_path, config.classnames)
+        done = finished(folder, config, data) is not None
     except (ValueError, OSError):
         return False
     if done:
@@ -47,9 +48,9 @@ def is_finished(arguments: Sequence[str]) -> bool:
 
 
 @cache
-def data_of(name: str, root_path: str | None) -> dict[str, Any]:
+def data_of(name: str, root_path: str | None, classnames: str | None) -> dict[str, Any]:
     """The data of a task, read once for all of its runs."""
-    return describe_data(name, root_path)
+    return describe_data(name, root_path, classnames)
 
 
 if __name__ == "__main__":

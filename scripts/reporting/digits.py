@@ -25,7 +25,7 @@ from reporting.figures import LINES, MARKS, can_draw, canvas, png, with_legend
 from reporting.markdown import markdown
 from reporting.numbers import METHODS, Study, find_runs, interval, studies
 from reporting.tables import pairs_table, with_spread
-from results import read_run
+from runs import read_run
 from utils import atomic_write, plural
 
 PARTS = {

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from reporting.numbers import METHODS, settings_of
-from results import Run, differences, read_run, run_folder
+from results import differences, run_folder
 from run_utils import Config, default_settings, parse_args
+from runs import Run, read_run
 from utils import plural
 
 KINDS = ("compare", "rates", "grid", "ablation")

@@ -7,6 +7,7 @@ printing and colour blindness. matplotlib is imported where it is used.
 import io
 import math
 import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +27,7 @@ from reporting.numbers import (
     title_of,
     zero_shot,
 )
-from results import Run, slug
+from runs import Run, slug
 from utils import plural
 
 # Colours of Okabe and Ito; the first three differ in lightness, all in mark, line and hatch, too.
@@ -234,7 +235,8 @@ def png(draw: Callable[[], Any]) -> bytes:
     import matplotlib
 
     data = io.BytesIO()
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of names in other scripts
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(LOOK)
         draw().savefig(data, format="png", metadata={"Software": None})

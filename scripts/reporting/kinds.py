@@ -13,7 +13,7 @@ from reporting.markdown import markdown
 from reporting.numbers import METHODS, interval
 from reporting.report import write_report
 from reporting.tables import mean_text, with_spread
-from results import Run
+from runs import Run
 from utils import atomic_write, plural
 
 

@@ -18,8 +18,9 @@ from scipy.stats import t as student
 
 import clip
 from datasets import DATASETS
-from results import CIRCUMSTANCES, IN_PATH, Run, read_run
+from results import CIRCUMSTANCES, IN_PATH
 from run_utils import default_settings
+from runs import Run, read_run
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}
@@ -192,9 +193,11 @@ def find_variants(runs: Sequence[Run]) -> tuple[list[Variant], list[Variant]]:
 
 
 def in_words(key: str, value: Any) -> str:
-    """A setting as tables name it: "lr 0.01", "dense_grad", "no flip"."""
+    """A setting as tables name it: "lr 0.01", "dense_grad", "no flip"; a file by its stem."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
+    if key in ("classnames", "fewshot_list"):
+        value = Path(str(value)).stem
     return f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from reporting.classes import class_figures, classes_csv, classes_text, find_classes
 from reporting.figures import can_draw, figures, png
 from reporting.numbers import find_runs, inconsistencies, read_published, studies
 from reporting.tables import csv_text, study_text, table_rows
@@ -34,13 +35,16 @@ def write_report(folders: Sequence[Path], out: Path, complain: Callable[[str], N
     if not runs:
         raise ValueError(f"there is no finished run below {', '.join(map(str, folders))}")
     published, sources = read_published()
-    rows, texts, plan = [], ["# Report\n"], {}
+    rows, texts, plan, classes = [], ["# Report\n"], {}, []
     for study in studies(runs):
         for oddity in inconsistencies(study):
             complain(f"note: {oddity}")
         rows.append(table_rows(study, published))
         texts.append(study_text(study, rows[-1], sources))
-        plan.update(figures(study, published))
+        cells = find_classes(study, complain)
+        texts.append(classes_text(cells))
+        classes += cells
+        plan.update(figures(study, published) | class_figures(cells))
     if not can_draw():
         complain("no figures: matplotlib is missing; `pip install matplotlib` brings it")
         plan = {}
@@ -48,6 +52,8 @@ def write_report(folders: Sequence[Path], out: Path, complain: Callable[[str], N
 
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "tables.csv", csv_text(row for part in rows for row in part))
+    atomic_write(out / "classes.csv", classes_csv(classes))
+    texts = [text for text in texts if text]
     tables = "\n".join([*texts, f"{FIGURES}\n{links}\n"] if plan else texts)
     atomic_write(out / "tables.md", tables)
     say("\n".join(texts))

@@ -14,6 +14,7 @@ import report
 import reporting.report
 import yaml
 from PIL import Image
+from report_helpers import make_run
 from reporting import figures, numbers
 
 from datasets import DATASETS
@@ -21,41 +22,6 @@ from datasets import DATASETS
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = yaml.safe_load((ROOT / "scripts/reporting/published.yaml").read_text())
 ELEVEN = PUBLISHED["datasets"]
-
-
-def make_run(
-    root, method="so", dataset="dtd", shots=4, seed=1, accuracy=60.0, backbone="ViT-B/16",
-    iterations=20, eval_every=0, zero_shot=44.0, settings=(), **changes,
-):  # fmt: skip
-    """The files of a made-up run; `changes` replace entries of result.json, None removes one."""
-    settings = {"lr": 2e-4, "seed": seed, **dict(settings)}
-    tag = "-".join(f"{key}_{value}" for key, value in settings.items())
-    folder = Path(root) / method / backbone.replace("/", "-") / dataset / f"{shots}shots" / tag
-    folder.mkdir(parents=True)
-    draw = random.Random(f"{method} {dataset} {shots} {seed}")
-    rows = []
-    for i in range(1, iterations + 1):
-        done = 1 - math.exp(-5 * i / iterations)
-        test = zero_shot + (accuracy - zero_shot) * done + draw.gauss(0, 0.3)
-        if i == iterations:
-            test = accuracy
-        elif not eval_every or i % eval_every:
-            test = ""
-        loss = (0.05 + 2 * (1 - done)) * draw.uniform(0.7, 1.3)
-        rows.append((i, loss, 2e-4 * (1 - i / iterations), test))
-    with open(folder / "curve.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("iteration", "loss", "lr", "test_accuracy"), *rows])
-    result = {
-        "method": method, "backbone": backbone, "dataset": dataset, "shots": shots, "seed": seed,
-        "zero_shot_accuracy": zero_shot, "final_accuracy": accuracy, "iterations": iterations,
-        "wall_seconds": 100.0, "peak_memory_mb": 2000.0, "device": "cpu",
-        "versions": {"torch": "2.4"}, "git_commit": "abc", "config": settings,
-    }  # fmt: skip
-    result.update(changes)
-    result = {key: value for key, value in result.items() if value is not None}
-    (folder / "config.yaml").write_text("lr: 0.0002\n")
-    (folder / "result.json").write_text(json.dumps(result))
-    return folder
 
 
 def make_seeds(root, method, dataset, accuracies, **options):
@@ -345,7 +311,10 @@ RESULT = {
     "zero_shot_accuracy": 44.0, "final_accuracy": 60.0, "iterations": 20, "wall_seconds": 1.0,
     "peak_memory_mb": 1, "config": {},
 }  # fmt: skip
+CLASSES = {"classnames": ["a"], "template": ["{}"], "per_class": {"a": 1}, "ece": 1.0}
 FIELDS = [
+    ("dataset", "a | b"), ("dataset", "a\nb"), ("ece", 101), ("ece", "1"), ("per_class", [1]),
+    ("classnames", "x"), ("template", 1),
     ("method", 3), ("method", "a/b"), ("method", "a | b"), ("dataset", "../up"), ("dataset", ""),
     ("backbone", None), ("backbone", "/"), ("shots", "4"), ("shots", 0), ("shots", True),
     ("shots", 4.0), ("seed", -1), ("seed", 10**400), ("zero_shot_accuracy", float("nan")),
@@ -387,6 +356,18 @@ BROKEN = {  # name of the case: (file, its content, reason)
             ("quoted", HEADER + '"' + "x" * 200_000, "field larger"),
         ]
     },
+    **{
+        f"{i} of classes": ("result.json", json.dumps({**RESULT, **CLASSES, **changes}), reason)
+        for i, (changes, reason) in enumerate(
+            [
+                ({"ece": None}, "ece cannot be"), ({"classnames": [1]}, "must be texts"),
+                ({"classnames": ["a", "b"]}, "for each of classnames"),
+                ({"per_class": {"a": 101}}, "for each of classnames"),
+                ({"per_class": {"a": "1"}}, "for each of classnames"),
+            ]
+        )
+    },
+    "some of classes": ("result.json", json.dumps({**RESULT, "ece": 1}), "and not all"),
     "curve missing": ("curve.csv", None, "there is no curve.csv"),
     "result missing": ("result.json", None, "unfinished"),
 }  # fmt: skip
@@ -454,7 +435,7 @@ def test_without_matplotlib_there_are_tables_and_a_hint(run, tmp_path, monkeypat
     status, _, err = run(tmp_path)
     assert status == 0 and err.count("\n") == 1 and "pip install matplotlib" in err
     names = sorted(path.name for path in (tmp_path / "report").iterdir())
-    assert names == ["tables.csv", "tables.md"]
+    assert names == ["classes.csv", "tables.csv", "tables.md"]
     assert "Figures" not in (tmp_path / "report" / "tables.md").read_text()
 
 
@@ -472,17 +453,20 @@ def test_figures_are_there_and_the_report_is_the_same_each_time(run, tmp_path):
         assert (status, err) == (0, "")
     files = [{p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")} for out in outs]
     assert files[0] == files[1]
-    names = sorted(str(path) for path in files[0])
+    cells = [f"{data}-1shots-{method}" for data in ("dtd", "eurosat") for method in ("lora", "so")]
+    about_classes = [f"ViT-B-16/{kind}-{c}.png" for kind in ("classes", "confusion") for c in cells]
+    names = sorted({str(path) for path in files[0]} - {*about_classes, "classes.csv"})
+    assert len(files[0]) == len(names) + len(about_classes) + 1
     assert names == [
         "ViT-B-16/accuracy-dtd.png", "ViT-B-16/accuracy-eurosat.png",
         "ViT-B-16/accuracy-mean.png", "ViT-B-16/cost.png", "ViT-B-16/curves-dtd-1shots.png",
         "ViT-B-16/curves-eurosat-1shots.png", "tables.csv", "tables.md",
     ]  # fmt: skip
     text = (outs[0] / "tables.md").read_text()
-    for name in names[:-2]:
+    for name in [*names[:-2], *about_classes]:
         assert f"({name})" in text
         image = Image.open(outs[0] / name)
-        assert image.width > 900 and image.height > 500
+        assert image.width >= 900 and image.height > 250
         assert len(image.convert("RGB").getcolors(10**6)) > 50
 
 

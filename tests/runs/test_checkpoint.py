@@ -119,7 +119,9 @@ def test_a_signal_and_its_repeats_leave_a_checkpoint_and_one_sentence(number, st
     assert process.returncode == status and "Traceback" not in err
     count = read(path)["course"]["count"]
     assert count >= 3 and f"--resume goes on from iteration {count}, kept in {path}" in err
-    assert {p.name for p in path.parent.iterdir()} == {"checkpoint.pt", "config.yaml"}
+    assert {p.name for p in path.parent.iterdir()} == {
+        "checkpoint.pt", "config.yaml", "fewshot.json",
+    }  # fmt: skip
 
 
 def test_ctrl_c_a_second_time_later_ends_at_once():
@@ -216,7 +218,7 @@ def test_checkpoints_are_read_as_data_alone(checkpoint, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    torch.save({"version": 2, "config": Evil()}, checkpoint)
+    torch.save({"version": 3, "config": Evil()}, checkpoint)
     assert "damaged" in refused(*COMMON, tmp_path, "--resume")
     assert not (tmp_path / "owned").exists()
 
@@ -234,7 +236,11 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert err.count("checkpoint.pt could not be written") == 2
     assert status == 2 and "weights.safetensors" in err  # which are larger than the limit
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {"config.yaml", "curve.csv"}  # nothing half-written, and no result
+    assert names == {
+        "config.yaml",
+        "curve.csv",
+        "fewshot.json",
+    }  # nothing half-written, and no result
 
 
 @pytest.mark.parametrize("name", ["curve.csv", "weights.safetensors", "result.json"])

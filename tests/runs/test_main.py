@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import refused, result_of, run, run_folder
 from dataset_helpers import LAYOUTS, make_dataset
 
 import main
 from datasets import DATASETS
+from metrics import Predictions
 from optimizers.delta import read_delta
 from optimizers.methods import METHODS
 
@@ -80,18 +82,26 @@ def test_accuracy_is_measured_while_training_which_changes_nothing(command, tmp_
 def test_the_iterate_may_be_chosen_on_validation_images_alone(
     method, command, tmp_path, monkeypatch
 ):
-    validation, test = iter([50.0, 90.0, 80.0]), iter([1.0, 10.0, 20.0, 30.0])
+    validation, test = iter([1, 5, 4]), iter([1, 2, 3, 6])  # hits of six
 
-    def evaluate(model, batches, total, prompts, precision, title):
-        return next(validation if title == "Validation" else test)
+    def evaluate(model, batches, total, prompts, precision, title, scale):
+        hits = next(validation if title == "Validation" else test)
+        labels = (torch.arange(6) < hits).long()
+        return Predictions(labels, torch.ones(6).long(), torch.full((6,), hits / 8))
 
     monkeypatch.setattr(main, "evaluate", evaluate)
     command += ["--method", method, "--early_stop_loss", 0, "--lr", 0.01]
     select = [*command, "--n_iters", 3, "--eval_every", 2, "--select", "val"]
-    assert "Final test accuracy: 20.00" in run(*select)
+    assert "Final test accuracy: 50.00" in run(*select)
     result = result_of(tmp_path)
-    assert (result["final_accuracy"], result["last_accuracy"]) == (20.0, 30.0)
+    assert (result["final_accuracy"], result["last_accuracy"]) == (50.0, 100.0)
     assert (result["selected_iteration"], result["iterations"]) == (4, 6)
+    assert result["per_class"] == dict(zip(result["classnames"], (0.0, 100.0, None), strict=True))
+    assert result["ece"] == 100 * abs(0.5 - 3 / 8)
+    lines = (run_folder(tmp_path) / "predictions.csv").read_text().splitlines()
+    assert [line.split(",")[1:] for line in lines[1:]] == [["1", "1", "0.375"]] * 3 + [
+        ["0", "1", "0.375"]
+    ] * 3
     weights = (run_folder(tmp_path) / "weights.safetensors").read_bytes()
     monkeypatch.undo()
     argv = [*select, "--save_path", tmp_path / "last", "--select", "last"]
@@ -132,9 +142,9 @@ def test_python_random_is_used_for_the_few_shots_alone(command, monkeypatch):
     states = []
     build = main.build_dataset
 
-    def watched(*args):
+    def watched(*args, **own):
         assert random.getstate() == random.Random(3).getstate()
-        dataset = build(*args)
+        dataset = build(*args, **own)
         states.append(random.getstate())
         return dataset
 

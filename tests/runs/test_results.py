@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from commands import run_folder as only_folder
 from dataset_helpers import LAYOUTS, make_dataset
 
 import machine
-from results import locked, read_run, run_folder
+from results import locked, run_folder
 from run_utils import parse_args
+from runs import read_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +41,8 @@ ROOT = Path(__file__).parents[2]
         ("--position up --encoder text", "so/ViT-B-16/dtd/1shots/seed3-encoder_text-position_up"),
         ("--backbone ViT-L/14@336px --method lora", "lora/ViT-L-14-336px/dtd/1shots/seed3"),
         ("--device cpu --threads 1 --save_weights", "so/ViT-B-16/dtd/1shots/seed3"),
+        ("--template clip --fewshot_list a/few.json --classnames b/names.yaml",
+         "so/ViT-B-16/dtd/1shots/seed3-classnames_names-fewshot_list_few-template_clip"),
         ("--logit_scale checkpoint", "so/ViT-B-16/dtd/1shots/seed3-logit_scale_checkpoint"),
         ("--config configs/so_paper.yaml", "so/ViT-B-16/dtd/1shots/seed3-so_paper"),
         (
@@ -65,6 +69,27 @@ def test_a_path_gives_its_files_stem(data):
     assert str(run_folder(config)) == "results/so/tiny vit/dtd/1shots/seed3"
 
 
+def test_own_images_give_their_stem_and_need_no_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Käse & Wein v2.1").mkdir()
+    config = parse_args(["--dataset", "Käse & Wein v2.1"])
+    assert str(run_folder(config)) == "results/so/ViT-B-16/Käse & Wein v2.1/1shots/seed3"
+    assert (config.backbone, config.root_path, config.config) == ("ViT-B/16", None, None)
+
+
+def test_prompts_give_a_short_plain_name_of_their_own():
+    names = set()
+    for prompts in (
+        ["a photo of a {}, a type of pet."], ["a photo of a {}; a type of pet!"], ["{}"],
+        ["ein Bild von {}", "noch/ein\\Bild: {}"], ["a " * 99 + "{}"], ["clip", "{}"], ["ein {}ß"],
+    ):  # fmt: skip
+        config = parse_args(["--dataset", "dtd", "--template", *prompts])
+        name = run_folder(config).name.removeprefix("seed3-template_")
+        assert re.fullmatch(r"[\w-]{1,40}", name), name
+        names.add(name)
+    assert len(names) == 7 and "a-photo-of-a-a-type-of-pet-" in " ".join(names)
+
+
 def test_a_loop_over_a_setting_leaves_a_folder_for_each_value(command, tmp_path):
     for t in (1, 2, 5):
         run(*command, "--t", t, "--n_iters", 1)
@@ -80,12 +105,14 @@ def test_a_run_leaves_its_folder(command, tmp_path):
     run(*command, "--early_stop_loss", 0)
     folder = only_folder(tmp_path)
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "curve.csv", "result.json", "weights.safetensors",
+        "config.yaml", "curve.csv", "fewshot.json", "predictions.csv", "result.json",
+        "weights.safetensors",
     }  # fmt: skip
     result = result_of(tmp_path)
     assert {
         "method", "backbone", "dataset", "shots", "seed", "zero_shot_accuracy", "final_accuracy",
         "iterations", "wall_seconds", "peak_memory_mb", "versions", "git_commit", "data", "config",
+        "classnames", "per_class", "ece",
     } <= result.keys()  # fmt: skip
     assert {"split", "digest", "train", "val", "test"} <= result["data"].keys()
     assert result["iterations"] == 4 and result["wall_seconds"] > 0

@@ -143,7 +143,7 @@ def test_unfinished_asks_for_each_datasets_data_once(monkeypatch, capsys, tmp_pa
         (folder / "result.json").touch()
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     unfinished.main(shared)
-    assert asked == [("dtd", "/the data"), ("fgvc", "/the data")]
+    assert asked == [("dtd", "/the data", None), ("fgvc", "/the data", None)]
     assert capsys.readouterr().err == "4 runs, 4 of them finished\n"
 
 

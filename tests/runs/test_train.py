@@ -136,7 +136,7 @@ def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
     expected = 100 * sum(int(p == i.label) for p, i in zip(predicted, items, strict=True)) / 12
     for workers in (0, 2):
         batches = Loader(32, workers).test_batches(items, 5)
-        assert evaluate(model, batches, 12, prompts(model)) == pytest.approx(expected)
+        assert evaluate(model, batches, 12, prompts(model)).accuracy == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -1,0 +1,51 @@
+"""Made-up runs, for the tests of what reads results."""
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+
+def make_run(
+    root, method="so", dataset="dtd", shots=4, seed=1, accuracy=60.0, backbone="ViT-B/16",
+    iterations=20, eval_every=0, zero_shot=44.0, settings=(), classes=4, **changes,
+):  # fmt: skip
+    """The files of a made-up run; `changes` replace entries of result.json, None removes one."""
+    settings = {"lr": 2e-4, "seed": seed, **dict(settings)}
+    tag = "-".join(f"{key}_{value}" for key, value in settings.items()).replace("/", "-")
+    folder = Path(root) / method / backbone.replace("/", "-") / dataset / f"{shots}shots" / tag
+    folder.mkdir(parents=True)
+    draw = random.Random(f"{method} {dataset} {shots} {seed}")
+    rows = []
+    for i in range(1, iterations + 1):
+        done = 1 - math.exp(-5 * i / iterations)
+        test = zero_shot + (accuracy - zero_shot) * done + draw.gauss(0, 0.3)
+        if i == iterations:
+            test = accuracy
+        elif not eval_every or i % eval_every:
+            test = ""
+        loss = (0.05 + 2 * (1 - done)) * draw.uniform(0.7, 1.3)
+        rows.append((i, loss, 2e-4 * (1 - i / iterations), test))
+    with open(folder / "curve.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("iteration", "loss", "lr", "test_accuracy"), *rows])
+    result = {
+        "method": method, "backbone": backbone, "dataset": dataset, "shots": shots, "seed": seed,
+        "zero_shot_accuracy": zero_shot, "final_accuracy": accuracy, "iterations": iterations,
+        "wall_seconds": 100.0, "peak_memory_mb": 2000.0, "device": "cpu",
+        "versions": {"torch": "2.4"}, "git_commit": "abc", "config": settings,
+    }  # fmt: skip
+    names = [f"class {number}" for number in range(classes)]
+    pairs = [(i, i if j > i % 4 else (i + 1) % classes) for i in range(classes) for j in range(8)]
+    result |= {
+        "classnames": names, "template": ["a photo of a {}."], "ece": 5.0 + seed,
+        "per_class": dict.fromkeys(names, accuracy),
+    }  # fmt: skip
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        rows = [(f"{n}.jpg", *pair, 0.9) for n, pair in enumerate(pairs)]
+        csv.writer(file).writerows([("path", "label", "predicted", "probability"), *rows])
+    result.update(changes)
+    result = {key: value for key, value in result.items() if value is not None}
+    (folder / "config.yaml").write_text("lr: 0.0002\n")
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
