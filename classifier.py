@@ -125,8 +125,8 @@ def evaluate(
     batches: Iterable[Batch],
     total: int,
     prompts: Tensor,
-    precision: str = "fp32",
     desc: str = "Evaluation",
+    precision: str = "fp32",
     logit_scale: float | str = 100.0,
 ) -> Predictions:
     """Classify `total` images by prompts.
@@ -136,8 +136,8 @@ def evaluate(
         batches: Images and labels.
         total: Number of images.
         prompts: Tokens of the classes' prompts: (P, C, L).
-        precision: Precision of the matrix products.
         desc: What the progress bar says.
+        precision: Precision of the matrix products.
         logit_scale: Factor of the cosines, on which probabilities depend; or "checkpoint".
 
     Returns:

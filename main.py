@@ -7,7 +7,6 @@ python main.py --help
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 
 import results
@@ -49,17 +48,16 @@ def run(config: Config, signals: Signals) -> None:
         items = dataset.val if split == "val" else dataset.test
         batches = loader.test_batches(items, batch_size=256)
         with signals.at_once(), merged(model):
-            return evaluate(
-                model, batches, len(items), prompts, config.precision, title, config.logit_scale
-            )
+            how = config.pick("precision", "logit_scale")
+            return evaluate(model, batches, len(items), prompts, title, **how)
 
     if weights or not course.iterations:
-        zero_shot = predict(config.eval_split, "Zero-shot").accuracy
-        results.tell("zero_shot_accuracy", zero_shot, config.eval_split)
+        before = predict(config.eval_split, "Zero-shot").accuracy
+        results.tell("zero_shot_accuracy", before, config.eval_split)
         if weights:
             load_weights(model, weights, config.backbone)
-            tuned = predict(config.eval_split, "Evaluation").accuracy
-            results.tell("accuracy", tuned, config.eval_split)
+            after = predict(config.eval_split, "Evaluation").accuracy
+            results.tell("accuracy", after, config.eval_split)
         return
 
     with results.locked(folder), signals.deferred():
@@ -91,12 +89,10 @@ def run(config: Config, signals: Signals) -> None:
             dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
             config.flip, start=course.count,
         )  # fmt: skip
-        settings = Settings(**config.pick(*(field.name for field in fields(Settings))))
+        settings = Settings(**config.pick(*Settings.__annotations__))
+        save = partial(checkpoint.save, adapted, course)
         try:
-            train(
-                adapted, batches, course, settings, measure,
-                partial(checkpoint.save, adapted, course), signals.check,
-            )  # fmt: skip
+            train(adapted, batches, course, settings, measure, save, signals.check)
         except NonFiniteLoss:
             results.write_curve(folder, course.curve())
             raise

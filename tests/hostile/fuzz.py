@@ -251,7 +251,7 @@ def flags(rng: random.Random, room: Room) -> str:
         option = rng.choice(action.option_strings)
         if action.dest == "compile":
             option = "--no-compile"
-        count = {None: 1, 0: 0}.get(action.nargs, action.nargs)
+        count = {None: 1, "+": 2}.get(action.nargs, action.nargs)
         count = rng.choice((0, 1, 3)) if rng.random() < 0.05 else count
         weird = [word for word in WEIRD if word not in SLOW.get(action.dest, ())]
         usual = GOOD.get(action.dest, ["1", "0.5", "2"])

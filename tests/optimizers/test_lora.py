@@ -223,7 +223,7 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     assert {name for name in after if not torch.equal(after[name], before[name])} == params.keys()
     assert curve[-1][1] < curve[0][1] / 2
     with merged(model):
-        assert evaluate(model, [batch], 3, tokens, precision).accuracy == 100.0
+        assert evaluate(model, [batch], 3, tokens, precision=precision).accuracy == 100.0
 
 
 # Dropout

@@ -84,7 +84,7 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
 ):
     validation, test = iter([1, 5, 4]), iter([1, 2, 3, 6])  # hits of six
 
-    def evaluate(model, batches, total, prompts, precision, title, scale):
+    def evaluate(model, batches, total, prompts, title, **how):
         hits = next(validation if title == "Validation" else test)
         labels = (torch.arange(6) < hits).long()
         return Predictions(labels, torch.ones(6).long(), torch.full((6,), hits / 8))

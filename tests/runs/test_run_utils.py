@@ -201,3 +201,17 @@ def test_a_device_that_is_not_there_is_refused(device):
     message = refused("--device", device, "--n_iters", 0)
     assert f"--device {device} cannot be used" in message
     assert "--device cpu" in message or torch.cuda.is_available()
+
+
+def test_prompts_come_from_a_file_as_from_flags(tmp_path):
+    file = tmp_path / "a.yaml"
+    for text, template in [
+        ("template: clip", ["clip"]),
+        ("template: ['a {}.', 'my {}']", ["a {}.", "my {}"]),
+    ]:
+        file.write_text(f"dataset: dtd\n{text}\n")
+        assert parse_args(["--config", str(file)]).template == template
+        argv = ["--dataset", "dtd", "--template", *template]
+        assert parse_args(argv).template == template
+    file.write_text("dataset: dtd\ntemplate: []\n")
+    assert "key 'template': must be a list of at least one value" in refused("--config", file)
