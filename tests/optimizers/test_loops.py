@@ -86,6 +86,24 @@ def assert_identical(a, b, path=""):
         assert a == b, path
 
 
+def states(parts):
+    # SWALR's state names its annealing function, which no file read as data can hold.
+    return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
+
+
+def continued(start, train):
+    """Train unbroken, and saved halfway and resumed: bit for bit the same; the unbroken parts."""
+    unbroken, resumed = start(), start()
+    train(unbroken, range(HALFWAY))
+    saved = through_a_file(states(unbroken))
+    train(unbroken, range(HALFWAY, STEPS))
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed, range(HALFWAY, STEPS))
+    assert_identical(states(unbroken), states(resumed))
+    return unbroken
+
+
 # The README's loops
 
 
@@ -157,20 +175,8 @@ def test_a_schedule_saved_with_its_optimizer_continues_bit_for_bit(name, sample)
         model, optimizer = make(sample)
         return model, optimizer, SCHEDULERS[name](optimizer)
 
-    def states(parts):
-        # SWALR's state names its annealing function, which no file read as data can hold.
-        return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
-
-    unbroken = start()
-    train(unbroken, range(HALFWAY))
-    saved = through_a_file(states(unbroken))
-    train(unbroken, range(HALFWAY, STEPS))
-    assert unbroken[1].param_groups[0]["lr"] != SETTINGS["lr"]
-    resumed = start()
-    for part, state in zip(resumed, saved, strict=True):
-        part.load_state_dict(state)
-    train(resumed, range(HALFWAY, STEPS))
-    assert_identical(states(unbroken), states(resumed))
+    _, optimizer, _ = continued(start, train)
+    assert optimizer.param_groups[0]["lr"] != SETTINGS["lr"]
 
 
 @BOTH
@@ -191,23 +197,14 @@ def test_averaged_weights_are_those_of_the_iterates_and_continue_bit_for_bit(sam
         return model, optimizer, AveragedModel(model), moving
 
     iterates = []
-    unbroken = start()
-    train(unbroken, range(HALFWAY))
-    saved = through_a_file([part.state_dict() for part in unbroken])
-    train(unbroken, range(HALFWAY, STEPS))
-    model, _, average, moving = unbroken
-    for p, q, *seen in zip(average.parameters(), moving.parameters(), *iterates, strict=True):
+    model, _, average, moving = continued(start, train)
+    unbroken = iterates[:STEPS]
+    for p, q, *seen in zip(average.parameters(), moving.parameters(), *unbroken, strict=True):
         torch.testing.assert_close(p.detach(), torch.stack(seen).mean(dim=0), **CLOSE)
         expected = seen[0]
         for iterate in seen[1:]:
             expected = 0.9 * expected + 0.1 * iterate
         torch.testing.assert_close(q.detach(), expected, **CLOSE)
-
-    resumed = start()
-    for part, state in zip(resumed, saved, strict=True):
-        part.load_state_dict(state)
-    train(resumed, range(HALFWAY, STEPS))
-    assert_identical(*[[part.state_dict() for part in parts] for parts in (unbroken, resumed)])
 
     average(data(0)).sum().backward()  # a plain model, which no optimizer samples
     assert not any(p.grad.is_sparse for p in average.parameters())
@@ -219,28 +216,22 @@ def test_a_compiled_model_trains_as_the_plain_one_and_continues_bit_for_bit(samp
     if not is_dynamo_supported():
         pytest.skip("torch.compile does not work with this version of Python")
 
-    def train(model, optimizer, steps):
+    def train(parts, steps):
+        _, optimizer, run = parts
         for step in steps:
-            backward(model, step)
+            backward(run, step)
             optimizer.step()
             optimizer.zero_grad()
 
-    def start(compiled):
+    def start(compiled=True):
         torch.manual_seed(0)
         model, optimizer = make(sample and compiled, seed=1)  # compiled gradients are whole ones
         return model, optimizer, torch.compile(model, backend="eager") if compiled else model
 
-    plain, unbroken, resumed = start(False), start(True), start(True)
-    for _, optimizer, run in (plain, unbroken):
-        train(run, optimizer, range(HALFWAY))
-    saved = through_a_file([part.state_dict() for part in unbroken[:2]])
-    for _, optimizer, run in (plain, unbroken):
-        train(run, optimizer, range(HALFWAY, STEPS))
-    for part, state in zip(resumed, saved, strict=False):
-        part.load_state_dict(state)
-    train(resumed[2], resumed[1], range(HALFWAY, STEPS))
-    assert_identical(*[[part.state_dict() for part in parts[:2]] for parts in (unbroken, resumed)])
-    for p, q in zip(plain[0].parameters(), unbroken[0].parameters(), strict=True):
+    plain = start(compiled=False)
+    train(plain, range(STEPS))
+    ours = continued(start, train)
+    for p, q in zip(plain[0].parameters(), ours[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, **CLOSE)
 
 
