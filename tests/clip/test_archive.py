@@ -94,7 +94,7 @@ def test_a_torchscript_archive_gives_its_state_dict_and_its_code_is_never_run(
     for key, value in expected.items():
         assert read[key].dtype == value.dtype and torch.equal(read[key], value)
     model, _ = clip.load(path, device="cpu")
-    assert model.dtype == torch.float32
+    assert model.dtype == torch.float32 and all(p.dtype == model.dtype for p in model.parameters())
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key].to(value.dtype))
 

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import ssl
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -64,14 +64,11 @@ def test_a_server_that_stops_sending_is_given_up(server, tmp_path, monkeypatch):
     assert "timed out" in refused(ConnectionError, server.url, tmp_path)
 
 
-def test_a_wrong_digest_leaves_nothing_behind(server, tmp_path):
-    said = refused(ValueError, server.url, tmp_path, "0" * 64)
-    assert "wrong SHA-256 and was deleted" in said
-
-
-def test_a_file_with_a_wrong_digest_is_replaced_once_the_right_one_is_there(
+def test_what_has_a_wrong_digest_is_deleted_or_replaced_once_the_right_one_is_there(
     server, tmp_path, capsys
 ):
+    said = refused(ValueError, server.url, tmp_path, "0" * 64)
+    assert "wrong SHA-256 and was deleted" in said
     target = tmp_path / "file"
     target.write_bytes(b"an older file")
     server.status = 503
@@ -164,17 +161,10 @@ def test_a_host_that_cannot_prove_its_name_is_refused(tmp_path, monkeypatch):
 def test_several_that_download_one_file_do_not_disturb_each_other(server, tmp_path):
     server.delay = 0.1
     done = []
-    threads = [
-        threading.Thread(
-            target=lambda: done.append(download.fetch(server.url, tmp_path / "file", SHA256))
-        )
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert done == [tmp_path / "file"] * 4
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            done.append(threads.submit(download.fetch, server.url, tmp_path / "file", SHA256))
+    assert [future.result() for future in done] == [tmp_path / "file"] * 4
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 

@@ -1,8 +1,8 @@
 """CLIP's towers against open_clip and PyTorch's own modules, on the same random weights."""
 
 import copy
-import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -81,16 +81,6 @@ def test_a_state_dict_makes_a_model_of_its_own_and_comes_back_as_it_went_in(name
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_half_precision_checkpoint_becomes_a_float32_model(name):
-    state = random_state_dict(TINY[name])
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    model = build_model(half)
-    assert model.dtype == torch.float32
-    for key, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, half[key].float())
-
-
-@pytest.mark.parametrize("name", TINY)
 def test_gradients_reach_every_parameter(name):
     model = tiny(name)
     logits, _ = model(random_images(model), random_tokens(model))
@@ -113,10 +103,11 @@ def test_a_text_has_the_same_features_whatever_follows_its_end_or_is_cut_there()
 
 
 @torch.no_grad()
-def test_logits_are_scaled_cosines():
-    model = tiny()
+def test_logits_are_scaled_cosines_and_images_are_cast_to_the_type_of_the_weights():
+    model = tiny().double()
     images, tokens = random_images(model), random_tokens(model)
     image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+    assert images.dtype == torch.float32 and image_features.dtype == model.dtype == torch.float64
     logits, _ = model(images, tokens)
     cosines = nn.functional.cosine_similarity(image_features[:, None], text_features[None], dim=-1)
     torch.testing.assert_close(logits, 100 * cosines, rtol=1e-5, atol=1e-4)
@@ -196,19 +187,9 @@ def test_inputs_of_the_wrong_size_are_refused_with_the_right_one():
 
 
 @torch.no_grad()
-def test_a_model_survives_copying_and_saving():
+def test_a_model_survives_copying_and_pickling():
     model = tiny()
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
     images, tokens = random_images(model), model.tokenize(["cat", "dog"])
     expected, _ = model(images, tokens)
-    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(images, copied.tokenize(["cat", "dog"]))[0], expected)
-
-
-@torch.no_grad()
-def test_images_are_cast_to_the_type_of_the_weights():
-    model = tiny().double()
-    features = model.encode_image(random_images(model))
-    assert features.dtype == model.dtype == torch.float64

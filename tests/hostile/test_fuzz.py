@@ -11,19 +11,14 @@ from pathlib import Path
 import delta
 import pytest
 import report
-import torch
 from clip_helpers import TINY_VIT, random_state_dict
 from dataset_helpers import LAYOUTS, make_dataset
-from PIL import EpsImagePlugin, Image
 from reporting.numbers import find_runs
-from torch import nn
 
 import clip
 import run_utils
 from datasets import __main__ as doctor
 from datasets import build_dataset
-from datasets.images import read_image
-from optimizers.SparseOptimizer import SO
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,46 +74,16 @@ def test_warnings_of_odd_metadata_stay_silent(capsys):
 # Data
 
 
-def test_no_image_starts_ghostscript(tmp_path, monkeypatch):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "EPS")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
-    with pytest.raises(ValueError, match="none of JPEG"):
-        read_image(tmp_path / "a.jpg")
-
-
-def test_a_pipe_in_place_of_a_split_file_is_refused(tmp_path):
-    make_dataset("eurosat", tmp_path)
-    split = tmp_path / "eurosat" / LAYOUTS["eurosat"][2]
-    split.unlink()
-    os.mkfifo(split)
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
-        build_dataset("eurosat", tmp_path, 1)
-
-
-def test_the_doctor_opens_no_pipe(tmp_path):
-    make_dataset("eurosat", tmp_path)
-    image = next((tmp_path / "eurosat" / "2750").rglob("*.jpg"))
-    image.unlink()
-    os.mkfifo(image)
-    finding = doctor.examine("eurosat", str(tmp_path), decode=True)
-    assert any(image.name in problem for problem in finding.problems)
-
-
-def test_the_doctor_opens_no_impossible_name(tmp_path):
+def test_the_doctor_opens_neither_a_pipe_nor_an_impossible_name(tmp_path):
     make_dataset("eurosat", tmp_path)
     split = tmp_path / "eurosat" / LAYOUTS["eurosat"][2]
     split.write_text(split.read_text().replace("Forest_0000.jpg", "a" * 300))
+    image = next((tmp_path / "eurosat" / "2750").rglob("*_0001.jpg"))
+    image.unlink()
+    os.mkfifo(image)
     finding = doctor.examine("eurosat", str(tmp_path), decode=True)
-    assert any("a" * 300 in problem for problem in finding.problems)
-
-
-def test_links_to_themselves_are_no_images_and_no_classes(tmp_path, capsys):
-    make_dataset("dtd", tmp_path, split=False)
-    classes = tmp_path / "dtd" / "images"
-    for link in (classes / "loop", classes / "banded" / "loop.jpg"):
-        link.symlink_to(link)
-    found = build_dataset("dtd", tmp_path, 1)
-    assert found.classnames == ["banded", "meshed", "polka-dotted"]
+    for name in (image.name, "a" * 300):
+        assert any(name in problem for problem in finding.problems)
 
 
 def test_entries_of_a_split_file_are_shown_on_one_line(tmp_path):
@@ -145,24 +110,6 @@ def test_the_report_reads_no_pipe(tmp_path):
 # Checkpoints
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: t.to("meta"),
-        lambda t: t.to(torch.complex64),
-        lambda t: t.to_sparse(),
-        lambda t: torch.zeros(()).expand(10**12, 64),
-    ],
-    ids=["no values", "complex", "sparse", "endless"],
-)
-def test_tensors_that_are_no_plain_numbers_are_refused(make, tmp_path):
-    state = random_state_dict(TINY_VIT)
-    state["token_embedding.weight"] = make(state["token_embedding.weight"])
-    torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=r"odd\.pt"):
-        clip.load(tmp_path / "odd.pt", "cpu")
-
-
 def test_what_a_checkpoint_names_is_shown_in_letters(tmp_path):
     content = pickle.dumps(random_state_dict(TINY_VIT)["logit_scale"], 2)
     content = content.replace(b"_rebuild_tensor_v2", b"_rebuild\x00\x1b[31mr_v2")
@@ -170,78 +117,6 @@ def test_what_a_checkpoint_names_is_shown_in_letters(tmp_path):
     with pytest.raises(ValueError) as error:
         clip.load(tmp_path / "odd.pt", "cpu")
     assert str(error.value).isprintable()
-
-
-# The optimizer
-
-
-def trained():
-    """A sparse and a dense tensor, and their optimizer after three steps."""
-    params = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(6))]
-    optimizer = SO(params, density_ratio=0.3, seed=1)
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-    return params, optimizer
-
-
-CHANGES = {
-    "an index beyond the tensor": lambda s: s["indices"].add_(1000),
-    "a negative index": lambda s: s["grad_indices"].sub_(1000),
-    "a repeated index": lambda s: s["indices"].fill_(2),
-    "indices that are floats": lambda s: s.update(indices=s["indices"].float()),
-    "moments of another length": lambda s: s.update(exp_avg=s["exp_avg"][:-1]),
-    "moments that are integers": lambda s: s.update(exp_avg=s["exp_avg"].long()),
-    "no support": lambda s: s.pop("grad_indices"),
-    "no step": lambda s: s.pop("step"),
-    "several steps": lambda s: s.update(step=torch.ones(2)),
-    "a step that is not a number": lambda s: s["step"].fill_(float("nan")),
-    "what is no tensor": lambda s: s.update(exp_avg_sq="x"),
-    "what has no values": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].to("meta")),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_state_that_does_not_fit_is_refused_and_not_loaded(change):
-    _, source = trained()
-    saved = source.state_dict()
-    change(saved["state"][0])
-    params, optimizer = trained()
-    before = optimizer.state_dict()
-    with pytest.raises(ValueError, match=r"the saved state is not|not a state dict of SO"):
-        optimizer.load_state_dict(saved)
-    assert optimizer.state[params[0]]["exp_avg"] is before["state"][0]["exp_avg"]
-
-
-@pytest.mark.parametrize(
-    "saved",
-    [
-        None,
-        [],
-        {},
-        {"state": {}, "param_groups": 3},
-        {"state": [], "param_groups": [{"params": [0]}]},
-    ],
-)
-def test_what_is_no_state_dict_is_refused(saved):
-    with pytest.raises(ValueError, match="not a state dict of SO"):
-        trained()[1].load_state_dict(saved)
-
-
-@pytest.mark.parametrize("name", ["seed", "T", "dense", "betas"])
-def test_a_state_without_a_setting_is_refused(name):
-    _, optimizer = trained()
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0][name]
-    with pytest.raises(ValueError, match=name):
-        optimizer.load_state_dict(saved)
-
-
-@pytest.mark.parametrize("settings", [{"dense": torch.ones(2)}, {"dense": 1}, {"seed": "x"}])
-def test_settings_of_odd_types_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        SO([{"params": [nn.Parameter(torch.ones(2, 2))], **settings}])
 
 
 def test_a_delta_with_unprintable_names_is_refused_in_printable_words(tmp_path, capsys):

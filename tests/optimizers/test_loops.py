@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import io
 import json
 import os
 import signal
@@ -13,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_sparse_clipping, through_a_file
 from loops_run import IMPORTS, STEPS, T
 from torch import nn
 from torch._dynamo.eval_frame import is_dynamo_supported
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 from twin import Twin, mask
 
 from optimizers import sampled
@@ -32,19 +31,7 @@ SETTINGS = dict(lr=1e-2, eps=1e-4, weight_decay=0.01, density_ratio=0.05, T=T)
 HALFWAY = 7  # steps: the second of the second window
 
 
-def clips_sparse_gradients():
-    probe = nn.Parameter(torch.zeros(2, 2))
-    probe.grad = torch.eye(2).to_sparse()
-    try:
-        nn.utils.clip_grad_norm_([probe], 1.0)
-    except NotImplementedError:
-        return False
-    return True
-
-
-CANNOT_CLIP = "this version of torch cannot clip sparse gradients on a CPU"
-SAMPLED = pytest.mark.skipif(not clips_sparse_gradients(), reason=CANNOT_CLIP)
-BOTH = pytest.mark.parametrize("sample", [False, pytest.param(True, marks=SAMPLED)])
+BOTH = pytest.mark.parametrize("sample", [False, pytest.param(True, marks=needs_sparse_clipping)])
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +69,6 @@ def twin_of(p):
     return Twin(p, **{name: SETTINGS[name] for name in ("lr", "eps", "weight_decay")})
 
 
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def assert_identical(a, b, path=""):
     """Equal bit for bit, types and keys included."""
     assert type(a) is type(b), path
@@ -104,6 +84,24 @@ def assert_identical(a, b, path=""):
         assert a.dtype == b.dtype and torch.equal(a, b), path
     else:
         assert a == b, path
+
+
+def states(parts):
+    # SWALR's state names its annealing function, which no file read as data can hold.
+    return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
+
+
+def continued(start, train):
+    """Train unbroken, and saved halfway and resumed: bit for bit the same; the unbroken parts."""
+    unbroken, resumed = start(), start()
+    train(unbroken, range(HALFWAY))
+    saved = through_a_file(states(unbroken))
+    train(unbroken, range(HALFWAY, STEPS))
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed, range(HALFWAY, STEPS))
+    assert_identical(states(unbroken), states(resumed))
+    return unbroken
 
 
 # The README's loops
@@ -177,20 +175,8 @@ def test_a_schedule_saved_with_its_optimizer_continues_bit_for_bit(name, sample)
         model, optimizer = make(sample)
         return model, optimizer, SCHEDULERS[name](optimizer)
 
-    def states(parts):
-        # SWALR's state names its annealing function, which no file read as data can hold.
-        return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
-
-    unbroken = start()
-    train(unbroken, range(HALFWAY))
-    saved = through_a_file(states(unbroken))
-    train(unbroken, range(HALFWAY, STEPS))
-    assert unbroken[1].param_groups[0]["lr"] != SETTINGS["lr"]
-    resumed = start()
-    for part, state in zip(resumed, saved, strict=True):
-        part.load_state_dict(state)
-    train(resumed, range(HALFWAY, STEPS))
-    assert_identical(states(unbroken), states(resumed))
+    _, optimizer, _ = continued(start, train)
+    assert optimizer.param_groups[0]["lr"] != SETTINGS["lr"]
 
 
 @BOTH
@@ -211,23 +197,14 @@ def test_averaged_weights_are_those_of_the_iterates_and_continue_bit_for_bit(sam
         return model, optimizer, AveragedModel(model), moving
 
     iterates = []
-    unbroken = start()
-    train(unbroken, range(HALFWAY))
-    saved = through_a_file([part.state_dict() for part in unbroken])
-    train(unbroken, range(HALFWAY, STEPS))
-    model, _, average, moving = unbroken
-    for p, q, *seen in zip(average.parameters(), moving.parameters(), *iterates, strict=True):
+    model, _, average, moving = continued(start, train)
+    unbroken = iterates[:STEPS]
+    for p, q, *seen in zip(average.parameters(), moving.parameters(), *unbroken, strict=True):
         torch.testing.assert_close(p.detach(), torch.stack(seen).mean(dim=0), **CLOSE)
         expected = seen[0]
         for iterate in seen[1:]:
             expected = 0.9 * expected + 0.1 * iterate
         torch.testing.assert_close(q.detach(), expected, **CLOSE)
-
-    resumed = start()
-    for part, state in zip(resumed, saved, strict=True):
-        part.load_state_dict(state)
-    train(resumed, range(HALFWAY, STEPS))
-    assert_identical(*[[part.state_dict() for part in parts] for parts in (unbroken, resumed)])
 
     average(data(0)).sum().backward()  # a plain model, which no optimizer samples
     assert not any(p.grad.is_sparse for p in average.parameters())
@@ -239,33 +216,27 @@ def test_a_compiled_model_trains_as_the_plain_one_and_continues_bit_for_bit(samp
     if not is_dynamo_supported():
         pytest.skip("torch.compile does not work with this version of Python")
 
-    def train(model, optimizer, steps):
+    def train(parts, steps):
+        _, optimizer, run = parts
         for step in steps:
-            backward(model, step)
+            backward(run, step)
             optimizer.step()
             optimizer.zero_grad()
 
-    def start(compiled):
+    def start(compiled=True):
         torch.manual_seed(0)
         model, optimizer = make(sample and compiled, seed=1)  # compiled gradients are whole ones
         return model, optimizer, torch.compile(model, backend="eager") if compiled else model
 
-    plain, unbroken, resumed = start(False), start(True), start(True)
-    for _, optimizer, run in (plain, unbroken):
-        train(run, optimizer, range(HALFWAY))
-    saved = through_a_file([part.state_dict() for part in unbroken[:2]])
-    for _, optimizer, run in (plain, unbroken):
-        train(run, optimizer, range(HALFWAY, STEPS))
-    for part, state in zip(resumed, saved, strict=False):
-        part.load_state_dict(state)
-    train(resumed[2], resumed[1], range(HALFWAY, STEPS))
-    assert_identical(*[[part.state_dict() for part in parts[:2]] for parts in (unbroken, resumed)])
-    for p, q in zip(plain[0].parameters(), unbroken[0].parameters(), strict=True):
+    plain = start(compiled=False)
+    train(plain, range(STEPS))
+    ours = continued(start, train)
+    for p, q in zip(plain[0].parameters(), ours[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, **CLOSE)
 
 
 class Tied(nn.Module):
-    """One matrix embeds words, and tells them; another is used in two layers."""
+    """One matrix embeds words, and tells them; another is used twice, once not by its layer."""
 
     def __init__(self):
         super().__init__()
@@ -276,7 +247,9 @@ class Tied(nn.Module):
         self.head.weight, self.second.weight = self.embed.weight, self.first.weight
 
     def forward(self, words):
-        return self.head(self.second(self.first(self.embed(words)).tanh()).tanh())
+        x = self.first(self.embed(words)).tanh()
+        x = F.linear(x, weight=self.second.weight, bias=self.second.bias)
+        return self.head(x.tanh())
 
 
 @BOTH
@@ -297,6 +270,8 @@ def test_tied_weights_get_one_update_of_the_sum_of_their_gradients(sample):
             for batch, target in zip(words, targets, strict=True):
                 F.cross_entropy(net(batch), target).backward()
         optimizer.step()
+        assert model.first.weight.grad.is_sparse == sample
+        assert not model.embed.weight.grad.is_sparse  # which is used otherwise, too
         for (p, one, other), twin in zip(pairs, twins, strict=True):
             gradient = getattr(apart, one).weight.grad + getattr(apart, other).weight.grad
             twin.step(gradient, mask(optimizer.state[p]["grad_indices"], p.shape))
@@ -338,48 +313,6 @@ def test_a_frozen_matrix_rests_and_then_goes_on_where_it_was(how, sample):
         assert len({tuple(window[0]) for window in windows}) == len(windows)
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operations that torch computes."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_matrices_thawed_one_after_another_are_updated_at_once():
-    def calls(together):
-        params = [nn.Parameter(torch.randn(20, 30)) for _ in range(12)]
-        optimizer = SO(params, lr=1e-2, density_ratio=0.05, T=100, seed=1)
-        for thawed in range(1, 13):
-            for p in params if together else params[:thawed]:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-        with Calls() as counter:
-            optimizer.step()
-        return counter.count
-
-    assert calls(together=False) < calls(together=True) + 12
-
-
-@BOTH
-def test_gradients_set_to_zero_instead_of_none_are_accumulated_anew(sample):
-    torch.manual_seed(0)
-    ours, a = make(sample, seed=1)
-    theirs, b = make(False, seed=1)
-    theirs.load_state_dict(ours.state_dict())
-    for step in range(STEPS):
-        for model, optimizer in ((ours, a), (theirs, b)):
-            for inputs in data(step).split(3):
-                model(inputs).square().mean().backward()
-            optimizer.step()
-        a.zero_grad(set_to_none=False)
-        b.zero_grad()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, **CLOSE)
-
-
 def test_hooks_on_loading_are_heard_and_see_the_state_as_it_is():
     w = nn.Parameter(torch.randn(20, 30).bfloat16())
     optimizer = SO([w], density_ratio=0.05, seed=1)
@@ -402,25 +335,3 @@ def test_hooks_on_loading_are_heard_and_see_the_state_as_it_is():
         optimizer.load_state_dict(state | {"param_groups": []})  # leaves nothing behind
     optimizer.load_state_dict(state)
     assert len(seen) == 2
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-def test_a_gpu_updates_matrices_thawed_one_after_another_as_a_cpu_does_and_without_waiting():
-    ours = [nn.Parameter(torch.randn(20, 30)) for _ in range(4)]
-    theirs = [nn.Parameter(p.detach().cuda()) for p in ours]
-    a, b = (SO(params, **(SETTINGS | {"seed": 1})) for params in (ours, theirs))
-    for step in range(STEPS):
-        for p, q in list(zip(ours, theirs, strict=True))[: 1 + step]:
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.cuda()
-        a.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            b.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q.cpu())

@@ -186,23 +186,6 @@ def test_only_adapters_of_the_named_layers_train():
     )
 
 
-def test_gradients_reach_a_once_b_has_moved():
-    model, *inputs = tiny()
-    params = add_lora(model, attentions(model))
-    probe = torch.randn(7, 64, dtype=torch.float64)
-
-    def moved_by_gradients():
-        loss = (torch.cat(features(model, *inputs)) * probe).sum()
-        grads = torch.autograd.grad(loss, list(params.values()))
-        return {name for name, grad in zip(params, grads, strict=True) if grad.any()}
-
-    bs = {name for name in params if name.endswith("_b")}
-    assert moved_by_gradients() == bs
-    for name in bs:
-        params[name].data.normal_()
-    assert moved_by_gradients() == params.keys()
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
@@ -213,9 +196,9 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = images, torch.tensor([2, 0, 1])
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
-    course = Course(30)
+    course = Course(10)
     train(
-        Adapted(model, tokens, Method(optimizer)), ((batch, True) for _ in range(30)), course,
+        Adapted(model, tokens, Method(optimizer)), ((batch, True) for _ in range(10)), course,
         Settings(logit_scale=10.0, precision=precision, text_chunk=3),
     )  # fmt: skip
     curve = course.curve()
@@ -245,18 +228,6 @@ def test_dropout_is_active_only_while_switched_on():
         assert repeats()
     set_dropout(model, False)
     assert repeats()
-
-
-def test_parts_drop_inputs_of_their_own():
-    model, _, params = adapted(dropout=0.5)
-    for part in "qkv":
-        for kind in "ab":
-            params[f"attn.lora_{part}_{kind}"].data = params[f"attn.lora_q_{kind}"].data
-    model.attn.in_proj_weight.data.zero_()
-    model.attn.in_proj_bias.data.zero_()
-    set_dropout(model, True)
-    q, k, v = model.attn.project(torch.randn(3, 5, WIDTH).double(), slice(0, 3))
-    assert not any(map(torch.allclose, (q, k, v), (k, v, q)))
 
 
 def test_checkpointed_text_drops_the_same_inputs_again():
@@ -309,8 +280,7 @@ def test_unmerged_after_an_error():
     before = model.attn.in_proj_weight.clone()
     with pytest.raises(RuntimeError, match="within"), merged(model):
         raise RuntimeError("within")
-    assert torch.equal(model.attn.in_proj_weight, before)
-    assert not model.attn.lora_merged
+    assert torch.equal(model.attn.in_proj_weight, before) and not model.attn.lora_merged
 
 
 def test_merging_is_exact_under_autocast():
@@ -383,9 +353,6 @@ def test_bad_layers_are_refused(layers, message):
     model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS)})
     with pytest.raises(ValueError, match=message):
         add_lora(model, layers)
-
-
-def test_a_second_adapter_is_refused():
-    model, _, _ = adapted()
+    add_lora(model, ["attn"])
     with pytest.raises(ValueError, match="attn must be an Attention without adapters"):
         add_lora(model, ["attn"])
