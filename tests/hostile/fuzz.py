@@ -622,7 +622,6 @@ def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash:
     faulthandler.enable(room.crash)
     warnings.filterwarnings("always", append=True)
     # Not as a note, which is what main.py makes of them: here each one is a finding.
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", "SO keeps fewer than ten entries")
     # On two lines, which no note of main.py's has.
     warnings.showwarning = lambda message, *_, **__: print(f"warning\n{message}", file=sys.stderr)
