@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = ["SparseOptimizer", "sampled"]
 
 
+@pytest.mark.filterwarnings("ignore:Support for")  # older versions of setuptools call it beta
 def test_the_wheel_holds_the_modules_that_people_copy_and_needs_torch_alone(tmp_path, monkeypatch):
     backend = pytest.importorskip("setuptools.build_meta", reason="setuptools builds the wheel")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -187,6 +187,7 @@ def test_inputs_of_the_wrong_size_are_refused_with_the_right_one():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4's own
 def test_a_model_survives_copying_and_pickling():
     model = tiny()
     images, tokens = random_images(model), model.tokenize(["cat", "dog"])

@@ -196,9 +196,9 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = images, torch.tensor([2, 0, 1])
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
-    course = Course(10)
+    course = Course(20)
     train(
-        Adapted(model, tokens, Method(optimizer)), ((batch, True) for _ in range(10)), course,
+        Adapted(model, tokens, Method(optimizer)), ((batch, True) for _ in range(20)), course,
         Settings(logit_scale=10.0, precision=precision, text_chunk=3),
     )  # fmt: skip
     curve = course.curve()
