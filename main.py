@@ -14,11 +14,12 @@ from checkpoint import Checkpoint
 from classifier import evaluate, tokenize_prompts
 from datasets import build_dataset
 from datasets.loader import Loader
+from machine import prepare_machine
 from metrics import Predictions
 from optimizers.delta import Base, load_weights
 from optimizers.lora import merged
 from optimizers.methods import make_method, select_matrices
-from run_utils import Config, exit_status, parse_args, prepare_machine
+from run_utils import Config, exit_status, parse_args
 from train import Adapted, Course, NonFiniteLoss, Settings, compile_blocks, train
 from utils import Interrupted, Signals
 

@@ -1,16 +1,14 @@
 """A run's folder: its path and lock, what is written into it, and whose result it holds."""
 
 import argparse
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from metrics import calibration_error, class_accuracies, names_apart
 from run_utils import EMBEDDED, Config, default_settings
 from runs import COLUMNS, PREDICTED
 from train import Course
-from utils import atomic_write
+from utils import as_csv, atomic_write
 
 # Where and how a run goes, as opposed to what it computes.
 CIRCUMSTANCES = {
@@ -201,15 +199,6 @@ def write_result(
     atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def as_csv(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """The text of a CSV file."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 # Told

@@ -19,7 +19,7 @@ import yaml
 
 from datasets import DATASETS
 from flags import Parser, make_parser
-from machine import HERE, default_device, prepare_machine  # noqa: F401 # callers look here
+from machine import HERE
 from optimizers.methods import SUPPORTS
 from utils import Interrupted, explain, nearest, one_line
 

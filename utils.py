@@ -1,13 +1,15 @@
 """Small things several parts use: safe files, signals, progress bars."""
 
+import csv
 import difflib
 import hashlib
+import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -103,6 +105,15 @@ def say(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def as_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:
+    """The text of a CSV file, or of a line of it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def content_digest(data: Any) -> str:

@@ -70,12 +70,6 @@ def rename(split: Split, path: str | os.PathLike | None) -> Split:
     return replace(split, **parts, names=names)
 
 
-class PlainLoader(yaml.SafeLoader):
-    """Reads everything as text, for YAML's no, 01 and 1.0 may be names of folders."""
-
-    yaml_implicit_resolvers = {}
-
-
 def _read_names(path: str | os.PathLike) -> dict[str, str]:
     """The content of a file of class names."""
     form = "lines like 'folder: name for the prompt'"
@@ -84,7 +78,8 @@ def _read_names(path: str | os.PathLike) -> dict[str, str]:
         raise ValueError(f"there is no file {path}: --classnames takes one of {form}")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            names = yaml.load(file, Loader=PlainLoader)
+            # All as text: no, 01 and 1.0 may be names of folders.
+            names = yaml.load(file, Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML ({one_line(str(error))})") from error
     if not isinstance(names, dict) or not names:

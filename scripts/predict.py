@@ -8,13 +8,10 @@ and prompts are the run's; folders are searched for images at any depth. What is
 named on standard error and left out: all others are classified, and the status is 2 in the end.
 """
 
-import csv
-import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import reporting  # noqa: F401  (which puts the repository on the path)
 import torch
@@ -29,7 +26,7 @@ from machine import default_device, prepare_machine
 from metrics import names_apart
 from optimizers.delta import Base, load_weights
 from runs import Run, read_run
-from utils import explain, one_line, say
+from utils import as_csv, explain, one_line, say
 
 BATCH = 64  # images classified at once
 
@@ -103,13 +100,6 @@ def predict(
         yield from zip((path for path, _ in some), probabilities, strict=True)
 
 
-def as_csv(row: Sequence[Any]) -> str:
-    """A line of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(row)
-    return text.getvalue()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = Parser(prog="predict.py", description=__doc__.split("\n\n")[2])
@@ -135,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             best = probabilities.topk(min(args.top, len(names)))
             for value, label in zip(*map(Tensor.tolist, best), strict=True):
                 row = path, names[label], value
-                say(as_csv(row) if args.csv else "{}  {}  {:.4f}".format(*row))
+                say(as_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row))
     except (ValueError, OSError) as error:
         complain(explain(error))
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ seeds together. Results of earlier versions, which kept no predictions, are left
 """
 
 import csv
-import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ from reporting.markdown import markdown
 from reporting.numbers import Study, Variant, mean_and_std, title_of
 from reporting.tables import with_spread
 from runs import read_predictions, slug
-from utils import plural
+from utils import as_csv, plural
 
 HARDEST = 5  # classes in the table
 NUMBERS, NAMES = 20, 120  # classes up to which a matrix has numbers in it, and names beside it
@@ -115,13 +114,14 @@ def classes_text(cells: Sequence[Classes]) -> str:
 
 def classes_csv(cells: Iterable[Classes]) -> str:
     """The contents of classes.csv: the classes of each cell, worst first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    for cell in cells:
-        where = cell.backbone, cell.dataset, cell.shots, *cell.variant
-        writer.writerows([*where, *row] for row in cell.worst_first)
-    return text.getvalue()
+    return as_csv(
+        HEADER,
+        (
+            [cell.backbone, cell.dataset, cell.shots, *cell.variant, *row]
+            for cell in cells
+            for row in cell.worst_first
+        ),
+    )
 
 
 # Figures

@@ -156,6 +156,8 @@ def settings_of(run: Run) -> dict[str, Any]:
     A flag that is younger than the run has its default.
     """
     left_out = CIRCUMSTANCES | IN_PATH | UNREAD.get(run.method, set())
+    if run.backbone not in clip.available_models():
+        left_out = left_out - {"backbone"}  # many checkpoints are called model.safetensors
     settings = defaults() | run.settings
     return {key: value for key, value in settings.items() if key not in left_out}
 

@@ -1,7 +1,5 @@
 """The report's tables, in Markdown for reading and in CSV with the same values unrounded."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ from reporting.numbers import (
     title_of,
     zero_shot,
 )
-from utils import plural
+from utils import as_csv, plural
 
 ZERO_SHOT = Variant("zero_shot")
 
@@ -88,9 +86,7 @@ def compare(ours: Stat | None, figure: float | None) -> tuple[float | None, str 
 
 def csv_text(rows: Iterable[Row]) -> str:
     """The contents of tables.csv."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
-    return text.getvalue()
+    return as_csv(Row._fields, rows)
 
 
 # Cells

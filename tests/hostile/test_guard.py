@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 FORBIDDEN = {  # what no line may hold: a line that does
     r"torch\.load\((?!.*weights_only=True)": "torch.load(path)",
-    r"\byaml\.(?!safe_|YAMLError|SafeLoader|Alias|load\(.*=PlainLoader\))": "yaml.load(file)",
+    r"\byaml\.(?!safe_|YAMLError|(Safe|Base)Loader|Alias"
+    r"|load\(.*=(Plain|yaml\.Base)Loader\))": "yaml.load(file)",
     r"shell=True|os\.(system|popen|spawn|exec)|getoutput": "subprocess.run(line, shell=True)",
     r"\beval\((?!\))|\bexec\(": "eval(text)",  # .eval() is a model's mode
     r"allow_pickle|np\.load\(|joblib|torch\.jit\.load\(": "np.load(path, allow_pickle=True)",

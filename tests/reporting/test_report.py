@@ -243,6 +243,17 @@ def test_runs_of_different_settings_are_never_averaged(run, tmp_path, undrawn):
     assert pairs["SO - SO, lr 0.001"] == "-10.00 ± 0.00"
 
 
+def test_two_checkpoints_of_one_files_name_are_not_one_backbone(tmp_path):
+    for folder, accuracy in (("a", 60.0), ("b", 80.0)):
+        path = f"{folder}/model.safetensors"
+        make_run(tmp_path, accuracy=accuracy, backbone=path, settings={"backbone": path})
+    (study,) = numbers.studies(numbers.find_runs([tmp_path], pytest.fail))
+    assert study.backbone == "model"
+    assert [variant.settings for variant in study.variants] == [
+        "backbone a/model.safetensors", "backbone b/model.safetensors",
+    ]  # fmt: skip
+
+
 def test_settings_that_a_method_never_reads_do_not_part_its_runs(run, tmp_path, undrawn):
     unread = {"so": ["rank"], "lora": ["s", "t", "dense_grad"], "adam": ["s", "t", "rank"]}
     for method, keys in unread.items():
