@@ -5,7 +5,7 @@ A class is the mean of its prompts' features, an image belongs to the class of t
 
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from clip import CLIP
 from datasets.images import Batch, normalise, to_device
 from metrics import Predictions
+from optimizers.lora import rows_of
+from processes import ALONE, Processes, Share
 from utils import Progress
 
 TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
@@ -48,6 +50,7 @@ def text_features(
     chunk: int = 0,
     hidden: Tensor | None = None,
     first: int = 0,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Features of classes from their prompts' tokens: (P, C, L) -> (C, D), each of length 1.
 
@@ -59,40 +62,63 @@ def text_features(
         chunk: Classes encoded at once; where gradients are wanted, each chunk is encoded again
             when its gradient comes, so that activations of one chunk alone are held. 0 takes all,
             or TEXT_BATCH prompts where no gradients are wanted.
-        hidden: What enters block `first` of the text tower, (P, C, L, W); None begins with tokens.
+        hidden: What enters block `first` of the text tower, (P, own C, L, W), as `before_training`
+            returns it for this chunk; None begins with tokens.
         first: The first block to run.
+        processes: Those that share the classes of each chunk; all get all features.
     """
 
-    def features(tokens: Tensor, x: Tensor | None) -> Tensor:
+    def features(tokens: Tensor, x: Tensor | None, share: Share) -> Tensor:
         flat = tokens.flatten(0, 1)  # (P c, L)
         x = model.begin_text(flat) if x is None else x.flatten(0, 1)
-        each = unit(model.finish_text(x, flat, first))  # (P c, D)
+        with shared_rows(share, processes, len(prompts)):
+            each = unit(model.finish_text(x, flat, first))  # (P c, D)
         return each.unflatten(0, tokens.shape[:2]).sum(dim=0)
 
     encode = features
     if torch.is_grad_enabled() and chunk:
         encode = partial(checkpoint, features, use_reentrant=False)
-    size = chunk or prompts.shape[1]
+    count = prompts.shape[1]
+    size = chunk or count
     if not torch.is_grad_enabled():
         size = min(size, max(TEXT_BATCH // len(prompts), 1))
-    parts = prompts.split(size, dim=1)
-    inputs = [None] * len(parts) if hidden is None else hidden.split(size, dim=1)
-    return unit(torch.cat([encode(*pair) for pair in zip(parts, inputs, strict=True)]))
+    shares = processes.shares(count, size)
+    parts = [prompts[:, share.mine] for share in shares]
+    inputs = [None] * len(parts)
+    if hidden is not None:
+        inputs = hidden.split([part.shape[1] for part in parts], dim=1)
+    own = unit(torch.cat([encode(*each) for each in zip(parts, inputs, shares, strict=True)]))
+    return processes.gather(own, processes.own(count, size), count)
+
+
+def shared_rows(share: Share, processes: Processes, repeats: int = 1) -> AbstractContextManager:
+    """The context in which inputs are a share of a batch, which is laid out `repeats` times."""
+    if processes.size == 1:
+        return nullcontext()
+    count, mine = share.rows
+    rows = torch.arange(repeats * count, device="cpu").view(repeats, count)[:, mine].flatten()
+    return rows_of(repeats * count, rows)
 
 
 @torch.no_grad()
-def before_training(model: CLIP, prompts: Tensor) -> tuple[int, Tensor]:
+def before_training(
+    model: CLIP, prompts: Tensor, chunk: int = 0, processes: Processes = ALONE
+) -> tuple[int, Tensor]:
     """Run the text tower up to the first block that is trained: once is enough.
 
+    Arguments are those of `text_features`.
+
     Returns:
-        That block's number and what enters it, (P, C, L, W); where nothing is trained the number
-        of blocks, and the classes' features (C, D).
+        That block's number and what enters it, (P, own C, L, W), of the classes that are this
+        process's in each chunk; where nothing is trained the number of blocks, and the features
+        (C, D) of all classes.
     """
     blocks = model.transformer.resblocks
     trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     if not any(trained):
-        return len(blocks), text_features(model, prompts)
+        return len(blocks), text_features(model, prompts, processes=processes)
     first = trained.index(True)
+    prompts = prompts[:, processes.own(prompts.shape[1], chunk)]
     parts = [model.begin_text(part, first) for part in prompts.flatten(0, 1).split(TEXT_BATCH)]
     return first, torch.cat(parts).unflatten(0, prompts.shape[:2])
 
@@ -107,7 +133,7 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which matrix products run at this precision; weights stay as they are."""
     if precision == "fp32":
         return nullcontext()
@@ -128,24 +154,26 @@ def evaluate(
     desc: str = "Evaluation",
     precision: str = "fp32",
     logit_scale: float | str = 100.0,
+    processes: Processes = ALONE,
 ) -> Predictions:
     """Classify `total` images by prompts.
 
     Args:
         model: The classifier.
-        batches: Images and labels.
-        total: Number of images.
+        batches: Images and labels of this process's share.
+        total: Number of all images.
         prompts: Tokens of the classes' prompts: (P, C, L).
         desc: What the progress bar says.
         precision: Precision of the matrix products.
         logit_scale: Factor of the cosines, on which probabilities depend; or "checkpoint".
+        processes: Those that share the images and the classes; all get all predictions.
 
     Returns:
         Labels, predicted labels and their probabilities, in the images' order.
     """
-    device, answers = model.text_projection.device, []
-    with autocast(device, precision), Progress(total, desc, "images") as bar:
-        classes = text_features(model, prompts)  # (C, D)
+    device, answers, own = model.text_projection.device, [], processes.own(total)
+    with autocast(device, precision), Progress(len(own), desc, "images") as bar:
+        classes = text_features(model, prompts, processes=processes)  # (C, D)
         for batch in batches:
             images, labels = to_device(batch, device)
             cosines = image_features(model, images) @ classes.T  # (b, C)
@@ -154,4 +182,5 @@ def evaluate(
             probabilities = logits.softmax(dim=-1).gather(1, predicted[:, None])[:, 0]
             answers.append((labels, predicted, probabilities))
             bar.update(len(labels))
-    return Predictions(*(torch.cat(parts).cpu() for parts in zip(*answers, strict=True)))
+    mine = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    return Predictions(*(processes.gather(each, own, total).cpu() for each in mine))

@@ -11,6 +11,7 @@ from datasets import DATASETS, check_dataset
 from machine import default_device
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, POSITIONS, SUPPORTS
+from processes import may_complain
 from utils import nearest, one_line
 
 LARGEST = 10**18  # whole number that a setting may have
@@ -21,7 +22,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
+        sentence = one_line(f"{self.prog}: error: {message}") + "\n"
+        self.exit(2, sentence if may_complain() else None)
 
 
 def choice(kind: str, valid: Sequence[str]) -> Callable[[str], str]:

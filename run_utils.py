@@ -21,6 +21,7 @@ from datasets import DATASETS
 from flags import Parser, make_parser
 from machine import HERE
 from optimizers.methods import SUPPORTS
+from processes import Left, may_complain
 from utils import Interrupted, explain, nearest, one_line
 
 EMBEDDED = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` stands for
@@ -197,9 +198,14 @@ def exit_status(main: Callable[[], None]) -> int:
         return 0
     except (KeyboardInterrupt, Interrupted) as stop:
         number, kept = getattr(stop, "number", signal.SIGINT), getattr(stop, "kept", "")
-        name = signal.Signals(number).name
-        print(f"\nmain.py: ended by {name}{kept and f'; {kept}'}", file=sys.stderr)
-        return 128 + number
+        cause = signal.Signals(number).name
+        if lost := isinstance(stop, Left):
+            if os.environ.get("SO_TRACEBACK"):
+                raise
+            cause = "the loss of another process"
+        if may_complain(together=not lost):
+            print(f"\nmain.py: ended by {cause}{kept and f'; {kept}'}", file=sys.stderr)
+        return 2 if lost else 128 + number
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         full = full or "can't allocate memory" in str(error)  # torch's, on a CPU
@@ -209,5 +215,6 @@ def exit_status(main: Callable[[], None]) -> int:
         if full:
             reason = sentence.partition("\n")[0] or "out of memory"
             sentence = f"{reason}: lower --batch_size, or use --accumulate or --precision bf16"
-        print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)
+        if may_complain():
+            print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)
         return 2

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier import autocast, before_training, image_features, scale_of, text_features
+from classifier import (
+    autocast,
+    before_training,
+    image_features,
+    scale_of,
+    shared_rows,
+    text_features,
+)
 from clip import CLIP
 from clip.model import ResidualAttentionBlock
 from datasets.images import Batch, to_device
@@ -23,6 +30,8 @@ from metrics import Predictions
 from optimizers.delta import Base, Packed, pack, save_delta, unpack
 from optimizers.lora import merged
 from optimizers.methods import Method
+from optimizers.sampled import sum_gradients
+from processes import ALONE, Processes, exchange
 from utils import Interrupted, Progress
 
 FINAL_LR = 1e-6  # where the cosine ends
@@ -164,18 +173,21 @@ def train(
     measure: Callable[[], Predictions] | None = None,
     save: Callable[[], None] = lambda: None,
     interruption: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> None:
     """Adapt a model by cross-entropy over scaled cosines, with the paper's cosine schedule.
 
     Args:
         adapted: What is adapted.
         batches: Images and labels without end, and whether each batch ends an epoch; the course's
-            next one first.
+            next one first. Images are this process's (`own_images`), labels the whole batch's.
         course: How far it is: a new one, or an interrupted run's. It is kept up to date.
         settings: How it is trained.
         measure: Returns the predictions for the test images.
         save: Writes a checkpoint.
         interruption: Called after each iteration; raises Interrupted to end training.
+        processes: Those that train together: each computes its share of a batch's images and of
+            the classes, and all make the same step.
 
     Raises:
         NonFiniteLoss: A loss is NaN or infinite; the course ends with it.
@@ -188,7 +200,7 @@ def train(
         group.setdefault("initial_lr", group["lr"])  # a resumed run's rate is that of its last step
     course.lr = optimizer.param_groups[0]["initial_lr"]
     with autocast(device, settings.precision):
-        first, hidden = before_training(model, adapted.prompts)
+        first, hidden = before_training(model, adapted.prompts, settings.text_chunk, processes)
     losses = torch.zeros(course.iterations, device=device)  # there: a GPU is not waited for
     losses[: course.count] = course.losses.to(device)
     course.losses = losses
@@ -219,11 +231,15 @@ def train(
                     classes = hidden  # (C, D) where nothing of the text tower is trained
                     if first < len(model.transformer.resblocks):
                         classes = text_features(
-                            model, adapted.prompts, settings.text_chunk, hidden, first
+                            model, adapted.prompts, settings.text_chunk, hidden, first, processes
                         )
-                losses[course.count] = add_gradients(
-                    model, to_device(batch, device), classes, scale, scaler, settings
+                loss = add_gradients(
+                    model, to_device(batch, device), classes, scale, scaler, settings, processes
                 )
+                if processes.size > 1:
+                    with exchange():
+                        sum_gradients(optimizer, also=[loss])
+                losses[course.count] = loss
                 scaler.step(optimizer)
                 scaler.update()
                 course.count += 1
@@ -257,25 +273,36 @@ def add_gradients(
     scale: float | Tensor,
     scaler: torch.amp.GradScaler,
     settings: Settings,
+    processes: Processes = ALONE,
 ) -> Tensor:
-    """Add the gradients of a batch's mean loss, which is returned.
+    """Add this process's part of the gradients of a batch's mean loss; return its part of the loss.
 
     The batch, on the model's device, is computed in `settings.accumulate` parts, one after the
     other; the text, with classes' features (C, D), is encoded once all the same.
     """
     images, labels = batch
-    parts = settings.accumulate
-    leaf = classes.detach().requires_grad_(classes.requires_grad) if parts > 1 else classes
-    total = torch.zeros((), device=labels.device)
-    for some_images, some_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+    at_once = math.ceil(len(labels) / settings.accumulate)
+    apart = at_once < len(labels) or processes.size > 1
+    leaf = classes.detach().requires_grad_(classes.requires_grad) if apart else classes
+    total, done = torch.zeros((), device=labels.device), 0
+    for share in processes.shares(len(labels), at_once):
+        mine = labels[share.mine]
+        some, done = images[done : done + len(mine)], done + len(mine)
         with autocast(labels.device, settings.precision):
-            logits = scale * image_features(model, some_images) @ leaf.T  # (b, C)
-            loss = F.cross_entropy(logits, some_labels) * (len(some_labels) / len(labels))
+            with shared_rows(share, processes):
+                features = image_features(model, some)
+            logits = scale * features @ leaf.T  # (b, C)
+            loss = F.cross_entropy(logits, mine, reduction="sum") / len(labels)
         scaler.scale(loss).backward()
-        total += loss.detach()
-    if leaf is not classes and leaf.grad is not None:
+        total = total + loss.detach()
+    if leaf is not classes and leaf.requires_grad:
         classes.backward(leaf.grad)
     return total
+
+
+def own_images(accumulate: int, processes: Processes, count: int) -> list[int]:
+    """The numbers of the images of a batch of `count` that this process computes."""
+    return processes.own(count, math.ceil(count / accumulate))
 
 
 def end_epoch(course: Course, early_stop_loss: float) -> None:

@@ -113,9 +113,10 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def stack(images: Sequence[np.ndarray], labels: Sequence[int]) -> Batch:
-    """Stack images (R, R, 3) to (B, 3, R, R), channels last in memory, and labels to (B,)."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+def stack(images: Sequence[np.ndarray], labels: Sequence[int], resolution: int) -> Batch:
+    """Stack images (R, R, 3) to (B, 3, R, R), channels last in memory, and labels to (N,)."""
+    pixels = np.stack(images) if images else np.empty((0, resolution, resolution, 3), np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

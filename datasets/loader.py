@@ -76,8 +76,11 @@ class Loader:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         start: int = 0,
+        own: Callable[[int], Sequence[int]] = range,
     ) -> Iterator[tuple[Batch, bool]]:
         """Yield shuffled, augmented batches for ever, and whether each ends an epoch.
+
+        Images are those of this process's share of the batch, labels those of the whole batch.
 
         Args:
             items: The images to shuffle; the last batch of an epoch has the remaining ones.
@@ -87,30 +90,42 @@ class Loader:
             ratio: Least and largest width / height of the crop.
             flip: Mirror each image with probability 1/2.
             start: Number of batches to leave out at the beginning.
+            own: Numbers of this process's images in a batch of so many; all by default.
         """
         change = partial(augment, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip)
         order = shuffled(len(items), batch_size, seed, start)
-        return self._ahead(partial(self._train_batch, items, seed, change, *at) for at in order)
+        return self._ahead(
+            partial(self._train_batch, items, seed, change, own, *at) for at in order
+        )
 
     def test_batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as CLIP's own images are."""
-        starts = range(0, len(items), batch_size)
+        starts = range(0, max(len(items), 1), batch_size)  # an empty share is an empty batch
         return self._ahead(partial(self._test_batch, items[at : at + batch_size]) for at in starts)
 
     def _train_batch(
-        self, items: Sequence[Item], seed: int, change: Callable, epoch: int, chosen: dict[int, int]
+        self,
+        items: Sequence[Item],
+        seed: int,
+        change: Callable,
+        own: Callable[[int], Sequence[int]],
+        epoch: int,
+        chosen: dict[int, int],
     ) -> tuple[Batch, bool]:
         """The batch of the items chosen by position in the epoch, and whether it ends that."""
+        places = list(chosen.items())
         images = [
             change(self._decoded(items[index].impath), rng=random.Random(f"{seed} {epoch} {at}"))
-            for at, index in chosen.items()
+            for at, index in (places[number] for number in own(len(places)))
         ]
-        batch = stack(images, [items[index].label for index in chosen.values()])
+        labels = [items[index].label for index in chosen.values()]
+        batch = stack(images, labels, self.resolution)
         return batch, len(items) - 1 in chosen
 
     def _test_batch(self, items: Sequence[Item]) -> Batch:
         """The batch of these items."""
-        return stack([self._input(item.impath) for item in items], [item.label for item in items])
+        images = [self._input(item.impath) for item in items]
+        return stack(images, [item.label for item in items], self.resolution)
 
     def _decoded(self, path: str) -> Image.Image:
         """The whole image in RGB."""

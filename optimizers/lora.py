@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from clip.model import Attention
 
-__all__ = ["add_lora", "merged", "set_dropout"]
+__all__ = ["add_lora", "merged", "rows_of", "set_dropout"]
 
 PARTS = "qkv"  # in the order in which Attention packs them
+_batch: tuple[int, Tensor | slice] | None = None  # see `rows_of`
 
 
 class _AdaptedAttention(Attention):
@@ -49,9 +50,16 @@ class _AdaptedAttention(Attention):
     def _adapt(self, x: Tensor, part: str) -> Tensor:
         """The output of a part's adapter: (B, L, W) -> (B, heads, L, W / heads)."""
         a, b = self.adapter(part)
-        x = F.linear(F.dropout(x, self.lora_dropout, self.training), a)  # (B, L, r)
+        x = F.linear(self._drop(x), a)  # (B, L, r)
         x = F.linear(self.lora_scaling * x, b)  # (B, L, W)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Dropout of x (B, L, W); of rows of a shared batch, what one process would have drawn."""
+        if not self.training or _batch is None:
+            return F.dropout(x, self.lora_dropout, self.training)
+        count, rows = _batch
+        return x * F.dropout(x.new_ones(count, *x.shape[1:]), self.lora_dropout)[rows]
 
     def adapter(self, part: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B of "q", "k" or "v"."""
@@ -126,6 +134,20 @@ def set_dropout(model: nn.Module, active: bool) -> None:
     """Switch dropout before a model's adapters on or off; all else in it keeps its mode."""
     for attn in _adapted(model).values():
         attn.train(active)
+
+
+@contextmanager
+def rows_of(count: int, rows: Tensor | slice) -> Iterator[None]:
+    """For a while, inputs are some rows of a batch of `count` that several processes share.
+
+    Each of them then draws the dropout of the whole batch, and all generators stay equal.
+    """
+    global _batch
+    before, _batch = _batch, (count, rows)
+    try:
+        yield
+    finally:
+        _batch = before
 
 
 @contextmanager

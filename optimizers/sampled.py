@@ -18,17 +18,20 @@ on, values are taken from the matrix product, which is faster then.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["SampledGradients", "sample_gradients", "sampled_linear"]
+__all__ = ["SampledGradients", "sample_gradients", "sampled_linear", "sum_gradients"]
 
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
 CHUNK = {"cpu": 2**18}
@@ -40,8 +43,8 @@ PRODUCT_FROM = 1 / 150
 EARLIER = {("cpu", False): 1, ("cpu", True): 1.4, ("cuda", False): 1.3, ("cuda", True): 10}
 TORCHS_OWN = (nn.MultiheadAttention, nn.RNNBase)  # use their matrices otherwise than by F.linear
 WITHOUT_DDP = (
-    "DistributedDataParallel cannot reduce sampled gradients: use the model itself and average the "
-    "values of its gradients over the processes before each step, or leave sample_gradients out"
+    "DistributedDataParallel cannot reduce sampled gradients: use the model itself and give "
+    "sample_gradients a process_group, or leave sample_gradients out"
 )
 
 
@@ -58,7 +61,11 @@ class _Plan(NamedTuple):
 _owners = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
 
 
-def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "SampledGradients":
+def sample_gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> "SampledGradients":
     """Give the sparse matrices of an SO optimizer sampled gradients wherever F.linear uses them.
 
     That is each `nn.Linear`, and each bare parameter, or slice of its rows, that a module hands to
@@ -74,6 +81,10 @@ def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "Sam
         model: The module. Its values and attributes stay as they are; the class of the parameters
             changes until `remove`.
         optimizer: An SO of its parameters, or of some of them.
+        process_group: Processes that train replicas of the model, in place of
+            DistributedDataParallel: the model becomes that of the group's first process, and all
+            gradients of the optimizer are averaged at the end of each backward pass, of sampled
+            ones k values. All processes make as many passes.
 
     Returns:
         A handle, which prints what is sampled and what stays whole; `remove()` ends it. It is also
@@ -83,7 +94,7 @@ def sample_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> "Sam
         ValueError: The optimizer is not an SO or has no sparse matrix of the model's, sampling is
             already active, or the model is in DistributedDataParallel.
     """
-    return SampledGradients(model, optimizer)
+    return SampledGradients(model, optimizer, process_group)
 
 
 def sampled_linear(
@@ -128,7 +139,12 @@ class SampledGradients:
             stay whole.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        process_group: "dist.ProcessGroup | None" = None,
+    ) -> None:
         if not hasattr(optimizer, "draw_supports"):
             raise ValueError(f"sampled gradients need an SO, not {type(optimizer).__name__}")
         if isinstance(model, DistributedDataParallel):
@@ -152,6 +168,9 @@ class SampledGradients:
         for p in self.params:
             p.__class__ = _SampledParameter
             _owners[p] = weakref.ref(self)  # the optimizer's hooks keep it alive
+        self._group, self._queued, self._averaged = process_group, False, False
+        if process_group is not None:
+            self._replicate(model)
 
     def __repr__(self) -> str:
         ids, kept, entries = set(map(id, self.params)), 0, 0
@@ -165,6 +184,30 @@ class SampledGradients:
             *(f"    whole: {name} ({reason})" for name, reason in self.whole.items()),
         ]
         return "\n".join(lines)
+
+    def _replicate(self, model: nn.Module) -> None:
+        """Give all processes the first one's model, and average what they add to its gradients."""
+        for t in (*model.parameters(), *model.buffers()):
+            whole = t.detach().contiguous()
+            dist.broadcast(whole, dist.get_global_rank(self._group, 0), group=self._group)
+            t.detach().copy_(whole)
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._hooks += [
+            *(p.register_post_accumulate_grad_hook(self._at_the_end) for p in params),
+            self._optimizer.register_step_pre_hook(lambda *_: self._averaged or self._average()),
+            self._optimizer.register_step_post_hook(lambda *_: setattr(self, "_averaged", False)),
+        ]
+
+    def _at_the_end(self, _: Tensor) -> None:
+        """Have this backward pass end with `_average`."""
+        if not self._queued:
+            self._queued = True
+            Variable._execution_engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        """Average the gradients; repeating it changes nothing, as what is equal stays equal."""
+        self._queued, self._averaged = False, True
+        sum_gradients(self._optimizer, self._group, average=True)
 
     def remove(self) -> None:
         """End sampling: later gradients are whole; weights stay as trained. May be repeated."""
@@ -198,6 +241,47 @@ class SampledGradients:
             plans = _make_plans(supports, [q.shape[1] for q in stale])
             self._plans.update(zip(map(id, stale), plans, strict=True))
         return self._plans.get(id(p))
+
+
+@torch.no_grad()
+def sum_gradients(
+    optimizer: torch.optim.Optimizer,
+    process_group: "dist.ProcessGroup | None" = None,
+    average: bool = False,
+    also: Iterable[Tensor] = (),
+) -> None:
+    """Sum an optimizer's gradients over processes, in one row of numbers, or one for each dtype.
+
+    Sampled gradients are k values in it. A gradient that a process has not counts as zero.
+    Afterwards all have the same, bit for bit.
+
+    Args:
+        optimizer: SO or another, of parameters that all processes have in the same order.
+        process_group: The processes; None for all.
+        average: Divide by the number of processes.
+        also: Tensors to sum with them, in place.
+    """
+    rows = defaultdict(list)
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+        plan = None if _owner(p) is None else _owner(p).plan(p)
+        if p.grad is None:
+            values = p.new_zeros(p.shape if plan is None else plan.support.shape)
+            p.grad = values if plan is None else _sparse(plan, values, p.shape)
+        elif p.grad.is_sparse and plan is None:  # an embedding's, whose rows are others elsewhere
+            p.grad = p.grad.to_dense()
+        values = p.grad._values() if p.grad.is_sparse else p.grad
+        rows[values.dtype, values.device].append(values)
+    for t in also:
+        rows[t.dtype, t.device].append(t)
+    for some in rows.values():
+        row = torch.cat([t.reshape(-1) for t in some])
+        dist.all_reduce(row, group=process_group)
+        if average:
+            row /= dist.get_world_size(process_group)
+        parts = row.split([t.numel() for t in some])
+        torch._foreach_copy_(
+            some, [part.view(t.shape) for part, t in zip(parts, some, strict=True)]
+        )
 
 
 def _sort(model: nn.Module, groups: list[dict]) -> tuple[list[Tensor], dict[str, str]]:

@@ -1,0 +1,57 @@
+"""Several processes as torchrun starts them, but forked from this one, which has torch already."""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import traceback
+
+import torch.distributed as dist
+from commands import call_main
+
+from utils import Interrupted
+
+TIMEOUT = 100  # seconds that processes may take, which end within a few
+
+
+def in_processes(count, work, folder):
+    """Run work(rank) in processes that can meet; return what each returns, or its exit status."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+    told = dict(WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
+
+    def run(rank):
+        told.update(RANK=rank, LOCAL_RANK=rank, TORCHELASTIC_USE_AGENT_STORE=True)
+        os.environ.update({key: str(value) for key, value in told.items()})
+        try:
+            result = work(rank)
+        except (Exception, Interrupted):
+            traceback.print_exc()
+            os._exit(1)
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)  # as what this process has inherited is not its own to tidy
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutError("a process has not ended")
+    return [
+        pickle.loads((folder / f"{rank}.pickle").read_bytes())
+        if process.exitcode == 0
+        else process.exitcode
+        for rank, process in enumerate(processes)
+    ]
+
+
+def main_in_processes(count, folder, *argv, prepare=lambda rank: None):
+    """main.py in processes: (status, standard output, standard error) of each.
+
+    `prepare(rank)` is called in each first; it may return other arguments.
+    """
+    return in_processes(count, lambda rank: call_main(*(prepare(rank) or argv)), folder)
