@@ -160,7 +160,7 @@ class SampledGradients:
         self._optimizer = optimizer
         self._plans: dict[int, _Plan] = {}  # by id of the parameter, for the coming step
         self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._ready.clear()),
+            optimizer.register_step_post_hook(self._forget),
             optimizer.register_load_state_dict_post_hook(lambda *_: self._ready.clear()),
             *(p.register_post_accumulate_grad_hook(_coalesce) for p in self.params),
         ]
@@ -193,9 +193,12 @@ class SampledGradients:
             t.detach().copy_(whole)
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._hooks += [
-            *(p.register_post_accumulate_grad_hook(self._at_the_end) for p in params),
-            self._optimizer.register_step_pre_hook(lambda *_: self._averaged or self._average()),
-            self._optimizer.register_step_post_hook(lambda *_: setattr(self, "_averaged", False)),
+            *(
+                p.register_post_accumulate_grad_hook(self._at_the_end)
+                for p in params
+                if p.requires_grad
+            ),
+            self._optimizer.register_step_pre_hook(self._join),
         ]
 
     def _at_the_end(self, _: Tensor) -> None:
@@ -204,10 +207,20 @@ class SampledGradients:
             self._queued = True
             Variable._execution_engine.queue_callback(self._average)
 
+    def _join(self, *_: Any) -> None:
+        """Before a step, take part in the average of the others if no backward pass did."""
+        if not self._averaged:
+            self._average()
+
     def _average(self) -> None:
         """Average the gradients; repeating it changes nothing, as what is equal stays equal."""
         self._queued, self._averaged = False, True
         sum_gradients(self._optimizer, self._group, average=True)
+
+    def _forget(self, *_: Any) -> None:
+        """After a step, what was true of it is over."""
+        self._ready.clear()
+        self._averaged = False
 
     def remove(self) -> None:
         """End sampling: later gradients are whole; weights stay as trained. May be repeated."""

@@ -2,10 +2,10 @@
 
 import multiprocessing
 import os
-import pickle
 import sys
 import traceback
 
+import torch
 import torch.distributed as dist
 from commands import call_main
 
@@ -20,14 +20,15 @@ def in_processes(count, work, folder):
     told = dict(WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
 
     def run(rank):
-        told.update(RANK=rank, LOCAL_RANK=rank, TORCHELASTIC_USE_AGENT_STORE=True)
+        told.update(RANK=rank, LOCAL_RANK=rank)
+        told.update(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
         os.environ.update({key: str(value) for key, value in told.items()})
         try:
             result = work(rank)
         except (Exception, Interrupted):
             traceback.print_exc()
             os._exit(1)
-        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
+        torch.save(result, folder / f"{rank}.pt")
         sys.stdout.flush()
         os._exit(0)  # as what this process has inherited is not its own to tidy
 
@@ -42,7 +43,7 @@ def in_processes(count, work, folder):
             process.join()
             raise TimeoutError("a process has not ended")
     return [
-        pickle.loads((folder / f"{rank}.pickle").read_bytes())
+        torch.load(folder / f"{rank}.pt", weights_only=False)
         if process.exitcode == 0
         else process.exitcode
         for rank, process in enumerate(processes)

@@ -1,10 +1,13 @@
-"""SO in several processes: one seed for all, and what cannot work is refused in one sentence."""
+"""SO in several processes: what works, what works with one line more, what is refused and how."""
 
-import multiprocessing
+import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from process_helpers import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,10 +15,72 @@ from optimizers.sampled import sample_gradients
 from optimizers.SparseOptimizer import SO
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "loops.md"
+STEPS, IMAGES = 7, 6  # of which each of two processes has three
+settings = dict(lr=1e-2, density_ratio=0.05, T=3)
 
 
-def make_model():
-    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+def make_model(seed=0):
+    """Matrices, a bias that is dense, an embedding, a layer that is not used, in float64."""
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8, bias=False))
+    return nn.ModuleDict(dict(embed=nn.Embedding(9, 32), body=body)).double()
+
+
+def loss_of(model, step, rows=slice(None)):
+    """The mean loss of a step's images, or of some of them."""
+    generator = torch.Generator().manual_seed(step)
+    words = torch.randint(9, (IMAGES,), generator=generator)[rows]
+    labels = torch.randint(8, (IMAGES,), generator=generator)[rows]
+    module = getattr(model, "module", model)
+    return nn.functional.cross_entropy(module["body"](module["embed"](words)), labels)
+
+
+class Wrapped(nn.Module):
+    """The loss as a model's output, as DistributedDataParallel wants it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments):
+        return loss_of(self.model, *arguments)
+
+
+def weights(model):
+    """All of a model's numbers, in a row."""
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def share(rank):
+    """The rows of a batch that are a process's."""
+    return slice(3 * rank, 3 * rank + 3)
+
+
+def connected(work):
+    """What a process does in a group of all."""
+
+    def run(rank):
+        dist.init_process_group("gloo")
+        return work(rank)
+
+    return run
+
+
+def trained_alone(sampled=False, clip=None, accumulate=1):
+    """Weights after training on whole batches in this process."""
+    model = make_model()
+    optimizer = SO(model.parameters(), seed=5, **settings)
+    if sampled:
+        sample_gradients(model, optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            (loss_of(model, step + 100 * part) / accumulate).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return weights(model)
 
 
 @pytest.fixture
@@ -26,43 +91,21 @@ def alone():
     dist.destroy_process_group()
 
 
-def in_processes(count, work, folder):
-    """Run work(rank) in forked processes of one group; return its results by rank."""
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-
-    def run(rank):
-        store = dist.FileStore(str(folder / "store"), count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
-        results.put((rank, work(rank)))
-        dist.barrier()
-        dist.destroy_process_group()
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    found = dict(results.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return [found[rank] for rank in range(count)]
-
-
 def test_replicas_with_generators_of_their_own_stay_equal_and_use_the_seed_of_rank_0(tmp_path):
     def work(rank):
         torch.manual_seed(7 + rank)
-        model = DistributedDataParallel(make_model())
-        optimizer = SO(model.parameters(), lr=1e-2, density_ratio=0.05, T=2)
+        model = DistributedDataParallel(Wrapped(make_model(rank)))
+        optimizer = SO(model.parameters(), **settings)
         if rank == 0:  # saves before the first step, without the others
             optimizer.state_dict()
-        for _ in range(6):
+        for step in range(STEPS):
             optimizer.zero_grad()
-            model(torch.randn(4, 32)).square().mean().backward()
+            model(step, share(rank)).backward()
             optimizer.step()
-        weights = nn.utils.parameters_to_vector(model.parameters()).detach()
-        return optimizer.param_groups[0]["seed"], weights.tolist()
+        return optimizer.param_groups[0]["seed"], weights(model)
 
-    first, second = in_processes(2, work, tmp_path)
-    assert first == second
+    (seed, first), (other, second) = in_processes(2, connected(work), tmp_path)
+    assert seed == other and torch.equal(first, second)
 
 
 def test_a_given_seed_is_taken_as_it_is(alone):
@@ -71,32 +114,127 @@ def test_a_given_seed_is_taken_as_it_is(alone):
     assert optimizer.param_groups[0]["seed"] == 5
 
 
+@pytest.mark.parametrize("case", [dict(), dict(clip=0.1), dict(accumulate=2)], ids=str)
+def test_sampled_gradients_of_a_process_group_train_as_one_process_does(case, tmp_path):
+    def work(rank):
+        model = make_model(rank)  # that of the first process becomes everyone's
+        optimizer = SO(model.parameters(), seed=5, **settings)
+        sample_gradients(model, optimizer, process_group=dist.group.WORLD)
+        numbers = []
+        all_reduce = dist.all_reduce
+        dist.all_reduce = lambda row, **how: (numbers.append(row.numel()), all_reduce(row, **how))
+        parts = case.get("accumulate", 1)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for part in range(parts):
+                (loss_of(model, step + 100 * part, share(rank)) / parts).backward()
+            if case.get("clip"):
+                nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
+            optimizer.step()
+        return weights(model), numbers
+
+    try:
+        expected = trained_alone(sampled=True, **case)
+    except NotImplementedError:
+        pytest.skip("this version of torch cannot clip sparse gradients on a CPU")
+    (first, numbers), (second, _) = in_processes(2, connected(work), tmp_path)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
+    # One exchange for each backward pass: the embedding's and the bias's whole gradients, k others.
+    row = 9 * 32 + 32 + int(32 * 32 * 0.05) + int(32 * 8 * 0.05)
+    assert numbers == [row] * (STEPS * case.get("accumulate", 1))
+
+
+def test_a_process_without_images_takes_part_in_the_exchange(tmp_path):
+    def work(rank):
+        model = make_model()
+        optimizer = SO(model.parameters(), seed=5, **settings)
+        sample_gradients(model, optimizer, dist.group.WORLD)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            if rank == 0:
+                (2 * loss_of(model, step)).backward()
+            optimizer.step()
+        return weights(model)
+
+    first, second = in_processes(2, connected(work), tmp_path)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, trained_alone(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4's own
+def test_zero_redundancy_optimizer_takes_so_and_its_state_comes_back(tmp_path):
+    line = re.search(r"^optimizer = ZeroRedundancyOptimizer\(.*\)$", PAGE.read_text(), re.M)[0]
+
+    def work(rank):
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        def make(model):
+            names = dict(model=model, SO=SO, settings=settings | {"seed": 5})
+            exec(line, {"ZeroRedundancyOptimizer": ZeroRedundancyOptimizer}, names)
+            return names["optimizer"]
+
+        def step(model, optimizer, number):
+            optimizer.zero_grad()
+            model(number, share(rank)).backward()
+            optimizer.step()
+
+        model = DistributedDataParallel(Wrapped(make_model()))
+        optimizer = make(model)
+        for number in range(4):
+            step(model, optimizer, number)
+        optimizer.consolidate_state_dict(0)
+        saved = [copy.deepcopy(optimizer.state_dict()) if rank == 0 else None]  # as through a file
+        dist.broadcast_object_list(saved)
+        again = copy.deepcopy(model)
+        resumed = make(again)
+        resumed.load_state_dict(saved[0])
+        for number in range(4, 8):
+            step(model, optimizer, number)
+            step(again, resumed, number)
+        return weights(model), weights(again)
+
+    (first, again), (second, _) = in_processes(2, connected(work), tmp_path)
+    assert torch.equal(first, second) and torch.equal(first, again)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("original", [False, True])
-def test_what_fsdp_has_flattened_is_refused(alone, original):
+def test_what_fsdp_has_flattened_is_refused(original, tmp_path):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
-    model = fsdp.FullyShardedDataParallel(
-        make_model(), use_orig_params=original, device_id=torch.device("cpu")
-    )
-    with pytest.raises(ValueError, match="shard of FSDP's.*DistributedDataParallel"):
-        SO(model.parameters())
+
+    def work(rank):
+        model = fsdp.FullyShardedDataParallel(
+            make_model(), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        with pytest.raises(ValueError, match="shard of FSDP's.*DistributedDataParallel"):
+            SO(model.parameters())
+
+    assert in_processes(2, connected(work), tmp_path) == [None, None]
 
 
-def test_dtensors_are_refused(alone):
+def test_dtensors_are_refused(tmp_path):
     tensor = pytest.importorskip("torch.distributed.tensor")
     if not hasattr(tensor, "distribute_tensor"):
         pytest.skip("this version of torch has its DTensor elsewhere")
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    whole = tensor.distribute_tensor(torch.ones(4, 4), mesh, [tensor.Shard(0)])
-    with pytest.raises(ValueError, match="shard of FSDP's.*DistributedDataParallel"):
-        SO([nn.Parameter(whole)])
+
+    def work(rank):
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        whole = tensor.distribute_tensor(torch.ones(4, 4), mesh, [tensor.Shard(0)])
+        with pytest.raises(ValueError, match="shard of FSDP's.*DistributedDataParallel"):
+            SO([nn.Parameter(whole)])
+
+    assert in_processes(2, connected(work), tmp_path) == [None, None]
 
 
 @pytest.mark.parametrize("order", ["sampled first", "wrapped first", "the wrapper given"])
-def test_sampled_gradients_within_distributed_data_parallel_are_refused(alone, order):
-    model = make_model()
-    optimizer = SO(model.parameters(), density_ratio=0.05)
-    wrapped = None if order == "sampled first" else DistributedDataParallel(model)
-    with pytest.raises((ValueError, RuntimeError), match="cannot reduce sampled gradients: use"):
-        sample_gradients(wrapped if order == "the wrapper given" else model, optimizer)
-        (wrapped or DistributedDataParallel(model))(torch.ones(2, 32))
+def test_sampled_gradients_within_distributed_data_parallel_are_refused(order, tmp_path):
+    def work(rank):
+        model = Wrapped(make_model())
+        optimizer = SO(model.parameters(), **settings)
+        wrapped = None if order == "sampled first" else DistributedDataParallel(model)
+        with pytest.raises((ValueError, RuntimeError), match="cannot reduce sampled gradients"):
+            sample_gradients(wrapped if order == "the wrapper given" else model, optimizer)
+            (wrapped or DistributedDataParallel(model))(0, share(rank))
+
+    assert in_processes(2, connected(work), tmp_path) == [None, None]

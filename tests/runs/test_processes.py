@@ -20,7 +20,11 @@ from optimizers.lora import merged
 from optimizers.methods import make_method, select_matrices
 from train import Adapted, Course, Settings, own_images, train
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
+    # What torch 2.4 says of its own autocast.
+    pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
+]
 NAMES = ["red", "green", "blue", "x", "grey"]
 SIZES = [5, 5, 2, 1]  # of the batches of an epoch
 SHORT = ["--shots", 1, "--n_iters", 6, "--num_workers", 0, "--batch_size", 7]
