@@ -197,16 +197,14 @@ def exchange() -> Iterator[None]:
 
 
 def may_complain(together: bool = False) -> bool:
-    """Whether this process is the one to say why they end; the others end without a word.
+    """Whether this process is the one to say why it ends: the first that asks.
 
-    That is the first to fail; or, if they all end `together`, the one that prints.
+    Where the processes end `together` it is the one that prints, or none.
     """
     if _store is None:
         return True
-    if together:
-        return int(os.environ["RANK"]) == 0
     try:
-        return _store.add("complaints", 1) == 1
+        return not (together and int(os.environ["RANK"])) and _store.add("complaints", 1) == 1
     except RuntimeError:  # what kept it has ended
         return False
 

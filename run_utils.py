@@ -203,7 +203,7 @@ def exit_status(main: Callable[[], None]) -> int:
             if os.environ.get("SO_TRACEBACK"):
                 raise
             cause = "the loss of another process"
-        if may_complain(together=not lost):
+        if may_complain(together=True):
             print(f"\nmain.py: ended by {cause}{kept and f'; {kept}'}", file=sys.stderr)
         return 2 if lost else 128 + number
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:

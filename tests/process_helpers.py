@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 
 import torch
@@ -11,7 +12,7 @@ from commands import call_main
 
 from utils import Interrupted
 
-TIMEOUT = 100  # seconds that processes may take, which end within a few
+TIMEOUT = 60  # seconds that processes may take, which end within a few
 
 
 def in_processes(count, work, folder):
@@ -36,12 +37,14 @@ def in_processes(count, work, folder):
     processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
+    ends = time.monotonic() + TIMEOUT
     for process in processes:
-        process.join(TIMEOUT)
-        if process.is_alive():
+        process.join(max(ends - time.monotonic(), 0))
+    if waiting := [process for process in processes if process.is_alive()]:
+        for process in waiting:
             process.kill()
             process.join()
-            raise TimeoutError("a process has not ended")
+        raise TimeoutError(f"{len(waiting)} of {count} processes did not end")
     return [
         torch.load(folder / f"{rank}.pt", weights_only=False)
         if process.exitcode == 0
