@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # line. Its bars, which write over themselves, and lines of our own are no such lines.
 last_words() {
     tr '\r' '\n' <"$1" | awk '
-        /^==> job / { said = ""; named = 0 } # what an earlier attempt said is history
+        /^==> start/ { said = ""; named = 0 } # what an earlier attempt said is history
         /^==> / || !NF { next }
         /main\.py: |^slurmstepd[^:]*: / { said = $0; named = 1 }
         !named { said = $0 }

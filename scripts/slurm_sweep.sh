@@ -21,8 +21,9 @@
 # A task goes on from its checkpoint after its time limit, after preemption and when submitted anew.
 # Given to sbatch without --array, this file is one job that makes all runs through sweep.sh.
 set -euo pipefail
-if [ -e "${BASH_SOURCE[0]%/*}/runs.sh" ]; then
-    cd "${BASH_SOURCE[0]%/*}/.."
+here=$(dirname "${BASH_SOURCE[0]}")
+if [ -e "$here/runs.sh" ]; then
+    cd "$here/.."
 elif [ ! -e scripts/runs.sh ]; then # SLURM runs a copy of this file where it was submitted
     echo "slurm_sweep.sh: $PWD is not the repository's folder; there, or from anywhere," \
         "\`bash FOLDER/scripts/slurm_sweep.sh\` submits it" >&2
@@ -132,7 +133,7 @@ work() {
     else
         command=(bash scripts/sweep.sh "$@")
     fi
-    echo "==> job $job on $(hostname), start $((${SLURM_RESTART_COUNT:-0} + 1)):$(
+    echo "==> start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $job on $(hostname):$(
         printf ' %q' "${command[@]}"
     )"
     "${command[@]}" &

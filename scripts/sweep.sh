@@ -54,13 +54,15 @@ worker() {
         else
             set_log "$number" "$@"
             mkdir -p "${LOGS:-logs}"
-            rm -f "$log" # which may be a link to the log of a SLURM task
-            "${command[@]}" >"$log" 2>&1 &
+            [ ! -L "$log" ] || rm "$log" # a link to the log of a SLURM task
+            echo "==> start: ${command[*]}" >>"$log"
+            "${command[@]}" >>"$log" 2>&1 &
         fi
         child=$!
         wait "$child" || echo "${runs[number]}" >>"$taken/failed"
         if [ "$jobs" -gt 1 ]; then
-            echo "==> ${runs[number]}: $(grep -e '^\*\*\*\* Final' -e 'main.py: ' "$log" | tail -n 1)"
+            echo "==> ${runs[number]}: $(awk '/^==> start/ { said = "" }
+                /^\*\*\*\* Final|main\.py: / { said = $0 } END { print said }' "$log")"
         fi
     done
 }

@@ -98,10 +98,11 @@ def test_unfinished_runs_alone_are_submitted_as_the_dry_run_prints_it(cluster, t
 def test_what_every_task_would_fail_for_fails_the_submission(cluster, tmp_path):
     submissions = [
         ("set DATA", cluster | {"DATASETS": "dtd"}),
-        ("there is no sbatch here", cluster | {"PATH": str(tmp_path / "empty")}),
+        ("there is no sbatch here", cluster | {"PATH": str(tmp_path / "bare")}),
     ]
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/bash").symlink_to(shutil.which("bash"))
+    (tmp_path / "bare").mkdir()
+    for command in ("bash", "dirname"):
+        (tmp_path / "bare" / command).symlink_to(shutil.which(command))
     for words, environment in submissions:
         status, _, err = bash(SUBMIT, environment=environment, folder=tmp_path)
         assert status == 2 and words in err and len(err.splitlines()) == 1
@@ -164,13 +165,12 @@ def test_failures_are_listed_with_their_logs_last_words(cluster, tmp_path):
     logs = Path(cluster["LOGS"])
     logs.mkdir()
     said = {
-        1: "==> job 7_1\nmain.py: error: of an earlier start\n"
-        "==> job 7_1\nmain.py: error: no disk\nW1125 torchrun's line\n==> ended with status 2\n",
-        2: "==> job 7_2\n\nTraining: 1/9 it\rTraining: 2/9 it",
-        3: "==> job 7_3\nTraining: 1/9 it\rslurmstepd-n1: error: Detected 1 oom-kill event(s)\n",
+        1: "main.py: error: of an earlier start\n==> start 2\nmain.py: error: no disk\ntorch's\n",
+        2: "\nTraining: 1/9 it\rTraining: 2/9 it",
+        3: "Training: 1/9 it\rslurmstepd-n1: error: Detected 1 oom-kill event(s)\n==> ended\n",
     }
     for number, text in said.items():
-        (logs / f"7_{number}.txt").write_text(text)
+        (logs / f"7_{number}.txt").write_text(f"==> start 1\n{text}")
         name = logs / f"method_so_dataset_digits_shots_1_seed_{number}.txt"
         name.symlink_to(f"7_{number}.txt")
     (tmp_path / "finished.txt").write_text(f"{LINES[4]}\n")
