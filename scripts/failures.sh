@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The runs of a sweep that have no result, each with its log and what that says last:
+# Lists the runs of a sweep that have no result, each with its log and the last words in it:
 #
 #     DATA=/path/to/data bash scripts/failures.sh [arguments of main.py]
 #
-# Variables and arguments are the sweep's (runs.sh). Runs that SLURM still has in its queue are
-# listed with their state. The status is 1 where there are any.
+# Variables (runs.sh) and arguments are those of the sweep. Runs in SLURM's queue are listed with
+# their state. The status is 1 if any run has no result.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/runs.sh
 
-# Prints what a log says last of its run: main.py or SLURM where they said something, else its last
-# line. Its bars, which write over themselves, and lines of our own are no such lines.
+# Prints the last line in a log that is from main.py or SLURM itself; where there is none, the last
+# line at all. Only the last start counts, and lines of the sweep's scripts ("==> ") do not.
 last_words() {
     tr '\r' '\n' <"$1" | awk '
-        /^==> start/ { said = ""; named = 0 } # what an earlier attempt said is history
+        /^==> start/ { said = ""; named = 0 }
         /^==> / || !NF { next }
         /main\.py: |^slurmstepd[^:]*: / { said = $0; named = 1 }
         !named { said = $0 }

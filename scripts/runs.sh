@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by sweep.sh, slurm_sweep.sh and failures.sh, from the repository's folder: which runs a
-# sweep has, which of them are left, how each is started, and how its log is called. Variables, with
-# their defaults:
+# Sourced by sweep.sh, slurm_sweep.sh and failures.sh, from the repository's folder: lists the runs
+# of a sweep and those that are not finished, and gives the command and the log of each. Variables,
+# with their defaults:
 #
 #     METHODS   so lora adam
 #     DATASETS  the eleven (digits, the embedded one, needs no DATA)
@@ -15,7 +15,7 @@
 #     PYTHON    the interpreter (.venv's where there is one)
 
 # Sets `runs`, a line of arguments of main.py for each run; `common`, the arguments of all; `first`,
-# those that all others may contradict; `python`; and `program`, what such arguments are given to.
+# those that all others may contradict; `python`; and `program`, the command that takes them.
 list_runs() {
     local line method dataset shot seed config
     local eleven="imagenet sun397 fgvc eurosat stanford_cars food101 oxford_pets oxford_flowers \
@@ -75,7 +75,7 @@ list_unfinished() {
     } 3<<<"$lines"
 }
 
-# Sets `command`, which makes run $1 with the arguments that follow.
+# Sets `command`, the command of run $1 with the arguments that follow.
 set_command() {
     local own
     read -ra own <<<"${runs[$1]}"
@@ -83,7 +83,7 @@ set_command() {
     command=("${program[@]}" "${first[@]}" ${common[@]+"${common[@]}"} "${own[@]}" "$@")
 }
 
-# Sets `log`, the file of run $1 with the arguments that follow; its name tells them.
+# Sets `log`, the log of run $1 with the arguments that follow. Its name tells which run it is.
 set_log() {
     log=${runs[$1]}
     shift
@@ -94,10 +94,10 @@ set_log() {
     log=${LOGS:-logs}/${log%_}.txt
 }
 
-# Prints what of the environment makes a sweep what it is, as assignments in front of a command.
+# Prints those variables of a sweep that are set, as assignments in front of a command.
 carried() {
-    local name
-    for name in DATA DATASETS METHODS SHOTS SEEDS RUNS PROCESSES LOGS RESTARTS PYTHON ${!CONFIG_*}; do
+    local name names="DATA DATASETS METHODS SHOTS SEEDS RUNS PROCESSES LOGS RESTARTS PYTHON"
+    for name in $names ${!CONFIG_*}; do
         if [ -n "${!name:-}" ]; then
             printf '%s=%q ' "$name" "${!name}"
         fi

@@ -12,21 +12,20 @@
 #     DATA=/path/to/data bash scripts/slurm_sweep.sh --dry-run [arguments of main.py]
 #     DATA=/path/to/data bash scripts/slurm_sweep.sh [arguments of main.py]
 #
-# submits itself, from any folder; the dry run prints the line with sbatch and each task's command,
-# and submits nothing. Do it again after failures: what is finished is left out. Variables are those
-# of runs.sh, and
+# calls sbatch, from any folder; the dry run only prints its line and the command of each task.
+# Submit again after failures: finished runs are left out. Variables are those of runs.sh, and
 #     SBATCH    more options of sbatch, which win: "--account=me --partition=gpu --time=4:00:00"
 #     JOBS      tasks at a time (16)
 #     RESTARTS  how often a task that meets its time limit is requeued (20)
-# A task goes on from its checkpoint after its time limit, after preemption and when submitted anew.
+# A task continues from its checkpoint after its time limit and preemption, and if submitted anew.
 # Given to sbatch without --array, this file is one job that makes all runs through sweep.sh.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 if [ -e "$here/runs.sh" ]; then
     cd "$here/.."
 elif [ ! -e scripts/runs.sh ]; then # SLURM runs a copy of this file where it was submitted
-    echo "slurm_sweep.sh: $PWD is not the repository's folder; there, or from anywhere," \
-        "\`bash FOLDER/scripts/slurm_sweep.sh\` submits it" >&2
+    echo "slurm_sweep.sh: $PWD is not the repository's folder: submit from there, or call" \
+        "\`bash REPOSITORY/scripts/slurm_sweep.sh\`, which submits from any folder" >&2
     exit 2
 fi
 . scripts/runs.sh
@@ -37,13 +36,13 @@ submit() {
         dry_run=yes
         shift
     elif ! command -v sbatch >/dev/null; then
-        echo "$0: there is no sbatch here: call this where jobs are submitted, or with --dry-run" >&2
+        echo "$0: there is no sbatch here; call it where jobs are submitted, or use --dry-run" >&2
         exit 2
     fi
     list_runs
     list_unfinished "$@"
     if [ -n "${DATA:-}" ] && [ ! -d "$DATA" ]; then
-        echo "note: $DATA is not a folder on this machine" >&2
+        echo "note: DATA=$DATA is not a folder here (seen from $PWD)" >&2
     fi
     mkdir -p "${LOGS:-logs}" # without it a task ends before it can say anything
     largest=$(scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p') || true
@@ -100,7 +99,7 @@ ranges() {
     echo "${text#,}"
 }
 
-# Prints the command that lists what has failed of this sweep.
+# Prints the command that lists those runs of this sweep that have no result.
 failures() {
     carried
     printf 'bash %q' "$PWD/scripts/failures.sh"
@@ -118,16 +117,17 @@ work() {
             echo "==> there is no run $number: this sweep has runs 0 to $last"
             exit
         fi
-        # The number alone would mean the whole array, in that task which has the array's number.
+        # Not SLURM_JOB_ID: one task's is the array's own number, which stands for all tasks.
         job=${SLURM_ARRAY_JOB_ID:-}_$SLURM_ARRAY_TASK_ID
         own=${LOGS:-logs}/$job.txt
         set_log "$number" "$@"
         if [ -e "$own" ]; then
             ln -sfn "${own##*/}" "$log"
         fi
-        if [ "$SLURM_ARRAY_TASK_ID" = "${SLURM_ARRAY_TASK_MAX:-}" ] && [ "$number" -lt "$last" ]; then
-            echo "==> note: runs $((number + 1)) to $last are not in this array (they are finished," \
-                "in another one, or left out)"
+        if [ "$number" -lt "$last" ] && [ "$SLURM_ARRAY_TASK_ID" = "${SLURM_ARRAY_TASK_MAX:-}" ]
+        then
+            echo "==> note: runs $((number + 1)) to $last are not in this array (they are" \
+                "finished, in another one, or left out)"
         fi
         set_command "$number" "$@"
     else
