@@ -9,9 +9,8 @@
 #     DATASETS=digits SHOTS=4 bash scripts/sweep.sh
 #
 # The variables are those of runs.sh, and
-#     JOBS      runs at a time (1); with more, each run's output goes to a file below LOGS (logs)
+#     JOBS      runs at a time (1); with more, each run's output goes to a file below LOGS
 #     GPUS      "0 1 2 3": one run at a time on each of these
-#     PYTHON    the interpreter (.venv's where there is one)
 # Arguments are passed on to main.py. Weights are kept with --save_weights alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -23,7 +22,6 @@ jobs=${JOBS:-1}
 if [ ${#gpus[@]} -gt 0 ]; then
     jobs=${#gpus[@]}
 fi
-logs=${LOGS:-logs}
 taken=$(mktemp -d) # a folder in it for each run that a worker has taken, and the list of failures
 stop() {
     # The same signal may come again, as from SLURM or `timeout`, which signal every process of a
@@ -39,37 +37,32 @@ stop() {
 trap stop INT TERM
 trap 'rm -rf "$taken"' EXIT
 
-# In a file, since old versions of bash lose the status of what they read lines from.
-printf '%s\n' "${runs[@]}" |
-    "$python" scripts/unfinished.py ${common[@]+"${common[@]}"} "$@" >"$taken/left" || exit $?
-runs=()
-while IFS= read -r run; do
-    runs+=("$run")
-done <"$taken/left"
-if [ ${#runs[@]} -eq 0 ]; then
+list_unfinished "$@"
+if [ ${#left[@]} -eq 0 ]; then
     exit
 fi
 
 worker() {
-    local number run arguments log child=
+    local number log command child=
     trap 'trap "" TERM; kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM
-    for number in "${!runs[@]}"; do
+    for number in "${left[@]}"; do
         mkdir "$taken/$number" 2>/dev/null || continue # another worker has it
-        run=${runs[number]}
-        read -ra arguments <<<"$run"
-        arguments=("${first[@]}" ${common[@]+"${common[@]}"} "${arguments[@]}" "$@")
+        set_command "$number" "$@"
         if [ "$jobs" -eq 1 ]; then
-            echo "==> $run"
-            "$python" main.py "${arguments[@]}" &
+            echo "==> ${runs[number]}"
+            "${command[@]}" &
         else
-            log="$logs/${run//[^a-zA-Z0-9]/_}.txt"
-            mkdir -p "$logs"
-            "$python" main.py "${arguments[@]}" >"$log" 2>&1 &
+            set_log "$number" "$@"
+            mkdir -p "${LOGS:-logs}"
+            [ ! -L "$log" ] || rm "$log" # a link to the log of a SLURM task
+            echo "==> start: ${command[*]}" >>"$log"
+            "${command[@]}" >>"$log" 2>&1 &
         fi
         child=$!
-        wait "$child" || echo "$run" >>"$taken/failed"
+        wait "$child" || echo "${runs[number]}" >>"$taken/failed"
         if [ "$jobs" -gt 1 ]; then
-            echo "==> $run: $(grep -e '^\*\*\*\* Final' -e 'main.py: ' "$log" | tail -n 1)"
+            echo "==> ${runs[number]}: $(awk '/^==> start/ { said = "" }
+                /^\*\*\*\* Final|main\.py: / { said = $0 } END { print said }' "$log")"
         fi
     done
 }
@@ -82,7 +75,7 @@ for ((slot = 0; slot < jobs; slot++)); do
 done
 wait
 if [ -s "$taken/failed" ]; then
-    echo "$(wc -l <"$taken/failed" | tr -d ' ') of ${#runs[@]} runs failed:" >&2
+    echo "$(wc -l <"$taken/failed" | tr -d ' ') of ${#left[@]} runs failed:" >&2
     sed 's/^/    /' "$taken/failed" >&2
     exit 1
 fi

@@ -1,7 +1,8 @@
-"""Commands called in this process, with what they print."""
+"""Commands called in this process, with what they print; and what sweeps of processes leave."""
 
 import io
 import json
+import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import main
@@ -49,3 +50,16 @@ def run_folder(out):
 def result_of(out):
     """result.json of the one run below a folder."""
     return json.loads((run_folder(out) / "result.json").read_text(encoding="utf-8"))
+
+
+def wait_for(pattern, folder, process):
+    """The file of this name that a sweep makes, for as long as the sweep goes on."""
+    while not (found := list(folder.rglob(pattern))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return found[0]
+
+
+def calls(folder):
+    """The arguments of each main.py that a stand-in for Python was called with, a line each."""
+    return (folder / "calls.txt").read_text().splitlines()

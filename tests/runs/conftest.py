@@ -24,3 +24,34 @@ def command(data, tmp_path):
         "--shots", 2, "--n_iters", 2, "--s", 0.9, "--lr", 1e-3, "--num_workers", 0,
         "--threads", 1, "--save_path", tmp_path / "out",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """An interpreter in whose place a script stands: what a sweep does is up to the shell alone.
+
+    Runs whose lines stand in finished.txt are finished.
+
+    Each main.py notes its arguments in calls.txt; one of `wait` goes on until it is stopped and has
+    written a file then, one of `fail` ends with status 137, as if killed.
+    """
+    path = tmp_path / "python"
+    path.write_text(
+        f"""#!/usr/bin/env bash
+cd "{tmp_path}" || exit
+if [ "$1" != main.py ]; then
+    touch finished.txt
+    grep -vxFf finished.txt
+    [ ! -e bad_flag ]
+    exit
+fi
+echo "$@" >>calls.txt
+case "$*" in
+*--method\\ wait*) trap 'sleep 0.3; echo written >checkpoint.pt; exit 143' TERM
+    touch started; while :; do sleep 0.05; done ;;
+*--method\\ fail*) exit 137 ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path

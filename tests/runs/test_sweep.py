@@ -1,8 +1,7 @@
-"""Sweeps: what is skipped, what goes on after failures, what a stop and a job array do."""
+"""Sweeps: what is skipped, what goes on after failures, what a stop does."""
 
 import io
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 import unfinished
 from clip_helpers import TINY_VIT, random_state_dict
+from commands import calls, wait_for
 from dataset_helpers import make_dataset
 
 from results import run_folder
@@ -33,35 +33,11 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def stand_in(tmp_path):
-    """An interpreter in whose place a script stands: what a sweep does is up to the shell alone.
-
-    Each main.py notes its arguments in calls.txt; one of `wait` goes on until it is stopped and has
-    written a file then, one of `fail` ends with status 137, as if killed.
-    """
-    path = tmp_path / "python"
-    path.write_text(
-        f"""#!/usr/bin/env bash
-cd "{tmp_path}" || exit
-if [ "$1" != main.py ]; then cat; [ ! -e bad_flag ]; exit; fi
-echo "$@" >>calls.txt
-case "$*" in
-*--method\\ wait*) trap 'sleep 0.3; echo written >checkpoint.pt; exit 143' TERM
-    touch started; while :; do sleep 0.05; done ;;
-*--method\\ fail*) exit 137 ;;
-esac
-"""
-    )
-    path.chmod(0o755)
-    return path
-
-
-def start(script, data, out, *flags, **variables):
+def start(data, out, *flags, **variables):
     settings = {"DATA": data, "PYTHON": sys.executable, "SHOTS": "1", "SEEDS": "1", **variables}
     environment = os.environ | {key: str(value) for key, value in settings.items()}
     command = [
-        "bash", ROOT / "scripts" / script, *flags, "--backbone", data / "tiny.pt", "--s", 0.9,
+        "bash", ROOT / "scripts" / "sweep.sh", *flags, "--backbone", data / "tiny.pt", "--s", 0.9,
         "--num_workers", 0, "--threads", 1, "--save_path", out,
     ]  # fmt: skip
     return subprocess.Popen(
@@ -72,22 +48,10 @@ def start(script, data, out, *flags, **variables):
     )  # fmt: skip
 
 
-def sweep(*args, script="sweep.sh", **kwargs):
-    process = start(script, *args, **kwargs)
+def sweep(*args, **kwargs):
+    process = start(*args, **kwargs)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
-
-
-def wait_for(pattern, folder, process):
-    """The file of this name that a sweep makes, for as long as the sweep goes on."""
-    while not (found := list(folder.rglob(pattern))):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    return found[0]
-
-
-def calls(folder):
-    return (folder / "calls.txt").read_text().splitlines()
 
 
 # With main.py
@@ -115,14 +79,14 @@ def test_a_sweep_goes_on_after_failures_lists_them_and_skips_what_is_finished(da
 def test_a_sweep_whose_processes_are_all_stopped_twice_goes_on_from_its_checkpoint(data, tmp_path):
     variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "so"}
     flags = ["--early_stop_loss", 0, "--checkpoint_every", 5, "--n_iters", 100000]
-    process = start("sweep.sh", data, tmp_path, *flags, **variables)
+    process = start(data, tmp_path, *flags, **variables)
     checkpoint = wait_for("checkpoint.pt", tmp_path, process)
     for _ in range(2):  # as SLURM and `timeout` do, while sweep.sh passes it on, too
         os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in err and "--resume" in err
     assert not list(tmp_path.rglob("result.json")) and checkpoint.exists()
-    process = start("sweep.sh", data, tmp_path, *flags, **variables)
+    process = start(data, tmp_path, *flags, **variables)
     while "Going on from iteration" not in (line := process.stdout.readline()):
         assert line, process.communicate()
     os.killpg(process.pid, signal.SIGKILL)
@@ -162,7 +126,7 @@ def test_a_wrong_flag_and_help_end_before_any_run(flags, status, words, monkeypa
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM again", "SIGTERM to all"])
 def test_a_stopped_sweep_waits_for_what_its_runs_write(sent, data, tmp_path, stand_in):
     variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "wait", "PYTHON": stand_in}
-    process = start("sweep.sh", data, tmp_path / "out", **variables)
+    process = start(data, tmp_path / "out", **variables)
     wait_for("started", tmp_path, process)
     number = signal.Signals[sent.split()[0]]
     (os.killpg if "all" in sent else os.kill)(process.pid, number)
@@ -195,27 +159,6 @@ def test_each_method_may_have_a_configuration_of_its_own(data, tmp_path, stand_i
     variables = {"DATASETS": "eurosat", "METHODS": "lora so", "CONFIG_lora": "mine.yaml"}
     sweep(data, tmp_path, **variables, PYTHON=stand_in)
     assert ["--config mine.yaml" in line for line in calls(tmp_path)] == [True, False]
-
-
-def test_a_job_array_runs_each_task_and_shows_their_commands_beforehand(data, tmp_path, stand_in):
-    variables = {"DATASETS": "eurosat dtd", "SEEDS": "1 2", "METHODS": "so", "PYTHON": stand_in}
-    out = tmp_path / "my out"
-    options = dict(script="slurm_sweep.sh", **variables)
-    status, text, err = sweep(data, out, "--dry-run", **options)
-    assert status == 0, err
-    header, *tasks = text.splitlines()
-    assert "4 tasks" in header and "--array=0-3" in header
-    command = shlex.split(tasks[1].partition(": ")[2])
-    assert not (tmp_path / "calls.txt").exists()
-    task = dict(SLURM_ARRAY_TASK_ID=1, SLURM_SUBMIT_DIR=ROOT)
-    assert sweep(data, out, **options, **task)[0] == 0
-    assert calls(tmp_path) == [" ".join(command[1:])]
-    config = parse_args(command[2:])
-    assert (config.seed, config.save_path, config.save_weights) == (2, str(out), False)
-    assert sweep(data, out, **options, **task | {"SLURM_ARRAY_TASK_ID": 4})[0] == 0
-    assert len(calls(tmp_path)) == 1
-    status, _, err = sweep(data, out, **options)
-    assert status != 0 and "sbatch" in err
 
 
 def test_datasets_need_a_folder():
