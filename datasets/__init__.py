@@ -5,7 +5,7 @@ data that is; `python -m datasets --root_path ROOT` checks what is on the disk; 
 where to get it and how it must lie.
 """
 
-from datasets.base import DatasetSpec, FewShotDataset, Item
+from datasets.base import SUBSAMPLES, DatasetSpec, FewShotDataset, Item
 from datasets.build import (
     build_dataset,
     build_test,
@@ -19,6 +19,7 @@ from datasets.table import DATASETS
 
 __all__ = [
     "DATASETS",
+    "SUBSAMPLES",
     "DatasetSpec",
     "FewShotDataset",
     "Item",

@@ -15,6 +15,7 @@ import clip
 Entry = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
 PARTS = ("train", "val", "test")
+SUBSAMPLES = ("all", "base", "new")  # classes of a task (see `Split.half`)
 TEMPLATE = ["a photo of a {}."]
 DEFAULT_ROOT = "~/.cache/so"  # holds the datasets that are made, not downloaded
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")

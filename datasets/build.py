@@ -97,6 +97,12 @@ def build_dataset(
     split = rename(original, classnames)
     if missing := shortfall(source, split):
         print(f"note: {missing}", file=sys.stderr)
+    if spec.test_only:
+        print(
+            f"note: {name} has test images alone, for the zero-shot accuracy; `--dataset imagenet "
+            f"--test_on {name}` tests on it what was learnt on imagenet",
+            file=sys.stderr,
+        )
     if fewshot_list:
         train, val = read_shots(fewshot_list, original, split, subsample)
     else:
