@@ -152,7 +152,7 @@ def retrieve(url: str, filename: str | os.PathLike, chunk_size: int = CHUNK) -> 
     if done:
         request.add_header("Range", f"bytes={done}-")
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener().open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:
             raise
