@@ -260,8 +260,9 @@ def describe(config: Config, dataset: FewShotDataset, method: str, device: torch
     evaluated = f"{len(dataset.test)} to test"
     if config.eval_split == "val":
         evaluated = f"{len(dataset.val)} to validate"
+    which = "" if config.subsample == "all" else f"{config.subsample} "
     print(
-        f"{dataset_name(config.dataset)}: {len(dataset.classnames)} classes, "
+        f"{dataset_name(config.dataset)}: {len(dataset.classnames)} {which}classes, "
         f"{len(dataset.train_x)} images to adapt with "
         f"({config.shots} per class, seed {config.seed}), {evaluated}\n"
         f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",

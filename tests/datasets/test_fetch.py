@@ -21,7 +21,10 @@ from datasets import describe_data
 from datasets.__main__ import main
 from datasets.fetch import DOWNLOADS
 
-GZIPPED = "w:gz"
+BY_HAND = {  # without the split file
+    "oxford_flowers": ["cat_to_name.json"],
+    "sun397": ["ClassName.txt", "Training_01.txt", "Testing_01.txt"],
+}
 
 
 def archived(folder, name):
@@ -32,7 +35,7 @@ def archived(folder, name):
             for path in sorted(folder.rglob("*")):
                 archive.write(path, path.relative_to(folder))
     else:
-        with tarfile.open(fileobj=file, mode=GZIPPED) as archive:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
             for path in sorted(folder.iterdir()):
                 archive.add(path, path.name)
     return file.getvalue()
@@ -179,10 +182,7 @@ def test_a_fetched_dataset_lies_as_datasets_md_says(name, page, tmp_path, capsys
     assert folder.name == copy.name and not any(folder.glob(".*"))
     assert name == "fgvc" or {file for file, _ in page.digests} == set(page.files)
     assert all(len(md5) == 32 for _, md5 in page.digests)
-    by_hand = {"oxford_flowers": ["cat_to_name.json"]}.get(name, [])
-    by_hand = (
-        ["ClassName.txt", "Training_01.txt", "Testing_01.txt"] if name == "sun397" else by_hand
-    )
+    by_hand = BY_HAND.get(name, [])
     assert all(f"{file}" in said for file in by_hand)
     for file in by_hand:
         shutil.copy(copy / file, folder)
