@@ -151,7 +151,7 @@ def base_to_new_text(rows: Sequence[ToNew]) -> str:
         ]
         table = markdown(["dataset", "method", "base", "new", "H"], lines, left=2)
         parts += [f"### From base to new classes, {plural(shots, 'shot')}", BASE_TO_NEW, table]
-    return "\n\n".join([*parts, ""]) if parts else ""
+    return "\n\n".join(parts) + "\n" if parts else ""
 
 
 # From one dataset to others
@@ -219,4 +219,4 @@ def transfer_text(rows: Sequence[Transferred]) -> str:
         titles = [title_of(name) for name in columns]
         table = markdown(["shots", "method", *titles], lines, left=2)
         parts += [f"### {kind} from {title_of(source)}", TRANSFER, table]
-    return "\n\n".join([*parts, ""]) if parts else ""
+    return "\n\n".join(parts) + "\n" if parts else ""
