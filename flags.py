@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import clip
-from datasets import DATASETS, check_dataset
+from datasets import DATASETS, SUBSAMPLES, check_dataset
 from machine import default_device
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
 from optimizers.methods import METHODS, POSITIONS, SUPPORTS
@@ -112,6 +112,9 @@ def make_parser() -> Parser:
         "for the one that CoOp has for this dataset, or clip for seven general ones")
     add("--fewshot_list", metavar="FILE.json",
         help="list of the training and validation images, instead of a draw: a run's fewshot.json")
+    add("--subsample", type=choice("subsample", SUBSAMPLES), default="all",
+        help="classes of the task: all; base, the first half, tested on the new ones as well; or "
+        "new, the other half")
     add("--shots", type=number(int, 1, 10**6), default=1, help="training images per class")
     add("--seed", type=number(int, 0), default=3,
         help="seed of the few shots and of everything random in the run")
@@ -180,6 +183,9 @@ def make_parser() -> Parser:
     add("--select", type=choice("iterate", ["last", "val"]), default="last",
         help="weights to report: those of the last iteration, or with val those of the best "
         "accuracy on the few validation images, measured every --eval_every iterations")
+
+    add("--test_on", type=dataset, nargs="+", metavar="NAME",
+        help="other datasets to test on when training has ended, or with a finished run's weights")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="device, such as cuda, cuda:1, mps or cpu")

@@ -7,14 +7,15 @@ python main.py --help
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import results
+import transfer
 from checkpoint import Checkpoint
 from classifier import evaluate, tokenize_prompts
-from datasets import build_dataset
+from datasets import FewShotDataset, build_dataset
 from datasets.loader import Loader
 from machine import prepare_machine
 from metrics import Predictions
@@ -41,35 +42,53 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
     folder, course = results.run_folder(config), Course(config.n_iters * config.shots)
     weights = results.find_weights(folder, config) if config.eval_only else None
     device = prepare_machine(device, config.threads, config.seed)
-    own = config.pick("classnames", "template", "fewshot_list")
+    own = config.pick("classnames", "template", "fewshot_list", "subsample")
     dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)
+    targets = transfer.build_targets(config)
+    tasks = {"": dataset, **({"new classes": dataset.new} if dataset.new else {}), **targets}
     told = {"eval_only": config.eval_only, **results.computed(config)}
-    processes.check_same(data=dataset.data["digest"], **told)
+    data = [task.data["digest"] for task in (dataset, *targets.values())]
+    processes.check_same(data=data, **told)
     if result := processes.first(lambda: results.finished(folder, config, dataset.data)):
         if processes.writes:
             results.tell_finished(result, folder, config)
-        return
+        left = processes.first(lambda: transfer.tell_known(folder, targets))
+        if not left:
+            return
+        weights = processes.first(lambda: results.kept_weights(folder, config))
+        tasks = {name: targets[name] for name in left}
     base = Base(config.backbone, config.activation, config.heads)
     model = base.load(device)
     processes.check_same(backbone=base.digest)
     prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
     loader = Loader(model.visual.input_resolution, config.num_workers, config.cache_mb)
 
-    def predict(split: str, title: str) -> Predictions:
-        items = dataset.val if split == "val" else dataset.test
+    def predict(split: str, title: str, task: FewShotDataset = dataset) -> Predictions:
+        items = results.images_of(task, split)
+        tokens = prompts
+        if task is not dataset:
+            tokens = tokenize_prompts(model, task.classnames, task.template)
         mine = [items[number] for number in processes.own(len(items))]
         batches = loader.test_batches(mine, batch_size=256)
         with signals.at_once(), merged(model):
             how = config.pick("precision", "logit_scale")
-            return evaluate(model, batches, len(items), prompts, title, processes=processes, **how)
+            return evaluate(model, batches, len(items), tokens, title, processes=processes, **how)
+
+    def measure_on(tasks: Mapping[str, FewShotDataset], kind: str) -> dict[str, float]:
+        found = {}
+        for where, task in tasks.items():
+            split = "test" if where in targets else config.eval_split
+            found[where] = predict(split, where or "Evaluation", task).accuracy
+            results.tell(kind, found[where], split, where)
+        return found
 
     if weights or not course.iterations:
-        before = predict(config.eval_split, "Zero-shot").accuracy
-        results.tell("zero_shot_accuracy", before, config.eval_split)
+        before = measure_on(tasks, "zero_shot_accuracy")
         if weights:
             load_weights(model, weights, config.backbone)
-            after = predict(config.eval_split, "Evaluation").accuracy
-            results.tell("accuracy", after, config.eval_split)
+            after = measure_on(tasks, "final_accuracy" if result else "accuracy")
+            if targets and processes.writes and weights.parent == folder:
+                transfer.write(folder, targets, before, after)
         return
 
     if processes.size > (largest := min(config.batch_size, len(dataset.train_x))):
@@ -96,11 +115,18 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
         else:
             course.zero_shot = predict(config.eval_split, "Zero-shot").accuracy
-        results.tell("zero_shot_accuracy", course.zero_shot, config.eval_split)
+            if dataset.new:
+                new = predict(config.eval_split, "Zero-shot", dataset.new).accuracy
+                course.new["zero_shot_new_accuracy"] = new
+        before = {"zero_shot_accuracy": course.zero_shot, **course.new}
+        results.tell_all(results.BEFORE, before, config.eval_split)
 
         def measure() -> Predictions:
             if config.select == "val":
                 course.offer(predict("val", "Validation").accuracy, adapted)
+            if dataset.new and course.reported and (course.ended or config.select == "val"):
+                new = predict(config.eval_split, "New classes", dataset.new).accuracy
+                course.new["new_accuracy"] = new
             return predict(config.eval_split, "Evaluation")
 
         def save() -> None:
@@ -122,12 +148,19 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
         except Interrupted as stop:
             stop.kept = checkpoint.kept
             raise
-        results.tell("final_accuracy", course.measured["final_accuracy"], config.eval_split)
+        results.tell_all(results.AFTER, course.measured, config.eval_split)
         if processes.writes:
             results.write_curve(folder, course.curve())
             if config.save_weights:
                 adapted.save(folder / f"{config.filename}.safetensors", course)
             results.write_result(folder, config, dataset, device, course)
+        if targets:
+            base_weights = adapted.report(course)
+            after = measure_on(targets, "final_accuracy")
+            adapted.restore(base_weights)
+            before = measure_on(targets, "zero_shot_accuracy")
+            if processes.writes:
+                transfer.write(folder, targets, before, after)
     results.whats_next(config, folder)
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
-from datasets import DATASETS, FewShotDataset, dataset_name, fewshot_json
+from datasets import DATASETS, FewShotDataset, Item, dataset_name, fewshot_json
 from flags import SPLITS
 from machine import device_name, git_commit, peak_memory
 from metrics import calibration_error, class_accuracies, names_apart
@@ -32,14 +32,18 @@ from utils import as_csv, atomic_write
 # Where and how a run goes, as opposed to what it computes.
 CIRCUMSTANCES = {
     "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
-    "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every",
+    "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every", "test_on",
 }  # fmt: skip
 IN_PATH = {"method", "backbone", "dataset", "shots", "seed"}
 RESULT_LINES = {
     "zero_shot_accuracy": "Zero-shot CLIP's {} accuracy",
     "final_accuracy": "Final {} accuracy",
     "accuracy": "{} accuracy",
+    "zero_shot_new_accuracy": "Zero-shot CLIP's {} accuracy on new classes",
+    "new_accuracy": "Final {} accuracy on new classes",
 }
+BEFORE = ("zero_shot_accuracy", "zero_shot_new_accuracy")  # the latter of runs on base classes
+AFTER = ("final_accuracy", "new_accuracy")
 REMEDIES = "give another --save_path, or --overwrite to replace it"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # said by some network file systems
 
@@ -166,6 +170,18 @@ def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
     atomic_write(folder / "curve.csv", as_csv(COLUMNS, rows))
 
 
+def images_of(dataset: FewShotDataset, split: str) -> list[Item]:
+    """The images of a dataset that accuracies are measured on.
+
+    Raises:
+        ValueError: It has none in this split.
+    """
+    items = dataset.val if split == "val" else dataset.test
+    if not items:
+        raise ValueError(f"{dataset.name} has no {SPLITS[split]} images to measure accuracy on")
+    return items
+
+
 def write_result(
     folder: Path, config: Config, dataset: FewShotDataset, device: torch.device, course: Course
 ) -> None:
@@ -173,7 +189,7 @@ def write_result(
 
     Then remove its checkpoint.
     """
-    items = dataset.val if config.eval_split == "val" else dataset.test
+    items = images_of(dataset, config.eval_split)
     labels, predicted, probabilities = course.predictions
     names = names_apart(dataset.classnames)
     accuracies = class_accuracies(labels, predicted, len(names))
@@ -197,6 +213,11 @@ def write_result(
     paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
     rows = zip(paths, *columns, strict=True)
     atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))
+    stale = ["transfer.json"]  # of an earlier run, as its weights
+    if not config.save_weights:
+        stale.append(f"{config.filename}.safetensors")
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -204,18 +225,31 @@ def write_result(
 # Told
 
 
-def tell(kind: str, value: float, split: str) -> None:
-    """Print an accuracy in the form that users of few-shot CLIP code parse."""
-    line = RESULT_LINES[kind].format(SPLITS[split])
+def tell(kind: str, value: float, split: str, where: str = "") -> None:
+    """Print an accuracy in the form that users of few-shot CLIP code parse.
+
+    Args:
+        kind: A key of RESULT_LINES.
+        value: The accuracy in percent.
+        split: A key of SPLITS.
+        where: Other images than the task's own.
+    """
+    line = RESULT_LINES[kind].format(SPLITS[split]) + (f" on {where}" if where else "")
     print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
+
+
+def tell_all(kinds: Sequence[str], measured: Mapping[str, float], split: str) -> None:
+    """Print those of some accuracies that were measured."""
+    for kind in kinds:
+        if kind in measured:
+            tell(kind, measured[kind], split)
 
 
 def tell_finished(result: dict[str, Any], folder: Path, config: Config) -> None:
     """Print a finished run's accuracies, and remove what it may have left behind."""
     tidy(folder)
     print(f"This run is finished: {folder}")
-    for kind in ("zero_shot_accuracy", "final_accuracy"):
-        tell(kind, result[kind], config.eval_split)
+    tell_all(BEFORE + AFTER, result, config.eval_split)
     weights = folder / f"{config.filename}.safetensors"
     if config.save_weights and not weights.exists():
         print(f"note: it kept no {weights.name}; --overwrite runs it again", file=sys.stderr)
@@ -226,8 +260,9 @@ def describe(config: Config, dataset: FewShotDataset, method: str, device: torch
     evaluated = f"{len(dataset.test)} to test"
     if config.eval_split == "val":
         evaluated = f"{len(dataset.val)} to validate"
+    which = "" if config.subsample == "all" else f"{config.subsample} "
     print(
-        f"{dataset_name(config.dataset)}: {len(dataset.classnames)} classes, "
+        f"{dataset_name(config.dataset)}: {len(dataset.classnames)} {which}classes, "
         f"{len(dataset.train_x)} images to adapt with "
         f"({config.shots} per class, seed {config.seed}), {evaluated}\n"
         f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
@@ -300,15 +335,37 @@ def tidy(folder: Path) -> None:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
+def kept_weights(folder: Path, config: Config) -> Path:
+    """The weights that a finished run has kept.
+
+    Raises:
+        FileNotFoundError: It has kept none; the sentence says how it would.
+    """
+    path = folder / f"{config.filename}.safetensors"
+    if path.is_file():
+        return path
+    raise FileNotFoundError(
+        f"{folder} holds a result and no {path.name}, with which --test_on tests a finished run: "
+        "--overwrite --save_weights runs it again and keeps them"
+    )
+
+
 def find_weights(folder: Path, config: Config) -> Path:
     """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
 
+    New classes are evaluated with the delta of the run on base classes, where they have none.
+
     Raises:
-        FileNotFoundError: There is neither; the sentence names both places.
+        FileNotFoundError: There is none of them; the sentence names the places.
     """
     delta = folder / f"{config.filename}.safetensors"
     whole = Path(config.save_path, f"{config.filename}.pt")
-    if found := next((path for path in (delta, whole) if path.is_file()), None):
+    places = [delta, whole]
+    if config.subsample == "new":
+        base = Config(**{**vars(config), "subsample": "base"})
+        base.baseline = config.baseline
+        places.insert(1, run_folder(base) / delta.name)
+    if found := next((path for path in places if path.is_file()), None):
         return found
     raise FileNotFoundError(
         f"there are no weights to evaluate: neither {delta}, which --save_weights keeps, nor a "

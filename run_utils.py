@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from datasets import DATASETS
+from datasets import DATASETS, find_spec
 from flags import Parser, make_parser
 from machine import HERE
 from optimizers.methods import SUPPORTS
@@ -103,6 +103,13 @@ def check_together(parser: Parser, config: Config) -> None:
     """Refuse settings of which each is possible, but not all together."""
     if config.dataset is None:
         parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
+    if find_spec(config.dataset).test_only and not config.eval_only:
+        if config.n_iters not in (0, config.baseline["n_iters"]):
+            parser.error(
+                f"{config.dataset} is for testing alone: train on imagenet and give --test_on "
+                f"{config.dataset}, or --n_iters 0 for its zero-shot accuracy"
+            )
+        config.n_iters = 0
     if config.select == "val" and not config.eval_every:
         parser.error("argument --select: val needs --eval_every N, iterations between two looks")
     if config.method != "so":

@@ -1,4 +1,4 @@
-"""Finished runs, read from their folders: result.json, curve.csv and predictions.csv."""
+"""Finished runs, read from their folders: their JSON and CSV files."""
 
 import csv
 import json
@@ -32,6 +32,17 @@ ABOUT_CLASSES = {  # of result.json, which older ones lack
     "per_class": (dict,),
     "ece": (int | float, 0, 100),
 }
+ON_NEW = {  # of result.json, which only runs on base classes have
+    "new_accuracy": (int | float, 0, 100),
+    "zero_shot_new_accuracy": (int | float, 0, 100),
+}
+ON_TARGET = {  # of transfer.json, for each dataset
+    "zero_shot_accuracy": (int | float, 0, 100),
+    "final_accuracy": (int | float, 0, 100),
+    "classes": (int, 1, 10**9),
+    "images": (int, 1, 10**9),
+    "data": (dict,),
+}
 
 
 class Run(NamedTuple):
@@ -56,6 +67,9 @@ class Run(NamedTuple):
     template: list[str]  # prompts with {} for the class's name
     per_class: dict[str, float | None]  # accuracy by class; None where no image is of it
     ece: float | None  # expected calibration error in percent; None in older results
+    new: float | None  # accuracies of a run on base classes on the new ones; None of other runs
+    zero_shot_new: float | None
+    transfer: dict[str, dict[str, Any]]  # by dataset: ON_TARGET; {} where --test_on named none
 
 
 def read_run(folder: Path) -> Run:
@@ -84,6 +98,7 @@ def read_run(folder: Path) -> Run:
         result["config"], tuple(str(value or "unknown") for value in made_by),
         data if isinstance(data, dict) else {}, folder, result.get("classnames", []),
         result.get("template", []), result.get("per_class", {}), result.get("ece"),
+        *map(result.get, ON_NEW), read_transfer(folder / "transfer.json"),
     )  # fmt: skip
 
 
@@ -91,20 +106,47 @@ def check_result(result: Any) -> None:
     """Raise a ValueError that says what is wrong with the contents of a result.json."""
     if not isinstance(result, dict):
         raise ValueError("result.json does not hold an object")
-    new = [key for key in ABOUT_CLASSES if key in result]
-    for key, (kind, *limits) in {**FIELDS, **{key: ABOUT_CLASSES[key] for key in new}}.items():
-        if key not in result:
-            raise ValueError(f"result.json has no {key}")
-        value = result[key]
+    check_fields("result.json", result, FIELDS)
+    if any(key in result for key in ON_NEW):
+        check_fields("result.json", result, ON_NEW)
+    new = {key: kind for key, kind in ABOUT_CLASSES.items() if key in result}
+    if new:
+        check_fields("result.json", result, new)
+        check_classes(*(result.get(key) for key in ABOUT_CLASSES))
+
+
+def check_fields(file: str, values: dict[str, Any], fields: dict[str, tuple]) -> None:
+    """Raise a ValueError that names the first field of a file that is missing or out of range."""
+    for key, (kind, *limits) in fields.items():
+        if key not in values:
+            raise ValueError(f"{file} has no {key}")
+        value = values[key]
         good = isinstance(value, kind) and not isinstance(value, bool)
         if good and kind is str:
             good = re.fullmatch(limits[0], value) is not None and value.isprintable()
         elif good and limits:
             good = limits[0] <= value <= limits[1]  # NaN is not
         if not good:
-            raise ValueError(f"result.json: {key} cannot be {str(value)[:50]!r}")
-    if new:
-        check_classes(*(result.get(key) for key in ABOUT_CLASSES))
+            raise ValueError(f"{file}: {key} cannot be {str(value)[:50]!r}")
+
+
+def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
+    """What a run reached on other datasets, by their names; {} where it was tested on none.
+
+    Raises:
+        ValueError: The file is not what --test_on leaves; the sentence says why.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        targets = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"transfer.json is not JSON ({error})") from error
+    if not isinstance(targets, dict) or not all(isinstance(v, dict) for v in targets.values()):
+        raise ValueError("transfer.json does not hold an object for each dataset")
+    for values in targets.values():
+        check_fields("transfer.json", values, ON_TARGET)
+    return targets
 
 
 def check_classes(names: Any, template: Any, accuracies: Any, ece: Any) -> None:

@@ -73,11 +73,22 @@ class Adapted(NamedTuple):
     method: Method
     base: Base | None = None  # read for checkpoints and deltas
 
-    def save(self, path: Path, course: "Course") -> None:
-        """Write the delta of the weights that the course reports."""
+    def report(self, course: "Course") -> dict[str, Tensor]:
+        """Give the model the weights that the course reports; return those of the base."""
         base = self.base.read()
         if packed := course.best[2]:
             unpack(packed, self.method.trained, base)
+        return base
+
+    @torch.no_grad()
+    def restore(self, base: dict[str, Tensor]) -> None:
+        """Give the model the base's weights; adapters, which the base lacks, are 0 then."""
+        for name, parameter in self.method.trained.items():
+            parameter.copy_(base[name]) if name in base else parameter.zero_()
+
+    def save(self, path: Path, course: "Course") -> None:
+        """Write the delta of the weights that the course reports."""
+        base = self.report(course)
         with merged(self.model):
             save_delta(path, self.method.matrices, base, self.base.digest, backbone=self.base.name)
 
@@ -93,6 +104,7 @@ class Course:
     epoch_loss: float = math.nan  # mean of the last whole epoch
     ended: bool = False
     zero_shot: float = math.nan  # accuracy in percent
+    new: dict[str, float] = field(default_factory=dict)  # on new classes, as in result.json
     accuracies: dict[int, float] = field(default_factory=dict)  # in percent, by iteration
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # (iterations,), on the device
     scaler: dict[str, Any] = field(default_factory=dict)  # GradScaler's state
@@ -106,6 +118,11 @@ class Course:
         return time.perf_counter() - self.began
 
     @property
+    def reported(self) -> bool:
+        """Whether the present weights are those to report, as far as is known."""
+        return self.best[0] in (0, self.count)
+
+    @property
     def measured(self) -> dict[str, float]:
         """What is reported of a run that has ended, as in result.json."""
         chosen = self.best[0] or self.count
@@ -116,6 +133,7 @@ class Course:
             "selected_iteration": chosen,
             "iterations": self.count,
             "wall_seconds": round(self.seconds, 3),
+            **self.new,
         }
 
     def curve(self) -> list[tuple]:
@@ -133,7 +151,7 @@ class Course:
     def record(self, predictions: Predictions) -> None:
         """Note the present weights' accuracy; keep their predictions if they would be reported."""
         self.accuracies[self.count] = predictions.accuracy
-        if self.best[0] in (0, self.count):
+        if self.reported:
             self.predictions = predictions
 
     def state(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """What all datasets share: their records, the way to their folder, the listing of folders."""
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import clip
 Entry = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
 PARTS = ("train", "val", "test")
+SUBSAMPLES = ("all", "base", "new")  # classes of a task (see `Split.half`)
 TEMPLATE = ["a photo of a {}."]
 DEFAULT_ROOT = "~/.cache/so"  # holds the datasets that are made, not downloaded
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -40,6 +42,7 @@ class FewShotDataset:
         template: Prompts with {} for the class name.
         data: What the few were drawn from, for results to be told apart by (see `Split.data`).
         images: The image folder, where the paths of all items begin.
+        new: The other half of the classes, to be tested on as well, where this is the base half.
     """
 
     name: str
@@ -50,6 +53,7 @@ class FewShotDataset:
     template: list[str]
     data: dict[str, str | int]
     images: str
+    new: "FewShotDataset | None" = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,23 @@ class Split:
     def entries(self) -> Iterator[Entry]:
         """All entries, in the order of PARTS."""
         return chain(self.train, self.val, self.test)
+
+    def half(self, subsample: str) -> "Split":
+        """The base or the new half of the classes, labelled from 0; with "all" all of them.
+
+        The base classes are the first half in the order of labels, rounded up (Zhou et al. 2022,
+        "Conditional Prompt Learning for Vision-Language Models", arXiv 2203.05557).
+        """
+        if subsample == "all":
+            return self
+        middle = math.ceil(len(self.names) / 2)
+        labels = range(middle) if subsample == "base" else range(middle, len(self.names))
+
+        def some(entries: list[Entry]) -> list[Entry]:
+            return [(path, i - labels.start, name) for path, i, name in entries if i in labels]
+
+        names = {label - labels.start: self.names[label] for label in labels}
+        return replace(self, **{p: some(getattr(self, p)) for p in PARTS}, names=names)
 
     def counts(self) -> dict[str, int]:
         """Number of images in each part."""
@@ -102,7 +123,8 @@ class DatasetSpec:
         split: The published split file; None where the download has lists of its own.
         read: Makes a split from the download, where there is no split file.
         classes: Published number of classes.
-        counts: Published number of training, validation and test images; None for no such part.
+        counts: Published number of training, validation and test images; None for no such part,
+            0 where a set that is for testing alone has none.
         url: Official page.
         holds: Folders below `images` that tell the dataset's folder from others.
         aliases: Names that archives, torchvision and Kaggle give the dataset's folder.
@@ -135,6 +157,11 @@ class DatasetSpec:
     def needs_root(self) -> bool:
         """Whether its folder is looked for below the folder of all datasets."""
         return not self.prepare and not self.place
+
+    @property
+    def test_only(self) -> bool:
+        """Whether it has neither training nor validation images."""
+        return self.counts[0] == 0
 
     def image_folders(self, folder: Path) -> list[Path]:
         """The folders of images, where the dataset's own folder is this one."""

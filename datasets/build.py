@@ -5,8 +5,18 @@ import random
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from datasets.base import DatasetSpec, Entry, FewShotDataset, Item, Source, Split, find_source
+from datasets.base import (
+    PARTS,
+    DatasetSpec,
+    Entry,
+    FewShotDataset,
+    Item,
+    Source,
+    Split,
+    find_source,
+)
 from datasets.checks import shortfall
 from datasets.own import is_path, own_spec, stem
 from datasets.prompts import prompt_templates, rename
@@ -55,6 +65,7 @@ def build_dataset(
     classnames: str | os.PathLike | None = None,
     template: str | Sequence[str] | None = None,
     fewshot_list: str | os.PathLike | None = None,
+    subsample: str = "all",
 ) -> FewShotDataset:
     """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
 
@@ -69,6 +80,9 @@ def build_dataset(
         classnames: YAML file with the names that prompts give the classes (see `rename`).
         template: Prompts with {}, or "dataset" or "clip" (see `prompt_templates`).
         fewshot_list: JSON file of images to take in place of the draw (see `read_shots`).
+        subsample: "base" or "new" for this half of the classes (see `Split.half`); the few are
+            drawn for all of them first, so that a seed means the same images. "base" has the other
+            half as `new`.
 
     Raises:
         ValueError: An unknown name, shots below 1, no root_path, broken data, or names, a template
@@ -83,45 +97,82 @@ def build_dataset(
     split = rename(original, classnames)
     if missing := shortfall(source, split):
         print(f"note: {missing}", file=sys.stderr)
+    if spec.test_only:
+        print(
+            f"note: {name} has test images alone, for the zero-shot accuracy; `--dataset imagenet "
+            f"--test_on {name}` tests on it what was learnt on imagenet",
+            file=sys.stderr,
+        )
     if fewshot_list:
-        train, val = read_shots(fewshot_list, original, split)
-        if len(train) != shots * len(split.names):
-            print(
-                f"note: {fewshot_list} has {len(train)} training images for {len(split.names)} "
-                f"classes, not {shots} for each, which the results are filed under",
-                file=sys.stderr,
-            )
+        train, val = read_shots(fewshot_list, original, split, subsample)
     else:
         try:
             train, val = draw_shots(split, shots, spec.together)
         except ValueError as error:
             raise source.error(str(error)) from error
+    few = replace(split, train=train, val=val)
+    task = few.half(subsample)
+    if fewshot_list and len(task.train) != shots * len(task.names):
+        print(
+            f"note: {fewshot_list} has {len(task.train)} training images for {len(task.names)} "
+            f"classes, not {shots} for each, which the results are filed under",
+            file=sys.stderr,
+        )
+    dataset = _items(source, task, prompts, _data(split, subsample))
+    if subsample == "base":
+        new = _items(source, few.half("new"), prompts, _data(split, "new"))
+        return replace(dataset, new=new)
+    return dataset
 
-    def items(entries: list[Entry]) -> list[Item]:
-        return [Item(source.locate(path), label, name) for path, label, name in entries]
 
-    return FewShotDataset(
-        source.name,
-        items(train),
-        items(val),
-        items(split.test),
-        list(split.names.values()),
-        prompts,
-        split.data(),
-        str(source.images),
-    )
+def build_test(
+    name: str,
+    root_path: str | os.PathLike | None,
+    *,
+    template: str | Sequence[str] | None = None,
+) -> FewShotDataset:
+    """Read a dataset to test on: nothing is drawn, and there are test images alone.
+
+    Arguments and errors are those of `build_dataset`.
+    """
+    prompts = prompt_templates(template, find_spec(name))
+    source, split = _read(name, root_path, save=True)
+    if missing := shortfall(source, split):
+        print(f"note: {missing}", file=sys.stderr)
+    return _items(source, replace(split, train=[], val=[]), prompts, split.data())
 
 
 def describe_data(
     name: str,
     root_path: str | os.PathLike | None,
     classnames: str | os.PathLike | None = None,
+    subsample: str = "all",
 ) -> dict[str, str | int]:
     """Say which data `build_dataset` would use: what it gives as `data`.
 
     Nothing is drawn, printed or written. Arguments and errors are those of `build_dataset`.
     """
-    return rename(_read(name, root_path, save=False)[1], classnames).data()
+    return _data(rename(_read(name, root_path, save=False)[1], classnames), subsample)
+
+
+def _data(split: Split, subsample: str) -> dict[str, str | int]:
+    """What a result says of its data. A run on base classes tests on all of them."""
+    half = split.half(subsample)
+    tested = replace(half, test=split.test) if subsample == "base" else half
+    return half.data() | {"digest": tested.digest()}
+
+
+def _items(
+    source: Source, task: Split, prompts: list[str], data: dict[str, str | int]
+) -> FewShotDataset:
+    """A dataset of all entries of a split."""
+
+    def items(entries: list[Entry]) -> list[Item]:
+        return [Item(source.locate(path), label, name) for path, label, name in entries]
+
+    parts = (items(getattr(task, part)) for part in PARTS)
+    names = list(task.names.values())
+    return FewShotDataset(source.name, *parts, names, prompts, data, str(source.images))
 
 
 def _read(name: str, root_path: str | os.PathLike | None, save: bool) -> tuple[Source, Split]:

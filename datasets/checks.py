@@ -52,7 +52,7 @@ def check_labels(source: Source, split: Split) -> Iterator[Exception]:
 def check_classes(source: Source, split: Split) -> Iterator[Exception]:
     """Yield faults of classes without images to train or to test with."""
     names = split.names
-    for part in ("train", "test"):
+    for part in ("test",) if source.spec.test_only else ("train", "test"):
         present = {label for _, label, _ in getattr(split, part)}
         if lacking := [repr(names[label]) for label in sorted(set(names) - present)]:
             yield source.missing(

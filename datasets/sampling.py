@@ -52,7 +52,7 @@ def _draw(items: list[Entry], count: int) -> list[Entry]:
 
 
 def read_shots(
-    path: str | os.PathLike, original: Split, split: Split
+    path: str | os.PathLike, original: Split, split: Split, subsample: str = "all"
 ) -> tuple[list[Entry], list[Entry]]:
     """Take the few images from a list in place of the draw, which is left alone.
 
@@ -65,12 +65,15 @@ def read_shots(
         path: The list, a JSON file.
         original: The dataset, with its own class names.
         split: The same, with those that the user gives the classes.
+        subsample: The half of the classes that labels in the list may be counted within, as a run
+            on that half has them in its own list.
 
     Raises:
         ValueError: The file is not such a list, or has an image, a class or a label that the
             dataset does not have.
     """
     listed = _load_list(path)
+    first = len(split.names) - len(split.half("new").names) if subsample == "new" else 0
     known = {image: (image, label, name) for image, label, name in split.entries()}
     few = {image for part in (split.train, split.val) for image, _, _ in part}
     names = [*original.names.values(), *split.names.values()]
@@ -98,7 +101,10 @@ def read_shots(
             )
         found = find(image)
         own = original.names[found[1]]
-        if label != found[1] or _spaced(name) not in (_spaced(own), _spaced(found[2])):
+        if found[1] not in (label, label + first) or _spaced(name) not in (
+            _spaced(own),
+            _spaced(found[2]),
+        ):
             raise ValueError(
                 f"{path} gives {image} the label {label} and the class {name!r}, which are "
                 f"{found[1]} and {own!r} in {split.where}"

@@ -4,7 +4,7 @@ from functools import partial
 
 from datasets import digits
 from datasets.base import DatasetSpec
-from datasets.imagenet import read_imagenet
+from datasets.imagenet import read_imagenet, read_variant
 from datasets.raw import (
     read_cars,
     read_class_folders,
@@ -41,7 +41,11 @@ CLIP_TEMPLATES = (  # the seven general ones of CLIP's authors
     "art of the {}.",
     "a photo of the small {}.",
 )
+MATCHED = "another sampling of ImageNetV2: get imagenetv2-matched-frequency.tar.gz"
 MULTI_SPECTRAL = "EuroSAT's multi-spectral download: get the RGB one, EuroSAT_RGB.zip"
+
+# ImageNet's classes, or some of them, in images of other kinds
+variant = partial(DatasetSpec, split=None, read=read_variant)
 
 DATASETS: dict[str, DatasetSpec] = {
     "imagenet": DatasetSpec(
@@ -191,6 +195,47 @@ DATASETS: dict[str, DatasetSpec] = {
         template="a photo of a person doing {}.",
         aliases=("UCF-101", "ucf-101"),
         image_aliases=("UCF-101-midframes", "UCF101_midframes"),
+    ),
+    "imagenetv2": variant(
+        title="ImageNetV2",
+        folders=("imagenetv2",),
+        images="imagenetv2-matched-frequency-format-val",
+        classes=1000,
+        counts=(0, 0, 10000),
+        url="https://github.com/modestyachts/ImageNetV2",
+        image_aliases=("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency"),
+        others=(
+            ("imagenetv2-top-images-format-val", MATCHED),
+            ("imagenetv2-threshold0.7-format-val", MATCHED),
+        ),
+    ),
+    "imagenet_sketch": variant(
+        title="ImageNet-Sketch",
+        folders=("imagenet-sketch",),
+        images="images",
+        classes=1000,
+        counts=(0, 0, 50889),
+        url="https://github.com/HaohanWang/ImageNet-Sketch",
+        aliases=("ImageNet-Sketch", "imagenet_sketch"),
+        image_aliases=("sketch",),
+    ),
+    "imagenet_a": variant(
+        title="ImageNet-A",
+        folders=("imagenet-adversarial",),
+        images="imagenet-a",
+        classes=200,
+        counts=(0, 0, 7500),
+        url="https://github.com/hendrycks/natural-adv-examples",
+        image_aliases=("imagenet-a", "imagenet_a"),
+    ),
+    "imagenet_r": variant(
+        title="ImageNet-R",
+        folders=("imagenet-rendition",),
+        images="imagenet-r",
+        classes=200,
+        counts=(0, 0, 30000),
+        url="https://github.com/hendrycks/imagenet-r",
+        image_aliases=("imagenet-r", "imagenet_r"),
     ),
     "digits": DatasetSpec(
         title="Digits",

@@ -4,14 +4,16 @@
     python scripts/report.py results more --out docs/study
 
 Per backbone: accuracy by dataset, method and shots as mean and standard deviation over seeds,
-beside published figures (reporting/published.yaml); memory and time; accuracy by shots; curves;
-the confusion matrix and the accuracies of the classes, worst first, over all seeds of a cell.
-Runs that differ in any other setting than the seed are never averaged: the method's name is
-followed by what differs. tables.md is for reading, tables.csv holds the same numbers, one line per
-cell and published figure, classes.csv one line per cell and class. Runs that are broken or
-unfinished are named on standard error and left out, as are from what is said of classes those of
-earlier versions, without predictions.csv. Figures need matplotlib; without it there are tables
-alone.
+beside published figures (reporting/published.yaml); base and new classes with their harmonic mean,
+for runs with --subsample base; other datasets and their average, for runs with --test_on; memory
+and time; accuracy by shots; curves; the confusion matrix and the accuracies of the classes, worst
+first, over all seeds of a cell. Runs that differ in any other setting than the seed are never
+averaged: the method's name is followed by what differs. tables.md is for reading. tables.csv holds
+the same numbers, one line per cell and published figure, classes.csv one line per cell and class,
+base_to_new.csv and transfer.csv what their names say, where there are such runs. Runs that are
+broken or unfinished are named on standard error and left out, as are from what is said of classes
+those of earlier versions, without predictions.csv. Figures need matplotlib; without it there are
+tables alone.
 """
 
 import sys

@@ -13,9 +13,10 @@ from typing import Any
 
 import reporting  # noqa: F401  (which puts the repository on the path)
 
-from datasets import describe_data
+from datasets import dataset_name, describe_data
 from results import finished, run_folder, tidy
 from run_utils import exit_status, parse_args
+from transfer import known
 from utils import plural
 
 
@@ -38,8 +39,13 @@ def is_finished(arguments: Sequence[str]) -> bool:
     if not (folder / "result.json").exists():
         return False
     try:
-        data = data_of(config.dataset, config.root_path, config.classnames)
+        half = [] if config.subsample == "all" else [config.subsample]
+        data = data_of(config.dataset, config.root_path, config.classnames, *half)
         done = finished(folder, config, data) is not None
+        targets = {
+            dataset_name(name): data_of(name, config.root_path) for name in config.test_on or ()
+        }
+        done &= known(folder, targets).keys() == targets.keys()
     except (ValueError, OSError):
         return False
     if done:
@@ -48,9 +54,9 @@ def is_finished(arguments: Sequence[str]) -> bool:
 
 
 @cache
-def data_of(name: str, root_path: str | None, classnames: str | None) -> dict[str, Any]:
-    """The data of a task, read once for all of its runs."""
-    return describe_data(name, root_path, classnames)
+def data_of(*task: str | None) -> dict[str, Any]:
+    """The data of a task, as `describe_data` names it, read once for all of its runs."""
+    return describe_data(*task)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,14 @@ LAYOUTS = {
     "caltech101": ("caltech-101", "Caltech101", "split_zhou_Caltech101.json"),
     "dtd": ("dtd", "DTD", "split_zhou_DescribableTextures.json"),
     "ucf101": ("ucf101", "UCF101", "split_zhou_UCF101.json"),
+    "imagenetv2": ("imagenetv2", "imagenetv2", None),
+    "imagenet_sketch": ("imagenet-sketch", "imagenet-sketch", None),
+    "imagenet_a": ("imagenet-adversarial", "imagenet-adversarial", None),
+    "imagenet_r": ("imagenet-rendition", "imagenet-rendition", None),
     "digits": ("digits", "digits", "split_zhou_Digits.json"),
 }
-ELEVEN = tuple(name for name in LAYOUTS if name != "digits")
+VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+ELEVEN = tuple(name for name in LAYOUTS if name not in (*VARIANTS, "digits"))
 WITH_SPLIT = tuple(name for name, layout in LAYOUTS.items() if layout[2])
 
 # Real class names where there are any so many; names like them beyond.
@@ -82,7 +87,8 @@ def make_dataset(
         split: Write the published split file, too, where the dataset has one.
         classes: Number of classes.
         per_class: Images per class, half of them for training, a fifth for validation, the rest
-            for testing. ImageNet has per_class training images and half as many for testing.
+            for testing. ImageNet has per_class training images and half as many for testing; its
+            variants have half of per_class, for testing.
         size: Width and height of the images.
     """
     folder = Path(root) / LAYOUTS[name][("coop", "lora").index(convention)]
@@ -117,7 +123,7 @@ def refused(name: str, root: Path, message: str = ".") -> str:
 
 def class_names(name: str, classes: int) -> list[str]:
     """Class names as the raw download spells them."""
-    if name == "imagenet":
+    if name.startswith("imagenet"):
         lines = (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()
         return lines[:classes]
     letters = [chr(ord("a") + i // 26) + chr(ord("a") + i % 26) for i in range(classes)]
@@ -217,6 +223,22 @@ def _imagenet(folder: Path, lines: list[str], per_class: int, size: tuple[int, i
             path = folder / f"val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG"
             write_image(path, label, 500 + i, size)
     return {}
+
+
+def _variant(images: str, numbered: bool = False, naming: str = "{wnid}_{i}.JPEG"):
+    """A writer of class folders of test images, named by WordNet ids or by ImageNet's labels."""
+
+    def write(folder: Path, lines: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+        (folder / images).mkdir()
+        (folder / images / "README.txt").write_text("what the images are")
+        for label, wnid in enumerate(line.split()[0] for line in lines):
+            for i in range(max(1, per_class // 2)):
+                place = str(label) if numbered else wnid
+                path = folder / images / place / naming.format(wnid=wnid, i=i)
+                write_image(path, label, 700 + i, size)
+        return {}
+
+    return write
 
 
 def _fgvc(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
@@ -328,5 +350,9 @@ WRITERS: dict[str, Callable[[Path, list[str], int, tuple[int, int]], Parts]] = {
     "caltech101": _caltech,
     "dtd": _class_folders("images"),
     "ucf101": _ucf101,
+    "imagenetv2": _variant("imagenetv2-matched-frequency-format-val", True, "{i}f{wnid}.jpeg"),
+    "imagenet_sketch": _variant("images", naming="sketch_{i}.JPEG"),
+    "imagenet_a": _variant("imagenet-a", naming="0.0_fox squirrel _ fox_0.5_{i}.jpg"),
+    "imagenet_r": _variant("imagenet-r", naming="art_{i}.jpg"),
     "digits": _class_folders("images", ending="png"),
 }

@@ -81,11 +81,11 @@ def draw_accuracy(study: Study, published: Sequence[Published], datasets: Sequen
             )  # fmt: skip
     for (variant, source), points in theirs.items():
         colour, mark, _, _ = style(study, variant)
-        first = next(slot for slot in theirs if slot[0] == variant)
+        place = [other for v, other in theirs if v == variant].index(source)
         axes.plot(
             [shots * dodge[variant, source] for shots, _ in points], [y for _, y in points],
             linestyle="", color=colour, markerfacecolor="none", markersize=7, markeredgewidth=1.3,
-            marker=mark if (variant, source) == first else "D",
+            marker=[mark, "D", "X", "*"][min(place, 3)],
             label=f"{LABELS[variant.method]}, published\n({source})",
         )  # fmt: skip
     if (base := zero_shot(study, datasets)) is not None:

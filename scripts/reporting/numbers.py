@@ -68,9 +68,9 @@ class Published(NamedTuple):
 
 
 class Study(NamedTuple):
-    """All runs of one backbone."""
+    """All runs of one backbone on all classes, or on one half of them."""
 
-    backbone: str
+    backbone: str  # for a half of the classes its name goes on: "ViT-B/16, base classes"
     cells: dict[tuple[str, int, Variant], dict[int, Run]]  # (dataset, shots, variant), seed to run
     datasets: list[str]
     shots: list[int]
@@ -127,6 +127,7 @@ def find_runs(folders: Sequence[Path], complain: Callable[[str], None]) -> list[
 def identity(run: Run) -> str:
     """All that a run's numbers depend on: equal for two runs of which one is enough."""
     place = [run.method, run.backbone, run.dataset, run.shots, run.seed]
+    place.append(run.settings.get("subsample", "all"))
     return repr([place, run.data.get("digest"), sorted(settings_of(run).items())])
 
 
@@ -155,7 +156,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
     A flag that is younger than the run has its default.
     """
-    left_out = CIRCUMSTANCES | IN_PATH | UNREAD.get(run.method, set())
+    left_out = CIRCUMSTANCES | IN_PATH | UNREAD.get(run.method, set()) | {"subsample"}
     if run.backbone not in clip.available_models():
         left_out = left_out - {"backbone"}  # many checkpoints are called model.safetensors
     settings = defaults() | run.settings
@@ -214,48 +215,48 @@ def ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (places.get(name, len(places)), name))
 
 
-def find_datasets(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Name each run's data: runs on other images than the published split's stand apart.
+def find_datasets(data: Sequence[tuple[str, dict]]) -> tuple[list[str], list[str]]:
+    """Name data: other images than the published split's stand apart.
+
+    Args:
+        data: A dataset's name and a result's `data`, for each run.
 
     Returns:
-        Each run's name of its data, such as "dtd" or "dtd (made split)", with the beginning of
-        the digest where one name would stand for several; and all names in order.
+        The data's names, such as "dtd" or "dtd (made split)", with the beginning of the digest
+        where one name would stand for several; and all names in order.
     """
-    data = [run.data for run in runs]
-    names = [
-        run.dataset + (" (made split)" if own.get("split") == "made" else "")
-        for run, own in zip(runs, data, strict=True)
-    ]
+    names = [x + (" (made split)" if own.get("split") == "made" else "") for x, own in data]
     digests: dict[str, set] = defaultdict(set)
-    for name, own in zip(names, data, strict=True):
+    for name, (_, own) in zip(names, data, strict=True):
         digests[name] |= {own.get("digest")} - {None}
     full = [
         f"{name}, {own.get('digest', 'unknown')[:7]}" if len(digests[name]) > 1 else name
-        for name, own in zip(names, data, strict=True)
+        for name, (_, own) in zip(names, data, strict=True)
     ]
     known = [
         name
-        for dataset in ordered([run.dataset for run in runs], DATASETS)
-        for name in sorted({n for n, run in zip(full, runs, strict=True) if run.dataset == dataset})
+        for dataset in ordered([dataset for dataset, _ in data], DATASETS)
+        for name in sorted({n for n, (x, _) in zip(full, data, strict=True) if x == dataset})
     ]
     return full, known
 
 
 def studies(runs: Iterable[Run]) -> list[Study]:
-    """Group runs by backbone, and within it by data, shots, method and settings."""
-    of_backbone = defaultdict(list)
+    """Group runs by backbone and classes, and within these by data, shots, method and settings."""
+    groups = defaultdict(list)
     for run in runs:
-        of_backbone[run.backbone].append(run)
-    found = []
-    for backbone in ordered(of_backbone, clip.available_models()):
-        group = of_backbone[backbone]
+        groups[run.backbone, str(run.settings.get("subsample", "all"))].append(run)
+    found, models = [], ordered({backbone for backbone, _ in groups}, clip.available_models())
+    for backbone, classes in sorted(groups, key=lambda key: (models.index(key[0]), key[1])):
+        group = groups[backbone, classes]
+        name = backbone if classes == "all" else f"{backbone}, {classes} classes"
         variants, all_variants = find_variants(group)
-        datasets, all_datasets = find_datasets(group)
+        datasets, all_datasets = find_datasets([(run.dataset, run.data) for run in group])
         cells: dict[tuple, dict[int, Run]] = defaultdict(dict)
         for run, dataset, variant in zip(group, datasets, variants, strict=True):
             cells[dataset, run.shots, variant][run.seed] = run
         shots = sorted({run.shots for run in group})
-        found.append(Study(backbone, dict(cells), all_datasets, shots, all_variants))
+        found.append(Study(name, dict(cells), all_datasets, shots, all_variants))
     return found
 
 

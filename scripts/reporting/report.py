@@ -6,8 +6,16 @@ from pathlib import Path
 from reporting.classes import class_figures, classes_csv, classes_text, find_classes
 from reporting.figures import can_draw, figures, png
 from reporting.numbers import find_runs, inconsistencies, read_published, studies
+from reporting.protocols import (
+    ToNew,
+    Transferred,
+    base_to_new,
+    base_to_new_text,
+    transfer,
+    transfer_text,
+)
 from reporting.tables import csv_text, study_text, table_rows
-from utils import atomic_write, plural, say
+from utils import as_csv, atomic_write, plural, say
 
 FIGURES = """## Figures
 
@@ -36,11 +44,16 @@ def write_report(folders: Sequence[Path], out: Path, complain: Callable[[str], N
         raise ValueError(f"there is no finished run below {', '.join(map(str, folders))}")
     published, sources = read_published()
     rows, texts, plan, classes = [], ["# Report\n"], {}, []
+    halves, targets = [], []
     for study in studies(runs):
         for oddity in inconsistencies(study):
             complain(f"note: {oddity}")
         rows.append(table_rows(study, published))
         texts.append(study_text(study, rows[-1], sources))
+        halves += (own := base_to_new(study))
+        texts.append(base_to_new_text(own))
+        targets += (own := transfer(study))
+        texts.append(transfer_text(own))
         cells = find_classes(study, complain)
         texts.append(classes_text(cells))
         classes += cells
@@ -53,6 +66,10 @@ def write_report(folders: Sequence[Path], out: Path, complain: Callable[[str], N
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "tables.csv", csv_text(row for part in rows for row in part))
     atomic_write(out / "classes.csv", classes_csv(classes))
+    if halves:
+        atomic_write(out / "base_to_new.csv", as_csv(ToNew._fields, halves))
+    if targets:
+        atomic_write(out / "transfer.csv", as_csv(Transferred._fields, targets))
     texts = [text for text in texts if text]
     tables = "\n".join([*texts, f"{FIGURES}\n{links}\n"] if plan else texts)
     atomic_write(out / "tables.md", tables)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from reporting.markdown import markdown
 from reporting.numbers import (
+    LABELS,
     METHODS,
     Pairs,
     Published,
@@ -51,8 +52,12 @@ class Row(NamedTuple):
 
 
 def table_rows(study: Study, published: Sequence[Published]) -> list[Row]:
-    """All lines of tables.csv for a backbone: by shots, dataset (the mean last) and variant."""
+    """All lines of tables.csv for a backbone: by shots, dataset (the mean last) and variant.
+
+    Methods that are published alone come last, where there are figures of theirs.
+    """
     rows = []
+    others = [Variant(m) for m in dict.fromkeys(p.method for p in published) if m not in LABELS]
     for shots in study.shots:
         whole, seeds = complete(study, shots)
         lines = [(name, [name]) for name in study.datasets]
@@ -60,15 +65,17 @@ def table_rows(study: Study, published: Sequence[Published]) -> list[Row]:
             lines.append((f"mean over {len(whole)} of {len(lines)}", whole))
         for name, datasets in lines:
             base = zero_shot(study, datasets)
-            for variant in [ZERO_SHOT, *study.variants]:
+            for variant in [ZERO_SHOT, *study.variants, *others]:
                 if variant == ZERO_SHOT:
                     ours = None if base is None else Stat(base, None, None)
+                elif variant in others:
+                    ours = None
                 else:
                     own = None if name in study.datasets else seeds
                     ours = mean_over(study, datasets, own, shots, variant)
                 theirs = published_for(published, study, variant.method, datasets)
                 theirs = [(row.source, x) for row, x in theirs if row.shots in (None, shots)]
-                for source, figure in theirs or [(None, None)]:
+                for source, figure in theirs or [(None, None)] * (variant not in others):
                     mine = study.backbone, name, shots, *variant, *(ours or (None, None, 0)), base
                     rows.append(Row(*mine, figure, source, *compare(ours, figure)))
     return rows
@@ -136,6 +143,7 @@ def accuracy_table(study: Study, rows: Sequence[Row], marks: dict[str, int]) -> 
     first of them.
     """
     cells, columns = {}, {}
+    rows = [row for row in rows if row.variant in [ZERO_SHOT, *study.variants]]
     for row in rows:
         variant, source = row.variant, row.published_source
         usual = variant in study.firsts() and row.method in METHODS
@@ -152,6 +160,26 @@ def accuracy_table(study: Study, rows: Sequence[Row], marks: dict[str, int]) -> 
         for name in dict.fromkeys(row.dataset for row in rows)
     )
     return markdown(["dataset", *(columns[column] for column in order)], lines)
+
+
+def means_table(study: Study, rows: Sequence[Row], marks: dict[str, int]) -> str | None:
+    """Means over the datasets of the published ones: methods down, ours first, shots across.
+
+    None where ours are never over all of these datasets.
+    """
+    mine = [ZERO_SHOT, *study.variants]
+    shots = sorted({row.shots for row in rows if row.variant not in mine})
+    rows = [row for row in rows if row.dataset not in study.datasets and row.shots in shots]
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if row.mean is not None:
+            cells.setdefault(row.variant.label, {})[row.shots] = ours_text(row)
+    for row in sorted(rows, key=lambda row: marks.get(row.published_source, 0)):
+        if row.published is not None:
+            label = f"{Variant(row.method).label} [{marks[row.published_source]}]"
+            cells.setdefault(label, {})[row.shots] = f"{row.published:.2f}"
+    lines = [[label, *(line.get(n, "-") for n in shots)] for label, line in cells.items()]
+    return markdown(["", *(plural(n, "shot") for n in shots)], lines) if shots else None
 
 
 def cost_table(study: Study) -> str:
@@ -203,6 +231,13 @@ def study_text(study: Study, rows: Sequence[Row], sources: dict[str, str]) -> st
                 f"datasets on which every method ran with {plural(len(seeds), 'seed')} "
                 f"({', '.join(map(str, seeds))}); its spread is that of each seed's mean."
             )
+    if table := means_table(study, rows, marks):
+        parts += [
+            "### Means beside published ones",
+            "Over the eleven datasets: ours, then figures of others, by the numbers of their "
+            "sources above.",
+            table,
+        ]
     if table := pairs_table(study):
         parts += [
             "### Paired differences",

@@ -10,9 +10,17 @@ from importlib.util import find_spec as find_module
 from pathlib import Path
 
 import pytest
-from dataset_helpers import ELEVEN, LAYOUTS, ROOT, WITH_SPLIT, change_split, make_dataset
+from dataset_helpers import (
+    ELEVEN,
+    LAYOUTS,
+    ROOT,
+    VARIANTS,
+    WITH_SPLIT,
+    change_split,
+    make_dataset,
+)
 
-from datasets import DATASETS, Item, build_dataset, describe_data, find_spec
+from datasets import DATASETS, Item, build_dataset, describe_data, fewshot_json, find_spec
 
 
 @pytest.fixture(scope="module", params=["coop", "lora"])
@@ -131,10 +139,74 @@ def test_imagenet_draws_training_and_validation_images_at_once(complete, shots):
 def test_every_row_gives_existing_images_whole_classes_and_one_prompt(complete, name):
     dataset = build_dataset(name, complete[0], 2)
     assert dataset.template == ["a photo of a {}."]
-    assert len(dataset.classnames) == 3 and len(dataset.train_x) == len(dataset.val) == 6
+    few = 0 if name in VARIANTS else 6
+    assert len(dataset.classnames) == 3 and len(dataset.train_x) == len(dataset.val) == few
+    assert len(dataset.test) == (12 if name.startswith("imagenet") else 6)
     for item in dataset.train_x + dataset.val + dataset.test:
         assert item.classname == dataset.classnames[item.label]
         assert item.impath.startswith(str(complete[0])) and Path(item.impath).is_file()
+
+
+# Base and new classes
+
+
+def test_base_and_new_classes_share_one_draw_and_are_labelled_from_0(tmp_path):
+    make_dataset("dtd", tmp_path, classes=5, per_class=10, size=(8, 8))
+    random.seed(3)
+    whole = build_dataset("dtd", tmp_path, 2)
+    halves = {}
+    for subsample in ("base", "new"):
+        random.seed(3)
+        halves[subsample] = build_dataset("dtd", tmp_path, 2, subsample=subsample)
+    for subsample, labels in {"base": [0, 1, 2], "new": [3, 4]}.items():  # 5 / 2, rounded up
+        half = halves[subsample]
+        assert half.classnames == [whole.classnames[label] for label in labels]
+        for part in ("train_x", "val", "test"):
+            expected = [
+                (item.impath, item.label - labels[0], item.classname)
+                for item in getattr(whole, part)
+                if item.label in labels
+            ]
+            assert [tuple(vars(item).values()) for item in getattr(half, part)] == expected
+    assert halves["new"].new is None and halves["base"].new == halves["new"]
+
+
+def test_each_half_tells_its_data_apart(tmp_path):
+    make_dataset("dtd", tmp_path, classes=3, per_class=10, size=(8, 8))
+    images = {"all": (15, 6, 9), "base": (10, 4, 6), "new": (5, 2, 3)}
+    found = {}
+    for subsample, counts in images.items():
+        data = describe_data("dtd", tmp_path, subsample=subsample)
+        assert data == build_dataset("dtd", tmp_path, 1, subsample=subsample).data
+        assert (data["train"], data["val"], data["test"]) == counts
+        found[subsample] = data["digest"]
+    assert len(set(found.values())) == 3
+
+    def lose(part, label):
+        def change(split):
+            split[part].remove(next(entry for entry in split[part] if entry[1] == label))
+
+        change_split(tmp_path / "dtd", change)
+        return [s for s in found if describe_data("dtd", tmp_path, subsample=s)["digest"]
+                != found[s]]  # fmt: skip
+
+    assert lose("train", 2) == ["all", "new"]
+    assert lose("test", 2) == ["all", "base", "new"]  # a run on base classes tests on new ones
+
+
+@pytest.mark.parametrize("subsample", ["base", "new"])
+def test_a_list_of_images_serves_a_half_whichever_run_wrote_it(tmp_path, subsample):
+    make_dataset("dtd", tmp_path, classes=5, per_class=10, size=(8, 8))
+    whole, half = (build_dataset("dtd", tmp_path, 2, subsample=s) for s in ("all", subsample))
+    for writer in (whole, half):
+        (tmp_path / "few.json").write_text(fewshot_json(writer))
+        chosen = {"subsample": subsample, "fewshot_list": tmp_path / "few.json"}
+        read = build_dataset("dtd", tmp_path, 2, **chosen)
+        labels = range(3) if subsample == "base" else range(2)
+        assert sorted(item.label for item in read.train_x) == [i for i in labels for _ in "ab"]
+        images = {item.impath for item in writer.train_x}
+        assert {item.impath for item in read.train_x} <= images
+        assert read.classnames == half.classnames
 
 
 # The data that results are told apart by
@@ -148,7 +220,7 @@ def test_the_same_data_has_the_same_digest_on_every_disk(complete, tmp_path, cap
     assert random.getstate() == state and capsys.readouterr().err == ""
     assert data == build_dataset(name, root, 1).data == build_dataset(name, root, 4).data
     assert data["split"] == "published" and re.fullmatch("[0-9a-f]{64}", data["digest"])
-    counts = (24, 0, 12) if name == "imagenet" else (12, 6, 6)
+    counts = (0, 0, 12) if name in VARIANTS else (24, 0, 12) if name == "imagenet" else (12, 6, 6)
     assert (data["train"], data["val"], data["test"]) == counts
     make_dataset(name, tmp_path, {"coop": "lora", "lora": "coop"}[convention], size=(8, 8))
     assert describe_data(name, tmp_path) == data

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from dataset_helpers import ELEVEN, LAYOUTS, change_split, make_dataset
+from dataset_helpers import ELEVEN, LAYOUTS, VARIANTS, change_split, make_dataset
 
 from datasets import DATASETS, digits
 from datasets.__main__ import main
@@ -18,6 +18,7 @@ def small(monkeypatch):
     """Make the published counts those of small copies."""
     for name, spec in DATASETS.items():
         counts = (24, None, 12) if name == "imagenet" else (12, 6, 6)
+        counts = (0, 0, 12) if name in VARIANTS else counts
         monkeypatch.setitem(DATASETS, name, replace(spec, classes=3, counts=counts))
 
 
@@ -50,13 +51,16 @@ def test_the_table_shows_numbers_beside_the_published_ones(tmp_path, capsys):
     before = tree(tmp_path)
     status, out = run(capsys, "--root_path", tmp_path)
     table = out.split("\n\n")[0].splitlines()
-    assert status == 1 and len(table) == 13 and max(map(len, table)) <= 120
+    assert status == 1 and len(table) == 17 and max(map(len, table)) <= 120
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in table}
     numbers = "3 of 101 12 of 50500 6 of 20200 6 of 30300"
     assert rows["food101"] == f"Food101 published {numbers} incomplete"
     numbers = "3 of 1000 24 of 1281167 - 12 of 50000"
     assert rows["imagenet"] == f"imagenet published {numbers} incomplete"
     assert rows["dtd"].startswith("DTD made 3 of 47") and rows["digits"].endswith("on first use")
+    assert all(rows[name] == "- - - - - - not found" for name in VARIANTS)
+    assert "imagenet_a:" not in out  # few people have it; whoever names it is told
+    assert run(capsys, "--root_path", tmp_path, "--dataset", "imagenet_a")[0] == 1
     assert "12 of 50500 training images" in out
     assert "* dtd: without split_zhou_DescribableTextures.json in" in out
     assert "not comparable to published figures" in out

@@ -235,6 +235,7 @@ GOOD = {  # values that a flag may well have; those that would take long are not
     "position": ["top", "bottom", "half-up"], "method": ["so", "lora", "adam"],
     "precision": ["bf16", "fp16"], "s": ["0", "0.5", "0.999999"], "select": ["last", "val"],
     "early_stop_loss": ["-1", "99"], "eval_split": ["val"],
+    "subsample": ["base", "new"], "test_on": ["digits", "eurosat"],
 }  # fmt: skip
 WEIRD = ["=", "a=b", "1e-400", "0x10", "٣", "１", "1 ", "[1]", "{a: 1}", "9" * 5000]
 WEIRD += [*map(str, NUMBERS), *(text for text in TEXTS if "\0" not in text)]
