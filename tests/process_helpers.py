@@ -17,12 +17,13 @@ TIMEOUT = 60  # seconds that processes may take, which end within a few
 
 def in_processes(count, work, folder):
     """Run work(rank) in processes that can meet; return what each returns, or its exit status."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
-    told = dict(WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port)
+    context = multiprocessing.get_context("fork")
+    ports = context.SimpleQueue()
 
     def run(rank):
-        told.update(RANK=rank, LOCAL_RANK=rank)
+        told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1")
         told.update(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+        told.update(MASTER_PORT=ports.get())
         os.environ.update({key: str(value) for key, value in told.items()})
         try:
             result = work(rank)
@@ -33,10 +34,13 @@ def in_processes(count, work, folder):
         sys.stdout.flush()
         os._exit(0)  # as what this process has inherited is not its own to tidy
 
-    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
+    # torchrun's part, last: a process that is forked beside its threads may wait for ever.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in processes:
+        ports.put(store.port)
     ends = time.monotonic() + TIMEOUT
     for process in processes:
         process.join(max(ends - time.monotonic(), 0))
