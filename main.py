@@ -85,7 +85,7 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
         method = make_method(
             config.method, model, select_matrices(model, config.encoder, config.position),
             density=1 - config.s, T=config.t, sampled=not (config.dense_grad or config.compile),
-            **config.pick("lr", "rank", "seed", "grad_support", "moment_support"),
+            **config.pick("lr", "rank", "seed", "grad_support", "moment_support", "moments"),
         )  # fmt: skip
         if config.compile:
             compile_blocks(model)
