@@ -147,6 +147,8 @@ def make_parser() -> Parser:
         help="moments of so, for ablations: usual, aged (bias corrections by each entry's own "
         "age), or none")
     add("--rank", type=number(int, 1), default=2, help="rank of lora's adapters")
+    add("--wise", type=number(float, 0), default=1.0, metavar="ALPHA",
+        help="factor of what was learned, in evaluations and saved weights: base + ALPHA * delta")
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(float, 0, open_="low"), default=2e-4,

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config, device: str, processes: Processes, signals: Signals) -> None:
     """Load data and model, and do with them what the configuration says."""
     folder, course = results.run_folder(config), Course(config.n_iters * config.shots)
-    weights = results.find_weights(folder, config) if config.eval_only else None
+    weights, alpha = results.find_weights(folder, config) if config.eval_only else (None, 1)
     device = prepare_machine(device, config.threads, config.seed)
     own = config.pick("classnames", "template", "fewshot_list")
     dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)
@@ -67,7 +67,7 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
         before = predict(config.eval_split, "Zero-shot").accuracy
         results.tell("zero_shot_accuracy", before, config.eval_split)
         if weights:
-            load_weights(model, weights, config.backbone)
+            load_weights(model, weights, config.backbone, alpha)
             after = predict(config.eval_split, "Evaluation").accuracy
             results.tell("accuracy", after, config.eval_split)
         return
@@ -99,9 +99,14 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
         results.tell("zero_shot_accuracy", course.zero_shot, config.eval_split)
 
         def measure() -> Predictions:
-            if config.select == "val":
-                course.offer(predict("val", "Validation").accuracy, adapted)
-            return predict(config.eval_split, "Evaluation")
+            score = None
+            with adapted.scaled(config.wise):
+                if config.select == "val":
+                    score = predict("val", "Validation").accuracy
+                found = predict(config.eval_split, "Evaluation")
+            if score is not None:
+                course.offer(score, adapted)
+            return found
 
         def save() -> None:
             if processes.writes:
@@ -126,7 +131,7 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
         if processes.writes:
             results.write_curve(folder, course.curve())
             if config.save_weights:
-                adapted.save(folder / f"{config.filename}.safetensors", course)
+                adapted.save(folder / f"{config.filename}.safetensors", course, config.wise)
             results.write_result(folder, config, dataset, device, course)
     results.whats_next(config, folder)
 

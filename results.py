@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -300,16 +301,24 @@ def tidy(folder: Path) -> None:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def find_weights(folder: Path, config: Config) -> Path:
+def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
     """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
+
+    Returns:
+        The file, and the factor of --wise that is left to scale it by: weights that were trained
+        with --wise have been scaled when they were saved.
 
     Raises:
         FileNotFoundError: There is neither; the sentence names both places.
     """
-    delta = folder / f"{config.filename}.safetensors"
-    whole = Path(config.save_path, f"{config.filename}.pt")
-    if found := next((path for path in (delta, whole) if path.is_file()), None):
-        return found
+    name = f"{config.filename}.safetensors"
+    unscaled = copy(config)
+    unscaled.wise = 1.0
+    delta, whole = folder / name, Path(config.save_path, f"{config.filename}.pt")
+    others = (run_folder(unscaled) / name, whole)
+    for path, alpha in ((delta, 1.0), *((path, config.wise) for path in others)):
+        if path.is_file():
+            return path, alpha
     raise FileNotFoundError(
         f"there are no weights to evaluate: neither {delta}, which --save_weights keeps, nor a "
         f"whole state dict at {whole}"

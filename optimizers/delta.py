@@ -320,19 +320,22 @@ def scaled(
                 matrix.copy_(kept[name])
 
 
-def load_weights(model: CLIP, path: Path, backbone: str) -> None:
-    """Give a backbone the trained weights of a file: a delta's, or a whole state dict's.
+def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> None:
+    """Give a backbone the trained weights of a file, a delta or a whole state dict, and scale them.
 
     Raises:
         ValueError: They belong to another model, or the file is damaged.
     """
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if alpha != 1}
     if path.suffix == ".safetensors":
-        return apply_delta(model, read_delta(path))
-    try:
-        model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
+        apply_delta(model, read_delta(path))
+    else:
+        try:
+            model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
+    scale_weights({name: model.get_parameter(name) for name in base}, base, alpha)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
