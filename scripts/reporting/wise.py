@@ -17,11 +17,13 @@ from reporting.experiments import Planned
 from reporting.figures import COLOURS, LINES, MARKS, canvas, with_legend
 from reporting.forgetting import printed_signs, remembered
 from reporting.markdown import markdown
-from reporting.numbers import METHODS
+from reporting.numbers import METHODS, interval
+from reporting.tables import with_spread
 from utils import plural
 
 ALPHAS = [step / 10 for step in range(11)]
 SHOTS = (4, 16)
+COMPARED = (0.5, 0.7, 0.9)  # alphas whose differences to 1 are told
 
 Point = tuple[float, float]  # accuracy on the task, and on the printed signs, in percent
 Paths = dict[tuple[int, str], list[list[Point]]]  # by (shots, method), for each seed, each alpha
@@ -77,7 +79,27 @@ def table(paths: Paths) -> str:
         ]
         header = [f"alpha, {plural(shots, 'shot')}", *METHODS.values()]
         parts.append(markdown(header, lines))
-    return "\n\n".join(parts)
+    parts.append(
+        "Differences to the trained weights (alpha 1) in points, on the task / on the printed "
+        "signs, paired by seed, ± half of their 95 % confidence interval:"
+    )
+    return "\n\n".join([*parts, differences_table(paths)])
+
+
+def differences_table(paths: Paths) -> str:
+    """What some alphas change of both accuracies."""
+    lines = []
+    for shots in sorted({n for n, _ in paths}):
+        for row, alpha in enumerate(ALPHAS):
+            if alpha not in COMPARED:
+                continue
+            texts = []
+            for method in METHODS:
+                ends = [(path[row], path[-1]) for path in paths[shots, method]]
+                found = ([a[i] - b[i] for a, b in ends] for i in (0, 1))
+                texts.append(" / ".join(with_spread(*interval(d), "+.1f") for d in found))
+            lines.append([str(shots), f"{alpha:g}", *texts])
+    return markdown(["shots", "alpha", *METHODS.values()], lines, left=2)
 
 
 def draw(paths: Paths) -> Any:
