@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import clip
 from datasets import DATASETS, SUBSAMPLES, check_dataset
 from machine import default_device
-from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS
+from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, MOMENTS
 from optimizers.methods import METHODS, POSITIONS, SUPPORTS
 from processes import may_complain
 from utils import nearest, one_line
@@ -145,8 +145,13 @@ def make_parser() -> Parser:
     add("--moment_support", type=choice("support", MOMENT_SUPPORTS),
         default=SUPPORTS["moment_support"],
         help="moment support of so, for ablations: by magnitude of the first moment, random, "
-        "or fixed")
+        "fixed, or reset to the gradient support at each draw")
+    add("--moments", type=choice("moments", MOMENTS), default=SUPPORTS["moments"],
+        help="moments of so, for ablations: usual, aged (bias corrections by each entry's own "
+        "age), or none")
     add("--rank", type=number(int, 1), default=2, help="rank of lora's adapters")
+    add("--wise", type=number(float, 0), default=1.0, metavar="ALPHA",
+        help="factor of what was learned, in evaluations and saved weights: base + ALPHA * delta")
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=number(float, 0, open_="low"), default=2e-4,

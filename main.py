@@ -7,23 +7,19 @@ python main.py --help
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import results
 import transfer
 from checkpoint import Checkpoint
-from classifier import evaluate, tokenize_prompts
-from datasets import FewShotDataset, build_dataset
-from datasets.loader import Loader
-from machine import prepare_machine
+from job import Job
 from metrics import Predictions
-from optimizers.delta import Base, load_weights
-from optimizers.lora import merged
+from optimizers.delta import load_weights
 from optimizers.methods import make_method, select_matrices
-from processes import Processes, connect, meet
-from run_utils import Config, exit_status, parse_args
+from processes import connect, meet
+from run_utils import exit_status, parse_args
 from train import Adapted, Course, NonFiniteLoss, Settings, compile_blocks, own_images, train
 from utils import Interrupted, Signals, plural
 
@@ -34,111 +30,92 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv)
     device = connect(processes, config.device)
     with Signals() as signals, processes.quiet():
-        run(config, device, processes, signals)
+        job = Job(config, device, processes, signals)
+        if job.result:
+            tell_again(job)
+        elif config.eval_only or not config.n_iters:
+            test(job)
+        else:
+            adapt(job)
 
 
-def run(config: Config, device: str, processes: Processes, signals: Signals) -> None:
-    """Load data and model, and do with them what the configuration says."""
-    folder, course = results.run_folder(config), Course(config.n_iters * config.shots)
-    weights = results.find_weights(folder, config) if config.eval_only else None
-    device = prepare_machine(device, config.threads, config.seed)
-    own = config.pick("classnames", "template", "fewshot_list", "subsample")
-    dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)
-    targets = transfer.build_targets(config)
-    tasks = {"": dataset, **({"new classes": dataset.new} if dataset.new else {}), **targets}
-    told = {"eval_only": config.eval_only, **results.computed(config)}
-    data = [task.data["digest"] for task in (dataset, *targets.values())]
-    processes.check_same(data=data, **told)
-    if result := processes.first(lambda: results.finished(folder, config, dataset.data)):
-        if processes.writes:
-            results.tell_finished(result, folder, config)
-        left = processes.first(lambda: transfer.tell_known(folder, targets))
-        if not left:
-            return
-        weights = processes.first(lambda: results.kept_weights(folder, config))
-        tasks = {name: targets[name] for name in left}
-    base = Base(config.backbone, config.activation, config.heads)
-    model = base.load(device)
-    processes.check_same(backbone=base.digest)
-    prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
-    loader = Loader(model.visual.input_resolution, config.num_workers, config.cache_mb)
-
-    def predict(split: str, title: str, task: FewShotDataset = dataset) -> Predictions:
-        items = results.images_of(task, split)
-        tokens = prompts
-        if task is not dataset:
-            tokens = tokenize_prompts(model, task.classnames, task.template)
-        mine = [items[number] for number in processes.own(len(items))]
-        batches = loader.test_batches(mine, batch_size=256)
-        with signals.at_once(), merged(model):
-            how = config.pick("precision", "logit_scale")
-            return evaluate(model, batches, len(items), tokens, title, processes=processes, **how)
-
-    def measure_on(tasks: Mapping[str, FewShotDataset], kind: str) -> dict[str, float]:
-        found = {}
-        for where, task in tasks.items():
-            split = "test" if where in targets else config.eval_split
-            found[where] = predict(split, where or "Evaluation", task).accuracy
-            results.tell(kind, found[where], split, where)
-        return found
-
-    if weights or not course.iterations:
-        before = measure_on(tasks, "zero_shot_accuracy")
-        if weights:
-            load_weights(model, weights, config.backbone)
-            after = measure_on(tasks, "final_accuracy" if result else "accuracy")
-            if targets and processes.writes and weights.parent == folder:
-                transfer.write(folder, targets, before, after)
+def tell_again(job: Job) -> None:
+    """Print what a finished run reached; test its weights on what --test_on names besides."""
+    folder, first = job.folder, job.processes.first
+    if job.processes.writes:
+        results.tell_finished(job.result, folder, job.config)
+    left = first(lambda: transfer.tell_known(folder, job.targets))
+    if not left:
         return
+    weights = first(lambda: results.kept_weights(folder, job.config))
+    job.load()
+    tasks = {name: job.targets[name] for name in left}
+    before = job.measure(tasks, "zero_shot_accuracy")
+    load_weights(job.model, weights, job.config.backbone)
+    after = job.measure(tasks, "final_accuracy")
+    if job.processes.writes:
+        transfer.write(folder, job.targets, before, after)
 
-    if processes.size > (largest := min(config.batch_size, len(dataset.train_x))):
+
+def test(job: Job) -> None:
+    """Measure without training: zero-shot, and with --eval_only weights that were kept."""
+    job.load()
+    before = job.measure(job.tasks, "zero_shot_accuracy")
+    if job.config.eval_only:
+        weights, alpha = results.find_weights(job.folder, job.config)
+        load_weights(job.model, weights, job.config.backbone, alpha)
+        after = job.measure(job.tasks, "accuracy")
+        if job.targets and job.processes.writes and weights.parent == job.folder:
+            transfer.write(job.folder, job.targets, before, after)
+
+
+def adapt(job: Job) -> None:
+    """Train, measure, and leave a result."""
+    config, processes, dataset, folder = job.config, job.processes, job.dataset, job.folder
+    largest = min(config.batch_size, len(dataset.train_x))
+    if processes.size > largest:
         raise ValueError(
             f"{processes.size} processes cannot share batches of {plural(largest, 'image')}: give "
             "torchrun a smaller --nproc_per_node, or main.py a larger --batch_size"
         )
-    with results.locked(folder) if processes.writes else nullcontext(), signals.deferred():
-        checkpoint = Checkpoint(folder, config, dataset.data, base.digest)
+    job.load()
+    model, course = job.model, Course(config.n_iters * config.shots)
+    with results.locked(folder) if processes.writes else nullcontext(), job.signals.deferred():
+        checkpoint = Checkpoint(folder, config, dataset.data, job.base.digest)
         interrupted = processes.first(checkpoint.read)
         if processes.writes:
             results.write_task(folder, config, dataset)
         method = make_method(
             config.method, model, select_matrices(model, config.encoder, config.position),
             density=1 - config.s, T=config.t, sampled=not (config.dense_grad or config.compile),
-            **config.pick("lr", "rank", "seed", "grad_support", "moment_support"),
+            **config.pick("lr", "rank", "seed", "grad_support", "moment_support", "moments"),
         )  # fmt: skip
         if config.compile:
             compile_blocks(model)
-        adapted = Adapted(model, prompts, method, base)
-        results.describe(config, dataset, method.summary, device)
+        adapted = Adapted(model, job.prompts, method, job.base)
+        results.describe(config, dataset, method.summary, job.device)
         if interrupted:
             checkpoint.resume(interrupted, adapted, course)
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
         else:
-            course.zero_shot = predict(config.eval_split, "Zero-shot").accuracy
+            course.zero_shot = job.predict(config.eval_split, "Zero-shot").accuracy
             if dataset.new:
-                new = predict(config.eval_split, "Zero-shot", dataset.new).accuracy
+                new = job.predict(config.eval_split, "Zero-shot", dataset.new).accuracy
                 course.new["zero_shot_new_accuracy"] = new
         before = {"zero_shot_accuracy": course.zero_shot, **course.new}
         results.tell_all(results.BEFORE, before, config.eval_split)
-
-        def measure() -> Predictions:
-            if config.select == "val":
-                course.offer(predict("val", "Validation").accuracy, adapted)
-            if dataset.new and course.reported and (course.ended or config.select == "val"):
-                new = predict(config.eval_split, "New classes", dataset.new).accuracy
-                course.new["new_accuracy"] = new
-            return predict(config.eval_split, "Evaluation")
 
         def save() -> None:
             if processes.writes:
                 checkpoint.save(adapted, course)
 
-        batches = loader.train_batches(
+        batches = job.loader.train_batches(
             dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
             config.flip, course.count, partial(own_images, config.accumulate, processes),
         )  # fmt: skip
-        interruption = partial(processes.check, signals)
         settings = Settings(**config.pick(*Settings.__annotations__))
+        measure = partial(measure_now, job, adapted, course)
+        interruption = partial(processes.check, job.signals)
         try:
             train(adapted, batches, course, settings, measure, save, interruption, processes)
         except NonFiniteLoss:
@@ -152,16 +129,33 @@ def run(config: Config, device: str, processes: Processes, signals: Signals) -> 
         if processes.writes:
             results.write_curve(folder, course.curve())
             if config.save_weights:
-                adapted.save(folder / f"{config.filename}.safetensors", course)
-            results.write_result(folder, config, dataset, device, course)
-        if targets:
-            base_weights = adapted.report(course)
-            after = measure_on(targets, "final_accuracy")
-            adapted.restore(base_weights)
-            before = measure_on(targets, "zero_shot_accuracy")
+                adapted.save(folder / f"{config.filename}.safetensors", course, config.wise)
+            results.write_result(folder, config, dataset, job.device, course)
+        if job.targets:
+            base = adapted.report(course)
+            with adapted.scaled(config.wise):
+                after = job.measure(job.targets, "final_accuracy")
+            adapted.restore(base)
+            before = job.measure(job.targets, "zero_shot_accuracy")
             if processes.writes:
-                transfer.write(folder, targets, before, after)
+                transfer.write(folder, job.targets, before, after)
     results.whats_next(config, folder)
+
+
+def measure_now(job: Job, adapted: Adapted, course: Course) -> Predictions:
+    """Measure the present weights as they would be reported."""
+    config, score, new = job.config, None, job.dataset.new
+    with adapted.scaled(config.wise):
+        if config.select == "val":
+            score = job.predict("val", "Validation").accuracy
+        found = job.predict(config.eval_split, "Evaluation")
+        best = score is None or score > course.best[1]
+        if new and best and (course.ended or score is not None):
+            new_accuracy = job.predict(config.eval_split, "New classes", new).accuracy
+            course.new["new_accuracy"] = new_accuracy
+    if score is not None:
+        course.offer(score, adapted)
+    return found
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -350,24 +351,33 @@ def kept_weights(folder: Path, config: Config) -> Path:
     )
 
 
-def find_weights(folder: Path, config: Config) -> Path:
+def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
     """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
 
     New classes are evaluated with the delta of the run on base classes, where they have none.
 
+    Returns:
+        The file, and the factor of --wise that is left to scale it by: weights that were trained
+        with --wise have been scaled when they were saved.
+
     Raises:
         FileNotFoundError: There is none of them; the sentence names the places.
     """
-    delta = folder / f"{config.filename}.safetensors"
+    name = f"{config.filename}.safetensors"
     whole = Path(config.save_path, f"{config.filename}.pt")
-    places = [delta, whole]
-    if config.subsample == "new":
-        base = Config(**{**vars(config), "subsample": "base"})
-        base.baseline = config.baseline
-        places.insert(1, run_folder(base) / delta.name)
-    if found := next((path for path in places if path.is_file()), None):
-        return found
+
+    def delta(subsample: str, wise: float) -> Path:
+        other = copy(config)
+        other.subsample, other.wise = subsample, wise
+        return run_folder(other) / name
+
+    halves = ["new", "base"] if config.subsample == "new" else [config.subsample]
+    places = [(delta(half, config.wise), 1.0) for half in halves]
+    places += [*((delta(half, 1.0), config.wise) for half in halves), (whole, config.wise)]
+    for path, alpha in places:
+        if path.is_file():
+            return path, alpha
     raise FileNotFoundError(
-        f"there are no weights to evaluate: neither {delta}, which --save_weights keeps, nor a "
-        f"whole state dict at {whole}"
+        f"there are no weights to evaluate: neither {folder / name}, which --save_weights keeps, "
+        f"nor a whole state dict at {whole}"
     )

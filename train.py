@@ -6,6 +6,7 @@ Functions take what they use; none of them knows the command line or a run's fol
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +28,7 @@ from clip import CLIP
 from clip.model import ResidualAttentionBlock
 from datasets.images import Batch, to_device
 from metrics import Predictions
-from optimizers.delta import Base, Packed, pack, save_delta, unpack
+from optimizers.delta import Base, Packed, pack, save_delta, scaled, unpack
 from optimizers.lora import merged
 from optimizers.methods import Method
 from optimizers.sampled import sum_gradients
@@ -73,6 +74,16 @@ class Adapted(NamedTuple):
     method: Method
     base: Base | None = None  # read for checkpoints and deltas
 
+    @contextmanager
+    def scaled(self, alpha: float) -> Iterator[None]:
+        """Merge LoRA's adapters, and scale what was learned, for a while."""
+        with merged(self.model):
+            if alpha == 1:
+                yield
+            else:
+                with scaled(self.method.matrices, self.base.read(), alpha):
+                    yield
+
     def report(self, course: "Course") -> dict[str, Tensor]:
         """Give the model the weights that the course reports; return those of the base."""
         base = self.base.read()
@@ -86,11 +97,12 @@ class Adapted(NamedTuple):
         for name, parameter in self.method.trained.items():
             parameter.copy_(base[name]) if name in base else parameter.zero_()
 
-    def save(self, path: Path, course: "Course") -> None:
-        """Write the delta of the weights that the course reports."""
+    def save(self, path: Path, course: "Course", wise: float = 1) -> None:
+        """Write the delta of the weights that the course reports, scaled by `wise`."""
         base = self.report(course)
-        with merged(self.model):
-            save_delta(path, self.method.matrices, base, self.base.digest, backbone=self.base.name)
+        told = {"backbone": self.base.name} | ({} if wise == 1 else {"wise": f"{wise:g}"})
+        with self.scaled(wise):
+            save_delta(path, self.method.matrices, base, self.base.digest, **told)
 
 
 @dataclass

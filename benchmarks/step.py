@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--density 5e-5 5e-4 2e-3] [--threads 2] [--device cpu] [--json FILE]
 
-Compared: SO; SO one matrix at a time, as the authors' code computes it (a permutation of all
-entries for each draw, a k x k comparison of the supports; our own re-statement); torch's Adam on
-the same matrices. Steps of the three take turns; medians are printed.
+Compared: SO; SO without moments (`--moments none`); SO one matrix at a time, as the authors' code
+computes it (a permutation of all entries for each draw, a k x k comparison of the supports; our own
+re-statement); torch's Adam on the same matrices. Steps of all take turns; medians are printed.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.plain import PlainSO
 from optimizers import SO
+from optimizers.ablations import AblatedSO
 
 WIDTHS = {"vision": 768, "text": 512}  # of ViT-B/16's towers, twelve layers each
 T = 5
@@ -76,6 +77,7 @@ def main() -> None:
     for density in args.density:
         optimizers = {
             "SO": SO(params, density_ratio=density, T=T),
+            "SO without moments": AblatedSO(params, density_ratio=density, T=T, moments="none"),
             "SO, as the authors compute it": PlainSO(params, density),
             "Adam": torch.optim.Adam(params),
         }

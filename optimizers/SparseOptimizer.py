@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -129,11 +129,9 @@ class SO(Optimizer):
             g = g + group["weight_decay"] * W.to(m.dtype)
 
         U, m, v, repeats = merge_supports(S_m, S_g, m, v, g, *group["betas"])
-        steps = [state["step"].item() for state in states]
-        corrections = [[1 - beta**t for t in steps] for beta in group["betas"]]
-        bias1, bias2 = (repeat(row, slots, device, m.dtype) for row in corrections)
-        update = group["lr"] / bias1 * m / ((v / bias2).sqrt_() + group["eps"])
         places = U - shift(slots)  # within each tensor
+        bias1, bias2 = self._bias_corrections(group["betas"], states, places.split(slots), m)
+        update = group["lr"] / bias1 * m / ((v / bias2).sqrt_() + group["eps"])
         if params[0].dtype == m.dtype:
             update = update.masked_fill(repeats, 0)  # an entry of both supports moves once
         for p, at, part in zip(params, places.split(slots), update.split(slots)):
@@ -144,6 +142,14 @@ class SO(Optimizer):
         for name, kept in (("indices", places), ("exp_avg", m), ("exp_avg_sq", v)):
             for state, part in zip(states, apart(kept[keep], counts)):
                 state[name] = part
+
+    def _bias_corrections(
+        self, betas: tuple[float, float], states: list[dict], places: Sequence[Tensor], m: Tensor
+    ) -> Iterator[Tensor]:
+        """1 - b1^t and 1 - b2^t at each slot of the union, whose entries are `places`."""
+        steps, slots = [state["step"].item() for state in states], list(map(len, places))
+        corrections = [[1 - beta**t for t in steps] for beta in betas]
+        return (repeat(row, slots, m.device, m.dtype) for row in corrections)
 
     def _importance(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         """Score each slot of the union, 0 or more; the k highest make the next S_m."""
@@ -178,18 +184,18 @@ class SO(Optimizer):
             k = max(1, int(p.numel() * group["density_ratio"]))
             drawn[p.device].append((p, draw_support(p.numel(), k, generator)))
             self._drawn.add(p)
-        if not any("indices" in state for state in self.state.values()):
+        if not any("grad_indices" in state for state in self.state.values()):
             _warn_of_few([len(support) for pairs in drawn.values() for _, support in pairs])
         for device, pairs in drawn.items():  # one copy to each device, which waits for nothing
             row = torch.cat([support for _, support in pairs]).to(device, non_blocking=True)
             for (p, _), support in zip(pairs, apart(row, [len(support) for _, support in pairs])):
                 state = self.state[p]
-                state["grad_indices"] = support
-                if "indices" not in state:
+                if "grad_indices" not in state:
                     zeros = torch.zeros(support.shape, dtype=_moment_dtype(p), device=device)
                     state["step"] = torch.zeros((), device="cpu")
                     state["indices"] = support.clone()  # S_m = S_g at t = 1
                     state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
+                state["grad_indices"] = support
 
     def _resolve_seeds(self, agree: bool = False) -> None:
         """Draw the seeds that were not given; if `agree`, take those of rank 0."""

@@ -1,35 +1,52 @@
-"""SO with one of its two supports chosen otherwise, for the paper's ablation.
+"""SO with one of its parts made otherwise, for ablations.
 
 SO reads gradients at random entries (local randomness) and keeps moments where they are largest
-(global importance). Each may be turned around here; "redrawn or not" is T: one support for good is
-a T of more steps than there are.
+(global importance). Each support may be chosen otherwise here; "redrawn or not" is T: one support
+for good is a T of more steps than there are.
+
+So may the moments. SO's bias corrections count from a tensor's first step, so an entry that enters
+its support late, when both are 1, begins with m = (1 - b1) g and v = (1 - b2) g^2, and moves by
+
+    lr * (1 - b1) / sqrt(1 - b2) * sign(g)  =  3.16 lr sign(g)  at the usual betas,
+
+whatever the gradient's size. Corrections by each entry's own age make that first move lr * sign(g);
+and without moments, every move at S_g is the one above.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.SparseOptimizer import SO
+from optimizers.SparseOptimizer import SO, read_gradients, repeat, subtract
 
 GRAD_SUPPORTS = ("random", "magnitude")
-MOMENT_SUPPORTS = ("magnitude", "random", "fixed")
+MOMENT_SUPPORTS = ("magnitude", "random", "fixed", "reset")
+MOMENTS = ("usual", "aged", "none")
+KEPT_BY_SO = ("indices", "exp_avg", "exp_avg_sq")
 
 
 class AblatedSO(SO):
-    """SO with other supports; see there for all else.
+    """SO with other supports or moments; see there for all else.
 
     Args:
         params: As SO's.
         grad_support: S_g is "random", or the k entries of largest "magnitude" of the gradient,
             which must then be whole, on the steps that draw.
         moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
-            "random" ones of it, or "fixed": the first S_g for good.
+            "random" ones of it, "fixed", the first S_g for good, or "reset": always S_g, with all
+            moments forgotten where it is drawn.
+        moments: "usual"; "aged", with bias corrections by the steps since each entry's moments
+            began, kept as `ages`; or "none": see the module's docstring. The state of a tensor is
+            then `step` and `grad_indices` alone.
         **settings: SO's.
 
     Raises:
-        ValueError: A name is none of these, or SO refuses its arguments.
+        ValueError: A name is none of these, there are no moments to choose a support for, or SO
+            refuses its arguments.
     """
 
     def __init__(
@@ -38,12 +55,23 @@ class AblatedSO(SO):
         *,
         grad_support: str = "random",
         moment_support: str = "magnitude",
+        moments: str = "usual",
         **settings: Any,
     ) -> None:
-        for name, valid in ((grad_support, GRAD_SUPPORTS), (moment_support, MOMENT_SUPPORTS)):
+        for kind, name, valid in (
+            ("support", grad_support, GRAD_SUPPORTS),
+            ("support", moment_support, MOMENT_SUPPORTS),
+            ("moments", moments, MOMENTS),
+        ):
             if name not in valid:
-                raise ValueError(f"unknown support {name!r}; valid: {', '.join(valid)}")
+                raise ValueError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
+        if moments == "none" and moment_support != "magnitude":
+            raise ValueError(
+                f"without moments there is no support of them to be {moment_support}: leave out "
+                "either moment_support or moments"
+            )
         self.grad_support, self.moment_support = grad_support, moment_support
+        self.moments = moments
         super().__init__(params, **settings)
 
     @torch.no_grad()
@@ -51,26 +79,95 @@ class AblatedSO(SO):
         """As SO's; the largest entries of a gradient can be known once it is there."""
         drawn = set(self._drawn)
         super().draw_supports(wanted)
-        if self.grad_support == "random":
-            return
         for p in self._drawn - drawn:
             state = self.state[p]
-            k = len(state["grad_indices"])
-            state["grad_indices"] = p.grad.abs().flatten().topk(k).indices.sort().values
-            if not state["step"]:
+            if self.grad_support == "magnitude":
+                k = len(state["grad_indices"])
+                state["grad_indices"] = p.grad.abs().flatten().topk(k).indices.sort().values
+            if self.moments == "none":
+                self._drop_moments(state)
+                continue
+            if self.moment_support == "reset" or not state["step"]:
                 state["indices"] = state["grad_indices"].clone()
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(state[name])
+                if self.moments == "aged":
+                    state["ages"] = torch.zeros_like(state["indices"])
 
     def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if self.moments == "none":
+            return self._sign_update(params, group)
         # Like the draws of S_g a function of seed and step: there is no generator to save.
         seed = hash((group["seed"], int(self.state[params[0]]["step"]))) % 2**63
         self._scores = torch.Generator("cpu").manual_seed(seed)
+        states = [self.state[p] for p in params]
+        before = [(state["indices"], state.get("ages")) for state in states]
         super()._sparse_update(params, group)
         del self._scores
+        if self.moments == "aged":
+            for state, (S_m, ages) in zip(states, before, strict=True):
+                state["ages"] = _ages_at(state["indices"], S_m, ages)
+
+    def _sign_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Take the step without moments on many tensors at once."""
+        states = [self.state[p] for p in params]
+        places = [state["grad_indices"] for state in states]
+        counts = [len(support) for support in places]
+        offsets = list(accumulate((p.numel() for p in params), initial=0))[:-1]
+        S_g = torch.cat(places) + repeat(offsets, counts, params[0].device, torch.int64)
+        g = read_gradients(params, states, offsets, S_g)
+        g = g.to(torch.promote_types(params[0].dtype, torch.float32))
+        if group["weight_decay"] != 0:
+            W = torch.cat([p.take(at) for p, at in zip(params, places, strict=True)])
+            g = g + group["weight_decay"] * W.to(g.dtype)
+        beta1, beta2 = group["betas"]
+        update = group["lr"] * (1 - beta1) / math.sqrt(1 - beta2) * g.sign()
+        for p, at, part in zip(params, places, update.split(counts), strict=True):
+            subtract(p, at, part)
+
+    def _bias_corrections(
+        self, betas: tuple[float, float], states: list[dict], places: Sequence[Tensor], m: Tensor
+    ) -> Iterator[Tensor]:
+        if self.moments == "usual":
+            return super()._bias_corrections(betas, states, places, m)
+        t = torch.cat(
+            [
+                _ages_at(at, state["indices"], state["ages"])
+                for at, state in zip(places, states, strict=True)
+            ]
+        ).double()  # as exact as SO's
+        return ((1 - beta**t).to(m.dtype) for beta in betas)
 
     def _importance(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         if self.moment_support == "random":
             scores = torch.rand(m.shape, generator=self._scores, dtype=m.dtype, device="cpu")
             return scores.to(m.device)
-        if self.moment_support == "fixed":
+        if self.moment_support in ("fixed", "reset"):
             return torch.isin(U, S_m).to(m.dtype)
         return super()._importance(U, m, S_m)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As SO's; a state without moments is checked as one whose moments are 0."""
+        if self.moments != "none":
+            return super().load_state_dict(state_dict)
+        filled = {number: dict(state) for number, state in state_dict["state"].items()}
+        for state in filled.values():
+            if "grad_indices" in state:
+                support = state["grad_indices"]
+                zeros = torch.zeros(support.shape)
+                state.update(zip(KEPT_BY_SO, (support, zeros, zeros), strict=True))
+        super().load_state_dict({**state_dict, "state": filled})
+        for state in self.state.values():
+            if "grad_indices" in state:
+                self._drop_moments(state)
+
+    def _drop_moments(self, state: dict[str, Any]) -> None:
+        for name in KEPT_BY_SO:
+            state.pop(name, None)
+
+
+def _ages_at(at: Tensor, S_m: Tensor, ages: Tensor) -> Tensor:
+    """Steps that moments at some entries will have had after this one: 1 outside of S_m."""
+    S_m, order = S_m.sort()
+    slot = torch.searchsorted(S_m, at.contiguous()).clamp_(max=len(S_m) - 1)
+    return 1 + ages[order][slot].where(S_m[slot] == at, 0)

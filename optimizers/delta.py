@@ -19,8 +19,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from utils import atomic_write
 
 __all__ = [
     "Base", "Change", "Delta", "apply_delta", "changed_entries", "load_weights", "pack",
-    "read_delta", "save_delta", "unpack", "weights_digest",
+    "read_delta", "save_delta", "scale_weights", "scaled", "unpack", "weights_digest",
 ]  # fmt: skip
 
 FORMAT, VERSION = "sparse-delta", 1
@@ -286,19 +286,56 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
         state[name].copy_(flat.view_as(state[name]))
 
 
-def load_weights(model: CLIP, path: Path, backbone: str) -> None:
-    """Give a backbone the trained weights of a file: a delta's, or a whole state dict's.
+@torch.no_grad()
+def scale_weights(matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float) -> None:
+    """Scale what was learned, in place: to base + alpha (trained - base), each entry rounded once.
+
+    Bit for bit the base at 0 and the trained weights at 1. It is the interpolation of WiSE-FT
+    (Wortsman et al. 2022, arXiv 2109.01903), here of the entries alone that differ.
+
+    Raises:
+        ValueError: A matrix has another shape or dtype in the base.
+    """
+    for name, matrix in matrices.items() if alpha != 1 else ():
+        start = base[name].to(matrix.device)
+        at = changed_entries(start, matrix).long()
+        flat = matrix.flatten()
+        before = start.flatten()[at]
+        step = alpha * (flat[at].double() - before.double())
+        flat[at] = (before.double() + step).to(flat.dtype) if alpha else before
+        matrix.copy_(flat.view_as(matrix))
+
+
+@contextmanager
+def scaled(
+    matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float
+) -> Iterator[None]:
+    """Scale what was learned for a while; afterwards it is as before, bit for bit."""
+    kept = {name: matrix.detach().clone() for name, matrix in matrices.items()}
+    try:
+        yield scale_weights(matrices, base, alpha)
+    finally:
+        with torch.no_grad():
+            for name, matrix in matrices.items():
+                matrix.copy_(kept[name])
+
+
+def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> None:
+    """Give a backbone the trained weights of a file, a delta or a whole state dict, and scale them.
 
     Raises:
         ValueError: They belong to another model, or the file is damaged.
     """
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if alpha != 1}
     if path.suffix == ".safetensors":
-        return apply_delta(model, read_delta(path))
-    try:
-        model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
+        apply_delta(model, read_delta(path))
+    else:
+        try:
+            model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
+    scale_weights({name: model.get_parameter(name) for name in base}, base, alpha)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

@@ -29,7 +29,8 @@ POSITIONS: dict[str, tuple[float, float] | int] = {
 }
 MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 METHODS = ("so", "lora", "adam")
-SUPPORTS = {"grad_support": "random", "moment_support": "magnitude"}  # the paper's
+# How SO chooses its supports and keeps its moments: the paper's way. Others are ablations.
+SUPPORTS = {"grad_support": "random", "moment_support": "magnitude", "moments": "usual"}
 LORA_WEIGHT_DECAY = 1e-2  # CLIP-LoRA's
 PACKED = ".in_proj_weight"  # of an attention layer: queries, keys and values
 
@@ -99,6 +100,7 @@ def make_method(
     sampled: bool = True,
     grad_support: str = SUPPORTS["grad_support"],
     moment_support: str = SUPPORTS["moment_support"],
+    moments: str = SUPPORTS["moments"],
 ) -> Method:
     """Make a method ready to train.
 
@@ -116,6 +118,7 @@ def make_method(
         grad_support: How SO chooses S_g (`optimizers.ablations`); by magnitude it needs whole
             gradients.
         moment_support: How SO chooses S_m (there).
+        moments: How SO keeps its moments, if any (there).
     """
     matrices = dict(matrices)
     entries = sum(p.numel() for p in matrices.values())
@@ -133,7 +136,7 @@ def make_method(
         optimizer = torch.optim.Adam(matrices.values(), lr=lr)
         return Method(optimizer, matrices, matrices, f"{of}, all with Adam's moments")
     settings = dict(lr=lr, density_ratio=density, T=T, seed=seed)
-    supports = dict(grad_support=grad_support, moment_support=moment_support)
+    supports = dict(grad_support=grad_support, moment_support=moment_support, moments=moments)
     if supports == SUPPORTS:
         optimizer = SO(matrices.values(), **settings)
     else:
@@ -141,5 +144,6 @@ def make_method(
     if sampled and grad_support == "random":
         sample_gradients(model, optimizer)
     kept = sum(max(1, int(p.numel() * density)) for p in matrices.values())
-    summary = f"{of}, of which SO keeps moments for {kept:,} (density {density:.3g})"
+    keeps = "reads" if moments == "none" else "keeps moments for"
+    summary = f"{of}, of which SO {keeps} {kept:,} (density {density:.3g})"
     return Method(optimizer, matrices, matrices, summary)

@@ -1,7 +1,8 @@
-"""Look into weights.safetensors, make full weights of it, or take it out of them again.
+"""Look into weights.safetensors, scale it, make full weights of it, take it out of them again.
 
     python scripts/delta.py inspect weights.safetensors
     python scripts/delta.py apply weights.safetensors --out full.pt           # for clip.load
+    python scripts/delta.py scale weights.safetensors 0.5 --out half.safetensors
     python scripts/delta.py revert full.pt weights.safetensors --out base.pt
 
 The base is the backbone that the delta names; --base names another place to find it. Full weights
@@ -24,10 +25,18 @@ from torch import Tensor
 
 from clip import CLIP, build_model, read_checkpoint
 from clip.loading import locate
-from flags import Parser, backbone
-from optimizers.delta import Delta, apply_delta, changed_entries, read_delta
+from flags import Parser, backbone, number
+from optimizers.delta import (
+    Delta,
+    apply_delta,
+    changed_entries,
+    read_delta,
+    save_delta,
+    scale_weights,
+)  # fmt: skip
 from utils import atomic_write, explain, one_line, say
 
+OWN_METADATA = ("format", "version", "base_digest", "shapes")  # that each file has of itself
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
 
@@ -109,6 +118,22 @@ def revert(full: Path, file: Path, out: Path, base: str | None) -> str:
     return f"{out}: {place}, without {file}"
 
 
+def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
+    """Write a delta of which each value is base + alpha (value - base)."""
+    delta = read_delta(file)
+    place = find_base(delta, base)
+    check_out(out, file, place)
+    model = read_clip(place)[1]
+    matrices = {name: model.state_dict()[name] for name in delta.matrices}
+    before = {name: matrix.clone() for name, matrix in matrices.items()}
+    apply_delta(model, delta)
+    scale_weights(matrices, before, alpha)
+    told = {key: text for key, text in delta.metadata.items() if key not in OWN_METADATA}
+    told["wise"] = f"{float(told.get('wise', 1)) * alpha:g}"
+    save_delta(out, matrices, before, delta.metadata["base_digest"], **told)
+    return f"{out}: {file}, scaled by {alpha:g}"
+
+
 def find_base(delta: Delta, base: str | None) -> Path:
     """The file of the weights that a delta belongs to, or of those named instead.
 
@@ -168,7 +193,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="delta.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[..., str], files: Sequence[str], out: str, help: str) -> None:
+    def add(
+        name: str, run: Callable[..., str], files: Sequence[str], out: str, help: str
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         for file in files:
@@ -178,9 +205,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--base", type=backbone, help="name or path of the base (the backbone in FILE)"
             )
+        return command
 
     add("inspect", inspect, ["file"], "", "show what a delta changes")
     add("apply", apply, ["file"], "FULL", "write the trained weights")
+    command = add("scale", scale, ["file"], "SCALED", "scale what a delta changes")
+    command.add_argument(
+        "alpha", type=number(float, 0), metavar="ALPHA", help="factor: 0 is the base, 1 is FILE"
+    )
     add("revert", revert, ["full", "file"], "BASE", "write the base of full weights")
     return parser.parse_args(argv)
 

@@ -1,8 +1,4 @@
-"""The digits study: its main table, forgetting, and all parts on one page.
-
-Forgetting is measured on the printed signs of the tiny CLIP's pre-training (signs.py), distorted
-anew from a seed that pre-training did not use.
-"""
+"""The digits study: its main table, forgetting, and all parts on one page."""
 
 import os
 import platform
@@ -11,20 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from signs import CLASSNAMES, COLOURS, bend, coarsen, draw_signs, normalise, paint, place
-from torch import Tensor
+from signs import CLASSNAMES
 
-import clip
-from optimizers.delta import apply_delta, read_delta
-from reporting import ROOT
-from reporting.experiments import Experiment, read_experiment
+from reporting import ROOT, moments, wise
+from reporting.experiments import read_experiment
 from reporting.figures import COLOURS as INKS
 from reporting.figures import LINES, MARKS, can_draw, canvas, png, with_legend
-from reporting.markdown import markdown
+from reporting.forgetting import PER_CLASS, Cells, forgetting
+from reporting.kinds import write
 from reporting.numbers import METHODS, Study, find_runs, interval, studies
-from reporting.tables import pairs_table, with_spread
+from reporting.tables import pairs_table
 from runs import read_run
 from utils import atomic_write, plural
 
@@ -33,71 +25,13 @@ PARTS = {
     "overfitting": "Overfitting",
     "grid": "Density and T",
     "ablation": "Supports",
+    "moments_rates": "Learning rates of other moments",
+    "moments": "Moments",
+    "wise": "Interpolation",  # made here, of the comparison's weights
 }
-PER_CLASS, SEED = 20, 0  # images of each printed sign, and the seed of their distortions
-
-Cells = dict[tuple[int, str], list[float]]  # values by (shots, method), one for each seed
-
-
-# Forgetting
-
-
-def printed_signs() -> tuple[Tensor, Tensor]:
-    """Draw a test set of the pre-training classes: images (N, 3, 32, 32) normalised, labels (N,).
-
-    Distorted as in pre-training, from a seed that it did not use.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    distances, labels = draw_signs()
-    chosen = []
-    for label in range(len(CLASSNAMES)):
-        rows = (labels == label).nonzero().flatten()
-        chosen.append(rows[torch.randint(len(rows), (PER_CLASS,), generator=generator)])
-    rows = torch.cat(chosen)
-    ink = place(coarsen(bend(distances[rows], 1.0, generator), 1.0, generator), 1.0, generator)
-    colours = torch.randint(len(COLOURS), (len(rows),), generator=generator)
-    return normalise(paint(ink, colours, 1.0, generator)), labels[rows]
-
-
-@torch.no_grad()
-def remembered(model: clip.CLIP, images: Tensor, labels: Tensor) -> float:
-    """Percent of images of printed signs that are nearest to their own prompt."""
-    tokens = model.tokenize([f"a photo of a {name}." for name in CLASSNAMES])
-    texts = F.normalize(model.encode_text(tokens), dim=-1)  # (70, D)
-    features = torch.cat([model.encode_image(part) for part in images.split(256)])
-    return 100 * ((features @ texts.T).argmax(dim=1) == labels).double().mean().item()
-
-
-def forgetting(compared: Experiment) -> tuple[float, Cells]:
-    """Accuracy on the printed signs before adaptation, and after it by (shots, method)."""
-    images, labels = printed_signs()
-    model, _ = clip.load("ViT-Tiny/8", "cpu")
-    before = remembered(model, images, labels)
-    after: Cells = {}
-    for run in compared.runs:
-        model, _ = clip.load("ViT-Tiny/8", "cpu")
-        apply_delta(model, read_delta(run.folder / "weights.safetensors"))
-        key = run.config.shots, run.config.method
-        after.setdefault(key, []).append(remembered(model, images, labels))
-    return before, dict(sorted(after.items()))
 
 
 # Tables and figures
-
-
-def table_of(cells: Cells) -> str:
-    """A table of values by shots and method: mean ± half of its 95 % confidence interval."""
-    lines = [
-        [
-            str(n),
-            *(
-                with_spread(*interval(cells[n, m]), ".1f") if (n, m) in cells else "-"
-                for m in METHODS
-            ),
-        ]
-        for n in sorted({n for n, _ in cells})
-    ]
-    return markdown(["shots", *METHODS.values()], lines)
 
 
 def draw_forgetting(before: float, after: Cells) -> Any:
@@ -105,7 +39,7 @@ def draw_forgetting(before: float, after: Cells) -> Any:
     figure, (axes,) = canvas("Printed signs after adaptation to handwriting", panels=1)
     shots = sorted({n for n, _ in after})
     for i, (method, label) in enumerate(METHODS.items()):
-        points = [(n * 2 ** (0.06 * (i - 1)), after[n, method]) for n in shots]
+        points = [(n * 2 ** (0.06 * (i - 1)), list(after[n, method].values())) for n in shots]
         axes.errorbar(
             [x for x, _ in points], [fmean(values) for _, values in points],
             yerr=[interval(values)[1] or 0 for _, values in points], label=label,
@@ -131,6 +65,7 @@ class Found(NamedTuple):
     rates: dict[str, float]  # by method
     before: float  # accuracy on the printed signs
     after: Cells
+    after_moments: Cells  # the same of SO with other moments
     seconds: dict[str, float]  # of all runs together, by part
 
 
@@ -147,6 +82,7 @@ def gather(root: Path, extra: Sequence[str]) -> Found:
     experiments = {
         part: read_experiment(ROOT / f"configs/experiments/digits_{part}.yaml", extra, root)
         for part in ("compare", *PARTS)
+        if part != "wise"
     }
     compared = experiments["compare"]
     complaints: list[str] = []
@@ -154,22 +90,26 @@ def gather(root: Path, extra: Sequence[str]) -> Found:
     if complaints or not found:
         raise ValueError("; ".join(complaints) or "no run is finished: scripts/digits_study.sh")
     (study,) = studies(found)
-    seconds = {
-        part: sum(read_run(run.folder).seconds for run in experiment.runs if run.is_done)
-        for part, experiment in experiments.items()
-    }
+    seconds, counted = {}, set()
+    for part, experiment in experiments.items():
+        folders = {run.folder for run in experiment.runs if run.is_done} - counted
+        seconds[part] = sum(read_run(folder).seconds for folder in folders)
+        counted |= folders  # parts share runs
     rates = {run.config.method: run.config.lr for run in compared.runs}
-    return Found(study, rates, *forgetting(compared), seconds)
+    before, after = forgetting(compared.runs)
+    _, after_moments = forgetting(experiments["moments"].runs)
+    paths = wise.measure(compared.runs)
+    write(root / "docs/digits/wise", PARTS["wise"], wise.table(paths), lambda: wise.draw(paths))
+    return Found(study, rates, before, after, after_moments, seconds)
 
 
 def page(found: Found, out: Path) -> str:
     """The study's page in Markdown; `out` is its folder, which has the tables of its parts."""
     parts = [*introduction(found), *comparison(found)]
     for part, title in PARTS.items():
-        table = out / part / "table.md"
-        if table.is_file():
-            text = table.read_text(encoding="utf-8").partition("\n\n")[2].strip()
-            parts += [f"## {title}", text.replace("](figure.png)", f"]({part}/figure.png)")]
+        parts += part_of(out, part, title)
+        if part == "moments":
+            parts += moments_forgotten(found.after_moments)
     curves = sorted((out / "overfitting").glob("*/curves-*.png"))
     parts += ["## Overfitting", "Four times as many iterations as usual, no early stop."]
     parts += [f"![curves]({path.relative_to(out)})" for path in curves]
@@ -180,6 +120,27 @@ def page(found: Found, out: Path) -> str:
         f"other work, which is in these times and in those of the tables: {times}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def part_of(out: Path, part: str, title: str) -> list[str]:
+    """A part's heading, what it says in words where someone wrote that down, table and figure."""
+    table, reading = out / part / "table.md", out / part / "reading.md"
+    if not table.is_file():
+        return []
+    text = table.read_text(encoding="utf-8").partition("\n\n")[2].strip()
+    words = [reading.read_text(encoding="utf-8").strip()] if reading.is_file() else []
+    return [f"## {title}", *words, text.replace("](figure.png)", f"]({part}/figure.png)")]
+
+
+def moments_forgotten(after: Cells) -> list[str]:
+    """What SO with other moments forgets: means, differences to SO, and their figure."""
+    return [
+        "Accuracy on the printed signs after these runs, as under Forgetting, and differences to "
+        "SO:",
+        moments.means_table(after),
+        moments.differences_table(after),
+        "![forgetting](moments/forgetting.png)",
+    ]
 
 
 def introduction(found: Found) -> list[str]:
@@ -199,15 +160,12 @@ def comparison(found: Found) -> list[str]:
     runs = found.study.runs()
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     chosen = ", ".join(f"{METHODS[m]} {found.rates[m]:g}" for m in METHODS)
-    cells: Cells = {}
-    for run in runs:
-        cells.setdefault((run.shots, run.method), []).append(run.accuracy)
     return [
         "## Accuracy",
         "Test accuracy in percent, mean ± half of its 95 % confidence interval over seeds "
         f"{seeds}; zero-shot {runs[0].zero_shot:.1f}. Learning rates, [chosen](rates/table.md) on "
         f"validation images of other seeds: {chosen}.",
-        table_of(cells),
+        moments.means_table(moments.cells_of(runs)),
         "Differences in points, paired by seed, ± half of their 95 % confidence interval; the "
         "number of seeds on which SO is better, equal and worse; p of the two-sided sign test. The "
         "last row takes all shots together, as if they were independent.",
@@ -217,7 +175,7 @@ def comparison(found: Found) -> list[str]:
         "## Forgetting",
         f"Accuracy in percent on the {len(CLASSNAMES)} classes of printed signs that pre-training "
         f"used, {PER_CLASS} new images of each; {found.before:.1f} before adaptation.",
-        table_of(found.after),
+        moments.means_table(found.after),
         "![forgetting](forgetting.png)",
     ]
 
@@ -241,6 +199,9 @@ def write_page(root: Path, extra: Sequence[str]) -> str:
     if can_draw():
         figure = png(lambda: draw_forgetting(found.before, found.after))
         atomic_write(out / "forgetting.png", figure)
+        panels = [("Accuracy on 70 printed signs", found.after_moments)]
+        figure = png(lambda: moments.draw_differences(panels))
+        atomic_write(out / "moments" / "forgetting.png", figure)
     text = page(found, out)
     atomic_write(out / "README.md", text)
     return text

@@ -2,29 +2,31 @@
 
 An experiment file says:
 
-    kind       compare, rates, grid or ablation: what is made of the runs (kinds.py)
+    kind       compare, rates, grid, ablation or moments: what is made of the runs (kinds.py)
     save_path  folder of the runs, and `out` that of the table and the figure
-    rates      a file of the kind rates, whose chosen learning rates are taken; optional
+    rates      a file of the kind rates, whose chosen learning rates are taken, or several; optional
     common     flags of main.py for all runs
     settings   lists of flags for some; where a flag has several values, each is run with each
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
 
-from reporting.numbers import METHODS, settings_of
+from optimizers.methods import METHODS, SUPPORTS
+from reporting.numbers import settings_of
 from results import differences, run_folder
 from run_utils import Config, default_settings, parse_args
 from runs import Run, read_run
 from utils import plural
 
-KINDS = ("compare", "rates", "grid", "ablation")
+KINDS = ("compare", "rates", "grid", "ablation", "moments")
+OF_RATES = ("lr", "shots", "moments", "moment_support")  # in which runs of rates may differ
 KEYS = {"kind", "save_path", "out", "rates", "common", "settings"}
 
 
@@ -48,9 +50,22 @@ class Planned(NamedTuple):
         return run_folder(self.config)
 
     @property
+    def variant(self) -> str:
+        """Its method, and what of SO it makes otherwise."""
+        return variant(self.config.method, vars(self.config))
+
+    @property
     def is_done(self) -> bool:
         """Whether its folder holds a result."""
         return (self.folder / "result.json").is_file()
+
+
+def variant(method: str, settings: Mapping[str, Any]) -> str:
+    """A method and what of SO it makes otherwise: "so", "so, moments none"."""
+    parts = [
+        f"{k} {settings[k]}" for k, usual in SUPPORTS.items() if settings.get(k, usual) != usual
+    ]
+    return ", ".join([method, *parts])
 
 
 # Reading
@@ -70,22 +85,25 @@ def read_experiment(path: Path, extra: Sequence[str] = (), root: Path = Path()) 
         SystemExit: main.py's parser refuses a run's arguments.
     """
     data = read_file(path)
+    every = [flags for entry in data["settings"] for flags in product({**data["common"], **entry})]
+    named = [variant(flags.get("method", "so"), flags) for flags in every]
     rates = {}
-    if "rates" in data:
-        rates = best_rates(read_experiment(path.parent / data["rates"], extra, root).runs)
+    files = data.get("rates", [])
+    for file in files if isinstance(files, list) else [files]:
+        tried = read_experiment(path.parent / file, extra, root).runs
+        rates |= best_rates([run for run in tried if run.variant in named])
     runs = []
-    for entry in data["settings"]:
-        for flags in product({**data["common"], **entry}):
-            if rates and "lr" not in flags:
-                flags["lr"] = rates[flags.get("method", "so")]
-            folder = root / data["save_path"]
-            arguments = [*to_arguments(flags), *extra, "--save_path", str(folder)]
-            if bad := next((text for text in arguments if len(text.split()) != 1), None):
-                raise ValueError(
-                    f"{path}: {bad!r} is empty or has spaces, which sweep.sh cannot pass"
-                )
-            # As sweep.sh has it: weights are not kept unless a flag asks for them.
-            runs.append(Planned(arguments, parse_args(["--no-save_weights", *arguments])))
+    for flags, name in zip(every, named, strict=True):
+        if rates and "lr" not in flags:
+            if name not in rates:
+                raise ValueError(f"{path}: no learning rate was chosen for {name}")
+            flags["lr"] = rates[name]
+        folder = root / data["save_path"]
+        arguments = [*to_arguments(flags), *extra, "--save_path", str(folder)]
+        if bad := next((text for text in arguments if len(text.split()) != 1), None):
+            raise ValueError(f"{path}: {bad!r} is empty or has spaces, which sweep.sh cannot pass")
+        # As sweep.sh has it: weights are not kept unless a flag asks for them.
+        runs.append(Planned(arguments, parse_args(["--no-save_weights", *arguments])))
     runs.sort(key=lambda run: -run.config.n_iters * run.config.shots)
     if twice := len(runs) - len({run.folder for run in runs}):
         raise ValueError(f"{path} lists {plural(twice, 'run')} twice")
@@ -171,15 +189,16 @@ def read_done(planned: Iterable[Planned], *free: str) -> list[Run]:
 
 
 def accuracies_by_rate(runs: Iterable[Run]) -> dict[str, dict[float, list[float]]]:
-    """Accuracies by method and learning rate, in the order of rates."""
+    """Accuracies by variant and learning rate, in the order of methods and rates."""
     table: dict[str, dict[float, list[float]]] = {}
-    for run in sorted(runs, key=lambda run: run.settings["lr"]):
-        table.setdefault(run.method, {}).setdefault(run.settings["lr"], []).append(run.accuracy)
-    return {method: table[method] for method in METHODS if method in table}
+    for run in sorted(runs, key=lambda run: (METHODS.index(run.method), run.settings["lr"])):
+        of_rate = table.setdefault(variant(run.method, run.settings), {})
+        of_rate.setdefault(run.settings["lr"], []).append(run.accuracy)
+    return table
 
 
 def best_rates(planned: Sequence[Planned]) -> dict[str, float]:
-    """Each method's learning rate of the best mean accuracy, the lowest of equals.
+    """Each variant's learning rate of the best mean accuracy, the lowest of equals.
 
     Raises:
         ValueError: Not all runs are finished.
@@ -190,8 +209,10 @@ def best_rates(planned: Sequence[Planned]) -> dict[str, float]:
             f"{missing[0].folder}: run that experiment first"
         )
     best = {}
-    for method, of_rate in accuracies_by_rate(read_done(planned, "lr", "shots")).items():
+    if not planned:
+        return best
+    for name, of_rate in accuracies_by_rate(read_done(planned, *OF_RATES)).items():
         means = {lr: fmean(values) for lr, values in of_rate.items()}
         highest = max(means.values())
-        best[method] = min(lr for lr, m in means.items() if math.isclose(m, highest, rel_tol=1e-12))
+        best[name] = min(lr for lr, m in means.items() if math.isclose(m, highest, rel_tol=1e-12))
     return best

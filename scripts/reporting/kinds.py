@@ -7,10 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from reporting.experiments import KINDS as NAMES
-from reporting.experiments import Planned, accuracies_by_rate, best_rates, read_done
+from reporting.experiments import OF_RATES, Planned, accuracies_by_rate, best_rates, read_done
 from reporting.figures import COLOURS, LINES, MARKS, can_draw, canvas, png, with_legend
 from reporting.markdown import markdown
-from reporting.numbers import METHODS, interval
+from reporting.moments import cells_of, draw_differences, label, moments_text
+from reporting.numbers import interval
 from reporting.report import write_report
 from reporting.tables import mean_text, with_spread
 from runs import Run
@@ -56,12 +57,12 @@ def compare(planned: Sequence[Planned], out: Path) -> None:
 
 # Learning rates
 
-Rates = dict[str, dict[float, list[float]]]  # accuracies by method and learning rate
+Rates = dict[str, dict[float, list[float]]]  # accuracies by variant and learning rate
 
 
 def rates(planned: Sequence[Planned], out: Path) -> None:
     """Write validation accuracy by learning rate, and the rate that is chosen for each method."""
-    runs = read_done(planned, "lr", "shots")
+    runs = read_done(planned, *OF_RATES)
     cells = accuracies_by_rate(runs)
     best = best_rates(planned) if all(plan.is_done for plan in planned) else {}
     text = rates_text(runs, cells, best)
@@ -73,12 +74,12 @@ def rates_text(runs: Sequence[Run], cells: Rates, best: dict[str, float]) -> str
     """The table: methods down, their learning rates in order across."""
     most = max(map(len, cells.values()))
     lines = []
-    for method, of_rate in cells.items():
+    for name, of_rate in cells.items():
         line = [
-            f"{lr:g}: {fmean(values):.1f}" + (" (chosen)" if lr == best.get(method) else "")
+            f"{lr:g}: {fmean(values):.1f}" + (" (chosen)" if lr == best.get(name) else "")
             for lr, values in of_rate.items()
         ]
-        lines.append([METHODS[method], *line, *["-"] * (most - len(line))])
+        lines.append([label(name), *line, *["-"] * (most - len(line))])
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     shots = " and ".join(map(str, sorted({run.shots for run in runs})))
     return (
@@ -91,15 +92,15 @@ def rates_text(runs: Sequence[Run], cells: Rates, best: dict[str, float]) -> str
 def draw_rates(title: str, cells: Rates, best: dict[str, float]) -> Any:
     """Accuracy against learning rate, the chosen rates ringed."""
     figure, (axes,) = canvas(title, panels=1)
-    for i, (method, of_rate) in enumerate(cells.items()):
+    for i, (name, of_rate) in enumerate(cells.items()):
         means = {lr: fmean(values) for lr, values in of_rate.items()}
         axes.plot(
             list(means), list(means.values()), color=COLOURS[i], marker=MARKS[i],
-            linestyle=LINES[i], label=METHODS[method],
+            linestyle=LINES[i], label=label(name),
         )  # fmt: skip
-        if method in best:
+        if name in best:
             axes.plot(
-                best[method], means[best[method]], marker="o", markersize=13, color=COLOURS[i],
+                best[name], means[best[name]], marker="o", markersize=13, color=COLOURS[i],
                 markerfacecolor="none", linestyle="",
             )  # fmt: skip
     axes.set(xscale="log", xlabel="learning rate at the start", ylabel="validation accuracy (%)")
@@ -260,4 +261,14 @@ def draw_ablation(title: str, runs: Sequence[Run], cells: Supports) -> Any:
     return figure
 
 
-KINDS = dict(zip(NAMES, (compare, rates, grid, ablation), strict=True))
+# Ablation of the moments
+
+
+def moments(planned: Sequence[Planned], out: Path) -> None:
+    """Write test accuracy of SO beside other moments or none, with paired differences to SO."""
+    runs = read_done(planned, *OF_RATES)
+    panels = [("Accuracy on the task", cells_of(runs))]
+    write(out, "Moments", moments_text(runs), lambda: draw_differences(panels))
+
+
+KINDS = dict(zip(NAMES, (compare, rates, grid, ablation, moments), strict=True))

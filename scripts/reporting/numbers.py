@@ -25,7 +25,7 @@ from runs import Run, read_run
 PUBLISHED = Path(__file__).with_name("published.yaml")
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}
 LABELS = {"zero_shot": "zero-shot", **METHODS}
-OF_SO = {"s", "t", "grad_support", "moment_support", "dense_grad"}
+OF_SO = {"s", "t", "grad_support", "moment_support", "moments", "dense_grad"}
 UNREAD = {  # settings that a method never looks at, and by which its runs do not differ
     "so": {"rank"},
     "lora": OF_SO,

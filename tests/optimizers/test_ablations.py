@@ -29,14 +29,15 @@ def test_with_the_papers_supports_it_is_so():
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("moments", ["usual", "aged"])
 @pytest.mark.parametrize("moment_support", MOMENT_SUPPORTS)
 @pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
-def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_support):
+def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_support, moments):
     shape = (12, 15)
     w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     other = nn.Parameter(torch.randn(7, 9, dtype=torch.float64))  # alone no tensor has its state
     twin = Twin(w, lr=1e-2)
-    supports = dict(grad_support=grad_support, moment_support=moment_support)
+    supports = dict(grad_support=grad_support, moment_support=moment_support, moments=moments)
     optimizer = AblatedSO([w, other], **supports, **SETTINGS)
     k = int(w.numel() * 0.1)
     first = before = None
@@ -51,12 +52,19 @@ def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_
             assert torch.equal(state["grad_indices"], before)
         before = state["grad_indices"]
         first = before if first is None else first
+        if moments == "aged":  # steps so far of each entry's moments, in place of the tensor's
+            twin.t = twin.t * twin.S_m if step else torch.zeros_like(twin.W)
+        if step % 3 == 0 and moment_support == "reset":
+            twin.S_m, twin.m, twin.v = mask(before, shape), twin.m * 0, twin.v * 0
+            twin.t = twin.t * 0 if moments == "aged" else twin.t
         twin.step(w.grad, mask(before, shape))
         torch.testing.assert_close(w.detach(), twin.W, rtol=1e-12, atol=1e-12)
         kept = mask(state["indices"], shape)
         assert kept.sum() == k
         if moment_support == "fixed":
             assert torch.equal(kept, mask(first, shape))
+        elif moment_support == "reset":
+            assert torch.equal(kept, mask(before, shape))
         elif moment_support == "magnitude":
             assert torch.equal(kept, twin.S_m)
         # The twin keeps moments by magnitude; give it those that this variant keeps.
@@ -64,6 +72,65 @@ def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_
         for moment, name in ((twin.m, "exp_avg"), (twin.v, "exp_avg_sq")):
             moment.zero_()
             moment.view(-1)[state["indices"]] = state[name]
+
+
+@pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
+def test_without_moments_every_move_has_one_size_and_no_state_is_kept_but_the_support(grad_support):
+    w = nn.Parameter(torch.randn(12, 15, dtype=torch.float64))
+    plain, size = w.detach().clone(), 1e-2 * 0.1 / 0.001**0.5
+    settings = SETTINGS | {"weight_decay": 0.5}
+    optimizer = AblatedSO([w], grad_support=grad_support, moments="none", **settings)
+    supports = []
+    for _ in range(7):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+        supports.append(optimizer.state[w]["grad_indices"])
+        S_g = mask(supports[-1], w.shape)
+        plain -= torch.where(S_g, size * (w.grad + 0.5 * plain).sign(), 0)
+        torch.testing.assert_close(w.detach(), plain, rtol=1e-12, atol=1e-12)
+        assert optimizer.state[w].keys() == {"step", "grad_indices"}
+    same = [torch.equal(one, two) for one, two in zip(supports[:-1], supports[1:], strict=True)]
+    assert same == [True, True, False] * 2  # drawn anew after every T steps
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"moments": "none"}, {"moments": "aged"}, {"moment_support": "reset"}],
+    ids=lambda variant: "-".join(variant.values()),
+)
+def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant):
+    def make():
+        w = nn.Parameter(torch.ones(20, 30))
+        return w, AblatedSO([w], **variant, **SETTINGS)
+
+    (whole, optimizer), (broken, first) = make(), make()
+    steps(optimizer, [whole], 4)
+    steps(first, [broken], 4)
+    second = AblatedSO([broken], **variant, **SETTINGS | {"seed": 6})
+    second.load_state_dict(first.state_dict())
+    assert second.state[broken].keys() == first.state[broken].keys()
+    steps(optimizer, [whole], 9, seed=1)
+    steps(second, [broken], 9, seed=1)
+    assert torch.equal(whole, broken)
+
+
+@pytest.mark.parametrize(
+    "moments, size", [("usual", 3.16228e-2), ("none", 3.16228e-2), ("aged", 1e-2)]
+)
+def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(moments, size):
+    w = nn.Parameter(torch.zeros(30, 30, dtype=torch.float64))
+    optimizer = AblatedSO([w], moments=moments, **SETTINGS | {"T": 1, "eps": 0.0})
+    steps(optimizer, [w], 1)
+    first = optimizer.state[w]["grad_indices"]
+    optimizer.state[w]["step"] += 20_000
+    before = w.detach().clone()
+    w.grad = torch.logspace(-9, 3, w.numel(), dtype=torch.float64).view_as(w)
+    optimizer.step()
+    second = optimizer.state[w]["grad_indices"]
+    new = second[~torch.isin(second, first)]
+    moved = (before - w.detach()).flatten()[new]
+    assert len(new) > 70
+    torch.testing.assert_close(moved, torch.full_like(moved, size), rtol=1e-5, atol=0)
 
 
 def test_random_moment_supports_are_of_the_union_and_follow_the_seed():
@@ -84,8 +151,11 @@ def test_random_moment_supports_are_of_the_union_and_follow_the_seed():
 
 
 def test_unknown_supports_are_refused():
+    w = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="'largest'; valid: random, magnitude"):
-        AblatedSO([nn.Parameter(torch.ones(2, 2))], grad_support="largest")
+        AblatedSO([w], grad_support="largest")
+    with pytest.raises(ValueError, match="no support of them to be fixed: leave out"):
+        AblatedSO([w], moments="none", moment_support="fixed")
 
 
 def test_main_puts_ablations_into_folders_of_their_own(tmp_path, capsys):

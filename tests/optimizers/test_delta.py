@@ -21,6 +21,8 @@ from optimizers.delta import (
     pack,
     read_delta,
     save_delta,
+    scale_weights,
+    scaled,
     unpack,
     weights_digest,
 )
@@ -145,6 +147,24 @@ def test_a_delta_brings_trained_weights_back_bit_for_bit(dtype, contiguous, tmp_
         fresh[1].weight.data = fresh[1].weight.data.T.contiguous().T
     apply_delta(fresh, delta)
     assert same(fresh.state_dict(), trained)
+
+
+def test_scaled_weights_are_base_plus_alpha_times_what_was_learned():
+    base = {"w": torch.tensor([[1.0, -0.0, 8.0], [4.0, 0.0, 0.1]])}
+    trained = {"w": torch.tensor([[3.0, -0.0, 6.0], [4.0, -0.0, 0.3]])}
+    now = clone(trained)
+    with scaled(now, base, 0.25):
+        assert same(now, {"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]])})
+        scale_weights(now, base, 0)
+        assert same(now, base)
+    assert same(now, trained)
+    scale_weights(now, base, 1)
+    assert same(now, trained)
+    transposed = {"w": clone(trained)["w"].T.contiguous().T}  # of other strides
+    scale_weights(transposed, base, 0.5)
+    assert transposed["w"].tolist()[0] == [2.0, 0.0, 7.0]
+    with pytest.raises(ValueError, match="cannot compare"):
+        scale_weights({"w": trained["w"].half()}, base, 0.5)
 
 
 def test_a_matrix_without_changes_is_two_empty_tensors(saved):
@@ -331,6 +351,33 @@ def checkpoint(request, tmp_path_factory):
     digest = weights_digest(base)
     save_delta(folder / "delta", matrices, base, digest, backbone=str(folder / "base.pt"))
     return folder, model.eval(), state
+
+
+def test_a_scaled_file_is_a_delta_of_the_same_base(checkpoint, tmp_path):
+    folder, model, _ = checkpoint
+    whole, scaled_files = read_delta(folder / "delta"), {}
+    for alpha in (0, 0.5, 1):
+        out = tmp_path / f"{alpha}.safetensors"
+        status, said, err = call(command.main, "scale", folder / "delta", alpha, "--out", out)
+        assert status == 0 and f"scaled by {alpha}" in said, err
+        scaled_files[alpha] = read_delta(out)
+        assert scaled_files[alpha].metadata == whole.metadata | {"wise": str(alpha)}
+    assert all(not len(change.indices) for change in scaled_files[0].matrices.values())
+    for name, (indices, values, _) in scaled_files[1].matrices.items():
+        assert torch.equal(indices, whole.matrices[name].indices)
+        assert torch.equal(values, whole.matrices[name].values)
+    again = tmp_path / "again.safetensors"
+    call(command.main, "scale", tmp_path / "0.5.safetensors", 0.5, "--out", again)
+    assert read_delta(again).metadata["wise"] == "0.25"
+
+    half = tmp_path / "half.pt"
+    status, _, err = call(command.main, "apply", tmp_path / "0.5.safetensors", "--out", half)
+    assert status == 0, err
+    base = clip.load(folder / "base.pt", "cpu")[0].state_dict()
+    found, trained = clip.load(half, "cpu")[0].state_dict(), model.state_dict()
+    for name in whole.matrices:
+        middle = (base[name].double() + trained[name].double()) / 2
+        assert torch.equal(found[name], middle.float())
 
 
 @pytest.mark.parametrize("name", ["full.pt", "full.safetensors"])

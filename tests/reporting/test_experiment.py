@@ -40,13 +40,16 @@ def finish(plan, accuracy):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_files_that_we_ship_list_runs_in_folders_of_their_own(path, tmp_path, monkeypatch):
-    rates = dict.fromkeys(("so", "lora", "adam"), 1e-3)
+    moments = ("so, moments none", "so, moments aged", "so, moment_support reset")
+    rates = dict.fromkeys(("so", "lora", "adam", *moments), 1e-3)
     monkeypatch.setattr(experiments, "best_rates", lambda runs: rates)
     found = read_experiment(path, root=tmp_path)
     assert len(found.runs) >= 9 and len({run.folder for run in found.runs}) == len(found.runs)
     assert all(tmp_path in run.folder.parents for run in found.runs)
     assert f"python scripts/experiment.py configs/experiments/{path.name}" in path.read_text()
-    assert {run.config.save_weights for run in found.runs} == {path.stem == "digits_compare"}
+    assert {run.config.save_weights for run in found.runs} == {
+        path.stem in ("digits_compare", "digits_moments")
+    }
 
 
 def test_runs_are_the_product_of_their_values(tmp_path):
@@ -158,6 +161,35 @@ def test_an_ablation_is_paired_with_so_by_seed(tmp_path, capsys):
     assert ["largest g", "first S_g", "yes", "82.0 ± 7.1", "-3.0 ± 0.0", "2"] in table
     assert ["random", "the same entries", "no", "84.0 ± 7.1", "-1.0 ± 0.0", "2"] in table
     assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
+
+
+def test_other_moments_have_rates_of_their_own_and_are_paired_with_so(tmp_path, capsys):
+    text = "common: {config: configs/digits.yaml, shots: 2, seed: 9, lr: [0.001, 0.002]}\n"
+    for name, settings in (("one", "[{}]"), ("two", "[{moments: [none, aged]}]")):
+        rates = write(tmp_path, name, "rates", text + f"settings: {settings}\n")
+        for run in read_experiment(rates, root=tmp_path).runs:
+            best = {"usual": 0.002, "none": 0.001, "aged": 0.002}[run.config.moments]
+            finish(run, 60.0 if run.config.lr == best else 50.0)
+    text = "rates: [one.yaml, two.yaml]\n"
+    text += "common: {config: configs/digits.yaml, shots: [1, 4], seed: [1, 2, 3]}\n"
+    text += "settings: [{}, {moments: [none, aged]}]\n"
+    path = write(tmp_path, "moments", "moments", text)
+    runs = read_experiment(path, root=tmp_path).runs
+    assert {(run.config.moments, run.config.lr) for run in runs} == {
+        ("usual", 0.002), ("none", 0.001), ("aged", 0.002),
+    }  # fmt: skip
+    for run in runs:
+        gain = {"usual": 0, "none": run.config.seed, "aged": -1}[run.config.moments]
+        finish(run, 70 + run.config.shots + gain)
+    kinds.moments(runs, tmp_path / "docs")
+    lines = (tmp_path / "docs" / "table.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert ["4", "74.0 ± 0.0", "76.0 ± 2.5", "73.0 ± 0.0"] in rows
+    assert ["all", "+2.00 ± 2.48", "3 / 0 / 0", "-1.00 ± 0.00", "0 / 0 / 3"] in rows
+    assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
+    path.write_text(path.read_text().replace("[one.yaml, two.yaml]", "one.yaml"))
+    with pytest.raises(ValueError, match="no learning rate was chosen for so, moments none"):
+        read_experiment(path, root=tmp_path)
 
 
 PYTHON = """#!/usr/bin/env bash

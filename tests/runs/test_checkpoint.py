@@ -61,6 +61,7 @@ def read(checkpoint):
         ["--method", "so", "--t", "4", "--num_workers", "2"],
         ["--method", "so", "--select", "val", "--eval_every", "5", "--accumulate", "3"],
         ["--method", "so", "--moment_support", "random", "--grad_support", "magnitude"],
+        ["--method", "so", "--moments", "none"],
         ["--method", "so", "--precision", "fp16", "--encoder", "text"],
         ["--method", "lora", "--text_chunk", "4"],
         ["--method", "lora", "--select", "val", "--eval_every", "4", "--precision", "bf16"],

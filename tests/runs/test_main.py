@@ -14,6 +14,7 @@ import torch
 from commands import refused, result_of, run, run_folder
 from dataset_helpers import ELEVEN, LAYOUTS, make_dataset
 
+import job
 import main
 from metrics import Predictions
 from optimizers.delta import read_delta
@@ -88,7 +89,7 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
         labels = (torch.arange(6) < hits).long()
         return Predictions(labels, torch.ones(6).long(), torch.full((6,), hits / 8))
 
-    monkeypatch.setattr(main, "evaluate", evaluate)
+    monkeypatch.setattr(job, "evaluate", evaluate)
     command += ["--method", method, "--early_stop_loss", 0, "--lr", 0.01]
     select = [*command, "--n_iters", 3, "--eval_every", 2, "--select", "val"]
     assert "Final test accuracy: 50.00" in run(*select)
@@ -139,7 +140,7 @@ def test_every_dataset_runs_in_both_conventions(name, convention, command, tmp_p
 
 def test_python_random_is_used_for_the_few_shots_alone(command, monkeypatch):
     states = []
-    build = main.build_dataset
+    build = job.build_dataset
 
     def watched(*args, **own):
         assert random.getstate() == random.Random(3).getstate()
@@ -147,7 +148,7 @@ def test_python_random_is_used_for_the_few_shots_alone(command, monkeypatch):
         states.append(random.getstate())
         return dataset
 
-    monkeypatch.setattr(main, "build_dataset", watched)
+    monkeypatch.setattr(job, "build_dataset", watched)
     run(*command, "--n_iters", 1)
     assert random.getstate() == states[0]
 

@@ -12,7 +12,7 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from commands import call_main
 from process_helpers import in_processes, main_in_processes
 
-import main
+import job
 import processes
 from classifier import evaluate, tokenize_prompts
 from clip import build_model
@@ -178,7 +178,7 @@ def unreadable(rank):
         def fail(*_, **__):
             raise ValueError("the image 7.png cannot be read: replace it")
 
-        main.build_dataset = fail
+        job.build_dataset = fail
 
 
 def of_rank(one):

@@ -134,6 +134,7 @@ def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
         (["stray"], ["stray"]),
         (["--select", "val"], ["--select", "--eval_every"]),
         (["--method", "lora", "--grad_support", "magnitude"], ["--grad_support", "--method so"]),
+        (["--method", "adam", "--moments", "none"], ["--moments", "--method so"]),
         (["--config", "no such.yaml"], ["no such.yaml"]),
         (["--backbone", "ViT-B/32"], ["--dataset"]),
         (["--precision=--"], ["--precision", "expected a value"]),
