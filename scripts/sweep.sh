@@ -62,7 +62,7 @@ worker() {
         wait "$child" || echo "${runs[number]}" >>"$taken/failed"
         if [ "$jobs" -gt 1 ]; then
             echo "==> ${runs[number]}: $(awk '/^==> start/ { said = "" }
-                /^\*\*\*\* Final|main\.py: / { said = $0 } END { print said }' "$log")"
+                /^\*\*\*\* Final [a-z]+ accuracy:|main\.py: / { said = $0 } END { print said }' "$log")"
         fi
     done
 }
