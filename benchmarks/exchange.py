@@ -49,13 +49,11 @@ GPUS, WITHIN = (8, 64, 256, 1024), 8  # of the computed table; in one machine
 ASSUMPTIONS = """
 Computed, not measured: ms of the same all-reduces, one after the other, among n GPUs. Ring:
 2 (n - 1) latency + 2 (n - 1) / n bytes / bandwidth; tree: 2 log2(n) latency + 2 bytes / bandwidth.
-Assumed: {1:g} us and {2:g} GB/s up to {0} GPUs, in one machine; {3:g} us and {4:g} GB/s for more,
-as a step takes as long as its slowest hop, between two machines.
+Assumed: {1:g} us and {2:g} GB/s up to {0} GPUs, in one machine; for more, {3:g} us and {4:g} GB/s
+({5:g} Gbit/s), since a step takes as long as its slowest hop, which is between two machines.
 """
 
-Exchange = Callable[
-    [], float
-]  # exchanges once, and returns the milliseconds of the slowest process
+Exchange = Callable[[], float]  # exchanges once; returns milliseconds, as `slowest` does
 
 
 def slowest(work: Callable[[], object]) -> float:
@@ -189,7 +187,7 @@ def main() -> None:
         for n in GPUS
         for by in ("ring", "tree")
     ]
-    print(ASSUMPTIONS.format(WITHIN, *args.within, *args.between))
+    print(ASSUMPTIONS.format(WITHIN, *args.within, *args.between, 8 * args.between[1]))
     heads = {k: lambda row, k=k: row[k] for k in ("GPUs", "algorithm")}
     print_table(heads | {k: lambda row, k=k: f"{row[k]:,.2f}" for k in sizes}, computed)
     write_json(args, machine=about, rows=rows, computed=computed)
