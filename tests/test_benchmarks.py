@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, iteration, plain, step, workers
+from benchmarks import common, exchange, iteration, plain, step, workers
 from benchmarks import run as whole_run
 from benchmarks import settings as settings_of_so
 from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
-from clip import build_model
+from clip import CLIP, build_model
+from optimizers.methods import select_matrices
 
 FOLDER = Path(common.__file__).parent
 CLOSE = dict(rtol=1e-10, atol=1e-10)
@@ -169,6 +170,29 @@ def test_step_prints_and_writes(run, monkeypatch):
     monkeypatch.setattr(step, "WIDTHS", {"vision": 16})
     text, rows = run(step, "--density=0.01", "--windows=1", "--threads=1", "--device=cpu")
     assert all(f"| {row['optimizer']} |" in text and row["ms"] > 0 for row in rows)
+
+
+def test_exchange_counts_the_bytes_exchanged_and_computes_the_time_of_others(run):
+    text, result = run(
+        exchange, "--backbone=tiny", "--density=1e-3", "--classes=5", "--processes=2",
+        "--repeats=1", "--within", "5", "300",
+    )  # fmt: skip
+    matrices = select_matrices(CLIP(**common.BACKBONES["tiny"]), "both", "all").values()
+    layers, width = [128] * 4 + [64] * 2, 64
+    numbers = {
+        "SO": sum(int(p.numel() * 1e-3) for p in matrices) + 1,
+        "LoRA, rank 2": sum(3 * 2 * 2 * w for w in layers) + 1,
+        "all matrices": sum(p.numel() for p in matrices),
+        "features, 5 classes": 2 * 5 * width,
+        "control number": 2,  # of 4 bytes
+    }
+    assert {row["exchange"]: row["bytes"] / 4 for row in result["rows"]} == numbers
+    assert all(f"| {row['exchange']} | {len(row['sizes'])} |" in text for row in result["rows"])
+    ring, tree = result["computed"][:2]
+    parts = text.split("Computed, not measured")
+    assert "| 2 | SO |" in parts[0] and "| 8 | ring |" in parts[1]
+    assert ring["SO"] == pytest.approx(14 * 5e-3 + 14 / 8 * 4 * numbers["SO"] / 300e6)
+    assert tree["features, 5 classes"] == pytest.approx(2 * 6 * 5e-3 + 2 * 2560 / 300e6)
 
 
 def test_settings_prints_and_writes(run):
