@@ -93,7 +93,7 @@ def adapt(job: Job) -> None:
         if config.compile:
             compile_blocks(model)
         adapted = Adapted(model, job.prompts, method, job.base)
-        results.describe(config, dataset, method.summary, job.device)
+        results.describe(config, dataset, method.summary, job.device, processes.size)
         if interrupted:
             checkpoint.resume(interrupted, adapted, course)
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
@@ -130,7 +130,7 @@ def adapt(job: Job) -> None:
             results.write_curve(folder, course.curve())
             if config.save_weights:
                 adapted.save(folder / f"{config.filename}.safetensors", course, config.wise)
-            results.write_result(folder, config, dataset, job.device, course)
+            results.write_result(folder, config, dataset, job.device, course, processes.size)
         if job.targets:
             base = adapted.report(course)
             with adapted.scaled(config.wise):

@@ -184,7 +184,12 @@ def images_of(dataset: FewShotDataset, split: str) -> list[Item]:
 
 
 def write_result(
-    folder: Path, config: Config, dataset: FewShotDataset, device: torch.device, course: Course
+    folder: Path,
+    config: Config,
+    dataset: FewShotDataset,
+    device: torch.device,
+    course: Course,
+    processes: int = 1,
 ) -> None:
     """Write predictions.csv and, as the last of a run's files, result.json.
 
@@ -204,6 +209,7 @@ def write_result(
         "template": dataset.template,
         "peak_memory_mb": round(peak_memory(device), 1),
         "device": device_name(device),
+        "processes": processes,
         "versions": {"python": platform.python_version()}
         | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
         "git_commit": git_commit(),
@@ -256,17 +262,20 @@ def tell_finished(result: dict[str, Any], folder: Path, config: Config) -> None:
         print(f"note: it kept no {weights.name}; --overwrite runs it again", file=sys.stderr)
 
 
-def describe(config: Config, dataset: FewShotDataset, method: str, device: torch.device) -> None:
+def describe(
+    config: Config, dataset: FewShotDataset, method: str, device: torch.device, processes: int = 1
+) -> None:
     """Print what is about to happen."""
     evaluated = f"{len(dataset.test)} to test"
     if config.eval_split == "val":
         evaluated = f"{len(dataset.val)} to validate"
+    times = f"{processes} x " if processes > 1 else ""
     which = "" if config.subsample == "all" else f"{config.subsample} "
     print(
         f"{dataset_name(config.dataset)}: {len(dataset.classnames)} {which}classes, "
         f"{len(dataset.train_x)} images to adapt with "
         f"({config.shots} per class, seed {config.seed}), {evaluated}\n"
-        f"{config.backbone} on {device_name(device)}, {config.precision}: {method}",
+        f"{config.backbone} on {times}{device_name(device)}, {config.precision}: {method}",
         flush=True,
     )
 
