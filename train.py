@@ -224,6 +224,7 @@ def train(
         Interrupted: `interruption` or `measure` raised it; a checkpoint was saved.
     """
     model, optimizer = adapted.model, adapted.method.optimizer
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     device = model.text_projection.device
     scale = scale_of(model, settings.logit_scale)
     for group in optimizer.param_groups:
@@ -268,7 +269,7 @@ def train(
                 )
                 if processes.size > 1:
                     with exchange():
-                        sum_gradients(optimizer, also=[loss])
+                        sum_gradients(params, also=[loss])
                 losses[course.count] = loss
                 scaler.step(optimizer)
                 scaler.update()

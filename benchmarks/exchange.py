@@ -69,13 +69,14 @@ def slowest(work: Callable[[], object]) -> float:
 def of_gradients(optimizer: torch.optim.Optimizer) -> Exchange:
     """The exchange of `train.train`."""
     loss = torch.zeros(())
-    sum_gradients(optimizer)  # there are none: all get zeros, in the layout of their gradients
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(params)  # there are none: all get zeros, in the layout of their gradients
+    grads = [p.grad for p in params]
 
     def run() -> float:
         for grad in grads:
             (grad._values() if grad.is_sparse else grad).normal_()
-        return slowest(lambda: sum_gradients(optimizer, also=[loss]))
+        return slowest(lambda: sum_gradients(params, also=[loss]))
 
     return run
 

@@ -83,8 +83,8 @@ def sample_gradients(
         optimizer: An SO of its parameters, or of some of them.
         process_group: Processes that train replicas of the model, in place of
             DistributedDataParallel: the model becomes that of the group's first process, and all
-            gradients of the optimizer are averaged at the end of each backward pass, of sampled
-            ones k values. All processes make as many passes.
+            gradients are averaged at the end of each backward pass, of sampled ones k values. All
+            processes make as many passes.
 
     Returns:
         A handle, which prints what is sampled and what stays whole; `remove()` ends it. It is also
@@ -191,7 +191,8 @@ class SampledGradients:
             whole = t.detach().contiguous()
             dist.broadcast(whole, dist.get_global_rank(self._group, 0), group=self._group)
             t.detach().copy_(whole)
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        in_groups = (p for group in self._optimizer.param_groups for p in group["params"])
+        params = self._replicated = list(dict.fromkeys((*model.parameters(), *in_groups)))
         self._hooks += [
             *(
                 p.register_post_accumulate_grad_hook(self._at_the_end)
@@ -215,7 +216,7 @@ class SampledGradients:
     def _average(self) -> None:
         """Average the gradients; repeating it changes nothing, as what is equal stays equal."""
         self._queued, self._averaged = False, True
-        sum_gradients(self._optimizer, self._group, average=True)
+        sum_gradients(self._replicated, self._group, average=True)
 
     def _forget(self, *_: Any) -> None:
         """After a step, what was true of it is over."""
@@ -258,24 +259,24 @@ class SampledGradients:
 
 @torch.no_grad()
 def sum_gradients(
-    optimizer: torch.optim.Optimizer,
+    params: Iterable[Tensor],
     process_group: "dist.ProcessGroup | None" = None,
     average: bool = False,
     also: Iterable[Tensor] = (),
 ) -> None:
-    """Sum an optimizer's gradients over processes, in one row of numbers, or one for each dtype.
+    """Sum gradients over processes, in one row of numbers, or one for each dtype.
 
     Sampled gradients are k values in it. A gradient that a process has not counts as zero.
     Afterwards all have the same, bit for bit.
 
     Args:
-        optimizer: SO or another, of parameters that all processes have in the same order.
+        params: Parameters that all processes have in the same order; frozen ones are left out.
         process_group: The processes; None for all.
         average: Divide by the number of processes.
         also: Tensors to sum with them, in place.
     """
     rows = defaultdict(list)
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+    for p in (p for p in params if p.requires_grad):
         plan = None if _owner(p) is None else _owner(p).plan(p)
         if p.grad is None:
             values = p.new_zeros(p.shape if plan is None else plan.support.shape)

@@ -145,6 +145,23 @@ def test_sampled_gradients_of_a_process_group_train_as_one_process_does(case, tm
     assert numbers == [row] * (STEPS * case.get("accumulate", 1))
 
 
+def test_what_another_optimizer_trains_stays_equal_in_all_processes(tmp_path):
+    def work(rank):
+        model = make_model(rank)
+        optimizer = SO(model["body"].parameters(), seed=5, **settings)
+        other = torch.optim.SGD(model["embed"].parameters(), lr=0.1)
+        sample_gradients(model, optimizer, dist.group.WORLD)
+        for step in range(STEPS):
+            model.zero_grad()
+            loss_of(model, step, share(rank)).backward()
+            optimizer.step()
+            other.step()
+        return weights(model)
+
+    first, second = in_processes(2, connected(work), tmp_path)
+    assert torch.equal(first, second)
+
+
 def test_a_process_without_images_takes_part_in_the_exchange(tmp_path):
     def work(rank):
         model = make_model()
