@@ -68,15 +68,16 @@ def slowest(work: Callable[[], object]) -> float:
 
 def of_gradients(optimizer: torch.optim.Optimizer) -> Exchange:
     """The exchange of `train.train`."""
-    loss = torch.zeros(())
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_gradients(params)  # there are none: all get zeros, in the layout of their gradients
-    grads = [p.grad for p in params]
+    loss, (group,) = torch.zeros(()), optimizer.param_groups
+    sum_gradients(
+        group["params"]
+    )  # there are none: all get zeros, in the layout of their gradients
+    grads = [p.grad for p in group["params"]]
 
     def run() -> float:
         for grad in grads:
             (grad._values() if grad.is_sparse else grad).normal_()
-        return slowest(lambda: sum_gradients(params, also=[loss]))
+        return slowest(lambda: sum_gradients(optimizer.param_groups[0]["params"], also=[loss]))
 
     return run
 
