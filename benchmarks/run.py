@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import job  # noqa: E402
 import main as so  # noqa: E402
 from benchmarks.common import (  # noqa: E402
     BACKBONES,
@@ -51,7 +52,7 @@ STAGES = ("start-up", "zero-shot", "training", "final")
 def work(row: str, args: argparse.Namespace) -> None:
     """Run main.py with a clock at its functions, and print seconds as JSON."""
     seconds: dict[str, float] = {"waiting": 0.0}
-    evaluate, train = so.evaluate, so.train
+    evaluate, train = job.evaluate, so.train
 
     def timed(stage: str, function: Callable, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -69,13 +70,13 @@ def work(row: str, args: argparse.Namespace) -> None:
             seconds["waiting"] += time.perf_counter() - start
             yield batch
 
-    so.evaluate = lambda *rest, **options: timed(
+    job.evaluate = lambda *rest, **options: timed(
         "final" if "zero-shot" in seconds else "zero-shot", evaluate, *rest, **options
     )
     so.train = lambda adapted, batches, *rest, **options: timed(
         "training", train, adapted, waited_for(batches), *rest, **options
     )
-    so.tokenize_prompts = lambda model, classnames, template: cut(
+    job.tokenize_prompts = lambda model, classnames, template: cut(
         random_tokens(len(classnames), model.vocab_size, model.context_length)
     ).to(model.text_projection.device)
 
