@@ -297,9 +297,8 @@ def scale_weights(matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], al
         ValueError: A matrix has another shape or dtype in the base.
     """
     for name, matrix in matrices.items() if alpha != 1 else ():
-        start = base[name].to(matrix.device)
-        at = changed_entries(start, matrix).long()
-        flat = matrix.flatten()
+        start, flat = base[name].cpu(), matrix.cpu().flatten()  # not every GPU has float64
+        at = changed_entries(start, matrix.cpu()).long()
         before = start.flatten()[at]
         step = alpha * (flat[at].double() - before.double())
         flat[at] = (before.double() + step).to(flat.dtype) if alpha else before
