@@ -18,7 +18,7 @@ from job import Job
 from metrics import Predictions
 from optimizers.delta import load_weights
 from optimizers.methods import make_method, select_matrices
-from processes import connect, meet
+from processes import connect, disconnect, meet
 from run_utils import exit_status, parse_args
 from train import Adapted, Course, NonFiniteLoss, Settings, compile_blocks, own_images, train
 from utils import Interrupted, Signals, plural
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             test(job)
         else:
             adapt(job)
+    disconnect(processes)
 
 
 def tell_again(job: Job) -> None:

@@ -183,6 +183,12 @@ def connect(processes: Processes, device: str) -> str:
     return device
 
 
+def disconnect(processes: Processes) -> None:
+    """End the connections of a run that has ended well."""
+    if processes.size > 1:
+        dist.destroy_process_group()
+
+
 @contextmanager
 def exchange() -> Iterator[None]:
     """Within this, processes talk to each other.
