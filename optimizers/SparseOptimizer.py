@@ -269,7 +269,7 @@ class SO(Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             _check({**saved, "params": []})
             for number, p in zip(saved["params"], group["params"]):
-                if state := state_dict["state"].get(number):
+                if (state := state_dict["state"].get(number, {})) != {}:
                     _check_state(p, state, _is_dense(p, saved))
                     yield p, state
 
@@ -436,7 +436,8 @@ def _check_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
     step = torch.as_tensor(state["step"], device="cpu").flatten().tolist()
     good = len(step) == 1 and 0 <= step[0] < float("inf")
     good &= all(m.shape == shape and m.is_floating_point() and not m.is_meta for m in moments)
-    for s in supports:
+    good &= all(t.layout == torch.strided for t in (*supports, *moments))
+    for s in supports if good else ():
         good &= s.dtype == torch.int64 and s.dim() == 1 and 0 < len(s) == len(s.unique())
         good = good and 0 <= int(s.min()) and int(s.max()) < p.numel()
     if not good:

@@ -343,6 +343,8 @@ DAMAGE = {
     "a step that is not a number": lambda s: s["step"].fill_(float("nan")),
     "a moment that is not a tensor": lambda s: s.update(exp_avg_sq="x"),
     "a moment without values": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].to("meta")),
+    "indices in a sparse tensor": lambda s: s.update(indices=s["indices"].to_sparse()),
+    "a number in its place": None,
 }
 SETTINGS = {name: lambda g, name=name: g.pop(name) for name in ("seed", "T", "dense", "betas")}
 SETTINGS["density_ratio"] = lambda g: g.update(density_ratio=2.0)
@@ -355,7 +357,9 @@ def test_a_state_that_does_not_fit_is_refused_and_not_loaded(damage):
     run(optimizer, [w], 3)
     before = optimizer.state[w]["exp_avg"]
     state = copy.deepcopy(optimizer.state_dict())
-    if damage in DAMAGE:
+    if damage == "a number in its place":
+        state["state"][0] = 0
+    elif damage in DAMAGE:
         DAMAGE[damage](state["state"][0])
     else:
         SETTINGS[damage](state["param_groups"][0])
