@@ -26,6 +26,8 @@ class Job:
         signals: What may interrupt it.
 
     Attributes:
+        folder: The run's.
+        kept: The weights that --eval_only evaluates, and the factor that scales them.
         dataset: The task.
         targets: What --test_on names, by name.
         tasks: All that is tested, by name: "" for the task itself, its new classes, the targets.
@@ -36,8 +38,8 @@ class Job:
     def __init__(self, config: Config, device: str, processes: Processes, signals: Signals) -> None:
         self.config, self.processes, self.signals = config, processes, signals
         self.folder = results.run_folder(config)
-        if config.eval_only:  # before the time that data takes
-            results.find_weights(self.folder, config)
+        # Found, or missed, before the time that data takes.
+        self.kept = results.find_weights(self.folder, config) if config.eval_only else None
         self.device = prepare_machine(device, config.threads, config.seed)
         own = config.pick("classnames", "template", "fewshot_list", "subsample")
         self.dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = Job(config, device, processes, signals)
         if job.result:
             tell_again(job)
-        elif config.eval_only or not config.n_iters:
+        elif job.kept or not config.n_iters:
             test(job)
         else:
             adapt(job)
@@ -62,8 +62,8 @@ def test(job: Job) -> None:
     """Measure without training: zero-shot, and with --eval_only weights that were kept."""
     job.load()
     before = job.measure(job.tasks, "zero_shot_accuracy")
-    if job.config.eval_only:
-        weights, alpha = results.find_weights(job.folder, job.config)
+    if job.kept:
+        weights, alpha = job.kept
         load_weights(job.model, weights, job.config.backbone, alpha)
         after = job.measure(job.tasks, "accuracy")
         if job.targets and job.processes.writes and weights.parent == job.folder:
@@ -130,7 +130,7 @@ def adapt(job: Job) -> None:
         if processes.writes:
             results.write_curve(folder, course.curve())
             if config.save_weights:
-                adapted.save(folder / f"{config.filename}.safetensors", course, config.wise)
+                adapted.save(results.weights_file(folder, config), course, config.wise)
             results.write_result(folder, config, dataset, job.device, course, processes.size)
         if job.targets:
             base = adapted.report(course)

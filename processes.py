@@ -209,8 +209,10 @@ def may_complain(together: bool = False) -> bool:
     """
     if _store is None:
         return True
+    if together and os.environ["RANK"] != "0":
+        return False
     try:
-        return not (together and int(os.environ["RANK"])) and _store.add("complaints", 1) == 1
+        return _store.add("complaints", 1) == 1
     except RuntimeError:  # what kept it has ended
         return False
 

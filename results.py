@@ -105,6 +105,11 @@ def computed(config: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
 
 
+def weights_file(folder: Path, config: Config) -> Path:
+    """Where a run in this folder keeps its weights, if it does."""
+    return folder / f"{config.filename}.safetensors"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder and keep other processes out of it; a dead process's lock does not last.
@@ -220,11 +225,9 @@ def write_result(
     paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
     rows = zip(paths, *columns, strict=True)
     atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))
-    stale = ["transfer.json"]  # of an earlier run, as its weights
+    (folder / "transfer.json").unlink(missing_ok=True)  # of an earlier run, as its weights
     if not config.save_weights:
-        stale.append(f"{config.filename}.safetensors")
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
+        weights_file(folder, config).unlink(missing_ok=True)
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -257,7 +260,7 @@ def tell_finished(result: dict[str, Any], folder: Path, config: Config) -> None:
     tidy(folder)
     print(f"This run is finished: {folder}")
     tell_all(BEFORE + AFTER, result, config.eval_split)
-    weights = folder / f"{config.filename}.safetensors"
+    weights = weights_file(folder, config)
     if config.save_weights and not weights.exists():
         print(f"note: it kept no {weights.name}; --overwrite runs it again", file=sys.stderr)
 
@@ -351,7 +354,7 @@ def kept_weights(folder: Path, config: Config) -> Path:
     Raises:
         FileNotFoundError: It has kept none; the sentence says how it would.
     """
-    path = folder / f"{config.filename}.safetensors"
+    path = weights_file(folder, config)
     if path.is_file():
         return path
     raise FileNotFoundError(
@@ -372,13 +375,12 @@ def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
     Raises:
         FileNotFoundError: There is none of them; the sentence names the places.
     """
-    name = f"{config.filename}.safetensors"
     whole = Path(config.save_path, f"{config.filename}.pt")
 
     def delta(subsample: str, wise: float) -> Path:
         other = copy(config)
         other.subsample, other.wise = subsample, wise
-        return run_folder(other) / name
+        return weights_file(run_folder(other), config)
 
     halves = ["new", "base"] if config.subsample == "new" else [config.subsample]
     places = [(delta(half, config.wise), 1.0) for half in halves]
@@ -387,6 +389,6 @@ def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
         if path.is_file():
             return path, alpha
     raise FileNotFoundError(
-        f"there are no weights to evaluate: neither {folder / name}, which --save_weights keeps, "
-        f"nor a whole state dict at {whole}"
+        f"there are no weights to evaluate: neither {weights_file(folder, config)}, which "
+        f"--save_weights keeps, nor a whole state dict at {whole}"
     )

@@ -312,7 +312,7 @@ def add_gradients(
     other; the text, with classes' features (C, D), is encoded once all the same.
     """
     images, labels = batch
-    at_once = math.ceil(len(labels) / settings.accumulate)
+    at_once = part_size(len(labels), settings.accumulate)
     apart = at_once < len(labels) or processes.size > 1
     leaf = classes.detach().requires_grad_(classes.requires_grad) if apart else classes
     total, done = torch.zeros((), device=labels.device), 0
@@ -333,7 +333,12 @@ def add_gradients(
 
 def own_images(accumulate: int, processes: Processes, count: int) -> list[int]:
     """The numbers of the images of a batch of `count` that this process computes."""
-    return processes.own(count, math.ceil(count / accumulate))
+    return processes.own(count, part_size(count, accumulate))
+
+
+def part_size(count: int, accumulate: int) -> int:
+    """The number of a batch's images that are computed at once, by all processes together."""
+    return math.ceil(count / accumulate)
 
 
 def end_epoch(course: Course, early_stop_loss: float) -> None:

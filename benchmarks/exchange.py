@@ -68,16 +68,18 @@ def slowest(work: Callable[[], object]) -> float:
 
 def of_gradients(optimizer: torch.optim.Optimizer) -> Exchange:
     """The exchange of `train.train`."""
-    loss, (group,) = torch.zeros(()), optimizer.param_groups
-    sum_gradients(
-        group["params"]
-    )  # there are none: all get zeros, in the layout of their gradients
-    grads = [p.grad for p in group["params"]]
+    loss = torch.zeros(())
+
+    def params() -> list[torch.Tensor]:  # by way of the optimizer: sampling ends with it
+        return optimizer.param_groups[0]["params"]
+
+    sum_gradients(params())  # there are none: all get zeros, in the layout of their gradients
+    grads = [p.grad for p in params()]
 
     def run() -> float:
         for grad in grads:
             (grad._values() if grad.is_sparse else grad).normal_()
-        return slowest(lambda: sum_gradients(optimizer.param_groups[0]["params"], also=[loss]))
+        return slowest(lambda: sum_gradients(params(), also=[loss]))
 
     return run
 

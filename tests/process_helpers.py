@@ -57,9 +57,14 @@ def in_processes(count, work, folder):
     ]
 
 
-def main_in_processes(count, folder, *argv, prepare=lambda rank: None):
+def main_in_processes(count, folder, *argv, prepare=None):
     """main.py in processes: (status, standard output, standard error) of each.
 
-    `prepare(rank)` is called in each first; it may return other arguments.
+    `prepare(rank)`, if given, is called in each first; it may return other arguments.
     """
-    return in_processes(count, lambda rank: call_main(*(prepare(rank) or argv)), folder)
+
+    def work(rank):
+        other = prepare(rank) if prepare else None
+        return call_main(*(other or argv))
+
+    return in_processes(count, work, folder)

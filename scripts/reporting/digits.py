@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from signs import CLASSNAMES
 
 from reporting import ROOT, moments, wise
-from reporting.experiments import read_experiment
+from reporting.experiments import Cells, read_experiment
 from reporting.figures import COLOURS as INKS
 from reporting.figures import LINES, MARKS, can_draw, canvas, png, with_legend
-from reporting.forgetting import PER_CLASS, Cells, forgetting
+from reporting.forgetting import PER_CLASS, forgetting
 from reporting.kinds import write
 from reporting.numbers import METHODS, Study, find_runs, interval, studies
 from reporting.tables import pairs_table

@@ -27,6 +27,8 @@ from utils import plural
 
 KINDS = ("compare", "rates", "grid", "ablation", "moments")
 OF_RATES = ("lr", "shots", "moments", "moment_support")  # in which runs of rates may differ
+
+Cells = dict[tuple[int, str], dict[int, float]]  # values by (shots, variant), by seed
 KEYS = {"kind", "save_path", "out", "rates", "common", "settings"}
 
 

@@ -13,11 +13,9 @@ from torch import Tensor
 
 import clip
 from optimizers.delta import apply_delta, read_delta
-from reporting.experiments import Planned, variant
+from reporting.experiments import Cells, Planned, variant
 
 PER_CLASS, SEED = 20, 0  # images of each printed sign, and the seed of their distortions
-
-Cells = dict[tuple[int, str], dict[int, float]]  # values by (shots, variant), by seed
 
 
 def printed_signs() -> tuple[Tensor, Tensor]:

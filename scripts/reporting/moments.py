@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from reporting.experiments import variant
+from reporting.experiments import Cells, variant
 from reporting.figures import COLOURS, LINES, MARKS, canvas, with_legend
 from reporting.markdown import markdown
 from reporting.numbers import METHODS, interval
@@ -18,8 +18,6 @@ NAMES = {
     "so, moments aged": "corrections by age",
     "so, moment_support reset": "moments reset",
 }
-
-Cells = dict[tuple[int, str], dict[int, float]]  # values by (shots, variant), by seed
 
 
 def label(name: str) -> str:
