@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 
-import results
-import transfer
-from classifier import evaluate, tokenize_prompts
+from clip.lora import merged
+from clip.zero_shot import evaluate, tokenize_prompts
 from datasets import FewShotDataset, build_dataset
 from datasets.loader import Loader
-from machine import prepare_machine
-from metrics import Predictions
 from optimizers.delta import Base
-from optimizers.lora import merged
-from processes import Processes
 from run_utils import Config
-from utils import Signals
+from runs import output_dir, transfer
+from runs.distributed import Processes
+from runs.environment import prepare_machine
+from runs.signals import Signals
+from utils import Predictions
 
 
 class Job:
@@ -37,20 +36,20 @@ class Job:
 
     def __init__(self, config: Config, device: str, processes: Processes, signals: Signals) -> None:
         self.config, self.processes, self.signals = config, processes, signals
-        self.folder = results.run_folder(config)
+        self.folder = output_dir.run_folder(config)
         # Found, or missed, before the time that data takes.
-        self.kept = results.find_weights(self.folder, config) if config.eval_only else None
+        self.kept = output_dir.find_weights(self.folder, config) if config.eval_only else None
         self.device = prepare_machine(device, config.threads, config.seed)
         own = config.pick("classnames", "template", "fewshot_list", "subsample")
         self.dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)
         self.targets = transfer.build_targets(config)
         new = {"new classes": self.dataset.new} if self.dataset.new else {}
         self.tasks = {"": self.dataset, **new, **self.targets}
-        told = {"eval_only": config.eval_only, **results.computed(config)}
+        told = {"eval_only": config.eval_only, **output_dir.computed(config)}
         data = [task.data["digest"] for task in self.tasks.values()]
         processes.check_same(data=data, **told)
         self.result = processes.first(
-            lambda: results.finished(self.folder, config, self.dataset.data)
+            lambda: output_dir.finished(self.folder, config, self.dataset.data)
         )
 
     def load(self) -> None:
@@ -74,7 +73,7 @@ class Job:
         task, prompts = task or self.dataset, self.prompts
         if task is not self.dataset:
             prompts = tokenize_prompts(self.model, task.classnames, task.template)
-        items = results.images_of(task, split)
+        items = output_dir.images_of(task, split)
         mine = [items[number] for number in self.processes.own(len(items))]
         batches = self.loader.test_batches(mine, batch_size=256)
         how = self.config.pick("precision", "logit_scale")
@@ -84,10 +83,10 @@ class Job:
             )
 
     def measure(self, tasks: Mapping[str, FewShotDataset], kind: str) -> dict[str, float]:
-        """Accuracies on tasks, in percent, by name; printed as this kind (`results.tell`)."""
+        """Accuracies on tasks, in percent, by name; printed as this kind (`output_dir.tell`)."""
         found = {}
         for where, task in tasks.items():
             split = "test" if where in self.targets else self.config.eval_split
             found[where] = self.predict(split, where or "Evaluation", task).accuracy
-            results.tell(kind, found[where], split, where)
+            output_dir.tell(kind, found[where], split, where)
         return found

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
-import results
-import transfer
-from checkpoint import Checkpoint
 from job import Job
-from metrics import Predictions
+from optimizers.build import make_method, select_matrices
 from optimizers.delta import load_weights
-from optimizers.methods import make_method, select_matrices
-from processes import connect, disconnect, meet
-from run_utils import exit_status, parse_args
+from run_utils import parse_args
+from runs import output_dir, transfer
+from runs.checkpoint import Checkpoint
+from runs.cli import exit_status
+from runs.distributed import connect, disconnect, meet
+from runs.signals import Interrupted, Signals
 from train import Adapted, Course, NonFiniteLoss, Settings, compile_blocks, own_images, train
-from utils import Interrupted, Signals, plural
+from utils import Predictions, plural
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,11 +44,11 @@ def tell_again(job: Job) -> None:
     """Print what a finished run reached; test its weights on what --test_on names besides."""
     folder, first = job.folder, job.processes.first
     if job.processes.writes:
-        results.tell_finished(job.result, folder, job.config)
+        output_dir.tell_finished(job.result, folder, job.config)
     left = first(lambda: transfer.tell_known(folder, job.targets))
     if not left:
         return
-    weights = first(lambda: results.kept_weights(folder, job.config))
+    weights = first(lambda: output_dir.kept_weights(folder, job.config))
     job.load()
     tasks = {name: job.targets[name] for name in left}
     before = job.measure(tasks, "zero_shot_accuracy")
@@ -81,11 +81,11 @@ def adapt(job: Job) -> None:
         )
     job.load()
     model, course = job.model, Course(config.n_iters * config.shots)
-    with results.locked(folder) if processes.writes else nullcontext(), job.signals.deferred():
+    with output_dir.locked(folder) if processes.writes else nullcontext(), job.signals.deferred():
         checkpoint = Checkpoint(folder, config, dataset.data, job.base.digest)
         interrupted = processes.first(checkpoint.read)
         if processes.writes:
-            results.write_task(folder, config, dataset)
+            output_dir.write_task(folder, config, dataset)
         method = make_method(
             config.method, model, select_matrices(model, config.encoder, config.position),
             density=1 - config.s, T=config.t, sampled=not (config.dense_grad or config.compile),
@@ -94,7 +94,7 @@ def adapt(job: Job) -> None:
         if config.compile:
             compile_blocks(model)
         adapted = Adapted(model, job.prompts, method, job.base)
-        results.describe(config, dataset, method.summary, job.device, processes.size)
+        output_dir.describe(config, dataset, method.summary, job.device, processes.size)
         if interrupted:
             checkpoint.resume(interrupted, adapted, course)
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
@@ -104,7 +104,7 @@ def adapt(job: Job) -> None:
                 new = job.predict(config.eval_split, "Zero-shot", dataset.new).accuracy
                 course.new["zero_shot_new_accuracy"] = new
         before = {"zero_shot_accuracy": course.zero_shot, **course.new}
-        results.tell_all(results.BEFORE, before, config.eval_split)
+        output_dir.tell_all(output_dir.BEFORE, before, config.eval_split)
 
         def save() -> None:
             if processes.writes:
@@ -121,17 +121,17 @@ def adapt(job: Job) -> None:
             train(adapted, batches, course, settings, measure, save, interruption, processes)
         except NonFiniteLoss:
             if processes.writes:
-                results.write_curve(folder, course.curve())
+                output_dir.write_curve(folder, course.curve())
             raise
         except Interrupted as stop:
             stop.kept = checkpoint.kept
             raise
-        results.tell_all(results.AFTER, course.measured, config.eval_split)
+        output_dir.tell_all(output_dir.AFTER, course.measured, config.eval_split)
         if processes.writes:
-            results.write_curve(folder, course.curve())
+            output_dir.write_curve(folder, course.curve())
             if config.save_weights:
-                adapted.save(results.weights_file(folder, config), course, config.wise)
-            results.write_result(folder, config, dataset, job.device, course, processes.size)
+                adapted.save(output_dir.weights_file(folder, config), course, config.wise)
+            output_dir.write_result(folder, config, dataset, job.device, course, processes.size)
         if job.targets:
             base = adapted.report(course)
             with adapted.scaled(config.wise):
@@ -140,7 +140,7 @@ def adapt(job: Job) -> None:
             before = job.measure(job.targets, "zero_shot_accuracy")
             if processes.writes:
                 transfer.write(folder, job.targets, before, after)
-    results.whats_next(config, folder)
+    output_dir.whats_next(config, folder)
 
 
 def measure_now(job: Job, adapted: Adapted, course: Course) -> Predictions:

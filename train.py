@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classifier import (
+from clip import CLIP
+from clip.lora import merged
+from clip.model import ResidualAttentionBlock
+from clip.zero_shot import (
     autocast,
     before_training,
     image_features,
@@ -24,16 +27,13 @@ from classifier import (
     shared_rows,
     text_features,
 )
-from clip import CLIP
-from clip.model import ResidualAttentionBlock
-from datasets.images import Batch, to_device
-from metrics import Predictions
+from datasets.transforms import Batch, to_device
+from optimizers.build import Method
 from optimizers.delta import Base, Packed, pack, save_delta, scaled, unpack
-from optimizers.lora import merged
-from optimizers.methods import Method
-from optimizers.sampled import sum_gradients
-from processes import ALONE, Processes, exchange
-from utils import Interrupted, Progress
+from optimizers.SampledGradients import sum_gradients
+from runs.distributed import ALONE, Processes, exchange
+from runs.signals import Interrupted
+from utils import Predictions, Progress
 
 FINAL_LR = 1e-6  # where the cosine ends
 

@@ -5,20 +5,79 @@ import difflib
 import hashlib
 import io
 import os
-import signal
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
+BINS = 15  # of confidence
+
+
+class Predictions(NamedTuple):
+    """A classifier's answers for N images, in their order, on the CPU."""
+
+    labels: Tensor  # (N,) int64: the true classes
+    predicted: Tensor  # (N,) int64: the classes of the largest probability
+    probabilities: Tensor  # (N,) float32: of the predicted classes
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images whose class was predicted, in percent."""
+        return accuracy(self.labels, self.predicted)
+
+
+def accuracy(labels: Tensor, predicted: Tensor) -> float:
+    """Share of the images (N,) whose class was predicted, in percent."""
+    return 100.0 * (predicted == labels).sum().item() / len(labels)
+
+
+def class_accuracies(labels: Tensor, predicted: Tensor, classes: int) -> list[float | None]:
+    """Accuracy in percent of the images (N,) of each class, by label; None where it has none."""
+    counts = labels.bincount(minlength=classes).tolist()
+    hits = labels[predicted == labels].bincount(minlength=classes).tolist()
+    return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
+
+
+def calibration_error(correct: Tensor, probabilities: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error (ECE) in percent.
+
+    Probabilities of the predicted classes are put into `bins` equal intervals (a, b] of [0, 1]. In
+    each, the share of correct predictions is compared with the mean probability; the absolute
+    differences are averaged, weighted by the number of images.
+
+    Source: equation 3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+
+    Args:
+        correct: Whether each prediction is right: (N,).
+        probabilities: Its probability: (N,).
+        bins: Number of intervals.
+    """
+    confidence = probabilities.double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    place = torch.bucketize(confidence, edges[1:-1])  # (N,)
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, place, correct.double() - confidence)  # |B| (accuracy - confidence) of each
+    return 100.0 * gaps.abs().sum().item() / len(confidence)
+
+
+def names_apart(names: Sequence[str]) -> list[str]:
+    """The classes' names by label, those that several classes have with their labels behind them.
+
+    >>> names_apart(["crane", "crow", "crane"])
+    ['crane (label 0)', 'crow', 'crane (label 2)']
+    """
+    counts = Counter(names)
+    return [
+        f"{name} (label {label})" if counts[name] > 1 else name for label, name in enumerate(names)
+    ]
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO], object]) -> None:
@@ -138,72 +197,6 @@ def content_digest(data: Any) -> str:
 
     add(data)
     return sha.hexdigest()
-
-
-class Interrupted(BaseException):
-    """A signal asks to end.
-
-    Args:
-        number: The signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number, self.kept = number, ""  # `kept` says what a later run goes on from
-
-
-class Signals:
-    """SIGINT and SIGTERM as Interrupted: raised at once, or where `check` is called if deferred.
-
-    One is dealt with at a time: while a checkpoint is written, repeats change nothing, since job
-    schedulers signal every process, and sweeps pass on what they get. SIGINT (Ctrl-C) that comes
-    again after `patience` seconds ends the process at once.
-    """
-
-    def __init__(self, patience: float = 3.0) -> None:
-        self.deferring, self.pending, self.patience = False, 0, patience
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():  # a late repeat must not change the status
-            signal.signal(number, signal.SIG_IGN if self.pending else handler)
-
-    def _handle(self, number: int, _: object) -> None:
-        if self.pending:
-            if number == signal.SIGINT and time.monotonic() - self.since >= self.patience:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            return
-        self.pending, self.since = number, time.monotonic()
-        if not self.deferring:
-            raise Interrupted(number)
-
-    def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self.pending:
-            raise Interrupted(self.pending)
-
-    @contextmanager
-    def deferred(self, deferring: bool = True) -> Iterator[None]:
-        """For a while, have signals wait for `check`."""
-        before, self.deferring = self.deferring, deferring
-        try:
-            yield
-        finally:
-            self.deferring = before
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within such a while, have them raise at once."""
-        with self.deferred(False):
-            self.check()
-            yield
 
 
 def progress(

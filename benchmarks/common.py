@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clip import CLIP
-from results import peak_memory
+from runs.output_dir import peak_memory
 
 T = 5  # steps between two draws
 TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}

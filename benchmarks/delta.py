@@ -22,13 +22,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import BACKBONES, T, machine, print_table, write_json
-from checkpoint import Checkpoint
 from clip import CLIP, build_model
+from clip.lora import add_lora
 from optimizers import SO
+from optimizers.build import PACKED, Method, select_matrices
 from optimizers.delta import Base, apply_delta, read_delta, save_delta, weights_digest
-from optimizers.lora import add_lora
-from optimizers.methods import PACKED, Method, select_matrices
 from run_utils import parse_args
+from runs.checkpoint import Checkpoint
 from train import Adapted, Course
 
 MB = 1e6  # bytes, as file sizes are told

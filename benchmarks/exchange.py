@@ -38,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import BACKBONES, T, machine, print_table, write_json
 from clip import CLIP
-from optimizers.methods import make_method, select_matrices
-from optimizers.sampled import sum_gradients
-from processes import Processes
+from optimizers.build import make_method, select_matrices
+from optimizers.SampledGradients import sum_gradients
+from runs.distributed import Processes
 
 WARM_UP = 3  # rounds; DistributedDataParallel arranges its buckets after the first
 RANK = 2  # of LoRA's adapters

@@ -42,15 +42,15 @@ from benchmarks.common import (
 )
 from benchmarks.floor import floor_flops, product_rate
 from benchmarks.workers import Worker, take_turns
-from classifier import autocast, before_training, text_features, unit
 from clip import CLIP
+from clip.lora import add_lora, set_dropout
 from clip.model import Attention
-from datasets.images import normalise, to_device
-from machine import default_device, prepare_machine
+from clip.zero_shot import autocast, before_training, text_features, unit
+from datasets.transforms import normalise, to_device
 from optimizers import SO
-from optimizers.lora import add_lora, set_dropout
-from optimizers.methods import POSITIONS, Method, select_matrices
-from optimizers.sampled import sample_gradients
+from optimizers.build import POSITIONS, Method, select_matrices
+from optimizers.SampledGradients import sample_gradients
+from runs.environment import default_device, prepare_machine
 from train import (
     Adapted,
     Course,

@@ -3,8 +3,9 @@
     python benchmarks/product.py [--threads 1] [--device cpu] [--tokens 2000]
 
 For one matrix of ViT-B/16's image tower (3072 x 768) and one of its text tower (512 x 512), with
-float32 and bfloat16 factors: milliseconds of both ways of `sampled._products`, which take turns;
-the least of several. `sampled.PRODUCT_FROM` and `EARLIER` are set by it.
+float32 and bfloat16 factors: milliseconds of both ways of `SampledGradients._products`, which take
+turns;
+the least of several. `SampledGradients.PRODUCT_FROM` and `EARLIER` are set by it.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import synchronise
-from machine import default_device
-from optimizers import sampled
+from optimizers import SampledGradients
 from optimizers.SparseOptimizer import draw_support
+from runs.environment import default_device
 
 SHAPES = ((3072, 768), (512, 512))
 DENSITIES = (1 / 1000, 1 / 500, 1 / 300, 1 / 200, 1 / 150, 1 / 100, 1 / 50)
@@ -30,15 +31,15 @@ def milliseconds(dy: Tensor, x: Tensor, density: float, repeats: int) -> list[fl
     rows, columns = dy.shape[1], x.shape[1]
     k, generator = int(rows * columns * density), torch.Generator().manual_seed(0)
     support = draw_support(rows * columns, k, generator).to(dy.device)
-    (plan,) = sampled._make_plans([support], [columns])
-    kept = x if plan.kept is None else sampled._columns(x, plan.kept)
+    (plan,) = SampledGradients._make_plans([support], [columns])
+    kept = x if plan.kept is None else SampledGradients._columns(x, plan.kept)
     least = [float("inf"), float("inf")]
     for _ in range(repeats):
         for way, product_from in enumerate((1e9, 0)):
-            sampled.PRODUCT_FROM = product_from
+            SampledGradients.PRODUCT_FROM = product_from
             synchronise(dy.device)
             start = time.perf_counter()
-            sampled._products(dy, kept, plan, None)
+            SampledGradients._products(dy, kept, plan, None)
             synchronise(dy.device)
             least[way] = min(least[way], 1e3 * (time.perf_counter() - start))
     return least

@@ -39,7 +39,7 @@ from benchmarks.common import (  # noqa: E402
     random_tokens,
     write_json,
 )
-from machine import default_device, prepare_machine  # noqa: E402
+from runs.environment import default_device, prepare_machine  # noqa: E402
 
 ROWS = {
     "SO": [],

@@ -1,11 +1,11 @@
 """CLIP: models in OpenAI's layout, their tokenizer, and what brings their weights."""
 
+from clip.convert import build_model
 from clip.files import impostor, read_checkpoint
-from clip.layouts import build_model
 from clip.loading import available_models, check, load, locate
 from clip.model import CLIP
 from clip.preprocess import MEAN, STD, make_preprocess, to_rgb
-from clip.tokenizer import Tokenizer, find_merges, tokenize
+from clip.simple_tokenizer import Tokenizer, find_merges, tokenize
 
 __all__ = [
     "CLIP",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip.archive import check_growth, is_archive, read_archive, read_saved
-from clip.layouts import find_state, to_openai
+from clip.convert import find_state, to_openai
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 IN_FOLDER = (  # what makers call their files, in the order in which a folder's are taken

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torchvision import transforms
 
+from clip.convert import build_model, sizes
 from clip.download import cache_folder, digest, fetch
 from clip.files import SUFFIXES, find_in_folder, impostor, read_checkpoint
-from clip.layouts import build_model, sizes
 from clip.model import ACTIVATIONS, CLIP
+from clip.model_config import OPEN_CLIP, Recipe, beside, from_package
 from clip.preprocess import make_preprocess
-from clip.recipe import OPEN_CLIP, Recipe, beside, from_package
 
 MODELS_URL = "https://openaipublic.azureedge.net/clip/models"  # /<sha256>/<file>
 OPENAI = {  # name: (file, SHA-256)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from clip.preprocess import MEAN, STD
 from clip.resnet import STRIDE, ResNet
-from clip.tokenizer import Tokenizer
+from clip.simple_tokenizer import Tokenizer
 
 HEAD_WIDTH = 64
 EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # in files, but not parameters

@@ -14,8 +14,8 @@ from datasets.build import (
     describe_data,
     find_spec,
 )
-from datasets.sampling import fewshot_json
-from datasets.table import DATASETS
+from datasets.catalog import DATASETS
+from datasets.fewshot import fewshot_json
 
 __all__ = [
     "DATASETS",

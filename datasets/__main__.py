@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 from datasets.base import PARTS, Source, Split, find_source, root_folder
 from datasets.build import dataset_name, find_spec
+from datasets.catalog import DATASETS
 from datasets.checks import numbers, shortfall
-from datasets.fetch import DOWNLOADS, fetch
-from datasets.images import read_image
+from datasets.download import DOWNLOADS, fetch
 from datasets.splits import read_split
-from datasets.table import DATASETS
+from datasets.transforms import read_image
 from utils import explain, first_few, one_line, progress
 
 HEADER = ("dataset", "folder", "split", "classes", *PARTS, "status")

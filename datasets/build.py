@@ -17,12 +17,12 @@ from datasets.base import (
     Split,
     find_source,
 )
+from datasets.catalog import DATASETS
 from datasets.checks import shortfall
-from datasets.own import is_path, own_spec, stem
+from datasets.fewshot import draw_shots, read_shots
+from datasets.image_folder import is_path, own_spec, stem
 from datasets.prompts import prompt_templates, rename
-from datasets.sampling import draw_shots, read_shots
 from datasets.splits import read_split
-from datasets.table import DATASETS
 from utils import nearest
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from datasets.base import Entry, Source, Split, list_folders, list_images
-from datasets.raw import paths_in
+from datasets.readers import paths_in
 from utils import first_few, progress
 
 CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")  # lines "n01440764 tench"

@@ -19,7 +19,7 @@ from torchvision.transforms import Compose
 
 import clip
 from datasets.base import Item
-from datasets.images import MAX_PIXELS, Batch, augment, read_image, stack
+from datasets.transforms import MAX_PIXELS, Batch, augment, read_image, stack
 
 __all__ = ["ImageCache", "Loader", "shuffled"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import yaml
 
 from datasets.base import PARTS, TEMPLATE, DatasetSpec, Entry, Split
-from datasets.table import CLIP_TEMPLATES
+from datasets.catalog import CLIP_TEMPLATES
 from utils import first_few, nearest, one_line
 
 

@@ -79,7 +79,7 @@ def made_name(split: str) -> str:
 
 def _save(path: Path, split: Split, digest: str) -> str:
     """Write a split in the published ones' form; return what to say of a failure."""
-    note = "made by datasets/raw.py from the raw download; not comparable to published figures"
+    note = "made by datasets/readers.py from the raw download; not comparable to published figures"
     parts = {part: getattr(split, part) for part in PARTS}
     try:
         atomic_write(path, json.dumps({"note": note, "digest": digest, **parts}))

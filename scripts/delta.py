@@ -25,7 +25,6 @@ from torch import Tensor
 
 from clip import CLIP, build_model, read_checkpoint
 from clip.loading import locate
-from flags import Parser, backbone, number
 from optimizers.delta import (
     Delta,
     apply_delta,
@@ -34,6 +33,7 @@ from optimizers.delta import (
     save_delta,
     scale_weights,
 )  # fmt: skip
+from run_utils import Parser, backbone, number
 from utils import atomic_write, explain, one_line, say
 
 OWN_METADATA = ("format", "version", "base_digest", "shapes")  # that each file has of itself

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from reporting.digits import write_page
 
-from flags import Parser
+from run_utils import Parser
 from utils import explain, one_line
 
 

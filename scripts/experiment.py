@@ -19,7 +19,7 @@ from pathlib import Path
 from reporting.experiments import Planned, read_experiment
 from reporting.kinds import KINDS
 
-from flags import Parser
+from run_utils import Parser
 from utils import explain, one_line
 
 SWEEP = Path(__file__).resolve().with_name("sweep.sh")

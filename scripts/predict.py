@@ -17,16 +17,15 @@ import reporting  # noqa: F401  (which puts the repository on the path)
 import torch
 from torch import Tensor
 
-from classifier import autocast, image_features, scale_of, text_features, tokenize_prompts
+from clip.zero_shot import autocast, image_features, scale_of, text_features, tokenize_prompts
 from datasets import Item
 from datasets.base import list_folders, list_images
 from datasets.loader import Loader
-from flags import Parser, number
-from machine import default_device, prepare_machine
-from metrics import names_apart
 from optimizers.delta import Base, load_weights
-from runs import Run, read_run
-from utils import as_csv, explain, one_line, say
+from run_utils import Parser, number
+from runs.environment import default_device, prepare_machine
+from runs.records import Run, read_run
+from utils import as_csv, explain, names_apart, one_line, say
 
 BATCH = 64  # images classified at once
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from reporting.report import write_report
 
-from flags import Parser
+from run_utils import Parser
 from utils import explain, one_line
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import reporting  # noqa: F401  (which puts the repository on the path)
 
 from datasets import dataset_name, describe_data
-from results import finished, run_folder, tidy
-from run_utils import exit_status, parse_args
-from transfer import known
+from run_utils import parse_args
+from runs.cli import exit_status
+from runs.output_dir import finished, run_folder, tidy
+from runs.transfer import known
 from utils import plural
 
 

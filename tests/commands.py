@@ -6,7 +6,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import main
-import run_utils
+from runs import cli
 
 
 def call(run, *argv):
@@ -22,7 +22,7 @@ def call(run, *argv):
 
 def call_main(*argv):
     """main.py, as `call`."""
-    return call(lambda argv: run_utils.exit_status(lambda: main.main(argv)), *argv)
+    return call(lambda argv: cli.exit_status(lambda: main.main(argv)), *argv)
 
 
 def run(*argv):

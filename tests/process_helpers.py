@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from commands import call_main
 
-from utils import Interrupted
+from runs.signals import Interrupted
 
 TIMEOUT = 60  # seconds that processes may take, which end within a few
 

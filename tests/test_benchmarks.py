@@ -17,7 +17,7 @@ from benchmarks import settings as settings_of_so
 from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
 from clip import CLIP, build_model
-from optimizers.methods import select_matrices
+from optimizers.build import select_matrices
 
 FOLDER = Path(common.__file__).parent
 CLOSE = dict(rtol=1e-10, atol=1e-10)

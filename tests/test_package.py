@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["SparseOptimizer", "sampled"]
+MODULES = ["SparseOptimizer", "SampledGradients"]
 
 
 @pytest.mark.filterwarnings("ignore:Support for")  # older versions of setuptools call it beta

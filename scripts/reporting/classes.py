@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metrics import names_apart
 from reporting.figures import canvas
 from reporting.markdown import markdown
 from reporting.numbers import Study, Variant, mean_and_std, title_of
 from reporting.tables import with_spread
-from runs import read_predictions, slug
-from utils import as_csv, plural
+from runs.records import read_predictions, slug
+from utils import as_csv, names_apart, plural
 
 HARDEST = 5  # classes in the table
 NUMBERS, NAMES = 20, 120  # classes up to which a matrix has numbers in it, and names beside it

@@ -17,7 +17,7 @@ from reporting.forgetting import PER_CLASS, forgetting
 from reporting.kinds import write
 from reporting.numbers import METHODS, Study, find_runs, interval, studies
 from reporting.tables import pairs_table
-from runs import read_run
+from runs.records import read_run
 from utils import atomic_write, plural
 
 PARTS = {

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from optimizers.methods import METHODS, SUPPORTS
+from optimizers.build import METHODS, SUPPORTS
 from reporting.numbers import settings_of
-from results import differences, run_folder
 from run_utils import Config, default_settings, parse_args
-from runs import Run, read_run
+from runs.output_dir import differences, run_folder
+from runs.records import Run, read_run
 from utils import plural
 
 KINDS = ("compare", "rates", "grid", "ablation", "moments")

@@ -27,7 +27,7 @@ from reporting.numbers import (
     title_of,
     zero_shot,
 )
-from runs import Run, slug
+from runs.records import Run, slug
 from utils import plural
 
 # Colours of Okabe and Ito; the first three differ in lightness, all in mark, line and hatch, too.

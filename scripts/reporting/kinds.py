@@ -14,7 +14,7 @@ from reporting.moments import cells_of, draw_differences, label, moments_text
 from reporting.numbers import interval
 from reporting.report import write_report
 from reporting.tables import mean_text, with_spread
-from runs import Run
+from runs.records import Run
 from utils import atomic_write, plural
 
 

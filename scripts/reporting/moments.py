@@ -9,7 +9,7 @@ from reporting.figures import COLOURS, LINES, MARKS, canvas, with_legend
 from reporting.markdown import markdown
 from reporting.numbers import METHODS, interval
 from reporting.tables import with_spread
-from runs import Run
+from runs.records import Run
 from utils import plural
 
 NAMES = {

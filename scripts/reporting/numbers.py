@@ -18,9 +18,9 @@ from scipy.stats import t as student
 
 import clip
 from datasets import DATASETS
-from results import CIRCUMSTANCES, IN_PATH
 from run_utils import default_settings
-from runs import Run, read_run
+from runs.output_dir import CIRCUMSTANCES, IN_PATH
+from runs.records import Run, read_run
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}

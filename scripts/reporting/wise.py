@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import clip
-from classifier import evaluate, tokenize_prompts
+from clip.zero_shot import evaluate, tokenize_prompts
 from datasets import build_dataset
 from datasets.loader import Loader
 from optimizers.delta import apply_delta, read_delta, scaled

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clip
-from clip import download, loading, recipe
+from clip import download, loading, model_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 350939004\n"
 PAGES = [
@@ -142,7 +142,7 @@ def test_open_clips_names_that_cannot_be_used_are_refused(name, words):
 )
 def test_open_clip_says_how_its_models_were_trained(name, activation, heads):
     pytest.importorskip("open_clip")
-    said, _ = recipe.from_package(f"open_clip:{name}")
+    said, _ = model_config.from_package(f"open_clip:{name}")
     assert (said.activation, said.heads) == (activation, heads)
     assert said.normalisation == (clip.MEAN, clip.STD)
 

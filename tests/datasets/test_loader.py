@@ -20,8 +20,8 @@ from torchvision.transforms.functional import resized_crop
 import clip
 import datasets.loader
 from datasets import Item
-from datasets.images import MAX_PIXELS, augment, normalise, random_box, read_image
 from datasets.loader import ImageCache, Loader
+from datasets.transforms import MAX_PIXELS, augment, normalise, random_box, read_image
 
 FULL = (0.08, 1.0), (3 / 4, 4 / 3)
 

@@ -49,11 +49,11 @@ from PIL import Image  # noqa: E402
 import clip  # noqa: E402
 import datasets.__main__ as doctor  # noqa: E402
 import main  # noqa: E402
-import results  # noqa: E402
 import run_utils  # noqa: E402
 from datasets import build_dataset  # noqa: E402
-from datasets.images import read_image  # noqa: E402
+from datasets.transforms import read_image  # noqa: E402
 from optimizers.SparseOptimizer import SO  # noqa: E402
+from runs import cli, output_dir  # noqa: E402
 
 LIMIT = 20  # seconds for an input
 BATCH = 200  # inputs of one worker
@@ -121,7 +121,7 @@ def command(call: Callable[[], Any], good: tuple[int, ...] = (0,)) -> str:
 def run_main(argv: list) -> str:
     """Run main.py in this process."""
     argv = [str(arg) for arg in argv]
-    return command(lambda: run_utils.exit_status(lambda: main.main(argv)))
+    return command(lambda: cli.exit_status(lambda: main.main(argv)))
 
 
 def hush() -> None:
@@ -629,7 +629,7 @@ def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    results.git_commit = lambda: None
+    output_dir.git_commit = lambda: None
     guard(room, faults)
     with open(pipe, "w") as lines:
         for name, case in jobs:
@@ -679,11 +679,11 @@ def prepare(workspace: Path) -> Path:
     room = Room(shared)
     argv = [*options(room), "--save_path", str(shared / "finished")]
     with open(os.devnull, "w") as null, redirect_stdout(null):
-        run_utils.exit_status(lambda: main.main(argv))
-        write_result, results.write_result = results.write_result, None  # ends in a TypeError
+        cli.exit_status(lambda: main.main(argv))
+        write_result, output_dir.write_result = output_dir.write_result, None  # ends in a TypeError
         with suppress(TypeError):
             main.main([*options(room), *HALTED, "--save_path", str(shared / "halted")])
-        results.write_result = write_result
+        output_dir.write_result = write_result
     clip.tokenize("a")  # reads the merges once
     import matplotlib.font_manager  # noqa: F401 # makes its list of fonts once
     import scipy.io  # noqa: F401

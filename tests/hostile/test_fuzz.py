@@ -16,9 +16,9 @@ from dataset_helpers import LAYOUTS, make_dataset
 from reporting.numbers import find_runs
 
 import clip
-import run_utils
 from datasets import __main__ as doctor
 from datasets import build_dataset
+from runs import cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def test_warnings_of_odd_metadata_stay_silent(capsys):
         logging.getLogger("PIL.TiffImagePlugin").error("more samples than can be decoded")
         warnings.warn_explicit("corrupt", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
 
-    assert run_utils.exit_status(warn) == 0
+    assert cli.exit_status(warn) == 0
     assert capsys.readouterr().err == ""
 
 

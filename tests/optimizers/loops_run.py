@@ -74,7 +74,7 @@ def train(loop: str, sampled: bool, seed: int, last: int | None) -> None:
     """Execute a loop in the current folder; `last` is the read at which it is killed."""
     # Not ROOT: transformers would take our folder `datasets` for Hugging Face's package.
     sys.path.insert(0, str(ROOT / "optimizers"))
-    from sampled import sample_gradients
+    from SampledGradients import sample_gradients
     from SparseOptimizer import SO
 
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -12,7 +12,7 @@ from process_helpers import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from optimizers.sampled import sample_gradients
+from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")

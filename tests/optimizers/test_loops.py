@@ -20,8 +20,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from twin import Twin, mask
 
-from optimizers import sampled
-from optimizers.sampled import sample_gradients
+from optimizers import SampledGradients
+from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO
 
 TESTS = Path(__file__).parent
@@ -37,7 +37,7 @@ BOTH = pytest.mark.parametrize("sample", [False, pytest.param(True, marks=needs_
 @pytest.fixture(autouse=True)
 def products_entry_by_entry(monkeypatch):
     """Matrices here are so small that all would be computed whole."""
-    monkeypatch.setattr(sampled, "PRODUCT_FROM", 2)
+    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", 2)
 
 
 def make_model():

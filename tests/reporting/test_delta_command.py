@@ -7,8 +7,8 @@ from commands import call, call_main
 
 import clip
 from optimizers.delta import save_delta, weights_digest
-from results import write_config
 from run_utils import parse_args
+from runs.output_dir import write_config
 
 
 def test_apply_ends_with_the_command_that_measures_what_it_wrote(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from reporting import experiments, kinds
 from reporting.experiments import best_rates, read_experiment
 
-from results import computed
+from runs.output_dir import computed
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))

@@ -16,7 +16,8 @@ from commands import call_main, refused, result_of, run, run_folder
 import clip
 import utils
 from benchmarks.kills import outcome, trial
-from utils import Interrupted, Signals, content_digest
+from runs.signals import Interrupted, Signals
+from utils import content_digest
 
 ROOT = Path(__file__).parents[2]
 COMMON = ["--shots", "1", "--n_iters", "12", "--num_workers", "0", "--eval_split", "val"]
@@ -127,8 +128,8 @@ def test_a_signal_and_its_repeats_leave_a_checkpoint_and_one_sentence(number, st
 
 def test_ctrl_c_a_second_time_later_ends_at_once():
     code = (
-        "import signal, utils\n"
-        "with utils.Signals(patience=60) as signals, signals.deferred():\n"
+        "import signal; from runs.signals import Signals\n"
+        "with Signals(patience=60) as signals, signals.deferred():\n"
         "    signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)\n"
         "    print('going on', flush=True); signals.patience = 0\n"
         "    signal.raise_signal(signal.SIGTERM); signal.raise_signal(signal.SIGINT); print('no')"

@@ -16,9 +16,9 @@ from dataset_helpers import ELEVEN, LAYOUTS, make_dataset
 
 import job
 import main
-from metrics import Predictions
+from optimizers.build import METHODS
 from optimizers.delta import read_delta
-from optimizers.methods import METHODS
+from utils import Predictions
 
 ROOT = Path(__file__).parents[2]
 LINES = re.compile(

@@ -8,7 +8,8 @@ import torch
 import yaml
 from commands import call_main, refused
 
-from run_utils import EMBEDDED_LR, exit_status, parse_args
+from run_utils import EMBEDDED_LR, parse_args
+from runs.cli import exit_status
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (

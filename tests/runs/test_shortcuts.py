@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 
 from benchmarks import plain
-from classifier import before_training, image_features, text_features, tokenize_prompts
 from clip import build_model
-from datasets.images import normalise
-from optimizers import SO, sampled
-from optimizers.methods import POSITIONS, Method, select_matrices
-from optimizers.sampled import sample_gradients
+from clip.zero_shot import before_training, image_features, text_features, tokenize_prompts
+from datasets.transforms import normalise
+from optimizers import SO, SampledGradients
+from optimizers.build import POSITIONS, Method, select_matrices
+from optimizers.SampledGradients import sample_gradients
 from train import Adapted, Course, Settings, compile_blocks, cosine_lr, train
 
 # What checkpoint of torch 2.4 says of its own autocast.
@@ -81,7 +81,7 @@ CASES = [
 def test_training_equals_the_plain_computation(
     config, encoder, position, chunk, templates, product_from, monkeypatch
 ):
-    monkeypatch.setattr(sampled, "PRODUCT_FROM", product_from)
+    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", product_from)
     templates = ["a {}.", "the {}."][:templates]
     theirs, their_matrices = make(config, encoder, position)
     ours, matrices = make(config, encoder, position)

@@ -16,8 +16,8 @@ from clip_helpers import TINY_VIT, random_state_dict
 from commands import calls, wait_for
 from dataset_helpers import make_dataset
 
-from results import run_folder
 from run_utils import parse_args
+from runs.output_dir import run_folder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -11,14 +11,14 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from PIL import Image
 
 import clip
-from classifier import evaluate, text_features, tokenize_prompts
 from clip import build_model
+from clip.zero_shot import evaluate, text_features, tokenize_prompts
 from datasets import Item
 from datasets.loader import Loader
 from optimizers import SO
+from optimizers.build import MATRICES, POSITIONS, Method, layers_at, select_matrices
 from optimizers.delta import unpack
-from optimizers.methods import MATRICES, POSITIONS, Method, layers_at, select_matrices
-from optimizers.sampled import sample_gradients
+from optimizers.SampledGradients import sample_gradients
 from train import Adapted, Course, NonFiniteLoss, Settings, cosine_lr, train
 
 NAMES = ["red_one", "green", "blue"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clip.preprocess import MEAN, STD
-from clip.tokenizer import VOCABULARY
+from clip.simple_tokenizer import VOCABULARY
 
 OPEN_CLIP = "open_clip:"  # what precedes NAME/PRETRAINED of the installed open_clip package
 

@@ -13,11 +13,11 @@ from commands import call_main
 from process_helpers import in_processes, main_in_processes
 
 import job
-import processes
-from classifier import evaluate, tokenize_prompts
 from clip import build_model
-from optimizers.lora import merged
-from optimizers.methods import make_method, select_matrices
+from clip.lora import merged
+from clip.zero_shot import evaluate, tokenize_prompts
+from optimizers.build import make_method, select_matrices
+from runs import distributed
 from train import Adapted, Course, Settings, own_images, train
 
 pytestmark = [
@@ -66,8 +66,8 @@ def connected(work):
     """What a process does with the group of all."""
 
     def run(_):
-        group = processes.meet()
-        processes.connect(group, "cpu")
+        group = distributed.meet()
+        distributed.connect(group, "cpu")
         return work(group)
 
     return run
@@ -91,7 +91,7 @@ BOUNDS = {torch.float64: 1e-10, "fp32": 1e-3, "bf16": 0.1}  # Adam divides tiny 
 
 @pytest.mark.parametrize("count, case", CASES)
 def test_several_processes_compute_what_one_computes(count, case, tmp_path):
-    alone = adapt(processes.ALONE, **case)
+    alone = adapt(distributed.ALONE, **case)
     several = in_processes(count, connected(lambda group: adapt(group, **case)), tmp_path)
     exact = "dtype" not in case
     bound = BOUNDS[torch.float64 if exact else case.get("precision", "fp32")]
@@ -140,8 +140,8 @@ def interrupt(rank, victim, number, iteration=3):
             os.kill(os.getpid(), number)
         return check(self, signals)
 
-    check = processes.Processes.check
-    processes.Processes.check = counted
+    check = distributed.Processes.check
+    distributed.Processes.check = counted
 
 
 @pytest.mark.parametrize("victim", [0, 1])

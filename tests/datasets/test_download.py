@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from datasets import describe_data
 from datasets.__main__ import main
-from datasets.fetch import DOWNLOADS
+from datasets.download import DOWNLOADS
 
 BY_HAND = {  # without the split file
     "oxford_flowers": ["cat_to_name.json"],

@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and values in glibc's malloc.h
 
 

@@ -22,7 +22,7 @@ import torchvision
 from filelock import FileLock, Timeout
 
 from datasets.base import Source, find_source, misplaced, root_folder
-from datasets.table import DATASETS
+from datasets.catalog import DATASETS
 from utils import Progress, explain
 
 DOWNLOADS = {  # torchvision's class, and the folder that it unpacks below its root

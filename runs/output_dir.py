@@ -22,13 +22,11 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
 from datasets import DATASETS, FewShotDataset, Item, dataset_name, fewshot_json
-from flags import SPLITS
-from machine import device_name, git_commit, peak_memory
-from metrics import calibration_error, class_accuracies, names_apart
-from run_utils import EMBEDDED, Config, default_settings
-from runs import COLUMNS, PREDICTED
+from run_utils import EMBEDDED, SPLITS, Config, default_settings
+from runs.environment import device_name, git_commit, peak_memory
+from runs.records import COLUMNS, PREDICTED
 from train import Course
-from utils import as_csv, atomic_write
+from utils import as_csv, atomic_write, calibration_error, class_accuracies, names_apart
 
 # Where and how a run goes, as opposed to what it computes.
 CIRCUMSTANCES = {

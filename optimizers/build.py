@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from clip import CLIP
+from clip.lora import add_lora, set_dropout
 from optimizers.ablations import AblatedSO
-from optimizers.lora import add_lora, set_dropout
-from optimizers.sampled import sample_gradients
+from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO
 
 # Share of the stack of layers that each --position adapts, or how many of its last layers.

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import build_model
-from optimizers import sampled
-from optimizers.sampled import sample_gradients, sampled_linear
+from optimizers import SampledGradients
+from optimizers.SampledGradients import sample_gradients, sampled_linear
 from optimizers.SparseOptimizer import SO, draw_support
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
@@ -58,7 +58,7 @@ def mlp_loss(model, seed):
 @pytest.fixture(autouse=True)
 def products_entry_by_entry(monkeypatch):
     """Matrices here are so small that all would be computed whole."""
-    monkeypatch.setattr(sampled, "PRODUCT_FROM", 2)
+    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", 2)
 
 
 CASES = pytest.mark.parametrize("make, loss", [(make_mlp, mlp_loss), (make_clip, clip_loss)])
@@ -93,8 +93,8 @@ def assert_equal_weights(a, b):
 @pytest.mark.parametrize("k", [1, 4, 20, 35])
 @pytest.mark.parametrize("chunk, product_from", [(1, 2), (2**18, 2), (1, 0)])
 def test_values_are_those_of_the_plain_gradient(shape, k, chunk, product_from, monkeypatch):
-    monkeypatch.setitem(sampled.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(sampled, "PRODUCT_FROM", product_from)
+    monkeypatch.setitem(SampledGradients.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", product_from)
     x, weight, bias = leaf(*shape), leaf(5, 7), leaf(5)
     at = support((5, 7), k)
     out = F.linear(x, weight, bias)
@@ -146,7 +146,7 @@ def test_frozen_parts_cost_and_give_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("product_from, close", [(2, 1e-4), (0, 1e-2)])  # by entry; whole
 def test_autocast_multiplies_low_and_sums_high(dtype, product_from, close, monkeypatch):
-    monkeypatch.setattr(sampled, "PRODUCT_FROM", product_from)
+    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", product_from)
     x, weight, bias = (leaf(*shape, dtype=torch.float32) for shape in [(4, 900, 7), (5, 7), (5,)])
     at = support((5, 7), 9)
     with torch.autocast("cpu", dtype):
@@ -417,7 +417,7 @@ def test_nothing_of_the_size_of_the_matrix_or_the_input_is_allocated_going_back(
             out.backward(dy)
             optimizer.step()
         largest = max(event.self_cpu_memory_usage for event in profile.events())
-        assert 0 < largest < 1.1 * 4 * sampled.CHUNK["cpu"] < model.weight.numel()
+        assert 0 < largest < 1.1 * 4 * SampledGradients.CHUNK["cpu"] < model.weight.numel()
 
 
 # Giving back

@@ -153,8 +153,8 @@ def test_towers_of_every_size_are_built_as_open_clip_builds_them(name):
     config = open_clip.get_model_config(theirs_name)
     with torch.device("meta"):
         theirs = open_clip.CLIP(**config).state_dict()
-    recipe = clip.recipe.of_open_clip({"model_cfg": config}, name)
-    sizes = clip.layouts.sizes(theirs)
+    recipe = clip.model_config.of_open_clip({"model_cfg": config}, name)
+    sizes = clip.convert.sizes(theirs)
     recipe.check(sizes)
     assert CONFIGS.get(name, {}).items() <= sizes.items()
     model = clip.build_model(theirs, recipe.activation, recipe.heads)

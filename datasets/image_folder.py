@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets.base import PARTS, DatasetSpec, Entry, Source, Split, by_class, in_order, list_folders
-from datasets.raw import divide, hold_out, paths_in, read_text
+from datasets.readers import divide, hold_out, paths_in, read_text
 from datasets.splits import slashes
 from utils import first_few, nearest
 

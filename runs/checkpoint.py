@@ -13,8 +13,8 @@ from torch import Tensor
 
 from clip.archive import read_saved
 from optimizers.delta import pack, unpack
-from results import computed, differences
 from run_utils import Config
+from runs.output_dir import computed, differences
 from train import Adapted, Course
 from utils import atomic_write, content_digest
 

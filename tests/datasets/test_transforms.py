@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from datasets import Item
-from datasets.images import read_image
 from datasets.loader import Loader
+from datasets.transforms import read_image
 
 
 def picture(mode="RGB", size=(30, 20), seed=0):

@@ -16,10 +16,10 @@ from commands import call_main, refused, result_of, run
 from commands import run_folder as only_folder
 from dataset_helpers import LAYOUTS, make_dataset
 
-import machine
-from results import locked, run_folder
 from run_utils import parse_args
-from runs import read_run
+from runs import environment
+from runs.output_dir import locked, run_folder
+from runs.records import read_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,7 +300,7 @@ def test_windows_has_neither_resource_nor_fcntl(tmp_path):
     code = (
         "import sys, warnings; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
         "warnings.simplefilter('ignore')\n"
-        "import main, run_utils; sys.exit(run_utils.exit_status(main.main))"
+        "import main; from runs import cli; sys.exit(cli.exit_status(main.main))"
     )
     flags = ["--shots", "1", "--n_iters", "1", "--save_path", str(tmp_path)]
     done = subprocess.run(
@@ -314,5 +314,5 @@ def test_windows_has_neither_resource_nor_fcntl(tmp_path):
 
 
 def test_outside_of_git_there_is_no_commit(monkeypatch):
-    monkeypatch.setattr(machine, "HERE", Path("/"))
-    assert machine.git_commit() is None
+    monkeypatch.setattr(environment, "HERE", Path("/"))
+    assert environment.git_commit() is None

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import FewShotDataset, build_test, dataset_name
-from results import tell, unwritable
 from run_utils import Config
-from runs import read_transfer
+from runs.output_dir import tell, unwritable
+from runs.records import read_transfer
 from utils import atomic_write
 
 FILE = "transfer.json"

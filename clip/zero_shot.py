@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clip import CLIP
-from datasets.images import Batch, normalise, to_device
-from metrics import Predictions
-from optimizers.lora import rows_of
-from processes import ALONE, Processes, Share
-from utils import Progress
+from clip.lora import rows_of
+from datasets.transforms import Batch, normalise, to_device
+from runs.distributed import ALONE, Processes, Share
+from utils import Predictions, Progress
 
 TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metrics import Predictions, accuracy, calibration_error, class_accuracies, names_apart
+from utils import Predictions, accuracy, calibration_error, class_accuracies, names_apart
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 3])
 PREDICTED = torch.tensor([0, 0, 1, 1, 0, 3])

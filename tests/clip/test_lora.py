@@ -9,11 +9,11 @@ import torch
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 
-from classifier import evaluate, image_features, text_features
 from clip import build_model
+from clip.lora import add_lora, merged, set_dropout
 from clip.model import Attention
-from optimizers.lora import add_lora, merged, set_dropout
-from optimizers.methods import Method
+from clip.zero_shot import evaluate, image_features, text_features
+from optimizers.build import Method
 from train import Adapted, Course, Settings, compile_blocks, train
 
 # torch 2.4's own, when it recomputes a chunk of the text

@@ -13,7 +13,7 @@ from dataset_helpers import PARTS, make_dataset, write_image
 from datasets import build_dataset, check_dataset, dataset_name, describe_data
 from datasets.__main__ import main as doctor
 from datasets.base import TEMPLATE
-from datasets.sampling import fewshot_json
+from datasets.fewshot import fewshot_json
 
 SIZES = {"Käse Brot": 12, "a.b": 10, "zoo_bar": 5}
 

@@ -10,8 +10,8 @@ import torch
 from clip_helpers import TINY_VIT, Server, random_state_dict
 
 import clip
-from clip import tokenizer
-from clip.tokenizer import LETTERS, Tokenizer, find_merges, read_merges, tokenize
+from clip import simple_tokenizer
+from clip.simple_tokenizer import LETTERS, Tokenizer, find_merges, read_merges, tokenize
 
 TEXTS = [
     "a photo of a cat.",
@@ -170,7 +170,7 @@ def test_the_cache_comes_before_open_clip_which_is_found_without_importing_it(
     monkeypatch.delitem(sys.modules, "open_clip")
     found = find_merges()
     assert found.parent.name == "open_clip" and "open_clip" not in sys.modules
-    cached = no_merges / ".cache" / "clip" / tokenizer.MERGES_FILE
+    cached = no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
     cached.parent.mkdir(parents=True)
     cached.write_bytes(found.read_bytes())
     assert find_merges() == cached
@@ -179,16 +179,16 @@ def test_the_cache_comes_before_open_clip_which_is_found_without_importing_it(
 def test_merges_are_downloaded_and_verified_when_nothing_has_them(no_merges, monkeypatch):
     content = gzip.compress(b"#version: 1\na b</w>\n", mtime=0)
     with Server(content) as server:
-        monkeypatch.setattr(tokenizer, "MERGES_URL", server.url)
+        monkeypatch.setattr(simple_tokenizer, "MERGES_URL", server.url)
         with pytest.raises(ValueError, match="wrong SHA-256"):
             find_merges()
         server.status = 503
-        with pytest.raises(ConnectionError, match=f"place it at .*{tokenizer.MERGES_FILE}"):
+        with pytest.raises(ConnectionError, match=f"place it at .*{simple_tokenizer.MERGES_FILE}"):
             find_merges()
-        monkeypatch.setattr(tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
+        monkeypatch.setattr(simple_tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
         server.status = None
         found = find_merges()
-    assert found == no_merges / ".cache" / "clip" / tokenizer.MERGES_FILE
+    assert found == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
     assert read_merges(found) == [("a", "b</w>")]
 
 
@@ -223,7 +223,7 @@ def test_a_file_that_is_not_a_list_of_merges_is_refused_by_name(tmp_path, kind):
 
 
 def test_a_list_of_merges_does_not_unpack_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MERGES_LIMIT", 10_000)
+    monkeypatch.setattr(simple_tokenizer, "MERGES_LIMIT", 10_000)
     (tmp_path / "merges.gz").write_bytes(gzip.compress(b"a" * 10_001))
     with pytest.raises(ValueError, match="merges.gz is not a merges file.*longer than"):
         read_merges(tmp_path / "merges.gz")

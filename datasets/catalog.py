@@ -5,7 +5,7 @@ from functools import partial
 from datasets import digits
 from datasets.base import DatasetSpec
 from datasets.imagenet import read_imagenet, read_variant
-from datasets.raw import (
+from datasets.readers import (
     read_cars,
     read_class_folders,
     read_fgvc,
