@@ -14,14 +14,13 @@ and without moments, every move at S_g is the one above.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.SparseOptimizer import SO, read_gradients, repeat, subtract
+from optimizers.SparseOptimizer import SO
 
 GRAD_SUPPORTS = ("random", "magnitude")
 MOMENT_SUPPORTS = ("magnitude", "random", "fixed", "reset")
@@ -39,9 +38,8 @@ class AblatedSO(SO):
         moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
             "random" ones of it, "fixed", the first S_g for good, or "reset": always S_g, with all
             moments forgotten where it is drawn.
-        moments: "usual"; "aged", with bias corrections by the steps since each entry's moments
-            began, kept as `ages`; or "none": see the module's docstring. The state of a tensor is
-            then `step` and `grad_indices` alone.
+        moments: "usual"; "aged", which is SO's bias_correction="entry"; or "none": see the module's
+            docstring. The state of a tensor is then only `step` and `grad_indices`.
         **settings: SO's.
 
     Raises:
@@ -72,14 +70,16 @@ class AblatedSO(SO):
             )
         self.grad_support, self.moment_support = grad_support, moment_support
         self.moments = moments
+        if moments == "aged":
+            settings["bias_correction"] = "entry"
         super().__init__(params, **settings)
 
     @torch.no_grad()
-    def draw_supports(self, wanted: Callable[[Tensor], bool] | None = None) -> None:
+    def draw_supports(self, filter_fn: Callable[[Tensor], bool] | None = None) -> None:
         """As SO's; the largest entries of a gradient can be known once it is there."""
-        drawn = set(self._drawn)
-        super().draw_supports(wanted)
-        for p in self._drawn - drawn:
+        ready = set(self._ready)
+        super().draw_supports(filter_fn)
+        for p in self._ready - ready:
             state = self.state[p]
             if self.grad_support == "magnitude":
                 k = len(state["grad_indices"])
@@ -89,10 +89,9 @@ class AblatedSO(SO):
                 continue
             if self.moment_support == "reset" or not state["step"]:
                 state["indices"] = state["grad_indices"].clone()
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(state[name])
-                if self.moments == "aged":
-                    state["ages"] = torch.zeros_like(state["indices"])
+                for name in ("exp_avg", "exp_avg_sq", "entry_steps"):
+                    if name in state:
+                        state[name] = torch.zeros_like(state[name])
 
     def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if self.moments == "none":
@@ -100,51 +99,27 @@ class AblatedSO(SO):
         # Like the draws of S_g a function of seed and step: there is no generator to save.
         seed = hash((group["seed"], int(self.state[params[0]]["step"]))) % 2**63
         self._scores = torch.Generator("cpu").manual_seed(seed)
-        states = [self.state[p] for p in params]
-        before = [(state["indices"], state.get("ages")) for state in states]
         super()._sparse_update(params, group)
         del self._scores
-        if self.moments == "aged":
-            for state, (S_m, ages) in zip(states, before, strict=True):
-                state["ages"] = _ages_at(state["indices"], S_m, ages)
 
     def _sign_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Take the step without moments on many tensors at once."""
-        states = [self.state[p] for p in params]
-        places = [state["grad_indices"] for state in states]
-        counts = [len(support) for support in places]
-        offsets = list(accumulate((p.numel() for p in params), initial=0))[:-1]
-        S_g = torch.cat(places) + repeat(offsets, counts, params[0].device, torch.int64)
-        g = read_gradients(params, states, offsets, S_g)
-        g = g.to(torch.promote_types(params[0].dtype, torch.float32))
-        if group["weight_decay"] != 0:
-            W = torch.cat([p.take(at) for p, at in zip(params, places, strict=True)])
-            g = g + group["weight_decay"] * W.to(g.dtype)
+        g = self._read_gradients(params, group)
+        supports = [self.state[p]["grad_indices"] for p in params]
         beta1, beta2 = group["betas"]
         update = group["lr"] * (1 - beta1) / math.sqrt(1 - beta2) * g.sign()
-        for p, at, part in zip(params, places, update.split(counts), strict=True):
-            subtract(p, at, part)
+        for p, S_g, part in zip(
+            params, supports, update.split(list(map(len, supports))), strict=True
+        ):
+            self._write(p, S_g, part, torch.zeros_like(S_g, dtype=torch.bool), group)
 
-    def _bias_corrections(
-        self, betas: tuple[float, float], states: list[dict], places: Sequence[Tensor], m: Tensor
-    ) -> Iterator[Tensor]:
-        if self.moments == "usual":
-            return super()._bias_corrections(betas, states, places, m)
-        t = torch.cat(
-            [
-                _ages_at(at, state["indices"], state["ages"])
-                for at, state in zip(places, states, strict=True)
-            ]
-        ).double()  # as exact as SO's
-        return ((1 - beta**t).to(m.dtype) for beta in betas)
-
-    def _importance(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
+    def _prune_score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         if self.moment_support == "random":
             scores = torch.rand(m.shape, generator=self._scores, dtype=m.dtype, device="cpu")
             return scores.to(m.device)
         if self.moment_support in ("fixed", "reset"):
             return torch.isin(U, S_m).to(m.dtype)
-        return super()._importance(U, m, S_m)
+        return super()._prune_score(U, m, S_m)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As SO's; a state without moments is checked as one whose moments are 0."""
@@ -164,10 +139,3 @@ class AblatedSO(SO):
     def _drop_moments(self, state: dict[str, Any]) -> None:
         for name in KEPT_BY_SO:
             state.pop(name, None)
-
-
-def _ages_at(at: Tensor, S_m: Tensor, ages: Tensor) -> Tensor:
-    """Steps that moments at some entries will have had after this one: 1 outside of S_m."""
-    S_m, order = S_m.sort()
-    slot = torch.searchsorted(S_m, at.contiguous()).clamp_(max=len(S_m) - 1)
-    return 1 + ages[order][slot].where(S_m[slot] == at, 0)

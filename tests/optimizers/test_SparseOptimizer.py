@@ -40,11 +40,12 @@ def run(optimizer, params, steps, seed=0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("density, T", [(0.01, 1), (0.1, 5), (0.3, 2), (0.7, 3), (1.0, 4)])
-def test_every_step_equals_the_plain_twin(shape, density, T):
+@pytest.mark.parametrize("foreach", [None, False])
+def test_every_step_equals_the_plain_twin(shape, density, T, foreach):
     w = parameter(*shape)
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     twin = Twin(w, **settings)
-    optimizer = SO([w], **settings, density_ratio=density, T=T, seed=3)
+    optimizer = SO([w], **settings, density_ratio=density, T=T, seed=3, foreach=foreach)
     for step in range(12):
         w.grad = torch.randn_like(w)
         gradient = w.grad.clone()
@@ -624,6 +625,10 @@ def test_the_file_can_be_read_by_python_3_9():
         {"T": 0},
         {"T": 2.5},
         {"T": True},
+        {"maximize": 1},
+        {"decoupled_weight_decay": None},
+        {"bias_correction": "row"},
+        {"foreach": 0},
         {"dense": torch.ones(2)},
         {"dense": 1},
         {"seed": "x"},
