@@ -12,24 +12,24 @@ from contextlib import nullcontext
 from functools import partial
 
 from job import Job
-from optimizers.build import make_method, select_matrices
+from optimizers.build import build_optimizer, mark_as_trainable
 from optimizers.delta import load_weights
-from run_utils import parse_args
+from run_utils import get_arguments
 from runs import output_dir, transfer
-from runs.checkpoint import Checkpoint
-from runs.cli import exit_status
-from runs.distributed import connect, disconnect, meet
-from runs.signals import Interrupted, Signals
-from train import Adapted, Course, NonFiniteLoss, Settings, compile_blocks, own_images, train
+from runs.checkpoint import CheckpointSaver
+from runs.cli import run_cli
+from runs.distributed import cleanup_distributed, init_distributed, init_store
+from runs.signals import Preempted, SignalHandler
+from train import Adapted, NonFiniteLoss, TrainConfig, TrainState, compile_blocks, own_images, train
 from utils import Predictions, plural
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure zero-shot accuracy, adapt, measure again, and leave a folder of results."""
-    processes = meet()
-    config = parse_args(argv)
-    device = connect(processes, config.device)
-    with Signals() as signals, processes.quiet():
+    processes = init_store()
+    config = get_arguments(argv)
+    device = init_distributed(processes, config.device)
+    with SignalHandler() as signals, processes.quiet():
         job = Job(config, device, processes, signals)
         if job.result:
             tell_again(job)
@@ -37,25 +37,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             test(job)
         else:
             adapt(job)
-    disconnect(processes)
+    cleanup_distributed(processes)
 
 
 def tell_again(job: Job) -> None:
     """Print what a finished run reached; test its weights on what --test_on names besides."""
     folder, first = job.folder, job.processes.first
     if job.processes.writes:
-        output_dir.tell_finished(job.result, folder, job.config)
-    left = first(lambda: transfer.tell_known(folder, job.targets))
+        output_dir.print_finished_run(job.result, folder, job.config)
+    left = first(lambda: transfer.print_known_targets(folder, job.targets))
     if not left:
         return
-    weights = first(lambda: output_dir.kept_weights(folder, job.config))
+    weights = first(lambda: output_dir.find_saved_weights(folder, job.config))
     job.load()
     tasks = {name: job.targets[name] for name in left}
     before = job.measure(tasks, "zero_shot_accuracy")
     load_weights(job.model, weights, job.config.backbone)
     after = job.measure(tasks, "final_accuracy")
     if job.processes.writes:
-        transfer.write(folder, job.targets, before, after)
+        transfer.save_transfer(folder, job.targets, before, after)
 
 
 def test(job: Job) -> None:
@@ -67,7 +67,7 @@ def test(job: Job) -> None:
         load_weights(job.model, weights, job.config.backbone, alpha)
         after = job.measure(job.tasks, "accuracy")
         if job.targets and job.processes.writes and weights.parent == job.folder:
-            transfer.write(job.folder, job.targets, before, after)
+            transfer.save_transfer(job.folder, job.targets, before, after)
 
 
 def adapt(job: Job) -> None:
@@ -80,21 +80,24 @@ def adapt(job: Job) -> None:
             "torchrun a smaller --nproc_per_node, or main.py a larger --batch_size"
         )
     job.load()
-    model, course = job.model, Course(config.n_iters * config.shots)
-    with output_dir.locked(folder) if processes.writes else nullcontext(), job.signals.deferred():
-        checkpoint = Checkpoint(folder, config, dataset.data, job.base.digest)
+    model, course = job.model, TrainState(config.n_iters * config.shots)
+    with (
+        output_dir.lock_output_dir(folder) if processes.writes else nullcontext(),
+        job.signals.deferred(),
+    ):
+        checkpoint = CheckpointSaver(folder, config, dataset.data, job.base.digest)
         interrupted = processes.first(checkpoint.read)
         if processes.writes:
-            output_dir.write_task(folder, config, dataset)
-        method = make_method(
-            config.method, model, select_matrices(model, config.encoder, config.position),
+            output_dir.save_run_inputs(folder, config, dataset)
+        method = build_optimizer(
+            config.method, model, mark_as_trainable(model, config.encoder, config.position),
             density=1 - config.s, T=config.t, sampled=not (config.dense_grad or config.compile),
             **config.pick("lr", "rank", "seed", "grad_support", "moment_support", "moments"),
         )  # fmt: skip
         if config.compile:
             compile_blocks(model)
         adapted = Adapted(model, job.prompts, method, job.base)
-        output_dir.describe(config, dataset, method.summary, job.device, processes.size)
+        output_dir.print_run_summary(config, dataset, method.summary, job.device, processes.size)
         if interrupted:
             checkpoint.resume(interrupted, adapted, course)
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
@@ -104,7 +107,7 @@ def adapt(job: Job) -> None:
                 new = job.predict(config.eval_split, "Zero-shot", dataset.new).accuracy
                 course.new["zero_shot_new_accuracy"] = new
         before = {"zero_shot_accuracy": course.zero_shot, **course.new}
-        output_dir.tell_all(output_dir.BEFORE, before, config.eval_split)
+        output_dir.print_accuracies(output_dir.ZERO_SHOT_KEYS, before, config.eval_split)
 
         def save() -> None:
             if processes.writes:
@@ -112,26 +115,26 @@ def adapt(job: Job) -> None:
 
         batches = job.loader.train_batches(
             dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
-            config.flip, course.count, partial(own_images, config.accumulate, processes),
+            config.flip, course.count, partial(own_images, config.grad_accum_steps, processes),
         )  # fmt: skip
-        settings = Settings(**config.pick(*Settings.__annotations__))
+        settings = TrainConfig(**config.pick(*TrainConfig.__annotations__))
         measure = partial(measure_now, job, adapted, course)
         interruption = partial(processes.check, job.signals)
         try:
             train(adapted, batches, course, settings, measure, save, interruption, processes)
         except NonFiniteLoss:
             if processes.writes:
-                output_dir.write_curve(folder, course.curve())
+                output_dir.save_log(folder, course.curve())
             raise
-        except Interrupted as stop:
+        except Preempted as stop:
             stop.kept = checkpoint.kept
             raise
-        output_dir.tell_all(output_dir.AFTER, course.measured, config.eval_split)
+        output_dir.print_accuracies(output_dir.FINAL_KEYS, course.measured, config.eval_split)
         if processes.writes:
-            output_dir.write_curve(folder, course.curve())
+            output_dir.save_log(folder, course.curve())
             if config.save_weights:
-                adapted.save(output_dir.weights_file(folder, config), course, config.wise)
-            output_dir.write_result(folder, config, dataset, job.device, course, processes.size)
+                adapted.save(output_dir.weights_path(folder, config), course, config.wise)
+            output_dir.save_result(folder, config, dataset, job.device, course, processes.size)
         if job.targets:
             base = adapted.report(course)
             with adapted.scaled(config.wise):
@@ -139,15 +142,15 @@ def adapt(job: Job) -> None:
             adapted.restore(base)
             before = job.measure(job.targets, "zero_shot_accuracy")
             if processes.writes:
-                transfer.write(folder, job.targets, before, after)
-    output_dir.whats_next(config, folder)
+                transfer.save_transfer(folder, job.targets, before, after)
+    output_dir.print_output_dir(config, folder)
 
 
-def measure_now(job: Job, adapted: Adapted, course: Course) -> Predictions:
+def measure_now(job: Job, adapted: Adapted, course: TrainState) -> Predictions:
     """Measure the present weights as they would be reported."""
     config, score, new = job.config, None, job.dataset.new
     with adapted.scaled(config.wise):
-        if config.select == "val":
+        if config.final_model == "best_val":
             score = job.predict("val", "Validation").accuracy
         found = job.predict(config.eval_split, "Evaluation")
         best = score is None or score > course.best[1]
@@ -160,4 +163,4 @@ def measure_now(job: Job, adapted: Adapted, course: Course) -> Predictions:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_cli(main))

@@ -17,25 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip import CLIP
-from clip.lora import merged
+from clip.lora import merged_lora
 from clip.model import ResidualAttentionBlock
 from clip.zero_shot import (
-    autocast,
-    before_training,
-    image_features,
-    scale_of,
+    encode_classes,
+    encode_images,
+    get_autocast,
+    get_logit_scale,
+    precompute_frozen_text,
     shared_rows,
-    text_features,
 )
 from datasets.transforms import Batch, to_device
 from optimizers.build import Method
-from optimizers.delta import Base, Packed, pack, save_delta, scaled, unpack
+from optimizers.delta import (
+    PretrainedModel,
+    StateDiff,
+    apply_state_diff,
+    diff_state_dict,
+    interpolated_weights,
+    save_delta,
+)
 from optimizers.SampledGradients import sum_gradients
-from runs.distributed import ALONE, Processes, exchange
-from runs.signals import Interrupted
+from runs.distributed import SINGLE_PROCESS, DistInfo, comm_errors_as_peer_exit
+from runs.signals import Preempted
 from utils import Predictions, Progress
 
-FINAL_LR = 1e-6  # where the cosine ends
+MIN_LR = 1e-6  # where the cosine ends
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -43,7 +50,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainConfig:
     """How a model is trained.
 
     Args:
@@ -51,8 +58,8 @@ class Settings:
         early_stop_loss: Training ends after an epoch whose mean loss is below this.
         precision: Precision of the matrix products: "fp32", "bf16", or "fp16" with scaled
             gradients.
-        text_chunk: Classes whose text is encoded at once; 0 for all (`text_features`).
-        accumulate: Parts that each batch is computed in.
+        class_batch_size: Classes whose text is encoded at once; 0 for all (`encode_classes`).
+        grad_accum_steps: Parts that each batch is computed in.
         eval_every: Iterations between two measurements; 0 for the last one alone.
         checkpoint_every: Iterations between two checkpoints; 0 for none.
     """
@@ -60,8 +67,8 @@ class Settings:
     logit_scale: float | str = 100.0
     early_stop_loss: float = 0.0
     precision: str = "fp32"
-    text_chunk: int = 0
-    accumulate: int = 1
+    class_batch_size: int = 0
+    grad_accum_steps: int = 1
     eval_every: int = 0
     checkpoint_every: int = 0
 
@@ -72,23 +79,23 @@ class Adapted(NamedTuple):
     model: CLIP
     prompts: Tensor  # tokens of the classes' prompts, by label: (P, C, L)
     method: Method
-    base: Base | None = None  # read for checkpoints and deltas
+    base: PretrainedModel | None = None  # read for checkpoints and deltas
 
     @contextmanager
     def scaled(self, alpha: float) -> Iterator[None]:
         """Merge LoRA's adapters, and scale what was learned, for a while."""
-        with merged(self.model):
+        with merged_lora(self.model):
             if alpha == 1:
                 yield
             else:
-                with scaled(self.method.matrices, self.base.read(), alpha):
+                with interpolated_weights(self.method.matrices, self.base.read(), alpha):
                     yield
 
-    def report(self, course: "Course") -> dict[str, Tensor]:
+    def report(self, course: "TrainState") -> dict[str, Tensor]:
         """Give the model the weights that the course reports; return those of the base."""
         base = self.base.read()
         if packed := course.best[2]:
-            unpack(packed, self.method.trained, base)
+            apply_state_diff(packed, self.method.trained, base)
         return base
 
     @torch.no_grad()
@@ -97,7 +104,7 @@ class Adapted(NamedTuple):
         for name, parameter in self.method.trained.items():
             parameter.copy_(base[name]) if name in base else parameter.zero_()
 
-    def save(self, path: Path, course: "Course", wise: float = 1) -> None:
+    def save(self, path: Path, course: "TrainState", wise: float = 1) -> None:
         """Write the delta of the weights that the course reports, scaled by `wise`."""
         base = self.report(course)
         told = {"backbone": self.base.name} | ({} if wise == 1 else {"wise": f"{wise:g}"})
@@ -106,7 +113,7 @@ class Adapted(NamedTuple):
 
 
 @dataclass
-class Course:
+class TrainState:
     """How far training is: with weights, optimizer and generators, all that continues it."""
 
     iterations: int  # at most
@@ -120,7 +127,7 @@ class Course:
     accuracies: dict[int, float] = field(default_factory=dict)  # in percent, by iteration
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))  # (iterations,), on the device
     scaler: dict[str, Any] = field(default_factory=dict)  # GradScaler's state
-    best: tuple[int, float, Packed] = (0, -math.inf, {})  # iteration, score, weights then
+    best: tuple[int, float, StateDiff] = (0, -math.inf, {})  # iteration, score, weights then
     predictions: Predictions | tuple = ()  # of the iterate that is reported, as far as is known
     began: float = field(default_factory=time.perf_counter)  # less the time of earlier processes
 
@@ -151,14 +158,18 @@ class Course:
     def curve(self) -> list[tuple]:
         """Rows (iteration, loss, lr, test accuracy, or "" where nothing was measured)."""
         return [
-            (i, loss, cosine_lr(self.lr, i - 1, self.iterations), self.accuracies.get(i, ""))
+            (i, loss, get_lr(self.lr, i - 1, self.iterations), self.accuracies.get(i, ""))
             for i, loss in enumerate(self.losses[: self.count].tolist(), start=1)
         ]
 
     def offer(self, score: float, adapted: Adapted) -> None:
         """Keep the present weights, as what differs from the base, if none scored as high."""
         if score > self.best[1]:
-            self.best = self.count, score, pack(adapted.method.trained, adapted.base.read())
+            self.best = (
+                self.count,
+                score,
+                diff_state_dict(adapted.method.trained, adapted.base.read()),
+            )
 
     def record(self, predictions: Predictions) -> None:
         """Note the present weights' accuracy; keep their predictions if they would be reported."""
@@ -190,20 +201,20 @@ def compile_blocks(model: CLIP, backend: str = "inductor") -> None:
             module.compile(backend=backend)
 
 
-def cosine_lr(lr: float, iteration: int, iterations: int) -> float:
+def get_lr(lr: float, iteration: int, iterations: int) -> float:
     """The learning rate of an iteration, counted from 0: a cosine from lr down to 1e-6."""
-    return FINAL_LR + (lr - FINAL_LR) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+    return MIN_LR + (lr - MIN_LR) * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
 def train(
     adapted: Adapted,
     batches: Iterator[tuple[Batch, bool]],
-    course: Course,
-    settings: Settings = Settings(),  # noqa: B008 # frozen
+    course: TrainState,
+    settings: TrainConfig = TrainConfig(),  # noqa: B008 # frozen
     measure: Callable[[], Predictions] | None = None,
     save: Callable[[], None] = lambda: None,
     interruption: Callable[[], None] = lambda: None,
-    processes: Processes = ALONE,
+    processes: DistInfo = SINGLE_PROCESS,
 ) -> None:
     """Adapt a model by cross-entropy over scaled cosines, with the paper's cosine schedule.
 
@@ -226,12 +237,14 @@ def train(
     model, optimizer = adapted.model, adapted.method.optimizer
     params = [p for group in optimizer.param_groups for p in group["params"]]
     device = model.text_projection.device
-    scale = scale_of(model, settings.logit_scale)
+    scale = get_logit_scale(model, settings.logit_scale)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # a resumed run's rate is that of its last step
     course.lr = optimizer.param_groups[0]["initial_lr"]
-    with autocast(device, settings.precision):
-        first, hidden = before_training(model, adapted.prompts, settings.text_chunk, processes)
+    with get_autocast(device, settings.precision):
+        first, hidden = precompute_frozen_text(
+            model, adapted.prompts, settings.class_batch_size, processes
+        )
     losses = torch.zeros(course.iterations, device=device)  # there: a GPU is not waited for
     losses[: course.count] = course.losses.to(device)
     course.losses = losses
@@ -256,19 +269,24 @@ def train(
             while not course.ended:
                 batch, ends_epoch = next(batches)
                 for group in optimizer.param_groups:
-                    group["lr"] = cosine_lr(course.lr, course.count, course.iterations)
+                    group["lr"] = get_lr(course.lr, course.count, course.iterations)
                 optimizer.zero_grad()
-                with autocast(device, settings.precision):
+                with get_autocast(device, settings.precision):
                     classes = hidden  # (C, D) where nothing of the text tower is trained
                     if first < len(model.transformer.resblocks):
-                        classes = text_features(
-                            model, adapted.prompts, settings.text_chunk, hidden, first, processes
+                        classes = encode_classes(
+                            model,
+                            adapted.prompts,
+                            settings.class_batch_size,
+                            hidden,
+                            first,
+                            processes,
                         )
-                loss = add_gradients(
+                loss = forward_backward(
                     model, to_device(batch, device), classes, scale, scaler, settings, processes
                 )
                 if processes.size > 1:
-                    with exchange():
+                    with comm_errors_as_peer_exit():
                         sum_gradients(params, also=[loss])
                 losses[course.count] = loss
                 scaler.step(optimizer)
@@ -286,7 +304,7 @@ def train(
                 every = settings.checkpoint_every
                 if every and course.count % every == 0 and not course.ended:
                     save_if_sound()
-    except Interrupted:
+    except Preempted:
         save_if_sound()
         raise
     if course.count < course.iterations:
@@ -297,31 +315,31 @@ def train(
         )
 
 
-def add_gradients(
+def forward_backward(
     model: CLIP,
     batch: Batch,
     classes: Tensor,
     scale: float | Tensor,
     scaler: torch.amp.GradScaler,
-    settings: Settings,
-    processes: Processes = ALONE,
+    settings: TrainConfig,
+    processes: DistInfo = SINGLE_PROCESS,
 ) -> Tensor:
     """Add this process's part of the gradients of a batch's mean loss; return its part of the loss.
 
-    The batch, on the model's device, is computed in `settings.accumulate` parts, one after the
+    The batch, on the model's device, is computed in `settings.grad_accum_steps` parts, one after the
     other; the text, with classes' features (C, D), is encoded once all the same.
-    """
+    """  # noqa: E501
     images, labels = batch
-    at_once = part_size(len(labels), settings.accumulate)
+    at_once = part_size(len(labels), settings.grad_accum_steps)
     apart = at_once < len(labels) or processes.size > 1
     leaf = classes.detach().requires_grad_(classes.requires_grad) if apart else classes
     total, done = torch.zeros((), device=labels.device), 0
     for share in processes.shares(len(labels), at_once):
         mine = labels[share.mine]
         some, done = images[done : done + len(mine)], done + len(mine)
-        with autocast(labels.device, settings.precision):
+        with get_autocast(labels.device, settings.precision):
             with shared_rows(share, processes):
-                features = image_features(model, some)
+                features = encode_images(model, some)
             logits = scale * features @ leaf.T  # (b, C)
             loss = F.cross_entropy(logits, mine, reduction="sum") / len(labels)
         scaler.scale(loss).backward()
@@ -331,17 +349,17 @@ def add_gradients(
     return total
 
 
-def own_images(accumulate: int, processes: Processes, count: int) -> list[int]:
+def own_images(grad_accum_steps: int, processes: DistInfo, count: int) -> list[int]:
     """The numbers of the images of a batch of `count` that this process computes."""
-    return processes.own(count, part_size(count, accumulate))
+    return processes.own(count, part_size(count, grad_accum_steps))
 
 
-def part_size(count: int, accumulate: int) -> int:
+def part_size(count: int, grad_accum_steps: int) -> int:
     """The number of a batch's images that are computed at once, by all processes together."""
-    return math.ceil(count / accumulate)
+    return math.ceil(count / grad_accum_steps)
 
 
-def end_epoch(course: Course, early_stop_loss: float) -> None:
+def end_epoch(course: TrainState, early_stop_loss: float) -> None:
     """Look at the losses of the epoch that ends here, and note whether training has ended.
 
     This is the one time in an epoch that the device is waited for.

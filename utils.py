@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
-BINS = 15  # of confidence
+N_BINS = 15  # of confidence
 
 
 class Predictions(NamedTuple):
@@ -39,14 +39,14 @@ def accuracy(labels: Tensor, predicted: Tensor) -> float:
     return 100.0 * (predicted == labels).sum().item() / len(labels)
 
 
-def class_accuracies(labels: Tensor, predicted: Tensor, classes: int) -> list[float | None]:
+def per_class_accuracy(labels: Tensor, predicted: Tensor, classes: int) -> list[float | None]:
     """Accuracy in percent of the images (N,) of each class, by label; None where it has none."""
     counts = labels.bincount(minlength=classes).tolist()
     hits = labels[predicted == labels].bincount(minlength=classes).tolist()
     return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
-def calibration_error(correct: Tensor, probabilities: Tensor, bins: int = BINS) -> float:
+def expected_calibration_error(correct: Tensor, probabilities: Tensor, bins: int = N_BINS) -> float:
     """Expected calibration error (ECE) in percent.
 
     Probabilities of the predicted classes are put into `bins` equal intervals (a, b] of [0, 1]. In
@@ -68,7 +68,7 @@ def calibration_error(correct: Tensor, probabilities: Tensor, bins: int = BINS) 
     return 100.0 * gaps.abs().sum().item() / len(confidence)
 
 
-def names_apart(names: Sequence[str]) -> list[str]:
+def unique_classnames(names: Sequence[str]) -> list[str]:
     """The classes' names by label, those that several classes have with their labels behind them.
 
     >>> names_apart(["crane", "crow", "crane"])
@@ -103,7 +103,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        fsync_dir(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -111,7 +111,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
         raise
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Have a folder's names on the disk, too, where its system can do that (Windows cannot)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -132,14 +132,14 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def first_few(names: Iterable[str]) -> str:
+def truncate_list(names: Iterable[str]) -> str:
     """The first five names, and how many more there are, on one line whatever they hold."""
     names = list(names)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(n if n.isprintable() else repr(n) for n in names[:5]) + more
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint at the valid name that looks most like this one: " (did you mean 'dtd'?)", or ""."""
     lower = {known.lower(): known for known in valid}
     found = difflib.get_close_matches(name.lower(), lower, n=1)
@@ -151,14 +151,14 @@ def plural(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("s" if count != 1 else "")
 
 
-def explain(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An error in words; one of the operating system names the file and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
-def say(text: str) -> None:
+def print_quietly(text: str) -> None:
     """Print; a reader that has closed the pipe, as `head` does, is no error."""
     try:
         print(text, flush=True)
@@ -166,7 +166,7 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def as_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:
+def to_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:
     """The text of a CSV file, or of a line of it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -175,7 +175,7 @@ def as_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:
     return text.getvalue()
 
 
-def content_digest(data: Any) -> str:
+def sha256_of_tree(data: Any) -> str:
     """SHA-256 over nested dicts, lists and tuples of plain values and tensors."""
     sha = hashlib.sha256()
 

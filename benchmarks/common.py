@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clip import CLIP
-from runs.output_dir import peak_memory
+from runs.environment import peak_memory_mb
 
 T = 5  # steps between two draws
 TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
@@ -145,7 +145,7 @@ def peak_mb(device: torch.device) -> float:
     """
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
-        return peak_memory(device)
+        return peak_memory_mb(device)
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
 
 

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.common import BACKBONES, T, machine, print_table, write_json
 from clip import CLIP, build_model
-from clip.lora import add_lora
+from clip.lora import apply_lora
 from optimizers import SO
-from optimizers.build import PACKED, Method, select_matrices
-from optimizers.delta import Base, apply_delta, read_delta, save_delta, weights_digest
-from run_utils import parse_args
-from runs.checkpoint import Checkpoint
-from train import Adapted, Course
+from optimizers.build import IN_PROJ_SUFFIX, Method, mark_as_trainable
+from optimizers.delta import PretrainedModel, apply_delta, read_delta, save_delta, state_dict_sha256
+from run_utils import get_arguments
+from runs.checkpoint import CheckpointSaver
+from train import Adapted, TrainState
 
 MB = 1e6  # bytes, as file sizes are told
 RANK = 2
@@ -86,9 +86,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = CLIP(**BACKBONES[args.backbone])
     base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    matrices = select_matrices(model, "both", "all")
+    matrices = mark_as_trainable(model, "both", "all")
     params = list(matrices.values())
-    full, digest = saved_bytes(base), weights_digest(base)
+    full, digest = saved_bytes(base), state_dict_sha256(base)
     entries = sum(p.numel() for p in params)
     about = machine(torch.device("cpu"))
     print(
@@ -99,7 +99,7 @@ def main() -> None:
     )
 
     optimizer = SO(params, density_ratio=args.density, T=T, seed=0)
-    kept = Base("in memory")
+    kept = PretrainedModel("in memory")
     kept.read = lambda: base
     adapted = Adapted(model, torch.zeros(0), Method(optimizer, matrices), kept)
 
@@ -116,13 +116,13 @@ def main() -> None:
             delta = read_delta(path)
             copy = build_model(base)
             applying = timed(lambda copy=copy, delta=delta: apply_delta(copy, delta))
-            assert weights_digest(copy) == weights_digest(model)  # exact
+            assert state_dict_sha256(copy) == state_dict_sha256(model)  # exact
             changed = sum(len(change.indices) for change in delta.matrices.values())
             row = f"delta after {steps} steps"
             rows.append(dict(row=row, steps=steps, bytes=path.stat().st_size, entries=changed))
             rows[-1] |= dict(share=changed / entries, writing_s=writing, applying_s=applying)
-            checkpoint = Checkpoint(path.parent, parse_args([]), {}, digest)
-            course = Course(steps, steps, losses=torch.zeros(steps))
+            checkpoint = CheckpointSaver(path.parent, get_arguments([]), {}, digest)
+            course = TrainState(steps, steps, losses=torch.zeros(steps))
             rows[-1]["checkpoint_s"] = timed(lambda c=checkpoint, to=course: c.save(adapted, to))
             rows[-1]["checkpoint_bytes"] = (path.parent / "checkpoint.pt").stat().st_size
     rows.append(dict(row="LoRA adapter, rank 2", bytes=adapter_bytes(base, matrices)))
@@ -147,8 +147,10 @@ def main() -> None:
 
 def adapter_bytes(base: dict[str, Tensor], matrices: dict[str, nn.Parameter]) -> int:
     """Size of LoRA's adapters on q, k and v of the same layers, as safetensors."""
-    layers = [name.removesuffix(PACKED) for name in matrices if name.endswith(PACKED)]
-    return len(safetensors.torch.save(add_lora(build_model(base), layers, RANK)))
+    layers = [
+        name.removesuffix(IN_PROJ_SUFFIX) for name in matrices if name.endswith(IN_PROJ_SUFFIX)
+    ]
+    return len(safetensors.torch.save(apply_lora(build_model(base), layers, RANK)))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import BACKBONES, T, machine, print_table, write_json
 from clip import CLIP
-from optimizers.build import make_method, select_matrices
+from optimizers.build import build_optimizer, mark_as_trainable
 from optimizers.SampledGradients import sum_gradients
-from runs.distributed import Processes
+from runs.distributed import DistInfo
 
 WARM_UP = 3  # rounds; DistributedDataParallel arranges its buckets after the first
 RANK = 2  # of LoRA's adapters
@@ -103,13 +103,13 @@ def of_ddp(optimizer: torch.optim.Optimizer) -> Exchange:
 def work(rank: int, size: int, folder: Path, args: argparse.Namespace) -> None:
     """Measure, as one of `size` processes, the first of which writes down the rows."""
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-    group, config = Processes(rank, size), BACKBONES[args.backbone]
+    group, config = DistInfo(rank, size), BACKBONES[args.backbone]
 
     def optimizer(method: str) -> torch.optim.Optimizer:
         model = CLIP(**config)
-        matrices = select_matrices(model, "both", "all")
+        matrices = mark_as_trainable(model, "both", "all")
         settings = dict(lr=1e-4, density=args.density, T=T, rank=RANK, seed=0)
-        return make_method(method, model, matrices, **settings).optimizer
+        return build_optimizer(method, model, matrices, **settings).optimizer
 
     def of_features(classes: int) -> Exchange:
         own, grad = group.own(classes), torch.randn(classes, config["embed_dim"])

@@ -43,18 +43,18 @@ from benchmarks.common import (
 from benchmarks.floor import floor_flops, product_rate
 from benchmarks.workers import Worker, take_turns
 from clip import CLIP
-from clip.lora import add_lora, set_dropout
+from clip.lora import apply_lora, set_dropout
 from clip.model import Attention
-from clip.zero_shot import autocast, before_training, text_features, unit
-from datasets.transforms import normalise, to_device
+from clip.zero_shot import encode_classes, get_autocast, precompute_frozen_text, unit
+from datasets.transforms import normalize, to_device
 from optimizers import SO
-from optimizers.build import POSITIONS, Method, select_matrices
+from optimizers.build import POSITIONS, Method, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
-from runs.environment import default_device, prepare_machine
+from runs.environment import get_default_device, set_up_device
 from train import (
     Adapted,
-    Course,
-    Settings,
+    TrainConfig,
+    TrainState,
     train,
 )
 
@@ -83,7 +83,7 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     """Make a row's model, batch and optimizer, and `iterate`, which runs one iteration."""
     method, _, precision = name.partition(":")
     model = CLIP(**BACKBONES[args.backbone]).eval().to(device)
-    params = list(select_matrices(model, args.encoder, args.position).values())
+    params = list(mark_as_trainable(model, args.encoder, args.position).values())
     tokens = random_tokens(args.classes, model.vocab_size, model.context_length).to(device)
     side = model.visual.input_resolution
     images = torch.randint(256, (args.batch, side, side, 3), dtype=torch.uint8)
@@ -98,7 +98,7 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
 
     if method == "lora":
         layers = [name for name, m in model.named_modules() if isinstance(m, Attention)]
-        adapters = add_lora(model, layers)
+        adapters = apply_lora(model, layers)
         set_dropout(model, True)
         optimizer = torch.optim.AdamW(adapters.values(), lr=LR, weight_decay=1e-2)
     elif method == "adam":
@@ -109,9 +109,9 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         if method == "sampled":
             row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer, False)
             return row
-    row |= dict(optimizer=optimizer, precision=precision, text_chunk=args.text_chunk)
-    with autocast(device, precision):
-        first, hidden = before_training(model, row["prompts"])
+    row |= dict(optimizer=optimizer, precision=precision, class_batch_size=args.class_batch_size)
+    with get_autocast(device, precision):
+        first, hidden = precompute_frozen_text(model, row["prompts"])
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     row["iterate"] = partial(iteration, row, first, hidden, scaler)
     return row
@@ -127,7 +127,7 @@ def plain_iteration(
 ) -> None:
     """One iteration of the authors' code, or with `one_token` in its last blocks."""
     images, labels = to_device(batch, tokens.device)
-    images = normalise(images, model.image_mean, model.image_std)
+    images = normalize(images, model.image_mean, model.image_std)
     mark("input")
     texts = plain.encode_text(model, tokens, one_token)
     mark("text")
@@ -147,12 +147,12 @@ def iteration(
     model, optimizer, prompts = row["model"], row["optimizer"], row["prompts"]
     device = prompts.device
     images, labels = to_device(row["batch"], device)
-    with autocast(device, row["precision"]):
-        images = normalise(images, model.image_mean, model.image_std)
+    with get_autocast(device, row["precision"]):
+        images = normalize(images, model.image_mean, model.image_std)
         mark("input")
         classes = hidden
         if first < len(model.transformer.resblocks):
-            classes = text_features(model, prompts, row["text_chunk"], hidden, first)
+            classes = encode_classes(model, prompts, row["class_batch_size"], hidden, first)
         mark("text")
         features = unit(model.encode_image(images))
         mark("image")
@@ -176,8 +176,8 @@ def count_kernels(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         train(
             Adapted(row["model"], row["prompts"], Method(row["optimizer"])), batches,
-            Course(PROFILED),
-            Settings(precision=row["precision"], text_chunk=row["text_chunk"]),
+            TrainState(PROFILED),
+            TrainConfig(precision=row["precision"], class_batch_size=row["class_batch_size"]),
         )  # fmt: skip
         synchronise(device)
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)
@@ -230,7 +230,7 @@ def timed(iterate: Callable[[Mark], None], device: torch.device) -> dict[str, fl
 
 def work(name: str, args: argparse.Namespace) -> None:
     """Do what the parent asks for on standard input, a word at a time; answer in lines of JSON."""
-    device = prepare_machine(args.device, args.threads, seed=0)
+    device = set_up_device(args.device, args.threads, seed=0)
     cuda = device.type == "cuda"
     row = prepare(name, args, device)
     shape = row["model"], args.batch, row["prompts"]
@@ -296,10 +296,10 @@ def arguments() -> argparse.Namespace:
     add("--classes", type=int, default=10)
     add("--batch", type=int, default=32, help="images")
     add("--density", type=float, default=5e-5)
-    add("--text_chunk", type=int, default=0, help="as main.py's")
+    add("--class_batch_size", type=int, default=0, help="as main.py's")
     add("--repeats", type=int, default=2 * T, help="iterations to time in each row")
     add("--threads", type=int, help="of torch on the CPU")
-    add("--device", default=default_device())
+    add("--device", default=get_default_device())
     add("--json", help="write the figures to this file, too")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -321,7 +321,7 @@ def main() -> None:
     args = arguments()
     if args.worker:
         return work(args.worker, args)
-    about = machine(prepare_machine(args.device, args.threads, seed=0))
+    about = machine(set_up_device(args.device, args.threads, seed=0))
     floor = "floor:fp32" in args.rows
     names = [name for name in args.rows if name != "floor:fp32"]
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]

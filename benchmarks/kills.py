@@ -1,12 +1,12 @@
 """Kill a run again and again, go on each time, and compare its end with an unbroken run's.
 
     python benchmarks/kills.py --kills 30
-    python benchmarks/kills.py --method lora -- --precision bf16 --select val --eval_every 7
+    python benchmarks/kills.py --method lora -- --precision bf16 --final_model best_val --eval_every 7
 
 SIGKILL comes at a random moment, or while checkpoint.pt, weights.safetensors, curve.csv or
 result.json is being written. Weights, curve and accuracies must be equal bit for bit. What follows
 `--` goes to main.py.
-"""
+"""  # noqa: E501
 
 import argparse
 import json

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.common import synchronise
 from optimizers import SampledGradients
 from optimizers.SparseOptimizer import draw_support
-from runs.environment import default_device
+from runs.environment import get_default_device
 
 SHAPES = ((3072, 768), (512, 512))
 DENSITIES = (1 / 1000, 1 / 500, 1 / 300, 1 / 200, 1 / 150, 1 / 100, 1 / 50)
@@ -48,7 +48,7 @@ def milliseconds(dy: Tensor, x: Tensor, density: float, repeats: int) -> list[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", default=get_default_device())
     parser.add_argument("--tokens", type=int, default=2000, help="rows of both factors")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()

@@ -39,7 +39,7 @@ from benchmarks.common import (  # noqa: E402
     random_tokens,
     write_json,
 )
-from runs.environment import default_device, prepare_machine  # noqa: E402
+from runs.environment import get_default_device, set_up_device  # noqa: E402
 
 ROWS = {
     "SO": [],
@@ -125,7 +125,7 @@ def arguments() -> argparse.Namespace:
     add("--num_workers", type=int, help="as main.py's, and so are the next two")
     add("--cache_mb", type=int)
     add("--threads", type=int)
-    add("--device", default=default_device())
+    add("--device", default=get_default_device())
     add("--json", help="write the figures to this file, too")
     add("--folder", help=argparse.SUPPRESS)
     add("--worker", help=argparse.SUPPRESS)
@@ -136,7 +136,7 @@ def main() -> None:
     args = arguments()
     if args.worker:
         return work(args.worker, args)
-    about = machine(prepare_machine(args.device, args.threads, seed=0))
+    about = machine(set_up_device(args.device, args.threads, seed=0))
     with tempfile.TemporaryDirectory() as args.folder:
         prepare(args)
         rows = []

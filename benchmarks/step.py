@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.plain import PlainSO
 from optimizers import SO
-from optimizers.ablations import AblatedSO
+from optimizers.ablations import SOVariant
 
 WIDTHS = {"vision": 768, "text": 512}  # of ViT-B/16's towers, twelve layers each
 T = 5
@@ -77,7 +77,7 @@ def main() -> None:
     for density in args.density:
         optimizers = {
             "SO": SO(params, density_ratio=density, T=T),
-            "SO without moments": AblatedSO(params, density_ratio=density, T=T, moments="none"),
+            "SO without moments": SOVariant(params, density_ratio=density, T=T, moments="none"),
             "SO, as the authors compute it": PlainSO(params, density),
             "Adam": torch.optim.Adam(params),
         }

@@ -1,26 +1,26 @@
 """CLIP: models in OpenAI's layout, their tokenizer, and what brings their weights."""
 
 from clip.convert import build_model
-from clip.files import impostor, read_checkpoint
-from clip.loading import available_models, check, load, locate
+from clip.files import detect_placeholder_file, read_checkpoint
+from clip.loading import available_models, load, resolve_checkpoint, validate_name
 from clip.model import CLIP
-from clip.preprocess import MEAN, STD, make_preprocess, to_rgb
-from clip.simple_tokenizer import Tokenizer, find_merges, tokenize
+from clip.preprocess import OPENAI_MEAN, OPENAI_STD, convert_image_to_rgb, image_transform
+from clip.simple_tokenizer import SimpleTokenizer, default_bpe, tokenize
 
 __all__ = [
     "CLIP",
-    "MEAN",
-    "STD",
-    "Tokenizer",
+    "OPENAI_MEAN",
+    "OPENAI_STD",
+    "SimpleTokenizer",
     "available_models",
     "build_model",
-    "check",
-    "find_merges",
-    "impostor",
+    "validate_name",
+    "default_bpe",
+    "detect_placeholder_file",
     "load",
-    "locate",
-    "make_preprocess",
+    "resolve_checkpoint",
+    "image_transform",
     "read_checkpoint",
-    "to_rgb",
+    "convert_image_to_rgb",
     "tokenize",
 ]

@@ -33,20 +33,22 @@ DTYPES = {
 }
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 # A checkpoint that names one of these modules means to run something: refused as a whole.
-SUSPECTS = {
+BLOCKED_MODULES = {
     "builtins", "__builtin__", "ctypes", "importlib", "nt", "os", "posix", "runpy", "shutil",
     "socket", "subprocess", "sys", "torch",
 }  # fmt: skip
-HARMLESS = {  # exceptions to them, which ordinary values need
+ALLOWED_BUILTINS = {  # exceptions to them, which ordinary values need
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
     "range", "set", "slice", "str", "tuple",
 }  # fmt: skip
 OBJECTS = ("torch.nn.modules.", "torch.optim.")  # whose classes are left in checkpoints
 LISTS = ("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist")
-DEPTH = 16  # modules within modules; CLIP needs six
+MAX_DEPTH = 16  # modules within modules; CLIP needs six
 ATTRIBUTES = 1_000_000  # of all modules; CLIP's largest has some ten thousand
-GROWTH = 16  # times a file's size that its content may have: weights do not compress well
-SLACK = 2**24  # bytes that any file may unpack to
+MAX_EXPANSION_RATIO = (
+    16  # times a file's size that its content may have: weights do not compress well
+)
+MAX_EXPANSION_BYTES = 2**24  # bytes that any file may unpack to
 
 
 class Record:
@@ -82,20 +84,20 @@ def is_archive(path: Path) -> bool:
         return any(name.lower().endswith("constants.pkl") for name in archive.namelist())
 
 
-def read_archive(path: Path) -> dict[str, Tensor]:
+def read_torchscript_state_dict(path: Path) -> dict[str, Tensor]:
     """All tensors among the attributes of an archive's modules, named as in a state dict.
 
     Args:
         path: a TorchScript archive.
 
     Raises:
-        ValueError: as `read_saved`.
+        ValueError: as `safe_load`.
         zipfile.BadZipFile: if the zip file is damaged.
     """
-    return _tensors(read_saved(path))
+    return _tensors(safe_load(path))
 
 
-def read_saved(path: Path, placeholders: bool = False) -> Any:
+def safe_load(path: Path, placeholders: bool = False) -> Any:
     """What torch.save wrote: tensors, dicts, lists, texts and numbers.
 
     Args:
@@ -113,7 +115,7 @@ def read_saved(path: Path, placeholders: bool = False) -> Any:
         Exception: of many kinds, if the pickle is.
     """
     with zipfile.ZipFile(path) as archive:
-        check_growth(path, sum(entry.file_size for entry in archive.infolist()))
+        check_expansion_ratio(path, sum(entry.file_size for entry in archive.infolist()))
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it has no data.pkl, or several")
@@ -122,10 +124,10 @@ def read_saved(path: Path, placeholders: bool = False) -> Any:
         if order in archive.NameToInfo and archive.read(order) != sys.byteorder.encode():
             raise ValueError("its numbers are in another machine's order of bytes")
         with archive.open(pickles[0]) as file:
-            return _Reader(file, archive, folder, placeholders).load()
+            return _RestrictedUnpickler(file, archive, folder, placeholders).load()
 
 
-def check_growth(path: Path, size: int) -> None:
+def check_expansion_ratio(path: Path, size: int) -> None:
     """Refuse content that is far larger than its file: nothing else would bound the memory.
 
     Args:
@@ -135,13 +137,13 @@ def check_growth(path: Path, size: int) -> None:
     Raises:
         ValueError: if they are more than GROWTH times the file's, and more than SLACK.
     """
-    if size > SLACK + GROWTH * path.stat().st_size:
+    if size > MAX_EXPANSION_BYTES + MAX_EXPANSION_RATIO * path.stat().st_size:
         raise ValueError(f"its {path.stat().st_size:,} bytes would become {size:,}")
 
 
 # Python's own unpickler rather than C's, where BUILD could not be kept from setting attributes of
 # functions and tensors.
-class _Reader(pickle._Unpickler):
+class _RestrictedUnpickler(pickle._Unpickler):
     """An unpickler that knows tensors, plain containers, inert records and placeholders."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str, placeholders: bool):
@@ -169,7 +171,7 @@ class _Reader(pickle._Unpickler):
         }
         if (module, name) in harmless:
             return harmless[module, name]
-        suspect = module.partition(".")[0] in SUSPECTS and name not in HARMLESS
+        suspect = module.partition(".")[0] in BLOCKED_MODULES and name not in ALLOWED_BUILTINS
         suspect = suspect and not module.startswith(OBJECTS)
         if suspect or "." in name or not self.placeholders:
             raise ValueError(f"it names {module}.{name}, which no CLIP needs; nothing was run")
@@ -246,6 +248,6 @@ def _tensors(root: Any) -> dict[str, Tensor]:
         for name, value in vars(record).items():
             if isinstance(value, Tensor):
                 tensors[f"{prefix}{name}"] = value
-            elif isinstance(value, Record) and prefix.count(".") < DEPTH:
+            elif isinstance(value, Record) and prefix.count(".") < MAX_DEPTH:
                 records.append((f"{prefix}{name}.", value))
     return tensors

@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 
 from clip.model import CLIP, EXTRA_KEYS
-from clip.resnet import STRIDE
+from clip.resnet import TOTAL_STRIDE
 
 MAX_BLOCKS = 1000  # in a stack: a file's names alone would have this many made
 
 # One of these is in every layout, and what stands before it in a file is a prefix.
-ANCHORS = (
+MARKER_KEYS = (
     "visual.conv1.weight",
     "vision_model.embeddings.patch_embedding.weight",
     "logit_scale",
 )
-NESTS = ("state_dict", "model", "model_state_dict", "module")  # preferred to other dicts
+STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")  # preferred to other dicts
 DEPTH = 4  # dicts within dicts that are looked through
 # Wrappers of single modules, which leave their names in the middle of others.
 WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 )
 
-OTHERS = (  # what a key betrays
+UNSUPPORTED_MODELS = (  # what a key betrays
     (r"logit_bias$|^vision_model\.head\.", "a SigLIP"),
     (r"^text_decoder\.", "a CoCa"),
     (r"^visual\.trunk\.", "a model with a timm trunk as image tower"),
@@ -44,7 +44,7 @@ OTHERS = (  # what a key betrays
     (r"^(text\.)?text_projection\.bias$", "a model whose text projection has a bias"),
 )  # fmt: skip
 
-TRANSFORMERS = (  # parts of names, in transformers and in OpenAI's layout
+HF_TO_OPENAI = (  # parts of names, in transformers and in OpenAI's layout
     ("text_model.embeddings.token_embedding.", "token_embedding."),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.encoder.layers.", "transformer.resblocks."),
@@ -62,14 +62,14 @@ TRANSFORMERS = (  # parts of names, in transformers and in OpenAI's layout
 )
 
 
-class Found(NamedTuple):
+class ExtractedState(NamedTuple):
     """A state dict within a file's content."""
 
     state: dict[str, Any]  # without prefix
     where: str  # how it was found, in words; empty where it is the content itself
 
 
-def find_state(content: Any) -> Found | None:
+def extract_state_dict(content: Any) -> ExtractedState | None:
     """The state dict of a CLIP in what a training script saved.
 
     Args:
@@ -95,7 +95,7 @@ def find_state(content: Any) -> Found | None:
         waiting += [((*path, key), value) for key, value in state.items()]
     if not found and not plain:
         return None
-    found.sort(key=lambda one: not one[0] or one[0][-1] not in NESTS)
+    found.sort(key=lambda one: not one[0] or one[0][-1] not in STATE_DICT_KEYS)
     (path, prefix, state), *others = found or [plain]
 
     words = []
@@ -112,20 +112,20 @@ def find_state(content: Any) -> Found | None:
         words.append(f"leaving out {_first_few(left)}")
     if others:
         words.append("not " + ", ".join(repr(".".join(path)) for path, _, _ in others))
-    return Found(chosen, ", ".join(words))
+    return ExtractedState(chosen, ", ".join(words))
 
 
 def _prefixes(state: Mapping[str, Any]) -> list[str]:
     """What stands before a CLIP's names, shortest first; none where these are of no CLIP."""
     for keys in (state, {WRAPPERS.sub("", key) for key in state}):
-        for anchor in ANCHORS:
+        for anchor in MARKER_KEYS:
             ends = [key for key in keys if key == anchor or key.endswith(f".{anchor}")]
             if ends:
                 return sorted((key.removesuffix(anchor) for key in ends), key=len)
     return []
 
 
-def to_openai(state: Mapping[str, Any]) -> dict[str, Any]:
+def convert_to_openai(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict by OpenAI's names, from any of the layouts that are read.
 
     Args:
@@ -139,7 +139,7 @@ def to_openai(state: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: if it is of a model that is built otherwise, which is named.
     """
     state = {str(key): value for key, value in state.items()}
-    for pattern, name in OTHERS:
+    for pattern, name in UNSUPPORTED_MODELS:
         if key := next(filter(re.compile(pattern).search, state), None):
             raise ValueError(f"it is {name} (it has {key}), and not built as OpenAI's CLIP is")
     blocks = any(key.startswith("visual.transformer.resblocks.") for key in state)
@@ -154,7 +154,7 @@ def _from_transformers(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict of transformers' CLIPModel by OpenAI's names."""
     result = {}
     for key, value in state.items():
-        for theirs, ours in TRANSFORMERS:
+        for theirs, ours in HF_TO_OPENAI:
             key = key.replace(theirs, ours)
         result[key] = value
     for theirs, ours in (
@@ -179,7 +179,7 @@ def build_model(
     """Make the CLIP that a state dict describes, whatever its sizes, and fill it.
 
     Args:
-        state_dict: tensors in any layout that `to_openai` knows, of any floating type; left
+        state_dict: tensors in any layout that `convert_to_openai` knows, of any floating type; left
             unchanged.
         activation: that of the MLPs, "quickgelu" or "gelu"; no state dict tells it.
         heads: attention heads of the image tower (of a ResNet's pool) and of the text tower;
@@ -192,11 +192,11 @@ def build_model(
         ValueError: if tensors are missing, unexpected or wrongly shaped, of which some are named;
             if the model is built otherwise; or if the heads do not fit.
     """
-    state = {k: v for k, v in to_openai(state_dict).items() if not _is_extra(k)}
+    state = {k: v for k, v in convert_to_openai(state_dict).items() if not _is_extra(k)}
     vision_heads, transformer_heads = heads or (None, None)
     with torch.device("meta"):  # shapes alone: neither memory nor random numbers
         model = CLIP(
-            **sizes(state), vision_heads=vision_heads, transformer_heads=transformer_heads,
+            **infer_model_args(state), vision_heads=vision_heads, transformer_heads=transformer_heads,  # noqa: E501
             activation=activation,
         ).float()  # fmt: skip
     expected = model.state_dict()
@@ -242,7 +242,7 @@ def _refuse(complaint: str, keys: set[str]) -> None:
         )
 
 
-def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_model_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The sizes among the arguments of `CLIP`, read from the shapes in OpenAI's layout.
 
     Raises:
@@ -271,7 +271,7 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         layers = tuple(_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
     return {
         "embed_dim": state["text_projection"].shape[1],
-        "image_resolution": side * (patch if vit else STRIDE),
+        "image_resolution": side * (patch if vit else TOTAL_STRIDE),
         "vision_layers": layers,
         "vision_width": width if vit else 2 * width,
         "vision_patch_size": patch if vit else None,

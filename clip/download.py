@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Whom a request or a redirection may address; the scheme is part of it.
-ORIGINS = {"https://openaipublic.azureedge.net", "https://raw.githubusercontent.com"}
+ALLOWED_ORIGINS = {"https://openaipublic.azureedge.net", "https://raw.githubusercontent.com"}
 TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 3  # a download that breaks off is begun anew so often
+MAX_RETRIES = 3  # a download that breaks off is begun anew so often
 CHUNK = 1 << 16  # bytes
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """Where downloads go unless a folder is named: ~/.cache/clip.
 
     Raises:
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
     return Path(home) / ".cache" / "clip"
 
 
-def digest(path: str | os.PathLike) -> str:
+def sha256_file(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
@@ -41,7 +41,7 @@ def digest(path: str | os.PathLike) -> str:
     return sha256.hexdigest()
 
 
-def fetch(url: str, target: Path, sha256: str) -> Path:
+def download_url(url: str, target: Path, sha256: str) -> Path:
     """Make sure that a file is there and has its digest, downloading it where it is not.
 
     A file of another digest under the target's name is downloaded again, and replaced only when
@@ -63,22 +63,22 @@ def fetch(url: str, target: Path, sha256: str) -> Path:
         ValueError: if what arrived has another digest; it is deleted.
     """
     if target.is_file():
-        if digest(target) == sha256:
+        if sha256_file(target) == sha256:
             return target
         print(f"note: {target} has a wrong SHA-256: downloading it again", file=sys.stderr)
     # torch.hub's downloader waits for ever for a silent server and follows it to any host.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, MAX_RETRIES + 1):
             broken = _download(url, partial, target.name)
             if not broken:
                 break
-            if attempt < ATTEMPTS:
+            if attempt < MAX_RETRIES:
                 print(f"note: the download of {url} {broken}: starting again", file=sys.stderr)
         else:
-            raise ConnectionError(f"it {broken}, {ATTEMPTS} times")
-        if digest(partial) != sha256:
+            raise ConnectionError(f"it {broken}, {MAX_RETRIES} times")
+        if sha256_file(partial) != sha256:
             raise ValueError(
                 f"what came from {url} has a wrong SHA-256 and was deleted: run the same command "
                 f"again, or get {target.name} elsewhere and place it at {target}"
@@ -158,8 +158,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 def _check_origin(url: str) -> None:
     """Refuse whatever is not one of the named hosts, or is so without TLS."""
     parts = urllib.parse.urlsplit(url)
-    if f"{parts.scheme}://{parts.netloc}" not in ORIGINS:
-        raise urllib.error.URLError(f"{url} is none of {', '.join(sorted(ORIGINS))}")
+    if f"{parts.scheme}://{parts.netloc}" not in ALLOWED_ORIGINS:
+        raise urllib.error.URLError(f"{url} is none of {', '.join(sorted(ALLOWED_ORIGINS))}")
 
 
 @contextmanager

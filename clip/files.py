@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip.archive import check_growth, is_archive, read_archive, read_saved
-from clip.convert import find_state, to_openai
+from clip.archive import check_expansion_ratio, is_archive, read_torchscript_state_dict, safe_load
+from clip.convert import convert_to_openai, extract_state_dict
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
-IN_FOLDER = (  # what makers call their files, in the order in which a folder's are taken
+WEIGHT_FILENAMES = (  # what makers call their files, in the order in which a folder's are taken
     "model.safetensors",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -26,7 +26,7 @@ IN_FOLDER = (  # what makers call their files, in the order in which a folder's 
 )
 
 
-def impostor(path: Path | str) -> str | None:
+def detect_placeholder_file(path: Path | str) -> str | None:
     """What lies in a file's place, with the remedy, where its first bytes betray it.
 
     Args:
@@ -49,14 +49,14 @@ def impostor(path: Path | str) -> str | None:
     return None
 
 
-def find_in_folder(folder: Path) -> Path:
+def find_weight_file(folder: Path) -> Path:
     """The checkpoint in a folder: under a name that makers give it, or the only one.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if there are several, or one that is split into several files.
     """
-    for name in IN_FOLDER:
+    for name in WEIGHT_FILENAMES:
         if (folder / name).is_file():
             return folder / name
     if split := sorted(folder.glob("*.index.json")):
@@ -69,7 +69,7 @@ def find_in_folder(folder: Path) -> Path:
         return files[0]
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no checkpoint: neither {', '.join(IN_FOLDER)} nor any other of "
+            f"{folder} holds no checkpoint: neither {', '.join(WEIGHT_FILENAMES)} nor any other of "
             f"{', '.join(SUFFIXES)}"
         )
     raise ValueError(
@@ -94,11 +94,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
-    if what := impostor(path):
+    if what := detect_placeholder_file(path):
         raise ValueError(f"{path} is {what}")
     try:
-        found = find_state(_read(path))
-        check_growth(path, sum(map(_bytes, found.state.values())) if found else 0)
+        found = extract_state_dict(_read(path))
+        check_expansion_ratio(path, sum(map(_bytes, found.state.values())) if found else 0)
     except Exception as error:  # damage shows in many ways, deep in zipfile, pickle and torch
         raise ValueError(
             f"{path} is not a checkpoint that can be read safely ({_reason(path, error)}): get it "
@@ -109,7 +109,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds no state dict: save the model's state_dict() with torch.save"
         )
     try:
-        state = to_openai(found.state)
+        state = convert_to_openai(found.state)
     except (ValueError, RuntimeError) as error:  # torch's own, of shapes that cannot be joined
         raise ValueError(f"{path} cannot be used: {error}") from None
     if found.where:
@@ -132,9 +132,9 @@ def _read(path: Path) -> Any:
     if path.suffix.lower() == ".safetensors":
         return load_file(path, device="cpu")
     if is_archive(path):
-        return read_archive(path)
+        return read_torchscript_state_dict(path)
     if zipfile.is_zipfile(path):
-        return read_saved(path, placeholders=True)
+        return safe_load(path, placeholders=True)
     # torch.load would unpack archives of its own accord: a zip file by its beginning, and run it
     # where it takes it for TorchScript (2.5 and older), or a tar file.
     with open(path, "rb") as file:

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torchvision import transforms
 
-from clip.convert import build_model, sizes
-from clip.download import cache_folder, digest, fetch
-from clip.files import SUFFIXES, find_in_folder, impostor, read_checkpoint
+from clip.convert import build_model, infer_model_args
+from clip.download import cache_dir, download_url, sha256_file
+from clip.files import SUFFIXES, detect_placeholder_file, find_weight_file, read_checkpoint
 from clip.model import ACTIVATIONS, CLIP
-from clip.model_config import OPEN_CLIP, Recipe, beside, from_package
-from clip.preprocess import make_preprocess
+from clip.model_config import OPEN_CLIP, ModelConfig, find_config_next_to, from_open_clip_pretrained
+from clip.preprocess import image_transform
 
 MODELS_URL = "https://openaipublic.azureedge.net/clip/models"  # /<sha256>/<file>
-OPENAI = {  # name: (file, SHA-256)
+_MODELS = {  # name: (file, SHA-256)
     "RN50": ("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
     "RN101": ("RN101.pt", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
     "RN50x4": ("RN50x4.pt", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
@@ -36,8 +36,8 @@ OPENAI = {  # name: (file, SHA-256)
     ),
 }
 
-WEIGHTS = Path(__file__).parent / "weights"  # what this repository ships
-SHIPPED = {  # name: (file, SHA-256)
+WEIGHTS_DIR = Path(__file__).parent / "weights"  # what this repository ships
+BUNDLED_MODELS = {  # name: (file, SHA-256)
     "ViT-Tiny/8": (
         "ViT-Tiny-8.pt",
         "d3150fd4582eaba16b95b1c4cc93710ecd18a18dd240ef72a2da3206f0cf3d50",
@@ -47,7 +47,7 @@ SHIPPED = {  # name: (file, SHA-256)
 
 def available_models() -> list[str]:
     """The names that `load` knows: OpenAI's nine, then what this repository ships."""
-    return [*OPENAI, *SHIPPED]
+    return [*_MODELS, *BUNDLED_MODELS]
 
 
 def load(
@@ -89,11 +89,11 @@ def load(
         raise ValueError(f"the activation must be {' or '.join(ACTIVATIONS)}, not {activation!r}")
     heads = None if heads is None else tuple(heads)
     device = _device(device)
-    name, path = os.fspath(name_or_path), locate(name_or_path, download_root)
+    name, path = os.fspath(name_or_path), resolve_checkpoint(name_or_path, download_root)
     state = read_checkpoint(path)
     try:
         recipe = _recipe(name, path)
-        recipe.check(sizes(state))
+        recipe.check(infer_model_args(state))
         activation_used = recipe.activation or activation or "quickgelu"
         model = build_model(state, activation_used, recipe.heads or heads)
     except (ValueError, RuntimeError) as error:  # torch's own, of sizes that it cannot have
@@ -102,20 +102,24 @@ def load(
     for note in _notes(path, model, recipe, activation, heads):
         print(f"note: {note}", file=sys.stderr)
     resolution = model.visual.input_resolution
-    return model.to(device), make_preprocess(resolution, model.image_mean, model.image_std)
+    return model.to(device), image_transform(resolution, model.image_mean, model.image_std)
 
 
-def _recipe(name: str, path: Path) -> Recipe:
+def _recipe(name: str, path: Path) -> ModelConfig:
     """What is said about a checkpoint other than by its tensors."""
     if name in available_models():
-        return Recipe(source=name)
-    return from_package(name)[0] if name.startswith(OPEN_CLIP) else beside(path)
+        return ModelConfig(source=name)
+    return (
+        from_open_clip_pretrained(name)[0]
+        if name.startswith(OPEN_CLIP)
+        else find_config_next_to(path)
+    )
 
 
 def _notes(
     path: Path,
     model: CLIP,
-    recipe: Recipe,
+    recipe: ModelConfig,
     activation: str | None,
     heads: tuple[int, int] | None,
 ) -> Iterator[str]:
@@ -140,8 +144,8 @@ def _notes(
 
 def _is_known(path: Path) -> bool:
     """Whether a file is one of OpenAI's or one that this repository ships, whatever its name."""
-    known = {sha256 for _, sha256 in (*OPENAI.values(), *SHIPPED.values())}
-    return digest(path) in known
+    known = {sha256 for _, sha256 in (*_MODELS.values(), *BUNDLED_MODELS.values())}
+    return sha256_file(path) in known
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -157,7 +161,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         ) from None
 
 
-def check(name_or_path: str | os.PathLike) -> None:
+def validate_name(name_or_path: str | os.PathLike) -> None:
     """Refuse what `load` would not find, without downloading or reading anything large.
 
     Args:
@@ -171,40 +175,42 @@ def check(name_or_path: str | os.PathLike) -> None:
     if name in available_models():
         return
     if name.startswith(OPEN_CLIP):
-        from_package(name)
+        from_open_clip_pretrained(name)
         return
     path = _find(name)
-    if what := impostor(path):
+    if what := detect_placeholder_file(path):
         raise ValueError(f"{path} is {what}")
 
 
-def locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | None = None) -> Path:
+def resolve_checkpoint(
+    name_or_path: str | os.PathLike, download_root: str | os.PathLike | None = None
+) -> Path:
     """The file of a model's name, downloaded and verified, or the one that a path means.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `load`.
     """
     name = os.fspath(name_or_path)
-    if name in SHIPPED:
-        file, sha256 = SHIPPED[name]
-        path = WEIGHTS / file
+    if name in BUNDLED_MODELS:
+        file, sha256 = BUNDLED_MODELS[name]
+        path = WEIGHTS_DIR / file
         if not path.is_file():
             raise FileNotFoundError(
                 f"the weights of {name} are missing at {path}: check the repository out again"
             )
-        if what := impostor(path):
+        if what := detect_placeholder_file(path):
             raise ValueError(f"{path} is {what}")
-        if digest(path) != sha256:
+        if sha256_file(path) != sha256:
             raise ValueError(
                 f"{path} has a wrong SHA-256 and is not the {name} that this repository ships: "
                 "check the file out again, or copy it elsewhere and load it by its path"
             )
         return path
     folder = Path(os.path.expanduser(download_root)) if download_root else None
-    if name in OPENAI:
-        file, sha256 = OPENAI[name]
-        target = (folder or cache_folder()) / file
-        return fetch(f"{MODELS_URL}/{sha256}/{file}", target, sha256)
+    if name in _MODELS:
+        file, sha256 = _MODELS[name]
+        target = (folder or cache_dir()) / file
+        return download_url(f"{MODELS_URL}/{sha256}/{file}", target, sha256)
     if name.startswith(OPEN_CLIP):
         return _from_open_clip(name, folder)
     return _find(name)
@@ -212,7 +218,7 @@ def locate(name_or_path: str | os.PathLike, download_root: str | os.PathLike | N
 
 def _from_open_clip(name: str, folder: Path | None) -> Path:
     """The file of `open_clip:NAME/PRETRAINED`, which open_clip finds in its caches or downloads."""
-    _, source = from_package(name)
+    _, source = from_open_clip_pretrained(name)
     if isinstance(source, Path):
         return source
     from open_clip.pretrained import download_pretrained
@@ -237,7 +243,7 @@ def _find(name: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        return find_in_folder(path)
+        return find_weight_file(path)
     in_folder = len(path.parts) > 1 and path.suffix
     if in_folder or path.is_absolute() or path.suffix.lower() in SUFFIXES:
         raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")

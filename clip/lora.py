@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from clip.model import Attention
 
-__all__ = ["add_lora", "merged", "rows_of", "set_dropout"]
+__all__ = ["apply_lora", "merged_lora", "rows_of", "set_dropout"]
 
 PARTS = "qkv"  # in the order in which Attention packs them
 _batch: tuple[int, Tensor | slice] | None = None  # see `rows_of`
 
 
 class _AdaptedAttention(Attention):
-    """What `add_lora` makes of an Attention; its own `training` says whether dropout is active."""
+    """What `apply_lora` makes of an Attention; its own `training` says whether dropout is active."""  # noqa: E501
 
     lora_scaling: float
     lora_dropout: float
@@ -71,7 +71,7 @@ class _AdaptedAttention(Attention):
         return self.in_proj_weight + self.lora_scaling * torch.cat(products)
 
 
-def add_lora(
+def apply_lora(
     model: nn.Module,
     layers: Iterable[str],
     rank: int = 2,
@@ -151,7 +151,7 @@ def rows_of(count: int, rows: Tensor | slice) -> Iterator[None]:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def merged_lora(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Add a model's adapters to its matrices for a while, for evaluation; not to be trained in.
 
     Dropout plays no part then, and a forward pass costs what it costs without adapters. Nothing

@@ -18,21 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clip.preprocess import MEAN, STD
-from clip.resnet import STRIDE, ResNet
-from clip.simple_tokenizer import Tokenizer
+from clip.preprocess import OPENAI_MEAN, OPENAI_STD
+from clip.resnet import TOTAL_STRIDE, ModifiedResNet
+from clip.simple_tokenizer import SimpleTokenizer
 
-HEAD_WIDTH = 64
+HEAD_DIM = 64
 EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # in files, but not parameters
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # the paper's temperature, section 2.5
 
 
-def heads_for(width: int) -> int:
+def default_num_heads(width: int) -> int:
     """OpenAI's number of attention heads: one for every 64 channels, at least one."""
-    return max(width // HEAD_WIDTH, 1)
+    return max(width // HEAD_DIM, 1)
 
 
-def check_heads(width: int, heads: int) -> None:
+def validate_num_heads(width: int, heads: int) -> None:
     """Refuse a number of heads that cannot share the channels evenly."""
     if heads < 1 or width % heads:
         raise ValueError(
@@ -72,7 +72,7 @@ class _QuickGELU(torch.autograd.Function):
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
 
 
-def pick(x: Tensor, read: Tensor) -> Tensor:
+def take_token(x: Tensor, read: Tensor) -> Tensor:
     """One position of each row: (B, L, W) at (B,) -> (B, 1, W)."""
     return x.gather(1, read[:, None, None].expand(-1, 1, x.shape[-1]))
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
-        check_heads(width, heads)
+        validate_num_heads(width, heads)
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -101,7 +101,10 @@ class Attention(nn.Module):
             q, k, v = self.project(x, slice(0, 3))
             x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            (q,), (k, v) = self.project(pick(x, read), slice(0, 1)), self.project(x, slice(1, 3))
+            (q,), (k, v) = (
+                self.project(take_token(x, read), slice(0, 1)),
+                self.project(x, slice(1, 3)),
+            )
             seen = None
             if self.causal:
                 seen = torch.arange(x.shape[1], device=x.device) <= read[:, None, None, None]
@@ -144,7 +147,7 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
         """(B, L, W) -> (B, L, W), or (B, 1, W) for one position `read` (B,) in each."""
         attended = self.attn(self.ln_1(x), read)
-        x = (x if read is None else pick(x, read)) + attended
+        x = (x if read is None else take_token(x, read)) + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -170,7 +173,7 @@ class Transformer(nn.Module):
         activation: str = "quickgelu",
     ):
         super().__init__()
-        self.heads = heads_for(width) if heads is None else heads
+        self.heads = default_num_heads(width) if heads is None else heads
         hidden = hidden or 4 * width
         blocks = [
             ResidualAttentionBlock(width, self.heads, hidden, activation, causal)
@@ -281,16 +284,16 @@ class CLIP(nn.Module):
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.activation = activation
-        self.image_mean, self.image_std = MEAN, STD
+        self.image_mean, self.image_std = OPENAI_MEAN, OPENAI_STD
         if isinstance(vision_layers, int):
             self.visual = VisionTransformer(
                 image_resolution, vision_patch_size, vision_width, vision_layers, embed_dim,
                 heads=vision_heads, hidden=vision_mlp, activation=activation,
             )  # fmt: skip
         else:
-            vision_heads = vision_heads or heads_for(STRIDE * vision_width)
-            check_heads(STRIDE * vision_width, vision_heads)
-            self.visual = ResNet(
+            vision_heads = vision_heads or default_num_heads(TOTAL_STRIDE * vision_width)
+            validate_num_heads(TOTAL_STRIDE * vision_width, vision_heads)
+            self.visual = ModifiedResNet(
                 image_resolution, vision_width, vision_layers, embed_dim, vision_heads
             )
         self.transformer = Transformer(
@@ -332,7 +335,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError: if a text is too long and `truncate` is not set.
         """
-        return Tokenizer.for_vocabulary(self.vocab_size)(texts, self.context_length, truncate)
+        return SimpleTokenizer.for_vocabulary(self.vocab_size)(texts, self.context_length, truncate)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Features of images, not normalised: (B, 3, H, W) -> (B, D).
@@ -357,9 +360,9 @@ class CLIP(nn.Module):
         Raises:
             ValueError: if L is above the model's context length.
         """
-        return self.finish_text(self.begin_text(tokens), tokens)
+        return self.forward_text_suffix(self.forward_text_prefix(tokens), tokens)
 
-    def begin_text(self, tokens: Tensor, blocks: int = 0) -> Tensor:
+    def forward_text_prefix(self, tokens: Tensor, blocks: int = 0) -> Tensor:
         """What enters a block of the text tower, after so many blocks: (N, L) -> (N, L, W).
 
         Raises:
@@ -373,7 +376,7 @@ class CLIP(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         return self.transformer.resblocks[:blocks](x)
 
-    def finish_text(self, x: Tensor, tokens: Tensor, blocks: int = 0) -> Tensor:
+    def forward_text_suffix(self, x: Tensor, tokens: Tensor, blocks: int = 0) -> Tensor:
         """The rest of `encode_text`, from what `begin_text` returned: (N, L, W) -> (N, D)."""
         x = self.transformer(x, tokens.argmax(dim=-1), blocks)  # (N, W)
         return self.ln_final(x) @ self.text_projection  # (N, D)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip.preprocess import MEAN, STD
-from clip.simple_tokenizer import VOCABULARY
+from clip.preprocess import OPENAI_MEAN, OPENAI_STD
+from clip.simple_tokenizer import VOCAB_SIZE
 
 OPEN_CLIP = "open_clip:"  # what precedes NAME/PRETRAINED of the installed open_clip package
 
@@ -22,7 +22,7 @@ OPEN_CLIP = "open_clip:"  # what precedes NAME/PRETRAINED of the installed open_
 CLIP_VISION = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
                "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
 CLIP_TEXT = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
-             "vocab_size": VOCABULARY, "eos_token_id": 49407, "hidden_act": "quick_gelu",
+             "vocab_size": VOCAB_SIZE, "eos_token_id": 49407, "hidden_act": "quick_gelu",
              "layer_norm_eps": 1e-5}  # fmt: skip
 OPEN_VISION = {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16, "pool_type": "tok",
                "pos_embed_type": "learnable"}  # fmt: skip
@@ -30,7 +30,7 @@ OPEN_TEXT = {"width": 512, "layers": 12, "heads": 8, "pool_type": "argmax", "pro
 ACTIVATIONS = {"quick_gelu": "quickgelu", "gelu": "gelu"}  # transformers' names, and ours
 
 # Settings of open_clip that make a tower another than OpenAI's where they are set ...
-OTHERWISE = {
+UNSUPPORTED_OPTIONS = {
     "timm_model_name": "a timm trunk as image tower",
     "hf_model_name": "a Hugging Face text tower",
     "attentional_pool": "attentional pooling",
@@ -44,11 +44,11 @@ OTHERWISE = {
     "norm_kwargs": "layer norms of its own",
 }
 # ... and where they are not as in OPEN_VISION and OPEN_TEXT.
-AS_USUAL = {"pool_type", "pos_embed_type", "proj_type"}
+REQUIRED_DEFAULTS = {"pool_type", "pos_embed_type", "proj_type"}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelConfig:
     """What a configuration says, or, without arguments, that there is none.
 
     Attributes:
@@ -64,7 +64,7 @@ class Recipe:
     activation: str | None = None
     heads: tuple[int, int] | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = (MEAN, STD)
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = (OPENAI_MEAN, OPENAI_STD)
     geometry: str = ""
 
     def check(self, sizes: Mapping[str, Any]) -> None:
@@ -77,13 +77,16 @@ class Recipe:
                 )
 
 
-def beside(path: Path) -> Recipe:
+def find_config_next_to(path: Path) -> ModelConfig:
     """What the configuration in a checkpoint's folder says, if there is one.
 
     Raises:
         ValueError: if it cannot be read, or is of a model that is built otherwise.
     """
-    for name, parse in (("open_clip_config.json", of_open_clip), ("config.json", of_transformers)):
+    for name, parse in (
+        ("open_clip_config.json", from_open_clip_config),
+        ("config.json", from_hf_config),
+    ):
         config = _json(path.with_name(name))
         if config is None or not (config.keys() & {"model_cfg", "vision_config", "model_type"}):
             continue  # not there, or another program's
@@ -94,7 +97,7 @@ def beside(path: Path) -> Recipe:
                 f"{path.with_name(name)} cannot be understood ({type(error).__name__}: {error}): "
                 "get it again, or move it away and name activation and heads"
             ) from None
-    return Recipe()
+    return ModelConfig()
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -108,7 +111,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def of_transformers(config: Mapping[str, Any], path: Path) -> Recipe:
+def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
     """What the `config.json` of a transformers model says, and the processor's beside it.
 
     Raises:
@@ -134,13 +137,13 @@ def of_transformers(config: Mapping[str, Any], path: Path) -> Recipe:
                 "not of 1e-5"
             )
     end = text["eos_token_id"]  # 2 where transformers, too, takes the highest id
-    if isinstance(end, int) and end != 2 and end < min(text["vocab_size"], VOCABULARY) - 1:
+    if isinstance(end, int) and end != 2 and end < min(text["vocab_size"], VOCAB_SIZE) - 1:
         raise ValueError(f"{path} describes texts that end in token {end}, not in the highest")
     processor = _json(path.with_name("preprocessor_config.json"))
     if processor is None:
         processor = (_json(path.with_name("processor_config.json")) or {}).get("image_processor")
     processor = processor or {}
-    return Recipe(
+    return ModelConfig(
         source=str(path),
         activation=ACTIVATIONS[activations.pop()],
         heads=(int(vision["num_attention_heads"]), int(text["num_attention_heads"])),
@@ -155,7 +158,7 @@ def of_transformers(config: Mapping[str, Any], path: Path) -> Recipe:
     )
 
 
-def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
+def from_open_clip_config(config: Mapping[str, Any], path: Path | str) -> ModelConfig:
     """What an `open_clip_config.json` says, or the same content from the open_clip package.
 
     Raises:
@@ -163,14 +166,16 @@ def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
     """
     model = config["model_cfg"]
     vision, text = {**OPEN_VISION, **model["vision_cfg"]}, {**OPEN_TEXT, **model["text_cfg"]}
-    otherwise = [what for key, what in OTHERWISE.items() if vision.get(key) or text.get(key)]
+    otherwise = [
+        what for key, what in UNSUPPORTED_OPTIONS.items() if vision.get(key) or text.get(key)
+    ]
     otherwise += [
         f"the {key} {tower[key]!r}"
         for tower, usual in ((vision, OPEN_VISION), (text, OPEN_TEXT))
-        for key in AS_USUAL & usual.keys()
+        for key in REQUIRED_DEFAULTS & usual.keys()
         if tower[key] != usual[key]
     ]
-    if text.get("hf_tokenizer_name") and text.get("vocab_size", VOCABULARY) != VOCABULARY:
+    if text.get("hf_tokenizer_name") and text.get("vocab_size", VOCAB_SIZE) != VOCAB_SIZE:
         otherwise.append("a tokenizer of its own")
     if model.get("init_logit_bias") is not None:
         otherwise.insert(0, "a SigLIP's logit bias")
@@ -185,7 +190,7 @@ def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
     resnet = isinstance(layers, list | tuple)
     images = config.get("preprocess_cfg") or {}
     odd = [images.get("resize_mode", "shortest"), images.get("interpolation", "bicubic")]
-    return Recipe(
+    return ModelConfig(
         source=str(path),
         activation="quickgelu" if model.get("quick_gelu") else "gelu",
         heads=(int((32 if resnet else 1) * width // vision["head_width"]), int(text["heads"])),
@@ -205,14 +210,14 @@ def of_open_clip(config: Mapping[str, Any], path: Path | str) -> Recipe:
 def _normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation as three floats each, OpenAI's where nothing is said."""
     if mean is None or std is None:
-        return MEAN, STD
+        return OPENAI_MEAN, OPENAI_STD
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise TypeError(f"images normalised by {mean} and {std}")
     return mean, std
 
 
-def from_package(name: str) -> tuple[Recipe, dict[str, Any] | Path]:
+def from_open_clip_pretrained(name: str) -> tuple[ModelConfig, dict[str, Any] | Path]:
     """What the installed open_clip package says of `open_clip:NAME/PRETRAINED`.
 
     Returns:
@@ -241,4 +246,4 @@ def from_package(name: str) -> tuple[Recipe, dict[str, Any] | Path]:
     # A model's name may be used with weights that need the other GELU; the weights know.
     gelu = tag.get("quick_gelu", False) or config.get("quick_gelu", False)
     content = {"model_cfg": {**config, "quick_gelu": gelu}, "preprocess_cfg": tag}
-    return of_open_clip(content, f"open_clip's {model}"), tag or file
+    return from_open_clip_config(content, f"open_clip's {model}"), tag or file

@@ -6,12 +6,16 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that OpenAI trained on, RGB in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
+OPENAI_MEAN = (
+    0.48145466,
+    0.4578275,
+    0.40821073,
+)  # of the images that OpenAI trained on, RGB in [0, 1]
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def make_preprocess(
-    input_resolution: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+def image_transform(
+    input_resolution: int, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
 ) -> transforms.Compose:
     """CLIP's preprocessing: short side to the resolution, centre crop, normalisation.
 
@@ -25,7 +29,7 @@ def make_preprocess(
     """
     return transforms.Compose(
         [
-            to_rgb,
+            convert_image_to_rgb,
             transforms.Resize(input_resolution, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(input_resolution),
             transforms.ToTensor(),
@@ -34,7 +38,7 @@ def make_preprocess(
     )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def convert_image_to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, whatever its mode; transparency is dropped.
 
     As Pillow's `convert`, which CLIP's own preprocessing calls, except for grey values that do not

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIDE = 32  # from the image to the last feature map, and from the stem's width to its channels
+TOTAL_STRIDE = (
+    32  # from the image to the last feature map, and from the stem's width to its channels
+)
 
 
 class Bottleneck(nn.Module):
@@ -62,7 +64,7 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(x.flatten(1))  # (B, D)
 
 
-class ResNet(nn.Module):
+class ModifiedResNet(nn.Module):
     """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling.
 
     Args:
@@ -98,7 +100,7 @@ class ResNet(nn.Module):
                 stage.append(Bottleneck(4 * planes, planes, stride=1))
             self.add_module(f"layer{number}", stage)
             inputs = 4 * planes
-        side = input_resolution // STRIDE
+        side = input_resolution // TOTAL_STRIDE
         self.attnpool = AttentionPool2d(side, inputs, heads, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:

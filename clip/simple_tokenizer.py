@@ -20,13 +20,13 @@ import regex
 import torch
 from torch import Tensor
 
-from clip.download import cache_folder, digest, fetch
+from clip.download import cache_dir, download_url, sha256_file
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 MERGES_URL = f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{MERGES_FILE}"
 MERGES_LIMIT = 2**26  # bytes of such a list, unpacked; OpenAI's has 3 million
-VOCABULARY = 49408  # of OpenAI's models
+VOCAB_SIZE = 49408  # of OpenAI's models
 BYTE_VOCABULARY = 514  # bytes, bytes that end a word, start and end of text
 END_OF_WORD = "</w>"
 
@@ -37,7 +37,7 @@ WORD = regex.compile(
 )
 
 
-def _byte_letters() -> dict[int, str]:
+def bytes_to_unicode() -> dict[int, str]:
     """A visible letter for each byte, as merges files spell them, in the vocabulary's order."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -46,11 +46,11 @@ def _byte_letters() -> dict[int, str]:
     return letters
 
 
-LETTERS = _byte_letters()
-BYTES = {letter: byte for byte, letter in LETTERS.items()}
+BYTE_ENCODER = bytes_to_unicode()
+BYTE_DECODER = {letter: byte for byte, letter in BYTE_ENCODER.items()}
 
 
-class Tokenizer:
+class SimpleTokenizer:
     """Turns texts into tokens and back.
 
     Args:
@@ -60,7 +60,10 @@ class Tokenizer:
 
     def __init__(self, merges: Iterable[tuple[str, str]] = ()):
         merges = list(merges)
-        symbols = [*LETTERS.values(), *(letter + END_OF_WORD for letter in LETTERS.values())]
+        symbols = [
+            *BYTE_ENCODER.values(),
+            *(letter + END_OF_WORD for letter in BYTE_ENCODER.values()),
+        ]
         symbols += [left + right for left, right in merges] + [START, END]
         self.symbols = symbols
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
@@ -71,25 +74,25 @@ class Tokenizer:
 
     @staticmethod
     def for_vocabulary(
-        vocab_size: int = VOCABULARY, merges_path: str | os.PathLike | None = None
-    ) -> "Tokenizer":
+        vocab_size: int = VOCAB_SIZE, merges_path: str | os.PathLike | None = None
+    ) -> "SimpleTokenizer":
         """The tokenizer of a model with so many tokens; made once, then kept.
 
         Args:
             vocab_size: the model's tokens; 514 of them need no merges.
-            merges_path: the merges file to use; found by `find_merges` when None.
+            merges_path: the merges file to use; found by `default_bpe` when None.
 
         Raises:
             ValueError: if there is no such vocabulary, or the file has too few merges for it.
             FileNotFoundError: if the merges file that was named does not exist.
         """
         path = merges_path or os.environ.get("CLIP_BPE_PATH") or None
-        return _tokenizer(min(int(vocab_size), VOCABULARY), path and os.fspath(path))
+        return _tokenizer(min(int(vocab_size), VOCAB_SIZE), path and os.fspath(path))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of one text, without start, end and padding."""
         tokens = []
-        for word in WORD.findall(clean(text)):
+        for word in WORD.findall(clean_text(text)):
             if word not in self._words:
                 self._words[word] = self._encode_word(word)
             tokens += self._words[word]
@@ -104,7 +107,11 @@ class Tokenizer:
             if token != self.start:
                 symbols.append(self.symbols[token])
         text = "".join(symbols).replace(END_OF_WORD, " ")
-        return bytes(BYTES.get(letter, 0x20) for letter in text).decode("utf-8", "replace").strip()
+        return (
+            bytes(BYTE_DECODER.get(letter, 0x20) for letter in text)
+            .decode("utf-8", "replace")
+            .strip()
+        )
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
@@ -135,7 +142,7 @@ class Tokenizer:
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Join the pair that comes first in the list of merges, until no pair is in it."""
-        symbols = [LETTERS[byte] for byte in word.encode("utf-8")]
+        symbols = [BYTE_ENCODER[byte] for byte in word.encode("utf-8")]
         symbols[-1] += END_OF_WORD
         while len(symbols) > 1:
             pairs = set(zip(symbols, symbols[1:], strict=False))
@@ -153,7 +160,7 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(vocab_size: int, path: str | None) -> Tokenizer:
+def _tokenizer(vocab_size: int, path: str | None) -> SimpleTokenizer:
     count = vocab_size - BYTE_VOCABULARY
     if count < 0:
         raise ValueError(
@@ -161,18 +168,18 @@ def _tokenizer(vocab_size: int, path: str | None) -> Tokenizer:
             f"{BYTE_VOCABULARY}"
         )
     if count == 0:
-        return Tokenizer()
-    path = find_merges(path)
+        return SimpleTokenizer()
+    path = default_bpe(path)
     merges = read_merges(path, count)
     if len(merges) < count:
         raise ValueError(
             f"{path} holds {len(merges)} merges, and a vocabulary of {vocab_size} tokens needs "
             f"{count}: use OpenAI's {MERGES_FILE}"
         )
-    return Tokenizer(merges)
+    return SimpleTokenizer(merges)
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Repair broken Unicode, resolve HTML entities, collapse white space, lower the case."""
     if not isinstance(text, str):
         raise ValueError(f"a text to tokenize must be a string, not {text!r}")
@@ -194,7 +201,7 @@ def tokenize(
         context_length: tokens in a row, the start and the end of the text among them.
         truncate: cut texts that are too long, keeping the end-of-text token, instead of
             refusing them.
-        merges_path: the merges file; found by `find_merges` when None.
+        merges_path: the merges file; found by `default_bpe` when None.
 
     Returns:
         (N, context_length) int64, zero after the end-of-text token.
@@ -202,10 +209,10 @@ def tokenize(
     Raises:
         ValueError: if a text is too long and `truncate` is not set, or is not a string.
     """
-    return Tokenizer.for_vocabulary(VOCABULARY, merges_path)(texts, context_length, truncate)
+    return SimpleTokenizer.for_vocabulary(VOCAB_SIZE, merges_path)(texts, context_length, truncate)
 
 
-def find_merges(path: str | os.PathLike | None = None) -> Path:
+def default_bpe(path: str | os.PathLike | None = None) -> Path:
     """Where the merges file lies: as named, in the cache, in `open_clip`, or downloaded.
 
     Args:
@@ -223,14 +230,14 @@ def find_merges(path: str | os.PathLike | None = None) -> Path:
             source = "the path given" if path else "CLIP_BPE_PATH"
             raise FileNotFoundError(f"there is no merges file at {found}, which is {source}")
         return found
-    cached = cache_folder() / MERGES_FILE
+    cached = cache_dir() / MERGES_FILE
     if not cached.exists():
         spec = importlib.util.find_spec("open_clip")  # finds the folder, imports nothing
         for folder in spec.submodule_search_locations or () if spec else ():
             found = Path(folder) / MERGES_FILE
-            if found.is_file() and digest(found) == MERGES_SHA256:
+            if found.is_file() and sha256_file(found) == MERGES_SHA256:
                 return found
-    return fetch(MERGES_URL, cached, MERGES_SHA256)
+    return download_url(MERGES_URL, cached, MERGES_SHA256)
 
 
 def read_merges(path: str | os.PathLike, count: int | None = None) -> list[tuple[str, str]]:
@@ -255,7 +262,7 @@ def read_merges(path: str | os.PathLike, count: int | None = None) -> list[tuple
         raise ValueError(f"{path} is not a merges file, neither text nor gzip: {error}") from None
     lines = text.rstrip("\n").split("\n")
     first = 1 if "#version" in lines[0] else 0
-    known = {*LETTERS.values(), *(letter + END_OF_WORD for letter in LETTERS.values())}
+    known = {*BYTE_ENCODER.values(), *(letter + END_OF_WORD for letter in BYTE_ENCODER.values())}
     merges = []
     for number, line in enumerate(lines[first:][:count], start=first + 1):
         pair = tuple(line.split())

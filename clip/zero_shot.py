@@ -15,14 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIP
 from clip.lora import rows_of
-from datasets.transforms import Batch, normalise, to_device
-from runs.distributed import ALONE, Processes, Share
+from datasets.transforms import Batch, normalize, to_device
+from runs.distributed import SINGLE_PROCESS, DistInfo, Shard
 from utils import Predictions, Progress
 
 TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
 
 
-def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[str]) -> Tensor:
+def tokenize_class_prompts(
+    model: CLIP, classnames: Sequence[str], template: Sequence[str]
+) -> Tensor:
     """Tokens of each class's prompts, as long as the longest of them: (P, C, L) int64.
 
     Attention is causal, so that nothing behind a prompt's last token changes its feature. A prompt
@@ -43,13 +45,13 @@ def tokenize_prompts(model: CLIP, classnames: Sequence[str], template: Sequence[
     return tokens.to(model.text_projection.device)
 
 
-def text_features(
+def encode_classes(
     model: CLIP,
     prompts: Tensor,
     chunk: int = 0,
     hidden: Tensor | None = None,
     first: int = 0,
-    processes: Processes = ALONE,
+    processes: DistInfo = SINGLE_PROCESS,
 ) -> Tensor:
     """Features of classes from their prompts' tokens: (P, C, L) -> (C, D), each of length 1.
 
@@ -61,17 +63,17 @@ def text_features(
         chunk: Classes encoded at once; where gradients are wanted, each chunk is encoded again
             when its gradient comes, so that activations of one chunk alone are held. 0 takes all,
             or TEXT_BATCH prompts where no gradients are wanted.
-        hidden: What enters block `first` of the text tower, (P, own C, L, W), as `before_training`
+        hidden: What enters block `first` of the text tower, (P, own C, L, W), as `precompute_frozen_text`
             returns it for this chunk; None begins with tokens.
         first: The first block to run.
         processes: Those that share the classes of each chunk; all get all features.
-    """
+    """  # noqa: E501
 
-    def features(tokens: Tensor, x: Tensor | None, share: Share) -> Tensor:
+    def features(tokens: Tensor, x: Tensor | None, share: Shard) -> Tensor:
         flat = tokens.flatten(0, 1)  # (P c, L)
-        x = model.begin_text(flat) if x is None else x.flatten(0, 1)
+        x = model.forward_text_prefix(flat) if x is None else x.flatten(0, 1)
         with shared_rows(share, processes, len(prompts)):
-            each = unit(model.finish_text(x, flat, first))  # (P c, D)
+            each = unit(model.forward_text_suffix(x, flat, first))  # (P c, D)
         return each.unflatten(0, tokens.shape[:2]).sum(dim=0)
 
     encode = features
@@ -90,7 +92,7 @@ def text_features(
     return processes.gather(own, processes.own(count, size), count)
 
 
-def shared_rows(share: Share, processes: Processes, repeats: int = 1) -> AbstractContextManager:
+def shared_rows(share: Shard, processes: DistInfo, repeats: int = 1) -> AbstractContextManager:
     """The context in which inputs are a share of a batch, which is laid out `repeats` times."""
     if processes.size == 1:
         return nullcontext()
@@ -100,12 +102,12 @@ def shared_rows(share: Share, processes: Processes, repeats: int = 1) -> Abstrac
 
 
 @torch.no_grad()
-def before_training(
-    model: CLIP, prompts: Tensor, chunk: int = 0, processes: Processes = ALONE
+def precompute_frozen_text(
+    model: CLIP, prompts: Tensor, chunk: int = 0, processes: DistInfo = SINGLE_PROCESS
 ) -> tuple[int, Tensor]:
     """Run the text tower up to the first block that is trained: once is enough.
 
-    Arguments are those of `text_features`.
+    Arguments are those of `encode_classes`.
 
     Returns:
         That block's number and what enters it, (P, own C, L, W), of the classes that are this
@@ -115,16 +117,18 @@ def before_training(
     blocks = model.transformer.resblocks
     trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     if not any(trained):
-        return len(blocks), text_features(model, prompts, processes=processes)
+        return len(blocks), encode_classes(model, prompts, processes=processes)
     first = trained.index(True)
     prompts = prompts[:, processes.own(prompts.shape[1], chunk)]
-    parts = [model.begin_text(part, first) for part in prompts.flatten(0, 1).split(TEXT_BATCH)]
+    parts = [
+        model.forward_text_prefix(part, first) for part in prompts.flatten(0, 1).split(TEXT_BATCH)
+    ]
     return first, torch.cat(parts).unflatten(0, prompts.shape[:2])
 
 
-def image_features(model: CLIP, images: Tensor) -> Tensor:
+def encode_images(model: CLIP, images: Tensor) -> Tensor:
     """Features of uint8 images (B, 3, R, R), of length 1: (B, D)."""
-    return unit(model.encode_image(normalise(images, model.image_mean, model.image_std)))
+    return unit(model.encode_image(normalize(images, model.image_mean, model.image_std)))
 
 
 def unit(features: Tensor) -> Tensor:
@@ -132,14 +136,14 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+def get_autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which matrix products run at this precision; weights stay as they are."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def scale_of(model: CLIP, logit_scale: float | str) -> float | Tensor:
+def get_logit_scale(model: CLIP, logit_scale: float | str) -> float | Tensor:
     """The factor of the cosines: a number, or with "checkpoint" the one that the weights carry."""
     return model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
 
@@ -153,7 +157,7 @@ def evaluate(
     desc: str = "Evaluation",
     precision: str = "fp32",
     logit_scale: float | str = 100.0,
-    processes: Processes = ALONE,
+    processes: DistInfo = SINGLE_PROCESS,
 ) -> Predictions:
     """Classify `total` images by prompts.
 
@@ -171,13 +175,13 @@ def evaluate(
         Labels, predicted labels and their probabilities, in the images' order.
     """
     device, answers, own = model.text_projection.device, [], processes.own(total)
-    with autocast(device, precision), Progress(len(own), desc, "images") as bar:
-        classes = text_features(model, prompts, processes=processes)  # (C, D)
+    with get_autocast(device, precision), Progress(len(own), desc, "images") as bar:
+        classes = encode_classes(model, prompts, processes=processes)  # (C, D)
         for batch in batches:
             images, labels = to_device(batch, device)
-            cosines = image_features(model, images) @ classes.T  # (b, C)
+            cosines = encode_images(model, images) @ classes.T  # (b, C)
             predicted = cosines.argmax(dim=-1)
-            logits = scale_of(model, logit_scale) * cosines.float()
+            logits = get_logit_scale(model, logit_scale) * cosines.float()
             probabilities = logits.softmax(dim=-1).gather(1, predicted[:, None])[:, 0]
             answers.append((labels, predicted, probabilities))
             bar.update(len(labels))

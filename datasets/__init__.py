@@ -5,29 +5,29 @@ data that is; `python -m datasets --root_path ROOT` checks what is on the disk; 
 where to get it and how it must lie.
 """
 
-from datasets.base import SUBSAMPLES, DatasetSpec, FewShotDataset, Item
+from datasets.base import SUBSAMPLES, DatasetInfo, Datum, FewShotDataset
 from datasets.build import (
     build_dataset,
-    build_test,
-    check_dataset,
+    build_test_dataset,
+    dataset_fingerprint,
     dataset_name,
-    describe_data,
-    find_spec,
+    get_dataset_info,
+    validate_dataset_name,
 )
 from datasets.catalog import DATASETS
-from datasets.fewshot import fewshot_json
+from datasets.fewshot import dump_fewshot_split
 
 __all__ = [
     "DATASETS",
     "SUBSAMPLES",
-    "DatasetSpec",
+    "DatasetInfo",
     "FewShotDataset",
-    "Item",
+    "Datum",
     "build_dataset",
-    "build_test",
-    "check_dataset",
+    "build_test_dataset",
+    "validate_dataset_name",
     "dataset_name",
-    "describe_data",
-    "fewshot_json",
-    "find_spec",
+    "dataset_fingerprint",
+    "dump_fewshot_split",
+    "get_dataset_info",
 ]

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from datasets.base import PARTS, Source, Split, find_source, root_folder
-from datasets.build import dataset_name, find_spec
+from datasets.base import SPLITS, DatasetDir, Split, find_dataset_dir, resolve_root
+from datasets.build import dataset_name, get_dataset_info
 from datasets.catalog import DATASETS
-from datasets.checks import numbers, shortfall
-from datasets.download import DOWNLOADS, fetch
+from datasets.checks import count_mismatch, format_counts
+from datasets.download import DOWNLOADS, download_dataset
 from datasets.splits import read_split
 from datasets.transforms import read_image
-from utils import explain, first_few, one_line, progress
+from utils import format_error, one_line, progress, truncate_list
 
-HEADER = ("dataset", "folder", "split", "classes", *PARTS, "status")
+HEADER = ("dataset", "folder", "split", "classes", *SPLITS, "status")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Finding:
 
     def cells(self) -> tuple[str, ...]:
         """The row's texts, in the order of HEADER."""
-        counts = [self.counts.get(key, "-") for key in ("classes", *PARTS)]
+        counts = [self.counts.get(key, "-") for key in ("classes", *SPLITS)]
         return (self.name, self.folder, self.split, *counts, self.status)
 
 
@@ -64,18 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         only = args.fetch or args.dataset
         names = [only] if only else list(DATASETS)
-        to_be_found = [name for name in names if find_spec(name).needs_root]
+        to_be_found = [name for name in names if get_dataset_info(name).needs_root]
     except ValueError as error:
         parser.error(str(error))
     if to_be_found and not args.root_path:
         parser.error("--root_path, the folder that holds the datasets, is missing")
-    if args.root_path and not os.path.isdir(root_folder(args.root_path)):
+    if args.root_path and not os.path.isdir(resolve_root(args.root_path)):
         parser.error(f"--root_path {args.root_path} is not a folder")
     if args.fetch:
         try:
-            fetch(args.fetch, args.root_path)
+            download_dataset(args.fetch, args.root_path)
         except (ValueError, OSError) as error:
-            print(one_line(f"python -m datasets: error: {explain(error)}"), file=sys.stderr)
+            print(one_line(f"python -m datasets: error: {format_error(error)}"), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on with what has arrived", file=sys.stderr)
@@ -100,10 +100,10 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
         root_path: The folder of all datasets.
         decode: Open every image.
     """
-    spec, name = find_spec(name), dataset_name(name)
+    spec, name = get_dataset_info(name), dataset_name(name)
     finding = Finding(name)
     try:
-        source = find_source(name, spec, root_path, prepare=False)
+        source = find_dataset_dir(name, spec, root_path, prepare=False)
         if spec.prepare and not source.folder.exists():
             finding.status = "made on first use"
             finding.notes.append(f"{name}: made in {source.folder} when it is first used")
@@ -117,14 +117,14 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
     except (OSError, ValueError) as error:
         problems = [error]
     else:
-        finding.split, finding.counts = split.kind, numbers(spec, split)
+        finding.split, finding.counts = split.kind, format_counts(spec, split)
         if split.kind == "made":
             finding.notes.append(
                 f"{name}: without {spec.split} in {source.folder}, a split made from the raw data "
                 "is used, not comparable to published figures; DATASETS.md, section "
                 f"{spec.title}, says where to get it"
             )
-        problems += filter(None, [shortfall(source, split)])
+        problems += filter(None, [count_mismatch(source, split)])
         if decode:
             problems += undecodable(source, split)
     finding.problems = [str(problem) for problem in problems]
@@ -132,7 +132,7 @@ def examine(name: str, root_path: str | None, decode: bool) -> Finding:
     return finding
 
 
-def undecodable(source: Source, split: Split) -> list[Exception]:
+def undecodable(source: DatasetDir, split: Split) -> list[Exception]:
     """One fault that names the images that cannot be decoded, or none; missing ones were named."""
 
     def check(path: str) -> tuple[str, str] | None:
@@ -153,9 +153,7 @@ def undecodable(source: Source, split: Split) -> list[Exception]:
         broken = dict(filter(None, bar))
     if not broken:
         return []
-    text = (
-        f"{first_few(broken)} in {source.images} cannot be decoded: download or unpack them again"
-    )
+    text = f"{truncate_list(broken)} in {source.images} cannot be decoded: download or unpack them again"  # noqa: E501
     return [source.error(f"{text} (of the first: {next(iter(broken.values()))})")]
 
 

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import clip
 
-Entry = tuple[str, int, str]  # path below the image folder with "/", label, class name
+RawSample = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 SUBSAMPLES = ("all", "base", "new")  # classes of a task (see `Split.half`)
 TEMPLATE = ["a photo of a {}."]
 DEFAULT_ROOT = "~/.cache/so"  # holds the datasets that are made, not downloaded
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Folders that archives and file servers leave behind, besides hidden ones; in lower case.
-LEFT_OVERS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
-LEFT_OVERS += ("#snapshot", "system volume information")
+IGNORED_DIRS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
+IGNORED_DIRS += ("#snapshot", "system volume information")
 
 
 @dataclass(frozen=True)
-class Item:
+class Datum:
     """One image: where it is (root_path joined with the path below it), its label and class."""
 
     impath: str
@@ -46,9 +46,9 @@ class FewShotDataset:
     """
 
     name: str
-    train_x: list[Item]
-    val: list[Item]
-    test: list[Item]
+    train_x: list[Datum]
+    val: list[Datum]
+    test: list[Datum]
     classnames: list[str]
     template: list[str]
     data: dict[str, str | int]
@@ -68,14 +68,14 @@ class Split:
     """
 
     where: str
-    train: list[Entry]
-    val: list[Entry]
-    test: list[Entry]
+    train: list[RawSample]
+    val: list[RawSample]
+    test: list[RawSample]
     names: dict[int, str]
     kind: str = "published"
     listed: bool = False
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[RawSample]:
         """All entries, in the order of PARTS."""
         return chain(self.train, self.val, self.test)
 
@@ -90,15 +90,15 @@ class Split:
         middle = math.ceil(len(self.names) / 2)
         labels = range(middle) if subsample == "base" else range(middle, len(self.names))
 
-        def some(entries: list[Entry]) -> list[Entry]:
+        def some(entries: list[RawSample]) -> list[RawSample]:
             return [(path, i - labels.start, name) for path, i, name in entries if i in labels]
 
         names = {label - labels.start: self.names[label] for label in labels}
-        return replace(self, **{p: some(getattr(self, p)) for p in PARTS}, names=names)
+        return replace(self, **{p: some(getattr(self, p)) for p in SPLITS}, names=names)
 
     def counts(self) -> dict[str, int]:
         """Number of images in each part."""
-        return {part: len(getattr(self, part)) for part in PARTS}
+        return {part: len(getattr(self, part)) for part in SPLITS}
 
     def digest(self) -> str:
         """SHA-256 of all entries in their order: the same wherever the same data lies."""
@@ -113,7 +113,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class DatasetSpec:
+class DatasetInfo:
     """One row of the table: where a dataset lies, how it is read, what is to be expected.
 
     Attributes:
@@ -130,7 +130,7 @@ class DatasetSpec:
         aliases: Names that archives, torchvision and Kaggle give the dataset's folder.
         image_aliases: Names that they give the image folder.
         others: Folders of another release that people have instead, and what to say of each.
-        together: Training and validation images are drawn at once (see `draw_shots`).
+        together: Training and validation images are drawn at once (see `generate_fewshot_dataset`).
         prepare: Makes the dataset's folder, if it is not there yet, instead of a download.
         template: The prompt that CoOp has for it.
         place: The folder of a user's own images, which need not be below the root.
@@ -140,7 +140,7 @@ class DatasetSpec:
     folders: tuple[str, ...]
     images: str
     split: str | None
-    read: Callable[["Source"], Split]
+    read: Callable[["DatasetDir"], Split]
     classes: int | None
     counts: tuple[int | None, int | None, int | None]
     url: str
@@ -173,11 +173,11 @@ class DatasetSpec:
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetDir:
     """A dataset's folder on this disk."""
 
     name: str
-    spec: DatasetSpec
+    spec: DatasetInfo
     root: Path
     folder: Path
 
@@ -203,18 +203,20 @@ class Source:
     ) -> Exception:
         """An exception for data that is not there: the remedy is to move it, if it is near."""
         with suppress(OSError):  # of folders that may not be read
-            remedy = misplaced(self) or remedy
+            remedy = suggest_fix(self) or remedy
         return self.error(f"{text}; {remedy}" if remedy else text, kind)
 
     def unreadable(self, path: Path, fault: str) -> Exception:
         """An exception for a file whose content is not what it should be, by its first bytes."""
-        words = clip.impostor(path) if path.is_file() else None  # a pipe would be waited for
+        words = (
+            clip.detect_placeholder_file(path) if path.is_file() else None
+        )  # a pipe would be waited for
         return self.error(f"{path} is {words}" if words else f"{path} {fault}")
 
 
-def find_source(
-    name: str, spec: DatasetSpec, root_path: str | os.PathLike | None, prepare: bool = True
-) -> Source:
+def find_dataset_dir(
+    name: str, spec: DatasetInfo, root_path: str | os.PathLike | None, prepare: bool = True
+) -> DatasetDir:
     """Find a dataset's folder: the first of its names that has most of what it should hold.
 
     Args:
@@ -229,14 +231,14 @@ def find_source(
         FileNotFoundError: The root or the dataset's folder is not there.
     """
     if spec.place:
-        return Source(name, spec, spec.place.parent, spec.place)
+        return DatasetDir(name, spec, spec.place.parent, spec.place)
     names, section = " or ".join(spec.folders), f"see DATASETS.md, section {spec.title}"
     if not root_path and spec.needs_root:
         raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
-    root = root_folder(root_path)
+    root = resolve_root(root_path)
     if root_path and not os.path.isdir(root):
         raise FileNotFoundError(f"--root_path {root} is not a folder; {section}")
-    preferred = Source(name, spec, root, root / spec.folders[0])
+    preferred = DatasetDir(name, spec, root, root / spec.folders[0])
     if spec.prepare:
         try:
             if prepare:
@@ -252,10 +254,10 @@ def find_source(
     def completeness(folder: Path) -> tuple[bool, bool]:  # `max` keeps the first of equals
         return spec.lies_in(folder), bool(spec.split) and os.path.isfile(folder / spec.split)
 
-    return Source(name, spec, root, max(folders, key=completeness))
+    return DatasetDir(name, spec, root, max(folders, key=completeness))
 
 
-def root_folder(root_path: str | os.PathLike | None) -> Path:
+def resolve_root(root_path: str | os.PathLike | None) -> Path:
     """The folder of all datasets, or of those that are made.
 
     Raises:
@@ -267,7 +269,7 @@ def root_folder(root_path: str | os.PathLike | None) -> Path:
     return Path(root)
 
 
-def misplaced(source: Source) -> str:
+def suggest_fix(source: DatasetDir) -> str:
     """What to move or rename where the data lies deeper or under another name, or ""."""
     spec, root, home = source.spec, source.root, source.folder
     if not spec.lies_in(home):
@@ -284,7 +286,7 @@ def misplaced(source: Source) -> str:
             hints.append(_move(nested, wanted))
         for place in [] if os.path.isdir(wanted) else [home, root]:
             for found in [place / alias for alias in spec.image_aliases]:
-                if os.path.isdir(found) and list_folders(found):
+                if os.path.isdir(found) and list_subdirs(found):
                     # torchvision's $DATA/SUN397/a is the image folder, not the dataset's.
                     home = root / spec.folders[0] if found == home else home
                     return _move(found, home / spec.images)
@@ -305,18 +307,18 @@ def _three_levels(folder: Path) -> Iterator[Path]:
     level = [folder] if os.path.isdir(folder) else []
     for _ in range(3):
         yield from level
-        level = [path / name for path in level for name in list_folders(path)]
+        level = [path / name for path in level for name in list_subdirs(path)]
 
 
-def by_class(entries: Iterable[Entry]) -> list[list[Entry]]:
+def group_by_label(entries: Iterable[RawSample]) -> list[list[RawSample]]:
     """Entries of each class, the classes in order of first appearance."""
-    groups: dict[int, list[Entry]] = {}
+    groups: dict[int, list[RawSample]] = {}
     for entry in entries:
         groups.setdefault(entry[1], []).append(entry)
     return list(groups.values())
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def natural_sort(names: Iterable[str]) -> list[str]:
     """Distinct names, sorted; by value where all of them are numbers."""
     names = sorted(set(names))
     numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
@@ -334,13 +336,13 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     )
 
 
-def list_folders(folder: str | os.PathLike) -> list[str]:
+def list_subdirs(folder: str | os.PathLike) -> list[str]:
     """Sorted names of a folder's sub-folders, without hidden ones and left-overs."""
     return sorted(
         entry.name
         for entry in os.scandir(folder)
         if not entry.name.startswith(".")
-        and entry.name.lower() not in LEFT_OVERS
+        and entry.name.lower() not in IGNORED_DIRS
         and exists(entry.is_dir)
     )
 

@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from datasets.base import (
-    PARTS,
-    DatasetSpec,
-    Entry,
+    SPLITS,
+    DatasetDir,
+    DatasetInfo,
+    Datum,
     FewShotDataset,
-    Item,
-    Source,
+    RawSample,
     Split,
-    find_source,
+    find_dataset_dir,
 )
 from datasets.catalog import DATASETS
-from datasets.checks import shortfall
-from datasets.fewshot import draw_shots, read_shots
-from datasets.image_folder import is_path, own_spec, stem
-from datasets.prompts import prompt_templates, rename
+from datasets.checks import count_mismatch
+from datasets.fewshot import generate_fewshot_dataset, load_fewshot_split
+from datasets.image_folder import custom_dataset_info, dataset_stem, is_path
+from datasets.prompts import rename_classes, resolve_templates
 from datasets.splits import read_split
-from utils import nearest
+from utils import did_you_mean
 
 
-def find_spec(name: str) -> DatasetSpec:
+def get_dataset_info(name: str) -> DatasetInfo:
     """The row of a dataset: of the table, or made for the path of a user's own images.
 
     Raises:
@@ -36,25 +36,25 @@ def find_spec(name: str) -> DatasetSpec:
     if name in DATASETS:
         return DATASETS[name]
     if is_path(name):
-        return own_spec(name)
+        return custom_dataset_info(name)
     raise ValueError(
-        f"unknown dataset {name!r}{nearest(name, DATASETS)}; valid: {', '.join(DATASETS)}, or the "
+        f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; valid: {', '.join(DATASETS)}, or the "  # noqa: E501
         "path of your own images: a folder, a .csv or a .json"
     )
 
 
-def check_dataset(name: str) -> None:
+def validate_dataset_name(name: str) -> None:
     """Check that a dataset is in the table or an existing path; no image is looked at.
 
     Raises:
         ValueError: It is neither.
     """
-    find_spec(name)
+    get_dataset_info(name)
 
 
 def dataset_name(name: str) -> str:
     """What results call a dataset: its name in the table, or its folder's or its file's stem."""
-    return name if name in DATASETS else stem(name)
+    return name if name in DATASETS else dataset_stem(name)
 
 
 def build_dataset(
@@ -64,7 +64,7 @@ def build_dataset(
     *,
     classnames: str | os.PathLike | None = None,
     template: str | Sequence[str] | None = None,
-    fewshot_list: str | os.PathLike | None = None,
+    fewshot_split: str | os.PathLike | None = None,
     subsample: str = "all",
 ) -> FewShotDataset:
     """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
@@ -78,8 +78,8 @@ def build_dataset(
             own images.
         shots: Training images per class; min(shots, 4) are drawn for validation.
         classnames: YAML file with the names that prompts give the classes (see `rename`).
-        template: Prompts with {}, or "dataset" or "clip" (see `prompt_templates`).
-        fewshot_list: JSON file of images to take in place of the draw (see `read_shots`).
+        template: Prompts with {}, or "dataset" or "clip" (see `resolve_templates`).
+        fewshot_split: JSON file of images to take in place of the draw (see `load_fewshot_split`).
         subsample: "base" or "new" for this half of the classes (see `Split.half`); the few are
             drawn for all of them first, so that a seed means the same images. "base" has the other
             half as `new`.
@@ -89,13 +89,13 @@ def build_dataset(
             or a list that do not fit the data.
         FileNotFoundError: A folder, list or image is missing.
     """
-    spec = find_spec(name)
+    spec = get_dataset_info(name)
     if not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
-    prompts = prompt_templates(template, spec)
+    prompts = resolve_templates(template, spec)
     source, original = _read(name, root_path, save=True)
-    split = rename(original, classnames)
-    if missing := shortfall(source, split):
+    split = rename_classes(original, classnames)
+    if missing := count_mismatch(source, split):
         print(f"note: {missing}", file=sys.stderr)
     if spec.test_only:
         print(
@@ -103,18 +103,18 @@ def build_dataset(
             f"--test_on {name}` tests on it what was learnt on imagenet",
             file=sys.stderr,
         )
-    if fewshot_list:
-        train, val = read_shots(fewshot_list, original, split, subsample)
+    if fewshot_split:
+        train, val = load_fewshot_split(fewshot_split, original, split, subsample)
     else:
         try:
-            train, val = draw_shots(split, shots, spec.together)
+            train, val = generate_fewshot_dataset(split, shots, spec.together)
         except ValueError as error:
             raise source.error(str(error)) from error
     few = replace(split, train=train, val=val)
     task = few.half(subsample)
-    if fewshot_list and len(task.train) != shots * len(task.names):
+    if fewshot_split and len(task.train) != shots * len(task.names):
         print(
-            f"note: {fewshot_list} has {len(task.train)} training images for {len(task.names)} "
+            f"note: {fewshot_split} has {len(task.train)} training images for {len(task.names)} "
             f"classes, not {shots} for each, which the results are filed under",
             file=sys.stderr,
         )
@@ -125,7 +125,7 @@ def build_dataset(
     return dataset
 
 
-def build_test(
+def build_test_dataset(
     name: str,
     root_path: str | os.PathLike | None,
     *,
@@ -135,14 +135,14 @@ def build_test(
 
     Arguments and errors are those of `build_dataset`.
     """
-    prompts = prompt_templates(template, find_spec(name))
+    prompts = resolve_templates(template, get_dataset_info(name))
     source, split = _read(name, root_path, save=True)
-    if missing := shortfall(source, split):
+    if missing := count_mismatch(source, split):
         print(f"note: {missing}", file=sys.stderr)
     return _items(source, replace(split, train=[], val=[]), prompts, split.data())
 
 
-def describe_data(
+def dataset_fingerprint(
     name: str,
     root_path: str | os.PathLike | None,
     classnames: str | os.PathLike | None = None,
@@ -152,7 +152,7 @@ def describe_data(
 
     Nothing is drawn, printed or written. Arguments and errors are those of `build_dataset`.
     """
-    return _data(rename(_read(name, root_path, save=False)[1], classnames), subsample)
+    return _data(rename_classes(_read(name, root_path, save=False)[1], classnames), subsample)
 
 
 def _data(split: Split, subsample: str) -> dict[str, str | int]:
@@ -163,23 +163,23 @@ def _data(split: Split, subsample: str) -> dict[str, str | int]:
 
 
 def _items(
-    source: Source, task: Split, prompts: list[str], data: dict[str, str | int]
+    source: DatasetDir, task: Split, prompts: list[str], data: dict[str, str | int]
 ) -> FewShotDataset:
     """A dataset of all entries of a split."""
 
-    def items(entries: list[Entry]) -> list[Item]:
-        return [Item(source.locate(path), label, name) for path, label, name in entries]
+    def items(entries: list[RawSample]) -> list[Datum]:
+        return [Datum(source.locate(path), label, name) for path, label, name in entries]
 
-    parts = (items(getattr(task, part)) for part in PARTS)
+    parts = (items(getattr(task, part)) for part in SPLITS)
     names = list(task.names.values())
     return FewShotDataset(source.name, *parts, names, prompts, data, str(source.images))
 
 
-def _read(name: str, root_path: str | os.PathLike | None, save: bool) -> tuple[Source, Split]:
+def _read(name: str, root_path: str | os.PathLike | None, save: bool) -> tuple[DatasetDir, Split]:
     """Read and check all entries, leaving Python's global generator as it was."""
-    spec, state = find_spec(name), random.getstate()
+    spec, state = get_dataset_info(name), random.getstate()
     try:
-        source = find_source(dataset_name(name), spec, root_path, prepare=save)
+        source = find_dataset_dir(dataset_name(name), spec, root_path, prepare=save)
         split, problems = read_split(source, save)
     finally:
         random.setstate(state)  # importing what a reader needs may draw: scikit-learn does

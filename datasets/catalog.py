@@ -3,8 +3,8 @@
 from functools import partial
 
 from datasets import digits
-from datasets.base import DatasetSpec
-from datasets.imagenet import read_imagenet, read_variant
+from datasets.base import DatasetInfo
+from datasets.imagenet import read_imagenet, read_imagenet_variant
 from datasets.readers import (
     read_cars,
     read_class_folders,
@@ -45,10 +45,10 @@ MATCHED = "another sampling of ImageNetV2: get imagenetv2-matched-frequency.tar.
 MULTI_SPECTRAL = "EuroSAT's multi-spectral download: get the RGB one, EuroSAT_RGB.zip"
 
 # ImageNet's classes, or some of them, in images of other kinds
-variant = partial(DatasetSpec, split=None, read=read_variant)
+imagenet_variant = partial(DatasetInfo, split=None, read=read_imagenet_variant)
 
-DATASETS: dict[str, DatasetSpec] = {
-    "imagenet": DatasetSpec(
+DATASETS: dict[str, DatasetInfo] = {
+    "imagenet": DatasetInfo(
         title="ImageNet",
         folders=("imagenet/images", "imagenet"),
         images=".",
@@ -67,7 +67,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         together=True,
     ),
-    "sun397": DatasetSpec(
+    "sun397": DatasetInfo(
         title="SUN397",
         folders=("sun397", "SUN397"),
         images="SUN397",
@@ -78,7 +78,7 @@ DATASETS: dict[str, DatasetSpec] = {
         url="https://vision.princeton.edu/projects/2010/SUN/",
         image_aliases=("SUN397",),
     ),
-    "fgvc": DatasetSpec(
+    "fgvc": DatasetInfo(
         title="FGVC-Aircraft",
         folders=("fgvc_aircraft", "fgvc_aircraft/data", "fgvc-aircraft-2013b/data"),
         images="images",
@@ -90,7 +90,7 @@ DATASETS: dict[str, DatasetSpec] = {
         template="a photo of a {}, a type of aircraft.",
         aliases=("fgvc-aircraft-2013b", "FGVCAircraft", "FGVC-Aircraft"),
     ),
-    "eurosat": DatasetSpec(
+    "eurosat": DatasetInfo(
         title="EuroSAT",
         folders=("eurosat",),
         images="2750",
@@ -104,7 +104,7 @@ DATASETS: dict[str, DatasetSpec] = {
         image_aliases=("EuroSAT_RGB", "EuroSAT"),
         others=(("EuroSAT_MS", MULTI_SPECTRAL), ("EuroSATallBands", MULTI_SPECTRAL)),
     ),
-    "stanford_cars": DatasetSpec(
+    "stanford_cars": DatasetInfo(
         title="Stanford Cars",
         folders=("stanford_cars", "StanfordCars"),
         images=".",
@@ -123,7 +123,7 @@ DATASETS: dict[str, DatasetSpec] = {
             ),
         ),
     ),
-    "food101": DatasetSpec(
+    "food101": DatasetInfo(
         title="Food-101",
         folders=("food-101", "Food101"),
         images="images",
@@ -135,7 +135,7 @@ DATASETS: dict[str, DatasetSpec] = {
         template="a photo of {}, a type of food.",
         aliases=("food101", "Food-101", "food41"),
     ),
-    "oxford_pets": DatasetSpec(
+    "oxford_pets": DatasetInfo(
         title="Oxford-IIIT Pets",
         folders=("oxford_pets", "OxfordPets"),
         images="images",
@@ -147,7 +147,7 @@ DATASETS: dict[str, DatasetSpec] = {
         template="a photo of a {}, a type of pet.",
         aliases=("oxford-iiit-pet", "OxfordIIITPet", "the-oxfordiiit-pet-dataset", "pets"),
     ),
-    "oxford_flowers": DatasetSpec(
+    "oxford_flowers": DatasetInfo(
         title="Flowers-102",
         folders=("oxford_flowers", "Flower102"),
         images="jpg",
@@ -159,7 +159,7 @@ DATASETS: dict[str, DatasetSpec] = {
         template="a photo of a {}, a type of flower.",
         aliases=("flowers-102", "102flowers", "flowers102", "Flowers102", "oxford-102-flowers"),
     ),
-    "caltech101": DatasetSpec(
+    "caltech101": DatasetInfo(
         title="Caltech-101",
         folders=("caltech-101", "Caltech101"),
         images="101_ObjectCategories",
@@ -171,7 +171,7 @@ DATASETS: dict[str, DatasetSpec] = {
         aliases=("caltech101", "Caltech-101", "caltech_101"),
         image_aliases=("101_ObjectCategories", "caltech101_classes"),
     ),
-    "dtd": DatasetSpec(
+    "dtd": DatasetInfo(
         title="DTD",
         folders=("dtd", "DTD"),
         images="images",
@@ -183,7 +183,7 @@ DATASETS: dict[str, DatasetSpec] = {
         template="{} texture.",
         aliases=("dtd-r1.0.1", "describable-textures-dataset-dtd"),
     ),
-    "ucf101": DatasetSpec(
+    "ucf101": DatasetInfo(
         title="UCF101",
         folders=("ucf101", "UCF101"),
         images="UCF-101-midframes",
@@ -196,7 +196,7 @@ DATASETS: dict[str, DatasetSpec] = {
         aliases=("UCF-101", "ucf-101"),
         image_aliases=("UCF-101-midframes", "UCF101_midframes"),
     ),
-    "imagenetv2": variant(
+    "imagenetv2": imagenet_variant(
         title="ImageNetV2",
         folders=("imagenetv2",),
         images="imagenetv2-matched-frequency-format-val",
@@ -209,7 +209,7 @@ DATASETS: dict[str, DatasetSpec] = {
             ("imagenetv2-threshold0.7-format-val", MATCHED),
         ),
     ),
-    "imagenet_sketch": variant(
+    "imagenet_sketch": imagenet_variant(
         title="ImageNet-Sketch",
         folders=("imagenet-sketch",),
         images="images",
@@ -219,7 +219,7 @@ DATASETS: dict[str, DatasetSpec] = {
         aliases=("ImageNet-Sketch", "imagenet_sketch"),
         image_aliases=("sketch",),
     ),
-    "imagenet_a": variant(
+    "imagenet_a": imagenet_variant(
         title="ImageNet-A",
         folders=("imagenet-adversarial",),
         images="imagenet-a",
@@ -228,7 +228,7 @@ DATASETS: dict[str, DatasetSpec] = {
         url="https://github.com/hendrycks/natural-adv-examples",
         image_aliases=("imagenet-a", "imagenet_a"),
     ),
-    "imagenet_r": variant(
+    "imagenet_r": imagenet_variant(
         title="ImageNet-R",
         folders=("imagenet-rendition",),
         images="imagenet-r",
@@ -237,7 +237,7 @@ DATASETS: dict[str, DatasetSpec] = {
         url="https://github.com/hendrycks/imagenet-r",
         image_aliases=("imagenet-r", "imagenet_r"),
     ),
-    "digits": DatasetSpec(
+    "digits": DatasetInfo(
         title="Digits",
         folders=("digits",),
         images="images",
@@ -246,6 +246,6 @@ DATASETS: dict[str, DatasetSpec] = {
         classes=10,
         counts=(898, 359, 540),
         url="https://doi.org/10.24432/C50P49",
-        prepare=digits.prepare,
+        prepare=digits.build_digits,
     ),
 }

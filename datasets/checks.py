@@ -8,15 +8,15 @@ import os
 import re
 from collections.abc import Iterator
 
-from datasets.base import DatasetSpec, Source, Split, exists
-from utils import first_few, plural
+from datasets.base import DatasetDir, DatasetInfo, Split, exists
+from utils import plural, truncate_list
 
 NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
 OUTSIDE = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
-def check_split(source: Source, split: Split) -> list[Exception]:
+def check_split(source: DatasetDir, split: Split) -> list[Exception]:
     """All faults of a split: in its classes, in its names, in its files."""
     checks = [check_labels, check_names, check_files, check_classes]
     if split.listed:
@@ -24,7 +24,7 @@ def check_split(source: Source, split: Split) -> list[Exception]:
     return [fault for check in checks for fault in check(source, split)]
 
 
-def check_labels(source: Source, split: Split) -> Iterator[Exception]:
+def check_labels(source: DatasetDir, split: Split) -> Iterator[Exception]:
     """Yield faults of labels that do not add up."""
     where, names = split.where, split.names
     again = source.remedy("get the file again")
@@ -33,7 +33,7 @@ def check_labels(source: Source, split: Split) -> Iterator[Exception]:
         if names.get(label, name) != name:
             twice[label] = f"label {label} stands for {names[label]!r} and {name!r}"
     if twice:
-        yield source.error(f"in {where}, {first_few(twice.values())}; {again}")
+        yield source.error(f"in {where}, {truncate_list(twice.values())}; {again}")
     labels = sorted({*names, *(label for _, label, _ in split.entries())})
     if not labels:
         yield source.missing(
@@ -45,18 +45,18 @@ def check_labels(source: Source, split: Split) -> Iterator[Exception]:
         odd = set(labels) ^ set(range(len(labels)))
         yield source.error(
             f"labels in {where} must run from 0 to {len(labels) - 1}, one for each class, "
-            f"which {first_few(map(str, sorted(odd)))} breaks; {again}"
+            f"which {truncate_list(map(str, sorted(odd)))} breaks; {again}"
         )
 
 
-def check_classes(source: Source, split: Split) -> Iterator[Exception]:
+def check_classes(source: DatasetDir, split: Split) -> Iterator[Exception]:
     """Yield faults of classes without images to train or to test with."""
     names = split.names
     for part in ("test",) if source.spec.test_only else ("train", "test"):
         present = {label for _, label, _ in getattr(split, part)}
         if lacking := [repr(names[label]) for label in sorted(set(names) - present)]:
             yield source.missing(
-                f"{split.where} has no {WORDS[part]} images of the class {first_few(lacking)}",
+                f"{split.where} has no {WORDS[part]} images of the class {truncate_list(lacking)}",
                 source.remedy(
                     "the download or the list is incomplete",
                     "add some, 4 for a class that is to be divided here, or remove the class",
@@ -65,19 +65,19 @@ def check_classes(source: Source, split: Split) -> Iterator[Exception]:
             )
 
 
-def check_names(source: Source, split: Split) -> Iterator[Exception]:
+def check_names(source: DatasetDir, split: Split) -> Iterator[Exception]:
     """Yield faults of names: not text, or leading out of the image folder."""
     paths = dict.fromkeys(path for path, _, _ in split.entries())
     if garbled := [name for name in (*paths, *split.names.values()) if NOT_UTF_8.search(name)]:
-        yield source.error(f"{split.where} has {first_few(garbled)}, not UTF-8; rename it")
+        yield source.error(f"{split.where} has {truncate_list(garbled)}, not UTF-8; rename it")
     if outside := [path for path in paths if OUTSIDE.search(path)]:
         yield source.error(
-            f"{split.where} names {first_few(outside)}, outside of the image folder "
+            f"{split.where} names {truncate_list(outside)}, outside of the image folder "
             f"{source.images}: paths must be relative and without '..'"
         )
 
 
-def check_files(source: Source, split: Split) -> Iterator[Exception]:
+def check_files(source: DatasetDir, split: Split) -> Iterator[Exception]:
     """Yield the entries whose image is missing.
 
     Each folder is listed once, which on a network file system is far cheaper than asking for each
@@ -103,7 +103,7 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
                     instead = next((f" ({n} is there)" for n in present if n.startswith(stem)), "")
                 missing.append(path)
     if missing:
-        names = first_few(sorted(missing))
+        names = truncate_list(sorted(missing))
         yield source.missing(
             f"{names}: named in {split.where}, missing in {source.images}{instead} "
             f"({len(missing)} of {plural(len(paths_of_all), 'image')})",
@@ -111,7 +111,7 @@ def check_files(source: Source, split: Split) -> Iterator[Exception]:
         )
 
 
-def numbers(spec: DatasetSpec, split: Split) -> dict[str, str]:
+def format_counts(spec: DatasetInfo, split: Split) -> dict[str, str]:
     """Classes and images of each part: "47", "12 of 47" where another number was published.
 
     Returns:
@@ -126,10 +126,10 @@ def numbers(spec: DatasetSpec, split: Split) -> dict[str, str]:
     }
 
 
-def shortfall(source: Source, split: Split) -> str:
+def count_mismatch(source: DatasetDir, split: Split) -> str:
     """A sentence on numbers that differ from the published ones; "" where none does."""
     nouns = {"classes": "classes", **{part: f"{word} images" for part, word in WORDS.items()}}
-    found = numbers(source.spec, split)
+    found = format_counts(source.spec, split)
     differing = [f"{text} {nouns[key]}" for key, text in found.items() if " of " in text]
     if not differing:
         return ""

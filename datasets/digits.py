@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasets.base import Entry, Source, Split
+from datasets.base import DatasetDir, RawSample, Split
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLIT_FILE = "split_zhou_Digits.json"
@@ -44,7 +44,7 @@ PLACING_SEED, SPLIT_SEED = 0, 1
 SIZES, SHIFT, TURN = (18.0, 28.0), 3.0, 15.0
 
 
-def prepare(folder: str | os.PathLike) -> None:
+def build_digits(folder: str | os.PathLike) -> None:
     """Make the data set's folder: images/<class>/<index>.png and the split file.
 
     Everything is written to a scratch folder beside it, which takes the name when it is whole, so
@@ -82,7 +82,7 @@ def prepare(folder: str | os.PathLike) -> None:
         ) from error
 
 
-def read_digits(source: Source) -> Split:
+def read_digits(source: DatasetDir) -> Split:
     """The split that `prepare` will write, for whoever asks before it did.
 
     Raises:
@@ -111,7 +111,7 @@ def render() -> tuple[np.ndarray, np.ndarray]:
     for digit in source.images:
         size = draws.uniform(*SIZES)
         right, down = draws.uniform(-SHIFT, SHIFT), draws.uniform(-SHIFT, SHIFT)
-        canvases.append(place(digit / 16.0, size, right, down, draws.uniform(-TURN, TURN)))
+        canvases.append(render_digit(digit / 16.0, size, right, down, draws.uniform(-TURN, TURN)))
     return np.stack(canvases), source.target
 
 
@@ -136,7 +136,9 @@ def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
     return parts
 
 
-def place(digit: np.ndarray, size: float, right: float, down: float, turn: float) -> np.ndarray:
+def render_digit(
+    digit: np.ndarray, size: float, right: float, down: float, turn: float
+) -> np.ndarray:
     """Draw a small image on the black canvas, scaled, shifted and turned.
 
     Args:
@@ -178,7 +180,7 @@ def _load() -> Any:
     return load_digits()
 
 
-def _entries(labels: np.ndarray) -> dict[str, list[Entry]]:
+def _entries(labels: np.ndarray) -> dict[str, list[RawSample]]:
     """The entries of each part."""
     entries = [
         (f"{CLASSNAMES[n]}/{i:04d}.png", int(n), CLASSNAMES[n]) for i, n in enumerate(labels)

@@ -21,9 +21,9 @@ from pathlib import Path
 import torchvision
 from filelock import FileLock, Timeout
 
-from datasets.base import Source, find_source, misplaced, root_folder
+from datasets.base import DatasetDir, find_dataset_dir, resolve_root, suggest_fix
 from datasets.catalog import DATASETS
-from utils import Progress, explain
+from utils import Progress, format_error
 
 DOWNLOADS = {  # torchvision's class, and the folder that it unpacks below its root
     "sun397": ("SUN397", "."),
@@ -43,7 +43,7 @@ TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20  # bytes
 
 
-def fetch(name: str, root_path: str | os.PathLike) -> None:
+def download_dataset(name: str, root_path: str | os.PathLike) -> None:
     """Download a dataset into its folder below the root, and print what became of it.
 
     Raises:
@@ -72,7 +72,7 @@ def fetch(name: str, root_path: str | os.PathLike) -> None:
             raise source.error(f"another process is fetching it, in {work}") from None
         except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: a wrong digest
             raise ConnectionError(
-                f"{name} was not fetched ({explain(error)}): the same command goes on with what "
+                f"{name} was not fetched ({format_error(error)}): the same command goes on with what "  # noqa: E501
                 f"has arrived in {work}; or see DATASETS.md, section {source.spec.title}"
             ) from error
         print(f"{name}: fetched into {source.folder}")
@@ -82,22 +82,22 @@ def fetch(name: str, root_path: str | os.PathLike) -> None:
         print(f"{name}: {split} is to be fetched by hand, into the same folder, from {SPLITS}")
 
 
-def _place(name: str, root_path: str | os.PathLike) -> Source:
+def _place(name: str, root_path: str | os.PathLike) -> DatasetDir:
     """Where a dataset lies, or is to lie.
 
     Raises:
         ValueError: It has been downloaded before, and lies elsewhere.
     """
-    spec, root = replace(DATASETS[name], others=()), root_folder(root_path)
-    source = Source(name, spec, root, root / spec.folders[0])
+    spec, root = replace(DATASETS[name], others=()), resolve_root(root_path)
+    source = DatasetDir(name, spec, root, root / spec.folders[0])
     with suppress(FileNotFoundError):
-        source = find_source(name, spec, root_path)
-    if hint := "" if spec.lies_in(source.folder) else misplaced(source):
+        source = find_dataset_dir(name, spec, root_path)
+    if hint := "" if spec.lies_in(source.folder) else suggest_fix(source):
         raise source.error(f"it has been downloaded to another place: {hint}")
     return source
 
 
-def _download(source: Source, work: Path) -> None:
+def _download(source: DatasetDir, work: Path) -> None:
     """Have torchvision download and unpack a dataset, and move it to where it belongs."""
     maker, made = DOWNLOADS[source.name]
     work.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,14 @@ import json
 import os
 import random
 
-from datasets.base import Entry, FewShotDataset, Item, Split, by_class
-from datasets.splits import well_formed
-from utils import first_few, nearest
+from datasets.base import Datum, FewShotDataset, RawSample, Split, group_by_label
+from datasets.splits import is_valid_entry
+from utils import did_you_mean, truncate_list
 
 
-def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[Entry], list[Entry]]:
+def generate_fewshot_dataset(
+    split: Split, shots: int, together: bool = False
+) -> tuple[list[RawSample], list[RawSample]]:
     """Draw the few training and validation images with Python's global `random`.
 
     The order of draws is that of CLIP-LoRA's loaders, which SO's authors use as well, so that one
@@ -32,9 +34,11 @@ def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[E
     """
     few = min(shots, 4)
     if not together:
-        val = [entry for items in by_class(split.val) for entry in _draw(items, few)]
-        return [entry for items in by_class(split.train) for entry in _draw(items, shots)], val
-    groups = by_class(split.train)
+        val = [entry for items in group_by_label(split.val) for entry in _draw(items, few)]
+        return [
+            entry for items in group_by_label(split.train) for entry in _draw(items, shots)
+        ], val
+    groups = group_by_label(split.train)
     for items in groups:
         if len(items) < shots + few:
             raise ValueError(
@@ -46,18 +50,18 @@ def draw_shots(split: Split, shots: int, together: bool = False) -> tuple[list[E
     return train, [entry for items in drawn for entry in items[shots:]]
 
 
-def _draw(items: list[Entry], count: int) -> list[Entry]:
+def _draw(items: list[RawSample], count: int) -> list[RawSample]:
     """One draw of one class."""
     return random.sample(items, count) if len(items) >= count else random.choices(items, k=count)
 
 
-def read_shots(
+def load_fewshot_split(
     path: str | os.PathLike, original: Split, split: Split, subsample: str = "all"
-) -> tuple[list[Entry], list[Entry]]:
+) -> tuple[list[RawSample], list[RawSample]]:
     """Take the few images from a list in place of the draw, which is left alone.
 
     The list is {"train": [...], "val": [...]} of {"impath", "label", "classname"}, as the code of
-    cross-modal adaptation writes it, or of [path, label, class name], as `fewshot_json` does. An
+    cross-modal adaptation writes it, or of [path, label, class name], as `dump_fewshot_split` does. An
     image is found by its path below the image folder, with any number of folders before it or
     the first ones left out.
 
@@ -71,7 +75,7 @@ def read_shots(
     Raises:
         ValueError: The file is not such a list, or has an image, a class or a label that the
             dataset does not have.
-    """
+    """  # noqa: E501
     listed = _load_list(path)
     first = len(split.names) - len(split.half("new").names) if subsample == "new" else 0
     known = {image: (image, label, name) for image, label, name in split.entries()}
@@ -81,7 +85,7 @@ def read_shots(
     for image in known:
         by_file.setdefault(image.rsplit("/", 1)[-1], []).append(image)
 
-    def find(given: str) -> Entry:
+    def find(given: str) -> RawSample:
         if given in known:
             return known[given]
         given = given.replace("\\", "/")
@@ -93,9 +97,9 @@ def read_shots(
             raise ValueError(f"{path} names the image {given}, which {kind}")
         return known[found[0]]
 
-    def entry(image: str, label: int, name: str) -> Entry:
+    def entry(image: str, label: int, name: str) -> RawSample:
         if all(_spaced(name) != _spaced(other) for other in names):
-            hint = nearest(name, names)
+            hint = did_you_mean(name, names)
             raise ValueError(
                 f"{path} names the class {name!r}{hint}, which {split.where} does not have"
             )
@@ -122,7 +126,7 @@ def _load_list(path: str | os.PathLike) -> dict[str, list[list]]:
     path = os.path.expanduser(path)
     form = '{"train": [...], "val": [...]} with entries [path, label, class name]'
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}: --fewshot_list takes one of the form {form}")
+        raise ValueError(f"there is no file {path}: --fewshot_split takes one of the form {form}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             data = json.load(file)
@@ -135,15 +139,17 @@ def _load_list(path: str | os.PathLike) -> dict[str, list[list]]:
             raise ValueError(f"{path} has no list of images named {part}: it must be {form}")
         keys = ("impath", "label", "classname")
         parts[part] = [[e.get(key) for key in keys] if isinstance(e, dict) else e for e in entries]
-        if bad := [repr(e)[:60] for e in parts[part] if not well_formed(e)]:
-            raise ValueError(f"{path} has entries in {part} that are not {form}: {first_few(bad)}")
+        if bad := [repr(e)[:60] for e in parts[part] if not is_valid_entry(e)]:
+            raise ValueError(
+                f"{path} has entries in {part} that are not {form}: {truncate_list(bad)}"
+            )
     return parts
 
 
-def fewshot_json(dataset: FewShotDataset) -> str:
-    """The text of a list of a dataset's few images, which `read_shots` takes on any disk."""
+def dump_fewshot_split(dataset: FewShotDataset) -> str:
+    """The text of a list of a dataset's few images, which `load_fewshot_split` takes on any disk."""  # noqa: E501
 
-    def entries(items: list[Item]) -> list[Entry]:
+    def entries(items: list[Datum]) -> list[RawSample]:
         start = os.path.join(dataset.images, "")
         return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
 

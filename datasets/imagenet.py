@@ -4,26 +4,26 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets.base import Entry, Source, Split, list_folders, list_images
+from datasets.base import DatasetDir, RawSample, Split, list_images, list_subdirs
 from datasets.readers import paths_in
-from utils import first_few, progress
+from utils import progress, truncate_list
 
 CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")  # lines "n01440764 tench"
 
 
-def read_imagenet(source: Source) -> Split:
+def read_imagenet(source: DatasetDir) -> Split:
     """Read train/ and val/; labels follow the sorted WordNet ids of the folders in train/."""
     folders = {part: source.images / part for part in ("train", "val")}
-    found = {part: list_folders(folder) for part, folder in folders.items()}
+    found = {part: list_subdirs(folder) for part, folder in folders.items()}
     if flat := [str(folders[part]) for part in found if not found[part]]:
         raise source.error(
-            f"{first_few(flat)} has no class folders like n01440764: sort its images"
+            f"{truncate_list(flat)} has no class folders like n01440764: sort its images"
         )
     ids = found["train"]
     if other := sorted(set(found["val"]) - set(ids)):
-        raise source.error(f"{folders['train']} lacks the folders {first_few(other)} of val")
+        raise source.error(f"{folders['train']} lacks the folders {truncate_list(other)} of val")
     names = _names(source, ids, folders["train"])
-    parts: dict[str, list[Entry]] = {}
+    parts: dict[str, list[RawSample]] = {}
     for part, folder in folders.items():
         parts[part] = [
             (f"{part}/{wnid}/{image}", label, names[label])
@@ -34,7 +34,7 @@ def read_imagenet(source: Source) -> Split:
     return Split(str(source.images), parts["train"], [], parts["val"], names, listed=True)
 
 
-def read_variant(source: Source) -> Split:
+def read_imagenet_variant(source: DatasetDir) -> Split:
     """Read class folders of test images, named by WordNet ids, or by their places in ImageNet.
 
     Labels follow the sorted WordNet ids of the classes that are there: ImageNet's own labels where
@@ -43,7 +43,7 @@ def read_variant(source: Source) -> Split:
     published = _read_names(source, CLASSNAMES)
     places = sorted(published)
     folders = {}
-    for folder in list_folders(source.images):
+    for folder in list_subdirs(source.images):
         known = folder.isdecimal() and int(folder) < len(places)  # ImageNetV2: 0 to 999
         folders[places[int(folder)] if known else folder] = folder
     if not folders:
@@ -61,7 +61,7 @@ def read_variant(source: Source) -> Split:
 
 
 def _names(
-    source: Source, ids: list[str], folder: Path, others: Mapping[str, str] | None = None
+    source: DatasetDir, ids: list[str], folder: Path, others: Mapping[str, str] | None = None
 ) -> dict[int, str]:
     """Class name of each label: of the first classnames.txt that there is, or the shipped list.
 
@@ -77,14 +77,14 @@ def _names(
     names = {**(others or {}), **_read_names(source, path)}
     if unnamed := [wnid for wnid in ids if wnid not in names]:
         raise source.missing(
-            f"there is no class name for {first_few(unnamed)} in {folder}",
+            f"there is no class name for {truncate_list(unnamed)} in {folder}",
             "give them one in a classnames.txt with lines like 'n01440764 tench'",
             ValueError,
         )
     return {label: names[wnid] for label, wnid in enumerate(ids)}
 
 
-def _read_names(source: Source, path: Path) -> dict[str, str]:
+def _read_names(source: DatasetDir, path: Path) -> dict[str, str]:
     """The lines of a list of class names, by WordNet id."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]

@@ -18,10 +18,10 @@ from PIL import Image
 from torchvision.transforms import Compose
 
 import clip
-from datasets.base import Item
-from datasets.transforms import MAX_PIXELS, Batch, augment, read_image, stack
+from datasets.base import Datum
+from datasets.transforms import MAX_PIXELS, Batch, collate, read_image, train_transform
 
-__all__ = ["ImageCache", "Loader", "shuffled"]
+__all__ = ["ImageCache", "ImageLoader", "shuffled"]
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class ImageCache:
         return value
 
 
-class Loader:
+class ImageLoader:
     """Makes batches of images for one run.
 
     Args:
@@ -65,11 +65,11 @@ class Loader:
         self.cache = ImageCache(cache_mb)
         self.pool = ThreadPoolExecutor(workers, "images") if workers else None
         # CLIP's resize and crop, without tensor and normalisation
-        self.geometry = Compose(clip.make_preprocess(resolution).transforms[:-2])
+        self.geometry = Compose(clip.image_transform(resolution).transforms[:-2])
 
     def train_batches(
         self,
-        items: Sequence[Item],
+        items: Sequence[Datum],
         batch_size: int,
         seed: int,
         scale: tuple[float, float] = (0.08, 1.0),
@@ -92,20 +92,22 @@ class Loader:
             start: Number of batches to leave out at the beginning.
             own: Numbers of this process's images in a batch of so many; all by default.
         """
-        change = partial(augment, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip)
+        change = partial(
+            train_transform, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip
+        )
         order = shuffled(len(items), batch_size, seed, start)
         return self._ahead(
             partial(self._train_batch, items, seed, change, own, *at) for at in order
         )
 
-    def test_batches(self, items: Sequence[Item], batch_size: int) -> Iterator[Batch]:
+    def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as CLIP's own images are."""
         starts = range(0, max(len(items), 1), batch_size)  # an empty share is an empty batch
         return self._ahead(partial(self._test_batch, items[at : at + batch_size]) for at in starts)
 
     def _train_batch(
         self,
-        items: Sequence[Item],
+        items: Sequence[Datum],
         seed: int,
         change: Callable,
         own: Callable[[int], Sequence[int]],
@@ -119,13 +121,13 @@ class Loader:
             for at, index in (places[number] for number in own(len(places)))
         ]
         labels = [items[index].label for index in chosen.values()]
-        batch = stack(images, labels, self.resolution)
+        batch = collate(images, labels, self.resolution)
         return batch, len(items) - 1 in chosen
 
-    def _test_batch(self, items: Sequence[Item]) -> Batch:
+    def _test_batch(self, items: Sequence[Datum]) -> Batch:
         """The batch of these items."""
         images = [self._input(item.impath) for item in items]
-        return stack(images, [item.label for item in items], self.resolution)
+        return collate(images, [item.label for item in items], self.resolution)
 
     def _decoded(self, path: str) -> Image.Image:
         """The whole image in RGB."""

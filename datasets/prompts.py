@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import yaml
 
-from datasets.base import PARTS, TEMPLATE, DatasetSpec, Entry, Split
+from datasets.base import SPLITS, TEMPLATE, DatasetInfo, RawSample, Split
 from datasets.catalog import CLIP_TEMPLATES
-from utils import first_few, nearest, one_line
+from utils import did_you_mean, one_line, truncate_list
 
 
-def prompt_templates(template: str | Sequence[str] | None, spec: DatasetSpec) -> list[str]:
+def resolve_templates(template: str | Sequence[str] | None, spec: DatasetInfo) -> list[str]:
     """The prompts with {} for the class name.
 
     Args:
@@ -31,13 +31,13 @@ def prompt_templates(template: str | Sequence[str] | None, spec: DatasetSpec) ->
     bad = [repr(t) for t in texts if t.count("{}") != 1 or set("{}") & set(t.replace("{}", ""))]
     if bad or not texts:
         raise ValueError(
-            f"the template {first_few(bad) or 'is empty and'} must have {{}} exactly once, where "
+            f"the template {truncate_list(bad) or 'is empty and'} must have {{}} exactly once, where "  # noqa: E501
             "the class name goes, as in 'a photo of a {}.'; or be the word dataset or clip"
         )
     return texts
 
 
-def rename(split: Split, path: str | os.PathLike | None) -> Split:
+def rename_classes(split: Split, path: str | os.PathLike | None) -> Split:
     """Give classes the names of a YAML file, if any, which maps folder names or labels to names.
 
     A number is the label where no class has a number for its name. Classes that the file leaves
@@ -52,9 +52,9 @@ def rename(split: Split, path: str | os.PathLike | None) -> Split:
     keys = {name: label for label, name in split.names.items()}
     if not any(name.isdecimal() for name in keys):
         keys |= {str(label): label for label in split.names}
-    if unknown := [f"{name!r}{nearest(name, keys)}" for name in new if name not in keys]:
+    if unknown := [f"{name!r}{did_you_mean(name, keys)}" for name in new if name not in keys]:
         raise ValueError(
-            f"{path} names {first_few(unknown)}, a class that {split.where} does not have: correct "
+            f"{path} names {truncate_list(unknown)}, a class that {split.where} does not have: correct "  # noqa: E501
             "it or take it out"
         )
     names = dict(split.names)
@@ -63,10 +63,10 @@ def rename(split: Split, path: str | os.PathLike | None) -> Split:
         for label in [at for at, old in split.names.items() if old == key] or [keys[key]]:
             names[label] = name
 
-    def renamed(entries: list[Entry]) -> list[Entry]:
+    def renamed(entries: list[RawSample]) -> list[RawSample]:
         return [(image, label, names[label]) for image, label, _ in entries]
 
-    parts = {part: renamed(getattr(split, part)) for part in PARTS}
+    parts = {part: renamed(getattr(split, part)) for part in SPLITS}
     return replace(split, **parts, names=names)
 
 
@@ -85,7 +85,7 @@ def _read_names(path: str | os.PathLike) -> dict[str, str]:
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{path} is not made of {form}")
     if bad := [str(key) for key, name in names.items() if not _text(key) or not _text(name)]:
-        raise ValueError(f"{path} has no name for {first_few(bad)}: it takes {form}")
+        raise ValueError(f"{path} has no name for {truncate_list(bad)}: it takes {form}")
     return names
 
 

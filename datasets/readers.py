@@ -13,37 +13,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets.base import PARTS, Entry, Source, Split, by_class, list_folders, list_images
-from utils import first_few
+from datasets.base import (
+    SPLITS,
+    DatasetDir,
+    RawSample,
+    Split,
+    group_by_label,
+    list_images,
+    list_subdirs,
+)
+from utils import truncate_list
 
 SEED = 1
 T = TypeVar("T")
 
 
 def read_class_folders(
-    source: Source, names: Mapping[str, str] | None = None, ignored: Collection[str] = ()
+    source: DatasetDir, names: Mapping[str, str] | None = None, ignored: Collection[str] = ()
 ) -> Split:
     """One folder for each class, in sorted order; the folder's name unless `names` has another."""
     classes = []
-    for folder in list_folders(source.images):
+    for folder in list_subdirs(source.images):
         if folder not in ignored:
             classes.append(((names or {}).get(folder, folder), paths_in(source, folder)))
-    return replace(divide(source.images, classes), listed=True)
+    return replace(split_trainvaltest(source.images, classes), listed=True)
 
 
-def paths_in(source: Source, folder: str) -> list[str]:
+def paths_in(source: DatasetDir, folder: str) -> list[str]:
     """Sorted paths of a folder's images, both below the image folder."""
     return [f"{folder}/{name}" for name in list_images(source.locate(folder))]
 
 
-def read_fgvc(source: Source) -> Split:
+def read_fgvc(source: DatasetDir) -> Split:
     """Lines "0034309 Boeing 707-320" in the lists; labels follow the order in variants.txt."""
-    lists = [source.folder / f"images_variant_{part}.txt" for part in PARTS]
-    require(source, source.folder / "variants.txt", *lists)
+    lists = [source.folder / f"images_variant_{part}.txt" for part in SPLITS]
+    require_files(source, source.folder / "variants.txt", *lists)
     names = parse_lines(source, source.folder / "variants.txt", "variant", str)
     labels = {name: label for label, name in enumerate(names)}
 
-    def entry(line: str) -> Entry:
+    def entry(line: str) -> RawSample:
         image, name = line.split(maxsplit=1)
         return f"{image}.jpg", labels[name], name
 
@@ -52,10 +60,10 @@ def read_fgvc(source: Source) -> Split:
     return Split(f"{source.folder}/images_variant_*.txt", *parts, dict(enumerate(names)))
 
 
-def read_flowers(source: Source) -> Split:
+def read_flowers(source: DatasetDir) -> Split:
     """Label i of imagelabels.mat belongs to image i; cat_to_name.json names the labels."""
     where, path = source.folder / "imagelabels.mat", source.folder / "cat_to_name.json"
-    require(source, where, path)
+    require_files(source, where, path)
     labels = _column(source, where, "labels", int)
     try:
         names = {int(k): str(v) for k, v in json.loads(read_text(source, path)).items()}
@@ -63,64 +71,66 @@ def read_flowers(source: Source) -> Split:
         fault = f"does not map numbers to names ({error}); get it again"
         raise source.unreadable(path, fault) from error
     if nameless := [str(label) for label in sorted(set(labels)) if label not in names or label < 1]:
-        raise source.error(f"{path} has no name for the label {first_few(nameless)} of {where}")
+        raise source.error(f"{path} has no name for the label {truncate_list(nameless)} of {where}")
     if max(labels, default=0) > len(labels):  # then some classes can have no image
         raise source.error(f"{where} has labels up to {max(labels)}; get it again")
     images: dict[int, list[str]] = {label: [] for label in range(1, max(labels, default=0) + 1)}
     for number, label in enumerate(labels, start=1):
         images[label].append(f"image_{number:05d}.jpg")
-    return divide(where, [(names.get(label, str(label)), images[label]) for label in images])
+    return split_trainvaltest(
+        where, [(names.get(label, str(label)), images[label]) for label in images]
+    )
 
 
-def read_cars(source: Source) -> Split:
+def read_cars(source: DatasetDir) -> Split:
     """Lists and names in .mat files; the year goes to the front of a name."""
     devkit, tests = source.folder / "devkit", "cars_test_annos_withlabels.mat"
     tests = devkit / tests if (devkit / tests).is_file() else source.folder / tests
     meta, training = devkit / "cars_meta.mat", devkit / "cars_train_annos.mat"
-    require(source, meta, training, tests)
+    require_files(source, meta, training, tests)
     words = [name.rsplit(" ", 1) for name in _column(source, meta, "class_names", str)]
     names = {label: " ".join(reversed(name)) for label, name in enumerate(words)}
 
-    def entries(path: Path, folder: str) -> list[Entry]:
-        def entry(record: Any) -> Entry:
+    def entries(path: Path, folder: str) -> list[RawSample]:
+        def entry(record: Any) -> RawSample:
             label = int(record["class"]) - 1
             return f"{folder}/{record['fname']}", label, names[label]
 
         return _column(source, path, "annotations", entry)
 
     train, test = entries(training, "cars_train"), entries(tests, "cars_test")
-    return hold_out(devkit, train, test, names)
+    return split_trainval(devkit, train, test, names)
 
 
-def read_pets(source: Source) -> Split:
+def read_pets(source: DatasetDir) -> Split:
     """Lines "Abyssinian_100 1 1 1" of image, class from 1, species, breed in annotations/."""
 
-    def entry(line: str) -> Entry:
+    def entry(line: str) -> RawSample:
         image, label, _, _ = line.split()
         return f"{image}.jpg", int(label) - 1, image.rsplit("_", 1)[0].lower()
 
     lists = [source.folder / "annotations" / name for name in ("trainval.txt", "test.txt")]
-    require(source, *lists)
+    require_files(source, *lists)
     train, test = (parse_lines(source, path, "image class species breed", entry) for path in lists)
     names = {label: name for _, label, name in reversed([*train, *test])}
-    return hold_out(lists[0], train, test, dict(sorted(names.items())))
+    return split_trainval(lists[0], train, test, dict(sorted(names.items())))
 
 
-def read_sun397(source: Source) -> Split:
+def read_sun397(source: DatasetDir) -> Split:
     """Lines "/c/casino/indoor" in ClassName.txt, "/c/casino/indoor/sun_x.jpg" in the lists."""
     lists = [source.folder / name for name in ("Training_01.txt", "Testing_01.txt")]
-    require(source, source.folder / "ClassName.txt", *lists)
+    require_files(source, source.folder / "ClassName.txt", *lists)
     classes = parse_lines(source, source.folder / "ClassName.txt", "/letter/class", _sun_class)
     labels = {folder: label for label, (folder, _) in enumerate(classes)}
 
-    def entry(line: str) -> Entry:
+    def entry(line: str) -> RawSample:
         path = line.lstrip("/")
         label = labels[path.rsplit("/", 1)[0]]
         return path, label, classes[label][1]
 
     form = "/letter/class/image of a class in ClassName.txt"
     train, test = (parse_lines(source, path, form, entry) for path in lists)
-    return hold_out(lists[0], train, test, dict(enumerate(name for _, name in classes)))
+    return split_trainval(lists[0], train, test, dict(enumerate(name for _, name in classes)))
 
 
 def _sun_class(line: str) -> tuple[str, str]:
@@ -131,7 +141,7 @@ def _sun_class(line: str) -> tuple[str, str]:
     return line.lstrip("/"), " ".join(reversed(words))
 
 
-def read_ucf101(source: Source) -> Split:
+def read_ucf101(source: DatasetDir) -> Split:
     """Lines "1 ApplyEyeMakeup" in classInd.txt, "ApplyEyeMakeup/v_x.avi" in the lists."""
 
     def action(line: str) -> tuple[int, str]:
@@ -143,11 +153,11 @@ def read_ucf101(source: Source) -> Split:
 
     files = ("classInd.txt", "trainlist01.txt", "testlist01.txt")
     index, *lists = [source.folder / "ucfTrainTestlist" / file for file in files]
-    require(source, index, *lists)
+    require_files(source, index, *lists)
     classes = parse_lines(source, index, "number class", action)
     labels = {name: label for label, name in classes}
 
-    def entry(line: str) -> Entry:
+    def entry(line: str) -> RawSample:
         folder, video = line.split()[0].split("/")
         name = rename(folder)
         return f"{name}/{video.removesuffix('.avi')}.jpg", labels[folder], name
@@ -155,10 +165,10 @@ def read_ucf101(source: Source) -> Split:
     form = "class/video of a class in classInd.txt"
     train, test = (parse_lines(source, path, form, entry) for path in lists)
     names = {label: rename(name) for label, name in sorted(classes)}
-    return hold_out(lists[0], train, test, names)
+    return split_trainval(lists[0], train, test, names)
 
 
-def divide(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
+def split_trainvaltest(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
     """Divide each class (name, its images) 50 / 20 / 30."""
     rng = random.Random(SEED)
     train, val, test = [], [], []
@@ -173,11 +183,13 @@ def divide(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
     return Split(str(where), train, val, test, dict(enumerate(name for name, _ in classes)))
 
 
-def hold_out(where: Path, train: list[Entry], test: list[Entry], names: dict[int, str]) -> Split:
+def split_trainval(
+    where: Path, train: list[RawSample], test: list[RawSample], names: dict[int, str]
+) -> Split:
     """Make 20 % of each class's training images validation."""
     rng = random.Random(SEED)
     rest, val = [], []
-    for entries in sorted(by_class(train), key=lambda entries: entries[0][1]):
+    for entries in sorted(group_by_label(train), key=lambda entries: entries[0][1]):
         rng.shuffle(entries)
         count = round(0.2 * len(entries))
         val += entries[:count]
@@ -185,7 +197,7 @@ def hold_out(where: Path, train: list[Entry], test: list[Entry], names: dict[int
     return Split(str(where), rest, val, test, names)
 
 
-def parse_lines(source: Source, path: Path, form: str, parse: Callable[[str], T]) -> list[T]:
+def parse_lines(source: DatasetDir, path: Path, form: str, parse: Callable[[str], T]) -> list[T]:
     """Parse each line of a list.
 
     Raises:
@@ -199,25 +211,25 @@ def parse_lines(source: Source, path: Path, form: str, parse: Callable[[str], T]
             except (ValueError, LookupError):
                 bad.append(f"line {number} ({line.strip()[:60]!r})")
     if bad:
-        fault = f"has lines that are not '{form}': {first_few(bad)}; get the file again"
+        fault = f"has lines that are not '{form}': {truncate_list(bad)}; get the file again"
         raise source.unreadable(path, fault)
     return parsed
 
 
-def require(source: Source, *lists: Path) -> None:
+def require_files(source: DatasetDir, *lists: Path) -> None:
     """Check that all lists of the download are there.
 
     Raises:
         FileNotFoundError: At least one is not; all such are named.
     """
     if missing := [str(path) for path in lists if not path.is_file()]:
-        lacking = f"the download lacks {first_few(missing)}"
+        lacking = f"the download lacks {truncate_list(missing)}"
         if source.spec.split:
             lacking = f"there is no {source.spec.split}, and {lacking} to make a split from"
         raise source.missing(lacking)
 
 
-def read_text(source: Source, path: Path) -> str:
+def read_text(source: DatasetDir, path: Path) -> str:
     """The content of a text file."""
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -225,7 +237,7 @@ def read_text(source: Source, path: Path) -> str:
         raise source.unreadable(path, f"cannot be read ({error}); get the file again") from error
 
 
-def _column(source: Source, path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
+def _column(source: DatasetDir, path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
     """Parse each element of a vector in a .mat file."""
     import numpy as np  # these two only where a .mat file must be read
     from scipy.io import loadmat

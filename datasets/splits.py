@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets.base import PARTS, Entry, Source, Split
+from datasets.base import SPLITS, DatasetDir, RawSample, Split
 from datasets.checks import check_split
-from utils import atomic_write, first_few
+from utils import atomic_write, truncate_list
 
 Read = tuple[Split, list[Exception]]
 
 
-def read_split(source: Source, save: bool = True) -> Read:
+def read_split(source: DatasetDir, save: bool = True) -> Read:
     """Read all entries of a dataset, and all that is wrong with them.
 
     The published split file decides when it is there. Otherwise a split is made from the raw
@@ -34,7 +34,7 @@ def read_split(source: Source, save: bool = True) -> Read:
         return spec.read(source), []  # as it will be made on first use
     folders = [str(path) for path in spec.image_folders(source.folder) if not path.is_dir()]
     if folders:
-        raise source.missing(f"the image folder {first_few(folders)} is missing")
+        raise source.missing(f"the image folder {truncate_list(folders)} is missing")
     if spec.split and os.path.lexists(source.folder / spec.split):
         return read_split_file(source, source.folder / spec.split)
     try:
@@ -46,10 +46,10 @@ def read_split(source: Source, save: bool = True) -> Read:
     return split, check_split(source, split)
 
 
-def _made_split(source: Source, fresh: Split, save: bool) -> Read:
+def _made_split(source: DatasetDir, fresh: Split, save: bool) -> Read:
     """The split that an earlier run saved, if it was made of the same data; else the fresh one."""
     spec, digest = source.spec, fresh.digest()
-    path = source.folder / made_name(spec.split)
+    path = source.folder / generated_split_name(spec.split)
     saved = _load(source, path) if os.path.lexists(path) else None
     if saved and saved.get("digest") == digest:
         split, problems = read_split_file(source, path)
@@ -72,7 +72,7 @@ def _made_split(source: Source, fresh: Split, save: bool) -> Read:
     return split, problems
 
 
-def made_name(split: str) -> str:
+def generated_split_name(split: str) -> str:
     """Name of the split made here in place of a published one."""
     return split.replace("split_zhou_", "split_so_")
 
@@ -80,7 +80,7 @@ def made_name(split: str) -> str:
 def _save(path: Path, split: Split, digest: str) -> str:
     """Write a split in the published ones' form; return what to say of a failure."""
     note = "made by datasets/readers.py from the raw download; not comparable to published figures"
-    parts = {part: getattr(split, part) for part in PARTS}
+    parts = {part: getattr(split, part) for part in SPLITS}
     try:
         atomic_write(path, json.dumps({"note": note, "digest": digest, **parts}))
     except OSError as error:
@@ -88,17 +88,17 @@ def _save(path: Path, split: Split, digest: str) -> str:
     return ""
 
 
-def read_split_file(source: Source, path: Path) -> Read:
+def read_split_file(source: DatasetDir, path: Path) -> Read:
     """Read {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}."""
     data = _load(source, path)
-    parts: dict[str, list[Entry]] = {part: [] for part in PARTS}
+    parts: dict[str, list[RawSample]] = {part: [] for part in SPLITS}
     names: dict[int, str] = {}
     bad = []
-    for part in PARTS:
+    for part in SPLITS:
         for entry in data[part]:
-            if well_formed(entry):
+            if is_valid_entry(entry):
                 image, label, name = entry
-                parts[part].append((slashes(source, image), label, name))
+                parts[part].append((to_posix_path(source, image), label, name))
                 names.setdefault(label, name)
             else:
                 bad.append(f"{part}: {repr(entry)[:60]}")
@@ -108,12 +108,12 @@ def read_split_file(source: Source, path: Path) -> Read:
     if bad:
         form = "entries that are not [path, label, class name]"
         problems.insert(
-            0, source.unreadable(path, f"has {form}: {first_few(bad)}; {_remedy(source, path)}")
+            0, source.unreadable(path, f"has {form}: {truncate_list(bad)}; {_remedy(source, path)}")
         )
     return split, problems
 
 
-def _load(source: Source, path: Path) -> dict[str, Any]:
+def _load(source: DatasetDir, path: Path) -> dict[str, Any]:
     """The content of a split file, with a list for each part."""
     try:
         if path.exists() and not path.is_file():
@@ -123,27 +123,27 @@ def _load(source: Source, path: Path) -> dict[str, Any]:
         fault = f"cannot be read as JSON ({error}); {_remedy(source, path)}"
         raise source.unreadable(path, fault) from error
     data = data if isinstance(data, dict) else {}
-    if lacking := [part for part in PARTS if not isinstance(data.get(part), list)]:
+    if lacking := [part for part in SPLITS if not isinstance(data.get(part), list)]:
         raise source.unreadable(
             path, f"lacks the part {', '.join(lacking)}; {_remedy(source, path)}"
         )
     return data
 
 
-def _remedy(source: Source, path: Path) -> str:
+def _remedy(source: DatasetDir, path: Path) -> str:
     """What helps with a broken split file."""
     made = path.name.startswith("split_so_")
     return "delete it, and it is made again" if made else source.remedy("get the file again")
 
 
-def slashes(source: Source, path: str) -> str:
+def to_posix_path(source: DatasetDir, path: str) -> str:
     """A path as written on Windows, with "/" where that finds the file."""
     if "\\" in path and os.path.isfile(source.locate(path.replace("\\", "/"))):
         return path.replace("\\", "/")
     return path
 
 
-def well_formed(entry: Any) -> bool:
+def is_valid_entry(entry: Any) -> bool:
     """Whether an entry is a path, a label and a class name."""
     if not isinstance(entry, list) or len(entry) != 3:
         return False

@@ -43,13 +43,13 @@ def read_image(path: str | os.PathLike) -> Image.Image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
             image.load()
-            return clip.to_rgb(image)
+            return clip.convert_image_to_rgb(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error
     except Exception as error:  # a damaged file makes Pillow fail in any way
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            if words := clip.impostor(path):
+            if words := clip.detect_placeholder_file(path):
                 raise ValueError(f"the image {path} is {words}") from error
             reason = _many_bands(path) or f"none of {', '.join(FORMATS)}"
         elif isinstance(error, OSError) and error.strerror:
@@ -71,7 +71,7 @@ def _many_bands(path: str | os.PathLike) -> str:
     return f"a TIFF of {bands} bands, {wanted}" if bands > 4 else ""
 
 
-def augment(
+def train_transform(
     image: Image.Image,
     resolution: int,
     rng: random.Random,
@@ -80,14 +80,14 @@ def augment(
     flip: bool,
 ) -> np.ndarray:
     """Crop at random, resize bicubically, mirror with probability 1/2: (R, R, 3) uint8."""
-    image = image.crop(random_box(image.width, image.height, rng, scale, ratio))
+    image = image.crop(random_resized_crop_params(image.width, image.height, rng, scale, ratio))
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
     if flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
 
 
-def random_box(
+def random_resized_crop_params(
     width: int,
     height: int,
     rng: random.Random,
@@ -113,7 +113,7 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def stack(images: Sequence[np.ndarray], labels: Sequence[int], resolution: int) -> Batch:
+def collate(images: Sequence[np.ndarray], labels: Sequence[int], resolution: int) -> Batch:
     """Stack images (R, R, 3) to (B, 3, R, R), channels last in memory, and labels to (N,)."""
     pixels = np.stack(images) if images else np.empty((0, resolution, resolution, 3), np.uint8)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64)
@@ -126,8 +126,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
 
-def normalise(
-    images: Tensor, mean: Sequence[float] = clip.MEAN, std: Sequence[float] = clip.STD
+def normalize(
+    images: Tensor, mean: Sequence[float] = clip.OPENAI_MEAN, std: Sequence[float] = clip.OPENAI_STD
 ) -> Tensor:
     """Turn uint8 images into a model's input: (B, 3, R, R) float32.
 

@@ -24,11 +24,11 @@ from optimizers.SparseOptimizer import SO
 
 GRAD_SUPPORTS = ("random", "magnitude")
 MOMENT_SUPPORTS = ("magnitude", "random", "fixed", "reset")
-MOMENTS = ("usual", "aged", "none")
+MOMENTS = ("adam", "per_entry", "none")
 KEPT_BY_SO = ("indices", "exp_avg", "exp_avg_sq")
 
 
-class AblatedSO(SO):
+class SOVariant(SO):
     """SO with other supports or moments; see there for all else.
 
     Args:
@@ -38,7 +38,7 @@ class AblatedSO(SO):
         moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
             "random" ones of it, "fixed", the first S_g for good, or "reset": always S_g, with all
             moments forgotten where it is drawn.
-        moments: "usual"; "aged", which is SO's bias_correction="entry"; or "none": see the module's
+        moments: "adam"; "per_entry", which is SO's bias_correction="entry"; or "none": see the module's
             docstring. The state of a tensor is then only `step` and `grad_indices`.
         **settings: SO's.
 
@@ -53,7 +53,7 @@ class AblatedSO(SO):
         *,
         grad_support: str = "random",
         moment_support: str = "magnitude",
-        moments: str = "usual",
+        moments: str = "adam",
         **settings: Any,
     ) -> None:
         for kind, name, valid in (
@@ -70,7 +70,7 @@ class AblatedSO(SO):
             )
         self.grad_support, self.moment_support = grad_support, moment_support
         self.moments = moments
-        if moments == "aged":
+        if moments == "per_entry":
             settings["bias_correction"] = "entry"
         super().__init__(params, **settings)
 

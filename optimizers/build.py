@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from clip import CLIP
-from clip.lora import add_lora, set_dropout
-from optimizers.ablations import AblatedSO
+from clip.lora import apply_lora, set_dropout
+from optimizers.ablations import SOVariant
 from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO
 
@@ -27,12 +27,17 @@ POSITIONS: dict[str, tuple[float, float] | int] = {
     "top3": 3,
     "top": 1,
 }
-MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRAINABLE_WEIGHTS = (
+    "attn.in_proj_weight",
+    "attn.out_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)
 METHODS = ("so", "lora", "adam")
 # How SO chooses its supports and keeps its moments: the paper's way. Others are ablations.
-SUPPORTS = {"grad_support": "random", "moment_support": "magnitude", "moments": "usual"}
+ABLATION_DEFAULTS = {"grad_support": "random", "moment_support": "magnitude", "moments": "adam"}
 LORA_WEIGHT_DECAY = 1e-2  # CLIP-LoRA's
-PACKED = ".in_proj_weight"  # of an attention layer: queries, keys and values
+IN_PROJ_SUFFIX = ".in_proj_weight"  # of an attention layer: queries, keys and values
 
 
 class Method(NamedTuple):
@@ -44,7 +49,7 @@ class Method(NamedTuple):
     summary: str = ""  # what is trained, in words
 
 
-def layers_at(position: str, depth: int) -> range:
+def layer_indices(position: str, depth: int) -> range:
     """The layers that a position means in a stack of `depth` layers; at least one.
 
     Twelve layers: bottom 0-3, mid 4-7, up 8-11, half-bottom 0-5, half-up 6-11, top3 9-11, top 11.
@@ -56,7 +61,7 @@ def layers_at(position: str, depth: int) -> range:
     return range(start, max(round(share[1] * depth), start + 1))
 
 
-def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Parameter]:
+def mark_as_trainable(model: CLIP, encoder: str, position: str) -> dict[str, nn.Parameter]:
     """Freeze a CLIP, thaw the matrices to adapt, and return them by name.
 
     Args:
@@ -75,8 +80,8 @@ def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Pa
         if name == towers["vision"] and not hasattr(model.visual, "transformer"):
             continue
         blocks = model.get_submodule(name).resblocks
-        for layer in layers_at(position, len(blocks)):
-            for matrix in MATRICES:
+        for layer in layer_indices(position, len(blocks)):
+            for matrix in TRAINABLE_WEIGHTS:
                 full_name = f"{name}.resblocks.{layer}.{matrix}"
                 chosen[full_name] = model.get_parameter(full_name).requires_grad_()
     if not chosen:
@@ -87,7 +92,7 @@ def select_matrices(model: CLIP, encoder: str, position: str) -> dict[str, nn.Pa
     return chosen
 
 
-def make_method(
+def build_optimizer(
     name: str,
     model: nn.Module,
     matrices: Mapping[str, nn.Parameter],
@@ -98,9 +103,9 @@ def make_method(
     rank: int,
     seed: int,
     sampled: bool = True,
-    grad_support: str = SUPPORTS["grad_support"],
-    moment_support: str = SUPPORTS["moment_support"],
-    moments: str = SUPPORTS["moments"],
+    grad_support: str = ABLATION_DEFAULTS["grad_support"],
+    moment_support: str = ABLATION_DEFAULTS["moment_support"],
+    moments: str = ABLATION_DEFAULTS["moments"],
 ) -> Method:
     """Make a method ready to train.
 
@@ -108,7 +113,7 @@ def make_method(
         name: "so", "adam" (torch's, on the same matrices), or "lora" (adapters on q, k and v of
             the attention layers among them; Zanella, Ben Ayed 2024, arXiv 2405.18541).
         model: The model that has the matrices; everything else in it is frozen.
-        matrices: The matrices that may be adapted, as `select_matrices` returns it.
+        matrices: The matrices that may be adapted, as `mark_as_trainable` returns it.
         lr: Learning rate at the start.
         density: Share of entries that SO keeps moments of.
         T: Steps between two draws of SO's gradient support.
@@ -124,9 +129,9 @@ def make_method(
     entries = sum(p.numel() for p in matrices.values())
     of = f"{len(matrices)} matrices, {entries:,} entries"
     if name == "lora":
-        matrices = {key: p for key, p in matrices.items() if key.endswith(PACKED)}
-        layers = [key.removesuffix(PACKED) for key in matrices]
-        adapters = add_lora(model, layers, rank, generator=torch.Generator().manual_seed(seed))
+        matrices = {key: p for key, p in matrices.items() if key.endswith(IN_PROJ_SUFFIX)}
+        layers = [key.removesuffix(IN_PROJ_SUFFIX) for key in matrices]
+        adapters = apply_lora(model, layers, rank, generator=torch.Generator().manual_seed(seed))
         set_dropout(model, True)
         optimizer = torch.optim.AdamW(adapters.values(), lr=lr, weight_decay=LORA_WEIGHT_DECAY)
         trained = sum(p.numel() for p in adapters.values())
@@ -137,10 +142,10 @@ def make_method(
         return Method(optimizer, matrices, matrices, f"{of}, all with Adam's moments")
     settings = dict(lr=lr, density_ratio=density, T=T, seed=seed)
     supports = dict(grad_support=grad_support, moment_support=moment_support, moments=moments)
-    if supports == SUPPORTS:
+    if supports == ABLATION_DEFAULTS:
         optimizer = SO(matrices.values(), **settings)
     else:
-        optimizer = AblatedSO(matrices.values(), **supports, **settings)
+        optimizer = SOVariant(matrices.values(), **supports, **settings)
     if sampled and grad_support == "random":
         sample_gradients(model, optimizer)
     kept = sum(max(1, int(p.numel() * density)) for p in matrices.values())

@@ -33,20 +33,20 @@ from clip import CLIP
 from utils import atomic_write
 
 __all__ = [
-    "Base", "Change", "Delta", "apply_delta", "changed_entries", "load_weights", "pack",
-    "read_delta", "save_delta", "scale_weights", "scaled", "unpack", "weights_digest",
+    "PretrainedModel", "SparseTensorDelta", "Delta", "apply_delta", "changed_indices", "load_weights", "diff_state_dict",  # noqa: E501
+    "read_delta", "save_delta", "interpolate_weights_", "interpolated_weights", "apply_state_diff", "state_dict_sha256",  # noqa: E501
 ]  # fmt: skip
 
 FORMAT, VERSION = "sparse-delta", 1
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
+INT_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of values
 DIMENSIONS = 16  # of a matrix, at most
 
 
-Packed = dict[str, tuple[Tensor | None, Tensor]]  # by name: as `pack` returns it
+StateDiff = dict[str, tuple[Tensor | None, Tensor]]  # by name: as `pack` returns it
 
 
-class Change(NamedTuple):
+class SparseTensorDelta(NamedTuple):
     """What became of one matrix."""
 
     indices: Tensor  # (c,) int32 or int64: increasing positions in the flattened matrix
@@ -57,12 +57,12 @@ class Change(NamedTuple):
 class Delta(NamedTuple):
     """A delta as `read_delta` returns it: checked, on the CPU."""
 
-    matrices: dict[str, Change]
+    matrices: dict[str, SparseTensorDelta]
     metadata: dict[str, str]
     path: Path
 
 
-class Base:
+class PretrainedModel:
     """The weights that a run begins with: by where they are, in memory only while needed.
 
     Args:
@@ -77,7 +77,7 @@ class Base:
     def load(self, device: torch.device) -> CLIP:
         """The model, to be trained."""
         model, _ = clip.load(self.name, device, **self.options)
-        self.digest = weights_digest(model)
+        self.digest = state_dict_sha256(model)
         return model
 
     def read(self) -> dict[str, Tensor]:
@@ -92,12 +92,12 @@ class Base:
                 state = clip.load(self.name, "cpu", **self.options)[0].state_dict()
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.name} changed during this run ({error})") from error
-        if weights_digest(state) != self.digest:
+        if state_dict_sha256(state) != self.digest:
             raise ValueError(f"{self.name} changed during this run: restore it, and --resume")
         return state
 
 
-def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
+def state_dict_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 over names and float32 values of all weights, whatever file or precision they are of.
 
     Args:
@@ -111,7 +111,7 @@ def weights_digest(weights: nn.Module | Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def changed_entries(base: Tensor, now: Tensor) -> Tensor:
+def changed_indices(base: Tensor, now: Tensor) -> Tensor:
     """Find where two tensors of one shape, dtype and device differ in any bit.
 
     So 0.0 and -0.0 differ, and a NaN equals itself.
@@ -126,26 +126,26 @@ def changed_entries(base: Tensor, now: Tensor) -> Tensor:
         raise ValueError(
             f"cannot compare {_words(base.dtype, base.shape)} with {_words(now.dtype, now.shape)}"
         )
-    bits = BITS[base.element_size()]
+    bits = INT_VIEW[base.element_size()]
     a, b = (t.detach().contiguous().view(bits).flatten() for t in (base, now))
     return (a != b).nonzero().flatten().to(torch.int32 if len(a) < 2**31 else torch.int64)
 
 
-def _change(base: Tensor, now: Tensor) -> Change:
+def _change(base: Tensor, now: Tensor) -> SparseTensorDelta:
     """What became of a tensor, on the CPU."""
     now = now.detach().cpu()
-    indices = changed_entries(base.detach().cpu(), now)
-    return Change(indices, now.flatten()[indices.long()], tuple(now.shape))
+    indices = changed_indices(base.detach().cpu(), now)
+    return SparseTensorDelta(indices, now.flatten()[indices.long()], tuple(now.shape))
 
 
-def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Packed:
+def diff_state_dict(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> StateDiff:
     """How tensors differ from those that a base has by the same names, as plain CPU tensors.
 
     Returns:
         By name, positions and values as in a Change; or None and the whole tensor, where that takes
         less room or the base has no such tensor.
     """
-    packed: Packed = {}
+    packed: StateDiff = {}
     for name, tensor in tensors.items():
         if name in base:
             indices, values, _ = _change(base[name], tensor)
@@ -157,7 +157,9 @@ def pack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Packed:
 
 
 @torch.no_grad()
-def unpack(packed: Packed, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+def apply_state_diff(
+    packed: StateDiff, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> None:
     """Give tensors, in place, the values that they had when they were packed with this base."""
     for name, (indices, values) in packed.items():
         if indices is not None:
@@ -180,7 +182,7 @@ def save_delta(
         path: The file.
         matrices: Trained matrices by their name in the model, on any device.
         base: The same before training, by the same names; it may hold more.
-        base_digest: `weights_digest` of the whole model before.
+        base_digest: `state_dict_sha256` of the whole model before.
         metadata: More entries of the metadata, such as backbone="ViT-B/16".
 
     Raises:
@@ -263,7 +265,7 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
             has it in another shape or in a dtype that would round; nothing is written then.
     """
     state = target.state_dict() if isinstance(target, nn.Module) else target
-    if weights_digest(state) != delta.metadata["base_digest"]:
+    if state_dict_sha256(state) != delta.metadata["base_digest"]:
         raise ValueError(
             f"{delta.path} belongs to other weights than these: use those that it was trained "
             f"from, {delta.metadata.get('backbone', 'an unnamed base')!r}"
@@ -287,7 +289,9 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
 
 
 @torch.no_grad()
-def scale_weights(matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float) -> None:
+def interpolate_weights_(
+    matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float
+) -> None:
     """Scale what was learned, in place: to base + alpha (trained - base), each entry rounded once.
 
     Bit for bit the base at 0 and the trained weights at 1. It is the interpolation of WiSE-FT
@@ -298,7 +302,7 @@ def scale_weights(matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], al
     """
     for name, matrix in matrices.items() if alpha != 1 else ():
         start, flat = base[name].cpu(), matrix.cpu().flatten()  # not every GPU has float64
-        at = changed_entries(start, matrix.cpu()).long()
+        at = changed_indices(start, matrix.cpu()).long()
         before = start.flatten()[at]
         step = alpha * (flat[at].double() - before.double())
         flat[at] = (before.double() + step).to(flat.dtype) if alpha else before
@@ -306,13 +310,13 @@ def scale_weights(matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], al
 
 
 @contextmanager
-def scaled(
+def interpolated_weights(
     matrices: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: float
 ) -> Iterator[None]:
     """Scale what was learned for a while; afterwards it is as before, bit for bit."""
     kept = {name: matrix.detach().clone() for name, matrix in matrices.items()}
     try:
-        yield scale_weights(matrices, base, alpha)
+        yield interpolate_weights_(matrices, base, alpha)
     finally:
         with torch.no_grad():
             for name, matrix in matrices.items():
@@ -334,7 +338,7 @@ def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> No
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
-    scale_weights({name: model.get_parameter(name) for name in base}, base, alpha)
+    interpolate_weights_({name: model.get_parameter(name) for name in base}, base, alpha)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
@@ -367,7 +371,7 @@ def _is_shape(shape: Any) -> bool:
     return all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) < 2**63
 
 
-def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Change:
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> SparseTensorDelta:
     """Take one matrix's tensors out of those of the file, and check them."""
     try:
         indices, values = tensors.pop(f"{name}.indices"), tensors.pop(f"{name}.values")
@@ -389,7 +393,7 @@ def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Chan
         raise ValueError(f"an index of {name} lies outside of its {entries} entries")
     if not values.isfinite().all():
         raise ValueError(f"a value of {name} is not finite")
-    return Change(indices, values, shape)
+    return SparseTensorDelta(indices, values, shape)
 
 
 def _words(dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> str:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip.archive import read_saved
-from optimizers.delta import pack, unpack
+from clip.archive import safe_load
+from optimizers.delta import apply_state_diff, diff_state_dict
 from run_utils import Config
-from runs.output_dir import computed, differences
-from train import Adapted, Course
-from utils import atomic_write, content_digest
+from runs.output_dir import diff_configs, get_hparams
+from train import Adapted, TrainState
+from utils import atomic_write, sha256_of_tree
 
 VERSION = 3  # of checkpoint.pt
-REMEDY = "remove it, or give --overwrite, to start anew"
+DISCARD_HINT = "remove it, or give --overwrite, to start anew"
 
 
-class Checkpoint:
+class CheckpointSaver:
     """checkpoint.pt in a run's folder.
 
     Args:
@@ -37,7 +37,7 @@ class Checkpoint:
         self.config, self.data, self.base = config, data, base
         self.kept = ""  # what a later run would go on from, in words
 
-    def save(self, adapted: Adapted, course: Course) -> None:
+    def save(self, adapted: Adapted, course: TrainState) -> None:
         """Write it: plain values and tensors, which need no trust to be read.
 
         Where that fails, as on a full disk, a note says so: the run is worth more, and the
@@ -47,15 +47,15 @@ class Checkpoint:
         try:
             content = {
                 "version": VERSION,
-                "config": computed(self.config),
+                "config": get_hparams(self.config),
                 "data": self.data,
                 "base": self.base,
-                "trained": pack(adapted.method.trained, adapted.base.read()),
+                "trained": diff_state_dict(adapted.method.trained, adapted.base.read()),
                 "optimizer": adapted.method.optimizer.state_dict(),
                 "course": course.state(),
-                "generators": generator_states(device),
+                "generators": get_rng_state(device),
             }
-            content["digest"] = content_digest(content)
+            content["digest"] = sha256_of_tree(content)
             atomic_write(self.path, lambda file: torch.save(content, file))
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of full disks
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -90,20 +90,20 @@ class Checkpoint:
     def _checked(self) -> dict[str, Any]:
         """What the file holds, if that belongs to this very run."""
         try:
-            content = read_saved(self.path)  # as torch.load with weights_only, but safe in old ones
+            content = safe_load(self.path)  # as torch.load with weights_only, but safe in old ones
             version = content["version"]
-            whole = content.pop("digest") == content_digest(content)
+            whole = content.pop("digest") == sha256_of_tree(content)
         except Exception as error:  # damage shows in many ways
             reason = (str(error).splitlines() or [repr(error)])[0][:160]
-            raise ValueError(f"{self.path} is damaged ({reason}); {REMEDY}") from None
+            raise ValueError(f"{self.path} is damaged ({reason}); {DISCARD_HINT}") from None
         if version != VERSION:
             raise ValueError(
                 f"{self.path} was written by another version of this software (its format is "
-                f"{version!r}, not {VERSION}); {REMEDY}"
+                f"{version!r}, not {VERSION}); {DISCARD_HINT}"
             )
         if not whole:
-            raise ValueError(f"{self.path} is damaged (its digest does not match); {REMEDY}")
-        if changes := differences(content["config"], content["data"], self.config, self.data):
+            raise ValueError(f"{self.path} is damaged (its digest does not match); {DISCARD_HINT}")
+        if changes := diff_configs(content["config"], content["data"], self.config, self.data):
             raise ValueError(
                 f"{self.path} belongs to another run ({changes}); give another --save_path, or "
                 "--overwrite to replace it"
@@ -111,20 +111,20 @@ class Checkpoint:
         if content["base"] != self.base:
             raise ValueError(
                 f"{self.path} belongs to other weights than {self.config.backbone} has now; "
-                f"{REMEDY}"
+                f"{DISCARD_HINT}"
             )
         return content
 
-    def resume(self, content: dict[str, Any], adapted: Adapted, course: Course) -> None:
+    def resume(self, content: dict[str, Any], adapted: Adapted, course: TrainState) -> None:
         """Bring a run that has just begun to where `read` found the interrupted one."""
         base = adapted.model.state_dict()  # as long as nothing is trained
-        unpack(content["trained"], adapted.method.trained, base)
+        apply_state_diff(content["trained"], adapted.method.trained, base)
         adapted.method.optimizer.load_state_dict(content["optimizer"])
         course.load(content["course"])
-        set_generators(content["generators"], adapted.model.text_projection.device)
+        set_rng_state(content["generators"], adapted.model.text_projection.device)
 
 
-def generator_states(device: torch.device) -> list[Tensor]:
+def get_rng_state(device: torch.device) -> list[Tensor]:
     """States of torch's generators that a run may draw from."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
@@ -132,8 +132,8 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def set_generators(states: list[Tensor], device: torch.device) -> None:
-    """Restore the states that `generator_states` returned."""
+def set_rng_state(states: list[Tensor], device: torch.device) -> None:
+    """Restore the states that `get_rng_state` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)

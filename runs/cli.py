@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import torch
 
-from runs.distributed import Left, may_complain
-from runs.signals import Interrupted
-from utils import explain, one_line
+from runs.distributed import PeerExited, is_first_to_report_error
+from runs.signals import Preempted
+from utils import format_error, one_line
 
 
-def exit_status(main: Callable[[], None]) -> int:
+def run_cli(main: Callable[[], None]) -> int:
     """Run main; turn what the user can mend into one sentence and status 2.
 
     The environment variable SO_TRACEBACK brings the traceback back.
@@ -29,14 +29,14 @@ def exit_status(main: Callable[[], None]) -> int:
     try:
         main()
         return 0
-    except (KeyboardInterrupt, Interrupted) as stop:
+    except (KeyboardInterrupt, Preempted) as stop:
         number, kept = getattr(stop, "number", signal.SIGINT), getattr(stop, "kept", "")
         cause = signal.Signals(number).name
-        if lost := isinstance(stop, Left):
+        if lost := isinstance(stop, PeerExited):
             if os.environ.get("SO_TRACEBACK"):
                 raise
             cause = "the loss of another process"
-        if may_complain(together=True):
+        if is_first_to_report_error(together=True):
             print(f"\nmain.py: ended by {cause}{kept and f'; {kept}'}", file=sys.stderr)
         return 2 if lost else 128 + number
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
@@ -44,10 +44,12 @@ def exit_status(main: Callable[[], None]) -> int:
         full = full or "can't allocate memory" in str(error)  # torch's, on a CPU
         if os.environ.get("SO_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
-        sentence = explain(error)
+        sentence = format_error(error)
         if full:
             reason = sentence.partition("\n")[0] or "out of memory"
-            sentence = f"{reason}: lower --batch_size, or use --accumulate or --precision bf16"
-        if may_complain():
+            sentence = (
+                f"{reason}: lower --batch_size, or use --grad_accum_steps or --precision bf16"
+            )
+        if is_first_to_report_error():
             print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)
         return 2

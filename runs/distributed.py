@@ -20,20 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runs.signals import Interrupted, Signals
+from runs.signals import Preempted, SignalHandler
 
 T = TypeVar("T")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 
 
-class Left(Interrupted):
+class PeerExited(Preempted):
     """Another process of the run has ended."""
 
     def __init__(self) -> None:
         super().__init__(signal.SIGTERM)
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """A process's part of some of the items, each of which has a number from 0 on."""
 
     items: slice  # that are taken at once
@@ -46,7 +46,7 @@ class Share(NamedTuple):
         return self.items.stop - start, slice(self.mine.start - start, self.mine.stop - start)
 
 
-class Processes(NamedTuple):
+class DistInfo(NamedTuple):
     """The processes of a run, as one of them sees them."""
 
     rank: int = 0
@@ -57,13 +57,13 @@ class Processes(NamedTuple):
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def shares(self, count: int, at_once: int = 0) -> list[Share]:
+    def shares(self, count: int, at_once: int = 0) -> list[Shard]:
         """Share out items, `at_once` (0: all) of them after the other; shares may be empty."""
         shares = []
         for start in range(0, count, at_once or max(count, 1)):
             stop = min(start + (at_once or count), count)
             edges = [start + (stop - start) * r // self.size for r in (self.rank, self.rank + 1)]
-            shares.append(Share(slice(start, stop), slice(*edges)))
+            shares.append(Shard(slice(start, stop), slice(*edges)))
         return shares
 
     def own(self, count: int, at_once: int = 0) -> list[int]:
@@ -81,19 +81,19 @@ class Processes(NamedTuple):
         """Do some work in the first process, and give what it returns to all."""
         result = [work() if self.rank == 0 else None]
         if self.size > 1:
-            with exchange():
+            with comm_errors_as_peer_exit():
                 dist.broadcast_object_list(result, src=0)
         return result[0]
 
-    def check(self, signals: Signals) -> None:
+    def check(self, signals: SignalHandler) -> None:
         """Raise Interrupted, in all processes alike, if a signal has come to one of them."""
         if self.size == 1:
             return signals.check()
         pending = torch.tensor(signals.pending)  # on the CPU: no GPU is waited for
-        with exchange():
+        with comm_errors_as_peer_exit():
             dist.all_reduce(pending, dist.ReduceOp.MAX)
         if number := int(pending):
-            raise Interrupted(number)
+            raise Preempted(number)
 
     def check_same(self, **facts: object) -> None:
         """Refuse processes that were not told the same.
@@ -103,7 +103,7 @@ class Processes(NamedTuple):
         """
         told: list[dict[str, object]] = [facts] * self.size
         if self.size > 1:
-            with exchange():
+            with comm_errors_as_peer_exit():
                 dist.all_gather_object(told, facts)
         for rank, theirs in enumerate(told):
             for name in facts:
@@ -124,11 +124,11 @@ class Processes(NamedTuple):
             yield
 
 
-ALONE = Processes()
+SINGLE_PROCESS = DistInfo()
 _store: "dist.Store | None" = None  # what all processes of the run see, until the last of them ends
 
 
-def meet() -> Processes:
+def init_store() -> DistInfo:
     """Meet the other processes that torchrun has started, if it has.
 
     Raises:
@@ -137,7 +137,7 @@ def meet() -> Processes:
     global _store
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or any(name not in os.environ for name in TORCHRUN):
-        return ALONE
+        return SINGLE_PROCESS
     try:
         _store, rank, size = next(dist.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
@@ -147,10 +147,10 @@ def meet() -> Processes:
             f"the processes of this run cannot meet at {where} ({reason}): give torchrun another "
             "--master_port, or --standalone where all are on one machine"
         ) from error
-    return Processes(rank, size)
+    return DistInfo(rank, size)
 
 
-def connect(processes: Processes, device: str) -> str:
+def init_distributed(processes: DistInfo, device: str) -> str:
     """Connect the processes, over NCCL on GPUs and gloo on CPUs; return each one's own device.
 
     Raises:
@@ -171,11 +171,11 @@ def connect(processes: Processes, device: str) -> str:
         if there:
             device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(local)
-    with exchange():
+    with comm_errors_as_peer_exit():
         _store.add("ready", 1)
         while _store.add("ready", 0) < processes.size:
             if _store.add("complaints", 0):  # about its arguments
-                raise Left
+                raise PeerExited
             time.sleep(0.02)
         dist.init_process_group(
             backend, store=_store, rank=processes.rank, world_size=processes.size
@@ -183,14 +183,14 @@ def connect(processes: Processes, device: str) -> str:
     return device
 
 
-def disconnect(processes: Processes) -> None:
+def cleanup_distributed(processes: DistInfo) -> None:
     """End the connections of a run that has ended well."""
     if processes.size > 1:
         dist.destroy_process_group()
 
 
 @contextmanager
-def exchange() -> Iterator[None]:
+def comm_errors_as_peer_exit() -> Iterator[None]:
     """Within this, processes talk to each other.
 
     Raises:
@@ -199,10 +199,10 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Left from error
+        raise PeerExited from error
 
 
-def may_complain(together: bool = False) -> bool:
+def is_first_to_report_error(together: bool = False) -> bool:
     """Whether this process is the one to say why it ends: the first that asks.
 
     Where the processes end `together` it is the one that prints, or none.
@@ -225,13 +225,13 @@ class _Gather(torch.autograd.Function):
         ctx.own = torch.tensor(own, dtype=torch.int64, device="cpu").to(rows.device)
         whole = rows.new_zeros(count, *rows.shape[1:])
         whole[ctx.own] = rows
-        with exchange():
+        with comm_errors_as_peer_exit():
             dist.all_reduce(whole)
         return whole
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = grad.contiguous().clone()
-        with exchange():
+        with comm_errors_as_peer_exit():
             dist.all_reduce(grad)
         return grad[ctx.own], None, None

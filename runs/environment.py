@@ -14,18 +14,18 @@ try:
 except ImportError:  # Windows
     resource = None
 
-HERE = Path(__file__).resolve().parent.parent
+REPO_ROOT = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and values in glibc's malloc.h
 
 
-def default_device() -> str:
+def get_default_device() -> str:
     """CUDA where there is one, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
+def set_up_device(name: str, threads: int | None, seed: int) -> torch.device:
     """Set torch's threads and seed, and return the device.
 
     Python's `random` is seeded for the few shots alone: nothing else here draws from it.
@@ -44,7 +44,7 @@ def prepare_machine(name: str, threads: int | None, seed: int) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"--device {name} cannot be used here ({reason}); try --device {default_device()}"
+            f"--device {name} cannot be used here ({reason}); try --device {get_default_device()}"
         ) from error
     return device
 
@@ -63,7 +63,7 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device) -> float:
     """The most memory used so far, in MB: torch's on a CUDA device, else the whole process's.
 
     0 on Windows, which does not say.
@@ -83,10 +83,10 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def git_commit() -> str | None:
+def get_git_sha() -> str | None:
     """The commit of this repository, with + where files differ from it; None outside git."""
     try:
-        git = ["git", "-C", str(HERE)]
+        git = ["git", "-C", str(REPO_ROOT)]
         options = dict(capture_output=True, text=True, check=True, timeout=10)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
         status = [*git, "status", "--porcelain", "--untracked-files=no"]

@@ -21,19 +21,25 @@ import yaml
 from filelock import FileLock, SoftFileLock, Timeout
 
 import clip
-from datasets import DATASETS, FewShotDataset, Item, dataset_name, fewshot_json
-from run_utils import EMBEDDED, SPLITS, Config, default_settings
-from runs.environment import device_name, git_commit, peak_memory
-from runs.records import COLUMNS, PREDICTED
-from train import Course
-from utils import as_csv, atomic_write, calibration_error, class_accuracies, names_apart
+from datasets import DATASETS, Datum, FewShotDataset, dataset_name, dump_fewshot_split
+from run_utils import DEMO, SPLIT_TITLES, Config, default_settings
+from runs.environment import device_name, get_git_sha, peak_memory_mb
+from runs.records import LOG_COLUMNS, PREDICTION_COLUMNS
+from train import TrainState
+from utils import (
+    atomic_write,
+    expected_calibration_error,
+    per_class_accuracy,
+    to_csv,
+    unique_classnames,
+)
 
 # Where and how a run goes, as opposed to what it computes.
-CIRCUMSTANCES = {
+NON_HPARAMS = {
     "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
     "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every", "test_on",
 }  # fmt: skip
-IN_PATH = {"method", "backbone", "dataset", "shots", "seed"}
+PATH_KEYS = {"method", "backbone", "dataset", "shots", "seed"}
 RESULT_LINES = {
     "zero_shot_accuracy": "Zero-shot CLIP's {} accuracy",
     "final_accuracy": "Final {} accuracy",
@@ -41,16 +47,19 @@ RESULT_LINES = {
     "zero_shot_new_accuracy": "Zero-shot CLIP's {} accuracy on new classes",
     "new_accuracy": "Final {} accuracy on new classes",
 }
-BEFORE = ("zero_shot_accuracy", "zero_shot_new_accuracy")  # the latter of runs on base classes
-AFTER = ("final_accuracy", "new_accuracy")
-REMEDIES = "give another --save_path, or --overwrite to replace it"
+ZERO_SHOT_KEYS = (
+    "zero_shot_accuracy",
+    "zero_shot_new_accuracy",
+)  # the latter of runs on base classes
+FINAL_KEYS = ("final_accuracy", "new_accuracy")
+OVERWRITE_HINT = "give another --save_path, or --overwrite to replace it"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # said by some network file systems
 
 
 # Its place
 
 
-def run_folder(config: Config) -> Path:
+def get_output_dir(config: Config) -> Path:
     """Where a run's files lie.
 
     That is save_path/method/backbone/dataset/<N>shots/seed<N>[-<setting>...], with the stem of a
@@ -60,22 +69,22 @@ def run_folder(config: Config) -> Path:
     leaf = [f"seed{config.seed}"]
     if config.config != config.baseline["config"]:
         leaf.append(Path(config.config).stem)
-    for key, value in sorted(computed(config).items()):
-        if key in IN_PATH or value == config.baseline[key]:
+    for key, value in sorted(get_hparams(config).items()):
+        if key in PATH_KEYS or value == config.baseline[key]:
             continue
         if isinstance(value, bool):
             leaf.append(key if value else f"no-{key}")
         elif key == "template":
-            leaf.append(f"{key}_{prompts_in_words(value)}")
+            leaf.append(f"{key}_{slugify_templates(value)}")
         else:
             values = value if isinstance(value, list) else [value]
-            leaf.append("_".join([key, *map(in_words, values)]))
+            leaf.append("_".join([key, *map(format_for_path, values)]))
     data = re.sub("[/@:]", "-", dataset_name(config.dataset))
-    names = [config.method, in_words(config.backbone), data]
+    names = [config.method, format_for_path(config.backbone), data]
     return Path(config.save_path, *names, f"{config.shots}shots", "-".join(leaf))
 
 
-def in_words(value: float | str) -> str:
+def format_for_path(value: float | str) -> str:
     """A setting's value as part of a folder's name; a path gives its file's stem."""
     if not isinstance(value, str):
         short = f"{value:g}"
@@ -86,7 +95,7 @@ def in_words(value: float | str) -> str:
     return re.sub("[/@:]", "-", value)
 
 
-def prompts_in_words(prompts: Sequence[str]) -> str:
+def slugify_templates(prompts: Sequence[str]) -> str:
     """Prompts as part of a folder's name: letters, digits and dashes, at most 40 of them.
 
     What such a name leaves out is in the digest behind it.
@@ -98,18 +107,18 @@ def prompts_in_words(prompts: Sequence[str]) -> str:
     return f"{words}-{digest[:6]}"
 
 
-def computed(config: argparse.Namespace) -> dict[str, Any]:
+def get_hparams(config: argparse.Namespace) -> dict[str, Any]:
     """The settings that a run's numbers depend on."""
-    return {key: value for key, value in vars(config).items() if key not in CIRCUMSTANCES}
+    return {key: value for key, value in vars(config).items() if key not in NON_HPARAMS}
 
 
-def weights_file(folder: Path, config: Config) -> Path:
+def weights_path(folder: Path, config: Config) -> Path:
     """Where a run in this folder keeps its weights, if it does."""
     return folder / f"{config.filename}.safetensors"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_output_dir(folder: Path) -> Iterator[None]:
     """Make a folder and keep other processes out of it; a dead process's lock does not last.
 
     Raises:
@@ -130,7 +139,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise unwritable(folder, error) from error
+            raise not_writable_error(folder, error) from error
     try:
         if not isinstance(lock, SoftFileLock):  # which writes a record of its own
             with suppress(OSError):
@@ -144,7 +153,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def unwritable(folder: Path, error: OSError) -> ValueError:
+def not_writable_error(folder: Path, error: OSError) -> ValueError:
     """What to raise where a run's folder cannot be written."""
     return ValueError(f"cannot write to {folder} ({error.strerror}); give another --save_path")
 
@@ -152,13 +161,13 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
 # Written
 
 
-def write_task(folder: Path, config: Config, dataset: FewShotDataset) -> None:
+def save_run_inputs(folder: Path, config: Config, dataset: FewShotDataset) -> None:
     """Write what a run begins with: config.yaml, and its few images as fewshot.json."""
-    write_config(folder, config)
-    atomic_write(folder / "fewshot.json", fewshot_json(dataset))
+    save_config(folder, config)
+    atomic_write(folder / "fewshot.json", dump_fewshot_split(dataset))
 
 
-def write_config(folder: Path, config: Config) -> None:
+def save_config(folder: Path, config: Config) -> None:
     """Write config.yaml, from which --config repeats the run."""
     settings = {key: value for key, value in vars(config).items() if key != "config"}
     settings.update(overwrite=False, eval_only=False, resume=False)
@@ -166,15 +175,15 @@ def write_config(folder: Path, config: Config) -> None:
     try:
         atomic_write(folder / "config.yaml", text)
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise not_writable_error(folder, error) from error
 
 
-def write_curve(folder: Path, rows: Sequence[tuple]) -> None:
+def save_log(folder: Path, rows: Sequence[tuple]) -> None:
     """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
-    atomic_write(folder / "curve.csv", as_csv(COLUMNS, rows))
+    atomic_write(folder / "curve.csv", to_csv(LOG_COLUMNS, rows))
 
 
-def images_of(dataset: FewShotDataset, split: str) -> list[Item]:
+def get_split(dataset: FewShotDataset, split: str) -> list[Datum]:
     """The images of a dataset that accuracies are measured on.
 
     Raises:
@@ -182,50 +191,52 @@ def images_of(dataset: FewShotDataset, split: str) -> list[Item]:
     """
     items = dataset.val if split == "val" else dataset.test
     if not items:
-        raise ValueError(f"{dataset.name} has no {SPLITS[split]} images to measure accuracy on")
+        raise ValueError(
+            f"{dataset.name} has no {SPLIT_TITLES[split]} images to measure accuracy on"
+        )
     return items
 
 
-def write_result(
+def save_result(
     folder: Path,
     config: Config,
     dataset: FewShotDataset,
     device: torch.device,
-    course: Course,
+    course: TrainState,
     processes: int = 1,
 ) -> None:
     """Write predictions.csv and, as the last of a run's files, result.json.
 
     Then remove its checkpoint.
     """
-    items = images_of(dataset, config.eval_split)
+    items = get_split(dataset, config.eval_split)
     labels, predicted, probabilities = course.predictions
-    names = names_apart(dataset.classnames)
-    accuracies = class_accuracies(labels, predicted, len(names))
+    names = unique_classnames(dataset.classnames)
+    accuracies = per_class_accuracy(labels, predicted, len(names))
     result = {
         **{key: getattr(config, key) for key in ("method", "backbone", "dataset", "shots", "seed")},
         "dataset": dataset_name(config.dataset),
         **course.measured,
-        "ece": calibration_error(predicted == labels, probabilities),
+        "ece": expected_calibration_error(predicted == labels, probabilities),
         "per_class": dict(zip(names, accuracies, strict=True)),
         "classnames": dataset.classnames,
         "template": dataset.template,
-        "peak_memory_mb": round(peak_memory(device), 1),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
         "device": device_name(device),
         "processes": processes,
         "versions": {"python": platform.python_version()}
         | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
-        "git_commit": git_commit(),
-        "config": computed(config),
+        "git_commit": get_git_sha(),
+        "config": get_hparams(config),
         "data": dataset.data,
     }
     columns = labels.tolist(), predicted.tolist(), probabilities.tolist()
     paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
     rows = zip(paths, *columns, strict=True)
-    atomic_write(folder / "predictions.csv", as_csv(PREDICTED, rows))
+    atomic_write(folder / "predictions.csv", to_csv(PREDICTION_COLUMNS, rows))
     (folder / "transfer.json").unlink(missing_ok=True)  # of an earlier run, as its weights
     if not config.save_weights:
-        weights_file(folder, config).unlink(missing_ok=True)
+        weights_path(folder, config).unlink(missing_ok=True)
     atomic_write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -233,7 +244,7 @@ def write_result(
 # Told
 
 
-def tell(kind: str, value: float, split: str, where: str = "") -> None:
+def print_accuracy(kind: str, value: float, split: str, where: str = "") -> None:
     """Print an accuracy in the form that users of few-shot CLIP code parse.
 
     Args:
@@ -242,28 +253,28 @@ def tell(kind: str, value: float, split: str, where: str = "") -> None:
         split: A key of SPLITS.
         where: Other images than the task's own.
     """
-    line = RESULT_LINES[kind].format(SPLITS[split]) + (f" on {where}" if where else "")
+    line = RESULT_LINES[kind].format(SPLIT_TITLES[split]) + (f" on {where}" if where else "")
     print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
 
 
-def tell_all(kinds: Sequence[str], measured: Mapping[str, float], split: str) -> None:
+def print_accuracies(kinds: Sequence[str], measured: Mapping[str, float], split: str) -> None:
     """Print those of some accuracies that were measured."""
     for kind in kinds:
         if kind in measured:
-            tell(kind, measured[kind], split)
+            print_accuracy(kind, measured[kind], split)
 
 
-def tell_finished(result: dict[str, Any], folder: Path, config: Config) -> None:
+def print_finished_run(result: dict[str, Any], folder: Path, config: Config) -> None:
     """Print a finished run's accuracies, and remove what it may have left behind."""
-    tidy(folder)
+    remove_stale_files(folder)
     print(f"This run is finished: {folder}")
-    tell_all(BEFORE + AFTER, result, config.eval_split)
-    weights = weights_file(folder, config)
+    print_accuracies(ZERO_SHOT_KEYS + FINAL_KEYS, result, config.eval_split)
+    weights = weights_path(folder, config)
     if config.save_weights and not weights.exists():
         print(f"note: it kept no {weights.name}; --overwrite runs it again", file=sys.stderr)
 
 
-def describe(
+def print_run_summary(
     config: Config, dataset: FewShotDataset, method: str, device: torch.device, processes: int = 1
 ) -> None:
     """Print what is about to happen."""
@@ -281,10 +292,10 @@ def describe(
     )
 
 
-def whats_next(config: Config, folder: Path) -> None:
+def print_output_dir(config: Config, folder: Path) -> None:
     """Print where the results lie, and after the embedded default how to go on from it."""
     print(f"\nResults: {folder}")
-    if all(getattr(config, key) == value for key, value in EMBEDDED.items()):
+    if all(getattr(config, key) == value for key, value in DEMO.items()):
         method = "" if config.method == "so" else f" --method {config.method}"
         print(
             "The same with OpenAI's ViT-B/16 (downloaded once) on EuroSAT (see DATASETS.md):\n"
@@ -295,7 +306,9 @@ def whats_next(config: Config, folder: Path) -> None:
 # Read again
 
 
-def finished(folder: Path, config: Config, data: dict[str, Any]) -> dict[str, Any] | None:
+def load_finished_result(
+    folder: Path, config: Config, data: dict[str, Any]
+) -> dict[str, Any] | None:
     """The result of this very configuration on these very images, if the folder holds it.
 
     Raises:
@@ -307,25 +320,25 @@ def finished(folder: Path, config: Config, data: dict[str, Any]) -> dict[str, An
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        changes = differences(result["config"], result.get("data"), config, data)
+        changes = diff_configs(result["config"], result.get("data"), config, data)
         for key in ("zero_shot_accuracy", "final_accuracy"):
             float(result[key])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's result ({error!r}); {REMEDIES}") from error
+        raise ValueError(f"{path} is not a run's result ({error!r}); {OVERWRITE_HINT}") from error
     if changes:
-        raise ValueError(f"{folder} holds another run's result ({changes}); {REMEDIES}")
+        raise ValueError(f"{folder} holds another run's result ({changes}); {OVERWRITE_HINT}")
     return result
 
 
-def differences(
+def diff_configs(
     settings: dict[str, Any], images: dict[str, Any] | None, config: Config, data: dict[str, Any]
 ) -> str:
     """How what a file says of its run differs from a run on these images, in words; "" if not."""
     there = {**default_settings(), **settings}  # which may be older than some flag
-    here = computed(config)
+    here = get_hparams(config)
     changes = [
         f"{key} {there.get(key)} there, {here.get(key)} here"
-        for key in sorted((there.keys() | here.keys()) - CIRCUMSTANCES)
+        for key in sorted((there.keys() | here.keys()) - NON_HPARAMS)
         if there.get(key) != here.get(key)
     ]
     if not images:
@@ -339,20 +352,20 @@ def differences(
     return "; ".join(changes)
 
 
-def tidy(folder: Path) -> None:
+def remove_stale_files(folder: Path) -> None:
     """Remove leftovers of a run that was killed at its very end, unless one is at work there."""
     if any(folder.glob("checkpoint.pt")) or any(folder.glob(".*")):
-        with suppress(OSError, ValueError), locked(folder):
+        with suppress(OSError, ValueError), lock_output_dir(folder):
             (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def kept_weights(folder: Path, config: Config) -> Path:
+def find_saved_weights(folder: Path, config: Config) -> Path:
     """The weights that a finished run has kept.
 
     Raises:
         FileNotFoundError: It has kept none; the sentence says how it would.
     """
-    path = weights_file(folder, config)
+    path = weights_path(folder, config)
     if path.is_file():
         return path
     raise FileNotFoundError(
@@ -361,7 +374,7 @@ def kept_weights(folder: Path, config: Config) -> Path:
     )
 
 
-def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
+def find_eval_weights(folder: Path, config: Config) -> tuple[Path, float]:
     """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
 
     New classes are evaluated with the delta of the run on base classes, where they have none.
@@ -378,7 +391,7 @@ def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
     def delta(subsample: str, wise: float) -> Path:
         other = copy(config)
         other.subsample, other.wise = subsample, wise
-        return weights_file(run_folder(other), config)
+        return weights_path(get_output_dir(other), config)
 
     halves = ["new", "base"] if config.subsample == "new" else [config.subsample]
     places = [(delta(half, config.wise), 1.0) for half in halves]
@@ -387,6 +400,6 @@ def find_weights(folder: Path, config: Config) -> tuple[Path, float]:
         if path.is_file():
             return path, alpha
     raise FileNotFoundError(
-        f"there are no weights to evaluate: neither {weights_file(folder, config)}, which "
+        f"there are no weights to evaluate: neither {weights_path(folder, config)}, which "
         f"--save_weights keeps, nor a whole state dict at {whole}"
     )

@@ -11,9 +11,9 @@ import numpy as np
 
 import clip
 
-COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
-PREDICTED = ["path", "label", "predicted", "probability"]  # of predictions.csv
-FIELDS = {  # of result.json: type, then a number's range or a text's pattern
+LOG_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
+PREDICTION_COLUMNS = ["path", "label", "predicted", "probability"]  # of predictions.csv
+RESULT_SCHEMA = {  # of result.json: type, then a number's range or a text's pattern
     "method": (str, r"\w[\w.+-]*"),
     "backbone": (str, r".*\w.*"),
     "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # a folder's name, where the images are one's own
@@ -26,17 +26,17 @@ FIELDS = {  # of result.json: type, then a number's range or a text's pattern
     "peak_memory_mb": (int | float, 0, 10**9),
     "config": (dict,),
 }
-ABOUT_CLASSES = {  # of result.json, which older ones lack
+CLASS_SCHEMA = {  # of result.json, which older ones lack
     "classnames": (list,),
     "template": (list,),
     "per_class": (dict,),
     "ece": (int | float, 0, 100),
 }
-ON_NEW = {  # of result.json, which only runs on base classes have
+NEW_CLASS_SCHEMA = {  # of result.json, which only runs on base classes have
     "new_accuracy": (int | float, 0, 100),
     "zero_shot_new_accuracy": (int | float, 0, 100),
 }
-ON_TARGET = {  # of transfer.json, for each dataset
+TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
     "zero_shot_accuracy": (int | float, 0, 100),
     "final_accuracy": (int | float, 0, 100),
     "classes": (int, 1, 10**9),
@@ -92,13 +92,13 @@ def read_run(folder: Path) -> Run:
     torch = versions.get("torch") if isinstance(versions, dict) else None
     made_by = (result.get("git_commit"), torch, result.get("device"))
     return Run(
-        result["method"], backbone_name(result["backbone"]), result["dataset"], result["shots"],
+        result["method"], canonical_backbone(result["backbone"]), result["dataset"], result["shots"],  # noqa: E501
         result["seed"], zero_shot, result["final_accuracy"], result["wall_seconds"],
         result["peak_memory_mb"], loss, np.array([(0, zero_shot), *evaluated], float),
         result["config"], tuple(str(value or "unknown") for value in made_by),
         data if isinstance(data, dict) else {}, folder, result.get("classnames", []),
         result.get("template", []), result.get("per_class", {}), result.get("ece"),
-        *map(result.get, ON_NEW), read_transfer(folder / "transfer.json"),
+        *map(result.get, NEW_CLASS_SCHEMA), read_transfer(folder / "transfer.json"),
     )  # fmt: skip
 
 
@@ -106,13 +106,13 @@ def check_result(result: Any) -> None:
     """Raise a ValueError that says what is wrong with the contents of a result.json."""
     if not isinstance(result, dict):
         raise ValueError("result.json does not hold an object")
-    check_fields("result.json", result, FIELDS)
-    if any(key in result for key in ON_NEW):
-        check_fields("result.json", result, ON_NEW)
-    new = {key: kind for key, kind in ABOUT_CLASSES.items() if key in result}
+    check_fields("result.json", result, RESULT_SCHEMA)
+    if any(key in result for key in NEW_CLASS_SCHEMA):
+        check_fields("result.json", result, NEW_CLASS_SCHEMA)
+    new = {key: kind for key, kind in CLASS_SCHEMA.items() if key in result}
     if new:
         check_fields("result.json", result, new)
-        check_classes(*(result.get(key) for key in ABOUT_CLASSES))
+        check_classes(*(result.get(key) for key in CLASS_SCHEMA))
 
 
 def check_fields(file: str, values: dict[str, Any], fields: dict[str, tuple]) -> None:
@@ -145,14 +145,14 @@ def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(targets, dict) or not all(isinstance(v, dict) for v in targets.values()):
         raise ValueError("transfer.json does not hold an object for each dataset")
     for values in targets.values():
-        check_fields("transfer.json", values, ON_TARGET)
+        check_fields("transfer.json", values, TRANSFER_SCHEMA)
     return targets
 
 
 def check_classes(names: Any, template: Any, accuracies: Any, ece: Any) -> None:
     """Raise a ValueError that says what is wrong with what a result.json says of its classes."""
     if any(value is None for value in (names, template, accuracies, ece)):
-        raise ValueError(f"result.json has some of {', '.join(ABOUT_CLASSES)}, and not all")
+        raise ValueError(f"result.json has some of {', '.join(CLASS_SCHEMA)}, and not all")
     if not all(isinstance(text, str) for text in [*names, *template]):
         raise ValueError("result.json: classnames and template must be texts")
     values = [value for value in accuracies.values() if value is not None]
@@ -161,7 +161,7 @@ def check_classes(names: Any, template: Any, accuracies: Any, ece: Any) -> None:
         raise ValueError("result.json: per_class must hold an accuracy for each of classnames")
 
 
-def read_predictions(run: Run) -> np.ndarray:
+def load_confusion_matrix(run: Run) -> np.ndarray:
     """How often each class of a run's was taken for each: (C, C) int64, true class first.
 
     Raises:
@@ -173,8 +173,8 @@ def read_predictions(run: Run) -> np.ndarray:
     counts = np.zeros((classes, classes), int)
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
-        if next(reader, None) != PREDICTED:
-            raise ValueError(f"predictions.csv does not begin with {','.join(PREDICTED)}")
+        if next(reader, None) != PREDICTION_COLUMNS:
+            raise ValueError(f"predictions.csv does not begin with {','.join(PREDICTION_COLUMNS)}")
         for row in reader:
             try:
                 _, label, predicted, _ = row
@@ -197,8 +197,8 @@ def read_curve(path: Path, iterations: int) -> tuple[np.ndarray, list[tuple[int,
     losses, evaluated = [], []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
-        if next(reader, None) != COLUMNS:
-            raise ValueError(f"curve.csv does not begin with the columns {','.join(COLUMNS)}")
+        if next(reader, None) != LOG_COLUMNS:
+            raise ValueError(f"curve.csv does not begin with the columns {','.join(LOG_COLUMNS)}")
         for count, row in enumerate(reader, start=1):
             try:
                 iteration, loss, lr, accuracy = row
@@ -216,13 +216,13 @@ def read_curve(path: Path, iterations: int) -> tuple[np.ndarray, list[tuple[int,
     return np.array(losses), evaluated
 
 
-def slug(backbone: str) -> str:
+def slugify(backbone: str) -> str:
     """A backbone's name as a folder's, as in a run's path."""
     return re.sub(r"[^\w.-]", "-", backbone).lstrip(".") or "-"
 
 
-def backbone_name(name: str) -> str:
+def canonical_backbone(name: str) -> str:
     """A model's name; for a checkpoint's path its stem, or the model that this stem stands for."""
-    known = {slug(model): model for model in clip.available_models()}
-    stem = slug(name if name in known.values() else Path(name).stem)
+    known = {slugify(model): model for model in clip.available_models()}
+    stem = slugify(name if name in known.values() else Path(name).stem)
     return known.get(stem, stem)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Interrupted(BaseException):
+class Preempted(BaseException):
     """A signal asks to end.
 
     Args:
@@ -20,7 +20,7 @@ class Interrupted(BaseException):
         self.number, self.kept = number, ""  # `kept` says what a later run goes on from
 
 
-class Signals:
+class SignalHandler:
     """SIGINT and SIGTERM as Interrupted: raised at once, or where `check` is called if deferred.
 
     One is dealt with at a time: while a checkpoint is written, repeats change nothing, since job
@@ -32,7 +32,7 @@ class Signals:
         self.deferring, self.pending, self.patience = False, 0, patience
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Signals":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._handle)
@@ -50,12 +50,12 @@ class Signals:
             return
         self.pending, self.since = number, time.monotonic()
         if not self.deferring:
-            raise Interrupted(number)
+            raise Preempted(number)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
         if self.pending:
-            raise Interrupted(self.pending)
+            raise Preempted(self.pending)
 
     @contextmanager
     def deferred(self, deferring: bool = True) -> Iterator[None]:

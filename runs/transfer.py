@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import FewShotDataset, build_test, dataset_name
+from datasets import FewShotDataset, build_test_dataset, dataset_name
 from run_utils import Config
-from runs.output_dir import tell, unwritable
+from runs.output_dir import not_writable_error, print_accuracy
 from runs.records import read_transfer
 from utils import atomic_write
 
-FILE = "transfer.json"
+TRANSFER_FILENAME = "transfer.json"
 
 
-def build_targets(config: Config) -> dict[str, FewShotDataset]:
+def build_target_datasets(config: Config) -> dict[str, FewShotDataset]:
     """The datasets that --test_on names, by the names that results give them.
 
     Raises:
@@ -28,11 +28,13 @@ def build_targets(config: Config) -> dict[str, FewShotDataset]:
         name = dataset_name(path)
         if name in targets:
             raise ValueError(f"--test_on names {name!r} twice, for which there is one entry")
-        targets[name] = build_test(path, config.root_path, template=config.template)
+        targets[name] = build_test_dataset(path, config.root_path, template=config.template)
     return targets
 
 
-def known(folder: Path, data: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def load_known_targets(
+    folder: Path, data: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """What a run's folder already says of datasets, if their images are still the same.
 
     Args:
@@ -40,23 +42,23 @@ def known(folder: Path, data: Mapping[str, dict[str, Any]]) -> dict[str, dict[st
         data: By name, as FewShotDataset.data.
     """
     try:
-        entries = read_transfer(folder / FILE)
+        entries = read_transfer(folder / TRANSFER_FILENAME)
     except (ValueError, OSError):
         return {}
     same = [n for n in data if n in entries and entries[n]["data"] == data[n]]
     return {name: entries[name] for name in same}
 
 
-def tell_known(folder: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
+def print_known_targets(folder: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
     """Print what a finished run's folder already says of targets; name those that it does not."""
-    entries = known(folder, {name: dataset.data for name, dataset in targets.items()})
+    entries = load_known_targets(folder, {name: dataset.data for name, dataset in targets.items()})
     for name, entry in entries.items():
         for kind in ("zero_shot_accuracy", "final_accuracy"):
-            tell(kind, entry[kind], "test", name)
+            print_accuracy(kind, entry[kind], "test", name)
     return [name for name in targets if name not in entries]
 
 
-def write(
+def save_transfer(
     folder: Path,
     targets: Mapping[str, FewShotDataset],
     zero_shot: Mapping[str, float],
@@ -71,7 +73,7 @@ def write(
         final: After it.
     """
     try:
-        entries = read_transfer(folder / FILE)
+        entries = read_transfer(folder / TRANSFER_FILENAME)
     except (ValueError, OSError):
         entries = {}
     for name, dataset in targets.items():
@@ -85,6 +87,6 @@ def write(
             "data": dataset.data,
         }
     try:
-        atomic_write(folder / FILE, json.dumps(entries, indent=2) + "\n")
+        atomic_write(folder / TRANSFER_FILENAME, json.dumps(entries, indent=2) + "\n")
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise not_writable_error(folder, error) from error

@@ -24,17 +24,17 @@ from reporting.markdown import markdown
 from torch import Tensor
 
 from clip import CLIP, build_model, read_checkpoint
-from clip.loading import locate
+from clip.loading import resolve_checkpoint
 from optimizers.delta import (
     Delta,
     apply_delta,
-    changed_entries,
+    changed_indices,
+    interpolate_weights_,
     read_delta,
     save_delta,
-    scale_weights,
 )  # fmt: skip
-from run_utils import Parser, backbone, number
-from utils import atomic_write, explain, one_line, say
+from run_utils import OneLineErrorParser, backbone, bounded_number
+from utils import atomic_write, format_error, one_line, print_quietly
 
 OWN_METADATA = ("format", "version", "base_digest", "shapes")  # that each file has of itself
 HEADINGS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
@@ -106,7 +106,7 @@ def revert(full: Path, file: Path, out: Path, base: str | None) -> str:
     differing = sorted(expected.keys() ^ found.keys()) or [
         name
         for name, tensor in expected.items()
-        if tensor.shape != found[name].shape or len(changed_entries(tensor, found[name]))
+        if tensor.shape != found[name].shape or len(changed_indices(tensor, found[name]))
     ]
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
@@ -127,7 +127,7 @@ def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     matrices = {name: model.state_dict()[name] for name in delta.matrices}
     before = {name: matrix.clone() for name, matrix in matrices.items()}
     apply_delta(model, delta)
-    scale_weights(matrices, before, alpha)
+    interpolate_weights_(matrices, before, alpha)
     told = {key: text for key, text in delta.metadata.items() if key not in OWN_METADATA}
     told["wise"] = f"{float(told.get('wise', 1)) * alpha:g}"
     save_delta(out, matrices, before, delta.metadata["base_digest"], **told)
@@ -144,7 +144,7 @@ def find_base(delta: Delta, base: str | None) -> Path:
     if not name:
         raise ValueError(f"{delta.path} names no backbone: name its base with --base")
     try:
-        return locate(backbone(name), None)
+        return resolve_checkpoint(backbone(name), None)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from None
 
@@ -190,7 +190,7 @@ def write(out: Path, state: dict[str, Tensor]) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the arguments: `run`, and what it takes."""
-    parser = Parser(prog="delta.py", description=__doc__.split("\n")[0])
+    parser = OneLineErrorParser(prog="delta.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
@@ -211,7 +211,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("apply", apply, ["file"], "FULL", "write the trained weights")
     command = add("scale", scale, ["file"], "SCALED", "scale what a delta changes")
     command.add_argument(
-        "alpha", type=number(float, 0), metavar="ALPHA", help="factor: 0 is the base, 1 is FILE"
+        "alpha",
+        type=bounded_number(float, 0),
+        metavar="ALPHA",
+        help="factor: 0 is the base, 1 is FILE",
     )
     add("revert", revert, ["full", "file"], "BASE", "write the base of full weights")
     return parser.parse_args(argv)
@@ -224,12 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = run(**args)
     except (ValueError, OSError) as error:
-        print(one_line(f"delta.py: error: {explain(error)}"), file=sys.stderr)
+        print(one_line(f"delta.py: error: {format_error(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("delta.py: interrupted", file=sys.stderr)
         return 130
-    say(text)
+    print_quietly(text)
     return 0
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from reporting.digits import write_page
 
-from run_utils import Parser
-from utils import explain, one_line
+from run_utils import OneLineErrorParser
+from utils import format_error, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = Parser(prog="digits_study.py", description=__doc__.split("\n")[0])
+    parser = OneLineErrorParser(prog="digits_study.py", description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=Path(), help="folder of all its folders (.)")
     args, extra = parser.parse_known_args(argv)
     torch.set_num_threads(1)
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(write_page(args.root, extra))
         return 0
     except (ValueError, OSError) as error:
-        print(one_line(f"digits_study.py: error: {explain(error)}"), file=sys.stderr)
+        print(one_line(f"digits_study.py: error: {format_error(error)}"), file=sys.stderr)
         return 2
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from reporting.experiments import Planned, read_experiment
 from reporting.kinds import KINDS
 
-from run_utils import Parser
-from utils import explain, one_line
+from run_utils import OneLineErrorParser
+from utils import format_error, one_line
 
 SWEEP = Path(__file__).resolve().with_name("sweep.sh")
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -46,7 +46,7 @@ def sweep(runs: Sequence[Planned]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = Parser(prog="experiment.py", description=__doc__.split("\n")[0])
+    parser = OneLineErrorParser(prog="experiment.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "file", type=Path, help="the experiment, such as one of configs/experiments"
     )
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             KINDS[experiment.kind](experiment.runs, experiment.out)
         return status
     except (ValueError, OSError) as error:
-        print(one_line(f"experiment.py: error: {explain(error)}"), file=sys.stderr)
+        print(one_line(f"experiment.py: error: {format_error(error)}"), file=sys.stderr)
         return 2
 
 

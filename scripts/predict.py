@@ -17,15 +17,21 @@ import reporting  # noqa: F401  (which puts the repository on the path)
 import torch
 from torch import Tensor
 
-from clip.zero_shot import autocast, image_features, scale_of, text_features, tokenize_prompts
-from datasets import Item
-from datasets.base import list_folders, list_images
-from datasets.loader import Loader
-from optimizers.delta import Base, load_weights
-from run_utils import Parser, number
-from runs.environment import default_device, prepare_machine
+from clip.zero_shot import (
+    encode_classes,
+    encode_images,
+    get_autocast,
+    get_logit_scale,
+    tokenize_class_prompts,
+)
+from datasets import Datum
+from datasets.base import list_images, list_subdirs
+from datasets.loader import ImageLoader
+from optimizers.delta import PretrainedModel, load_weights
+from run_utils import OneLineErrorParser, bounded_number
+from runs.environment import get_default_device, set_up_device
 from runs.records import Run, read_run
-from utils import as_csv, explain, names_apart, one_line, say
+from utils import format_error, one_line, print_quietly, to_csv, unique_classnames
 
 BATCH = 64  # images classified at once
 
@@ -58,19 +64,19 @@ def walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if folder.resolve() not in seen:
         seen.add(folder.resolve())
         yield from (folder / name for name in list_images(folder))
-        for name in list_folders(folder):
+        for name in list_subdirs(folder):
             yield from walk(folder / name, seen)
 
 
 def read_images(
-    paths: Iterator[Path], loader: Loader, complain: Callable[[str], None]
+    paths: Iterator[Path], loader: ImageLoader, complain: Callable[[str], None]
 ) -> Iterator[tuple[Path, Tensor]]:
     """Yield each image as (1, 3, R, R) uint8; those that cannot be read are complained of."""
     for path in paths:
         try:
-            ((image, _),) = loader.test_batches([Item(str(path), 0, "")], 1)
+            ((image, _),) = loader.test_batches([Datum(str(path), 0, "")], 1)
         except (ValueError, OSError) as error:
-            complain(explain(error))
+            complain(format_error(error))
         else:
             yield path, image
 
@@ -81,33 +87,33 @@ def predict(
 ) -> Iterator[tuple[Path, Tensor]]:
     """Yield the probabilities (C,) of a run's classes for each image."""
     settings = run.settings
-    place = prepare_machine(device, None, run.seed)
-    base = Base(settings["backbone"], settings.get("activation"), settings.get("heads"))
+    place = set_up_device(device, None, run.seed)
+    base = PretrainedModel(settings["backbone"], settings.get("activation"), settings.get("heads"))
     model = base.load(place)
     load_weights(model, weights, base.name)
     precision = settings.get("precision", "fp32")
-    scale = scale_of(model, settings.get("logit_scale", 100.0))
-    with autocast(place, precision):
-        classes = text_features(model, tokenize_prompts(model, run.classnames, run.template))
-    loader = Loader(model.visual.input_resolution)
+    scale = get_logit_scale(model, settings.get("logit_scale", 100.0))
+    with get_autocast(place, precision):
+        classes = encode_classes(model, tokenize_class_prompts(model, run.classnames, run.template))
+    loader = ImageLoader(model.visual.input_resolution)
     readable = read_images(find_images(images, complain), loader, complain)
     while some := list(islice(readable, BATCH)):
         batch = torch.cat([image for _, image in some]).to(place)
-        with autocast(place, precision):
-            cosines = image_features(model, batch) @ classes.T  # (b, C)
+        with get_autocast(place, precision):
+            cosines = encode_images(model, batch) @ classes.T  # (b, C)
         probabilities = (scale * cosines.float()).softmax(dim=-1).cpu()
         yield from zip((path for path, _ in some), probabilities, strict=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = Parser(prog="predict.py", description=__doc__.split("\n\n")[2])
+    parser = OneLineErrorParser(prog="predict.py", description=__doc__.split("\n\n")[2])
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_FOLDER", help="folder of a run that kept its weights")
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
-    add("--top", type=number(int, 1), default=5, help="classes for each image (5)")
+    add("--top", type=bounded_number(int, 1), default=5, help="classes for each image (5)")
     add("--csv", action="store_true", help="print CSV, with a header")
-    add("--device", default=default_device(), help="device, such as cuda or cpu")
+    add("--device", default=get_default_device(), help="device, such as cuda or cpu")
     args = parser.parse_args(argv)
     complaints = []
 
@@ -117,16 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         run, weights = find_run(args.run)
-        names = names_apart(run.classnames)
+        names = unique_classnames(run.classnames)
         if args.csv:
-            say("path,class,probability")
+            print_quietly("path,class,probability")
         for path, probabilities in predict(run, weights, args.images, args.device, complain):
             best = probabilities.topk(min(args.top, len(names)))
             for value, label in zip(*map(Tensor.tolist, best), strict=True):
                 row = path, names[label], value
-                say(as_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row))
+                print_quietly(to_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row))
     except (ValueError, OSError) as error:
-        complain(explain(error))
+        complain(format_error(error))
     except KeyboardInterrupt:
         print("predict.py: interrupted", file=sys.stderr)
         return 130

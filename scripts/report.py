@@ -22,13 +22,13 @@ from pathlib import Path
 
 from reporting.report import write_report
 
-from run_utils import Parser
-from utils import explain, one_line
+from run_utils import OneLineErrorParser
+from utils import format_error, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = Parser(prog="report.py", description=__doc__.split("\n")[0])
+    parser = OneLineErrorParser(prog="report.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "results", nargs="+", type=Path, help="folders that hold runs, at any depth"
     )
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_report(args.results, args.out or args.results[0] / "report", complain)
         return 0
     except (ValueError, OSError) as error:
-        complain(f"error: {explain(error)}")
+        complain(f"error: {format_error(error)}")
         return 2
     except KeyboardInterrupt:
         complain("interrupted; the same command starts it again")

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from clip import MEAN, STD
+from clip import OPENAI_MEAN, OPENAI_STD
 from datasets import digits
 
 FONTS = (
@@ -202,4 +202,6 @@ def paint(ink: Tensor, colours: Tensor, hard: float, generator: torch.Generator)
 
 def normalise(images: Tensor) -> Tensor:
     """CLIP's normalisation of images (B, 3, 32, 32) from 0 to 1."""
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (images - torch.tensor(OPENAI_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_STD).view(
+        3, 1, 1
+    )

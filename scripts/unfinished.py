@@ -13,11 +13,11 @@ from typing import Any
 
 import reporting  # noqa: F401  (which puts the repository on the path)
 
-from datasets import dataset_name, describe_data
-from run_utils import parse_args
-from runs.cli import exit_status
-from runs.output_dir import finished, run_folder, tidy
-from runs.transfer import known
+from datasets import dataset_fingerprint, dataset_name
+from run_utils import get_arguments
+from runs.cli import run_cli
+from runs.output_dir import get_output_dir, load_finished_result, remove_stale_files
+from runs.transfer import load_known_targets
 from utils import plural
 
 
@@ -35,30 +35,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def is_finished(arguments: Sequence[str]) -> bool:
     """Whether the run's result is there; one that is not as it should be is left to main.py."""
-    config = parse_args(arguments)
-    folder = run_folder(config)
+    config = get_arguments(arguments)
+    folder = get_output_dir(config)
     if not (folder / "result.json").exists():
         return False
     try:
         half = [] if config.subsample == "all" else [config.subsample]
         data = data_of(config.dataset, config.root_path, config.classnames, *half)
-        done = finished(folder, config, data) is not None
+        done = load_finished_result(folder, config, data) is not None
         targets = {
             dataset_name(name): data_of(name, config.root_path) for name in config.test_on or ()
         }
-        done &= known(folder, targets).keys() == targets.keys()
+        done &= load_known_targets(folder, targets).keys() == targets.keys()
     except (ValueError, OSError):
         return False
     if done:
-        tidy(folder)
+        remove_stale_files(folder)
     return done
 
 
 @cache
 def data_of(*task: str | None) -> dict[str, Any]:
-    """The data of a task, as `describe_data` names it, read once for all of its runs."""
-    return describe_data(*task)
+    """The data of a task, as `dataset_fingerprint` names it, read once for all of its runs."""
+    return dataset_fingerprint(*task)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_cli(main))

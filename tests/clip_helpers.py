@@ -81,13 +81,13 @@ class Server:
             self._server.handle_error = lambda *_: None  # a client that hangs up
         scheme = "https" if self.tls else "http"
         self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
-        download.ORIGINS.add(self.url)
+        download.ALLOWED_ORIGINS.add(self.url)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        download.ORIGINS.discard(self.url)
+        download.ALLOWED_ORIGINS.discard(self.url)
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -22,7 +22,7 @@ def call(run, *argv):
 
 def call_main(*argv):
     """main.py, as `call`."""
-    return call(lambda argv: cli.exit_status(lambda: main.main(argv)), *argv)
+    return call(lambda argv: cli.run_cli(lambda: main.main(argv)), *argv)
 
 
 def run(*argv):

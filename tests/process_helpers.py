@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from commands import call_main
 
-from runs.signals import Interrupted
+from runs.signals import Preempted
 
 TIMEOUT = 60  # seconds that processes may take, which end within a few
 
@@ -27,7 +27,7 @@ def in_processes(count, work, folder):
         os.environ.update({key: str(value) for key, value in told.items()})
         try:
             result = work(rank)
-        except (Exception, Interrupted):
+        except (Exception, Preempted):
             traceback.print_exc()
             os._exit(1)
         torch.save(result, folder / f"{rank}.pt")

@@ -17,7 +17,7 @@ from benchmarks import settings as settings_of_so
 from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
 from clip import CLIP, build_model
-from optimizers.build import select_matrices
+from optimizers.build import mark_as_trainable
 
 FOLDER = Path(common.__file__).parent
 CLOSE = dict(rtol=1e-10, atol=1e-10)
@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch, capsys):
 def settings(**changes):
     """The arguments of iteration.py that make a row."""
     usual = dict(backbone="tiny", encoder="both", position="all", classes=3, batch=2)
-    return argparse.Namespace(**usual | dict(density=1e-3, text_chunk=0) | changes)
+    return argparse.Namespace(**usual | dict(density=1e-3, class_batch_size=0) | changes)
 
 
 def prepared(name, **changes):
@@ -177,7 +177,7 @@ def test_exchange_counts_the_bytes_exchanged_and_computes_the_time_of_others(run
         exchange, "--backbone=tiny", "--density=1e-3", "--classes=5", "--processes=2",
         "--repeats=1", "--within", "5", "300",
     )  # fmt: skip
-    matrices = select_matrices(CLIP(**common.BACKBONES["tiny"]), "both", "all").values()
+    matrices = mark_as_trainable(CLIP(**common.BACKBONES["tiny"]), "both", "all").values()
     layers, width = [128] * 4 + [64] * 2, 64
     numbers = {
         "SO": sum(int(p.numel() * 1e-3) for p in matrices) + 1,

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from utils import Predictions, accuracy, calibration_error, class_accuracies, names_apart
+from utils import (
+    Predictions,
+    accuracy,
+    expected_calibration_error,
+    per_class_accuracy,
+    unique_classnames,
+)
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 3])
 PREDICTED = torch.tensor([0, 0, 1, 1, 0, 3])
@@ -13,7 +19,7 @@ def test_accuracies_are_shares_of_all_images_and_of_each_class():
     assert accuracy(LABELS, PREDICTED) == Predictions(LABELS, PREDICTED, None).accuracy
     assert accuracy(LABELS, PREDICTED) == pytest.approx(400 / 6)
     expected = [pytest.approx(200 / 3), 50.0, None, 100.0, None]
-    assert class_accuracies(LABELS, PREDICTED, classes=5) == expected
+    assert per_class_accuracy(LABELS, PREDICTED, classes=5) == expected
 
 
 @pytest.mark.parametrize(
@@ -28,7 +34,7 @@ def test_accuracies_are_shares_of_all_images_and_of_each_class():
     ],
 )
 def test_calibration_compares_confidence_and_accuracy_bin_by_bin(correct, probabilities, error):
-    found = calibration_error(
+    found = expected_calibration_error(
         torch.tensor(correct).bool(), torch.tensor(probabilities, dtype=torch.float64)
     )
     assert found == pytest.approx(error, abs=1e-9)
@@ -36,11 +42,15 @@ def test_calibration_compares_confidence_and_accuracy_bin_by_bin(correct, probab
 
 def test_other_numbers_of_bins_are_possible():
     correct, probabilities = torch.tensor([True, False]), torch.tensor([0.2, 0.9])
-    assert calibration_error(correct, probabilities, bins=1) == pytest.approx(5.0, abs=1e-5)
-    assert calibration_error(correct, probabilities, bins=2) == pytest.approx(85.0, abs=1e-5)
+    assert expected_calibration_error(correct, probabilities, bins=1) == pytest.approx(
+        5.0, abs=1e-5
+    )
+    assert expected_calibration_error(correct, probabilities, bins=2) == pytest.approx(
+        85.0, abs=1e-5
+    )
 
 
 def test_classes_of_one_name_are_told_apart_by_label():
     names = ["crane", "crow", "crane"]
-    assert names_apart(names) == ["crane (label 0)", "crow", "crane (label 2)"]
-    assert names_apart(names[:2]) == names[:2]
+    assert unique_classnames(names) == ["crane (label 0)", "crow", "crane (label 2)"]
+    assert unique_classnames(names[:2]) == names[:2]

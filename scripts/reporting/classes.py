@@ -18,8 +18,8 @@ from reporting.figures import canvas
 from reporting.markdown import markdown
 from reporting.numbers import Study, Variant, mean_and_std, title_of
 from reporting.tables import with_spread
-from runs.records import read_predictions, slug
-from utils import as_csv, names_apart, plural
+from runs.records import load_confusion_matrix, slugify
+from utils import plural, to_csv, unique_classnames
 
 HARDEST = 5  # classes in the table
 NUMBERS, NAMES = 20, 120  # classes up to which a matrix has numbers in it, and names beside it
@@ -73,12 +73,12 @@ def find_classes(study: Study, complain: Callable[[str], None]) -> list[Classes]
                 older += 1
             elif not runs or run.classnames == runs[0].classnames:
                 try:
-                    counts.append(read_predictions(run))
+                    counts.append(load_confusion_matrix(run))
                     runs.append(run)
                 except (ValueError, OSError, csv.Error) as error:
                     complain(f"the classes of {run.folder} are left out: {error}")
         if runs:
-            names = names_apart(runs[0].classnames)
+            names = unique_classnames(runs[0].classnames)
             total, errors = np.sum(counts, axis=0), [run.ece for run in runs]
             where = study.backbone, dataset, shots, variant
             found.append(Classes(*where, names, total, len(runs), errors))
@@ -113,7 +113,7 @@ def classes_text(cells: Sequence[Classes]) -> str:
 
 def classes_csv(cells: Iterable[Classes]) -> str:
     """The contents of classes.csv: the classes of each cell, worst first."""
-    return as_csv(
+    return to_csv(
         HEADER,
         (
             [cell.backbone, cell.dataset, cell.shots, *cell.variant, *row]
@@ -133,7 +133,7 @@ def class_figures(cells: Iterable[Classes]) -> dict[str, Callable[[], Any]]:
         what = "-".join([cell.dataset, f"{cell.shots}shots", cell.variant.method])
         what += f"-{cell.variant.settings}" * bool(cell.variant.settings)
         for kind, draw in {"confusion": draw_confusion, "classes": draw_classes}.items():
-            plan[f"{slug(cell.backbone)}/{kind}-{slug(what)}.png"] = partial(draw, cell)
+            plan[f"{slugify(cell.backbone)}/{kind}-{slugify(what)}.png"] = partial(draw, cell)
     return plan
 
 

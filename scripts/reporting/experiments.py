@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from optimizers.build import METHODS, SUPPORTS
+from optimizers.build import ABLATION_DEFAULTS, METHODS
 from reporting.numbers import settings_of
-from run_utils import Config, default_settings, parse_args
-from runs.output_dir import differences, run_folder
+from run_utils import Config, default_settings, get_arguments
+from runs.output_dir import diff_configs, get_output_dir
 from runs.records import Run, read_run
 from utils import plural
 
@@ -49,7 +49,7 @@ class Planned(NamedTuple):
     @property
     def folder(self) -> Path:
         """Where its results are, or will be."""
-        return run_folder(self.config)
+        return get_output_dir(self.config)
 
     @property
     def variant(self) -> str:
@@ -65,7 +65,9 @@ class Planned(NamedTuple):
 def variant(method: str, settings: Mapping[str, Any]) -> str:
     """A method and what of SO it makes otherwise: "so", "so, moments none"."""
     parts = [
-        f"{k} {settings[k]}" for k, usual in SUPPORTS.items() if settings.get(k, usual) != usual
+        f"{k} {settings[k]}"
+        for k, usual in ABLATION_DEFAULTS.items()
+        if settings.get(k, usual) != usual
     ]
     return ", ".join([method, *parts])
 
@@ -105,7 +107,7 @@ def read_experiment(path: Path, extra: Sequence[str] = (), root: Path = Path()) 
         if bad := next((text for text in arguments if len(text.split()) != 1), None):
             raise ValueError(f"{path}: {bad!r} is empty or has spaces, which sweep.sh cannot pass")
         # As sweep.sh has it: weights are not kept unless a flag asks for them.
-        runs.append(Planned(arguments, parse_args(["--no-save_weights", *arguments])))
+        runs.append(Planned(arguments, get_arguments(["--no-save_weights", *arguments])))
     runs.sort(key=lambda run: -run.config.n_iters * run.config.shots)
     if twice := len(runs) - len({run.folder for run in runs}):
         raise ValueError(f"{path} lists {plural(twice, 'run')} twice")
@@ -172,7 +174,7 @@ def read_done(planned: Iterable[Planned], *free: str) -> list[Run]:
             try:
                 run = read_run(plan.folder)
                 images = run.data or {"digest": None}  # whichever they are: main.py looks at them
-                if changes := differences(run.settings, images, plan.config, images):
+                if changes := diff_configs(run.settings, images, plan.config, images):
                     raise ValueError(f"the result is another run's ({changes})")
             except ValueError as error:
                 raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error

@@ -27,7 +27,7 @@ from reporting.numbers import (
     title_of,
     zero_shot,
 )
-from runs.records import Run, slug
+from runs.records import Run, slugify
 from utils import plural
 
 # Colours of Okabe and Ito; the first three differ in lightness, all in mark, line and hatch, too.
@@ -49,12 +49,12 @@ def figures(study: Study, published: Sequence[Published]) -> dict[str, Callable[
     if len(common) > 1:
         plan["accuracy-mean"] = partial(draw_accuracy, study, published, common)
     for name in study.datasets:
-        plan[f"accuracy-{slug(name)}"] = partial(draw_accuracy, study, published, [name])
+        plan[f"accuracy-{slugify(name)}"] = partial(draw_accuracy, study, published, [name])
     if any(whole):
         plan["cost"] = partial(draw_cost, study)
     for name, shots in sorted({key[:2] for key in study.cells}):
-        plan[f"curves-{slug(name)}-{shots}shots"] = partial(draw_curves, study, name, shots)
-    return {f"{slug(study.backbone)}/{name}.png": draw for name, draw in plan.items()}
+        plan[f"curves-{slugify(name)}-{shots}shots"] = partial(draw_curves, study, name, shots)
+    return {f"{slugify(study.backbone)}/{name}.png": draw for name, draw in plan.items()}
 
 
 def draw_accuracy(study: Study, published: Sequence[Published], datasets: Sequence[str]) -> Any:

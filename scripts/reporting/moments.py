@@ -15,7 +15,7 @@ from utils import plural
 NAMES = {
     **METHODS,
     "so, moments none": "no moments",
-    "so, moments aged": "corrections by age",
+    "so, moments per_entry": "corrections by age",
     "so, moment_support reset": "moments reset",
 }
 

@@ -19,7 +19,7 @@ from scipy.stats import t as student
 import clip
 from datasets import DATASETS
 from run_utils import default_settings
-from runs.output_dir import CIRCUMSTANCES, IN_PATH
+from runs.output_dir import NON_HPARAMS, PATH_KEYS
 from runs.records import Run, read_run
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -156,7 +156,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
     A flag that is younger than the run has its default.
     """
-    left_out = CIRCUMSTANCES | IN_PATH | UNREAD.get(run.method, set()) | {"subsample"}
+    left_out = NON_HPARAMS | PATH_KEYS | UNREAD.get(run.method, set()) | {"subsample"}
     if run.backbone not in clip.available_models():
         left_out = left_out - {"backbone"}  # many checkpoints are called model.safetensors
     settings = defaults() | run.settings
@@ -199,7 +199,7 @@ def in_words(key: str, value: Any) -> str:
     """A setting as tables name it: "lr 0.01", "dense_grad", "no flip"; a file by its stem."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
-    if key in ("classnames", "fewshot_list"):
+    if key in ("classnames", "fewshot_split"):
         value = Path(str(value)).stem
     return f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 

@@ -15,7 +15,7 @@ from reporting.protocols import (
     transfer_text,
 )
 from reporting.tables import csv_text, study_text, table_rows
-from utils import as_csv, atomic_write, plural, say
+from utils import atomic_write, plural, print_quietly, to_csv
 
 FIGURES = """## Figures
 
@@ -67,15 +67,15 @@ def write_report(folders: Sequence[Path], out: Path, complain: Callable[[str], N
     atomic_write(out / "tables.csv", csv_text(row for part in rows for row in part))
     atomic_write(out / "classes.csv", classes_csv(classes))
     if halves:
-        atomic_write(out / "base_to_new.csv", as_csv(ToNew._fields, halves))
+        atomic_write(out / "base_to_new.csv", to_csv(ToNew._fields, halves))
     if targets:
-        atomic_write(out / "transfer.csv", as_csv(Transferred._fields, targets))
+        atomic_write(out / "transfer.csv", to_csv(Transferred._fields, targets))
     texts = [text for text in texts if text]
     tables = "\n".join([*texts, f"{FIGURES}\n{links}\n"] if plan else texts)
     atomic_write(out / "tables.md", tables)
-    say("\n".join(texts))
+    print_quietly("\n".join(texts))
     for name, draw in plan.items():
         (out / name).parent.mkdir(exist_ok=True)
         atomic_write(out / name, png(draw))
     drawn = f" and {plural(len(plan), 'figure')}" if plan else ""
-    say(f"{plural(len(runs), 'run')}: tables{drawn} in {out}")
+    print_quietly(f"{plural(len(runs), 'run')}: tables{drawn} in {out}")

@@ -20,7 +20,7 @@ from reporting.numbers import (
     title_of,
     zero_shot,
 )
-from utils import as_csv, plural
+from utils import plural, to_csv
 
 ZERO_SHOT = Variant("zero_shot")
 
@@ -93,7 +93,7 @@ def compare(ours: Stat | None, figure: float | None) -> tuple[float | None, str 
 
 def csv_text(rows: Iterable[Row]) -> str:
     """The contents of tables.csv."""
-    return as_csv(Row._fields, rows)
+    return to_csv(Row._fields, rows)
 
 
 # Cells

@@ -9,10 +9,10 @@ from statistics import fmean
 from typing import Any
 
 import clip
-from clip.zero_shot import evaluate, tokenize_prompts
+from clip.zero_shot import evaluate, tokenize_class_prompts
 from datasets import build_dataset
-from datasets.loader import Loader
-from optimizers.delta import apply_delta, read_delta, scaled
+from datasets.loader import ImageLoader
+from optimizers.delta import apply_delta, interpolated_weights, read_delta
 from reporting.experiments import Planned
 from reporting.figures import COLOURS, LINES, MARKS, canvas, with_legend
 from reporting.forgetting import printed_signs, remembered
@@ -34,8 +34,8 @@ def measure(planned: Sequence[Planned]) -> Paths:
     signs = printed_signs()
     dataset = build_dataset("digits", None, 1)
     model, _ = clip.load("ViT-Tiny/8", "cpu")
-    batches = list(Loader(model.visual.input_resolution, 0).test_batches(dataset.test, 256))
-    prompts = tokenize_prompts(model, dataset.classnames, dataset.template)
+    batches = list(ImageLoader(model.visual.input_resolution, 0).test_batches(dataset.test, 256))
+    prompts = tokenize_class_prompts(model, dataset.classnames, dataset.template)
 
     def point() -> Point:
         found = evaluate(model, batches, len(dataset.test), prompts)
@@ -52,7 +52,7 @@ def measure(planned: Sequence[Planned]) -> Paths:
         matrices = {name: model.get_parameter(name) for name in delta.matrices}
         path = [zero]
         for alpha in ALPHAS[1:]:
-            with scaled(matrices, base, alpha):
+            with interpolated_weights(matrices, base, alpha):
                 path.append(point())
         paths.setdefault((run.config.shots, run.config.method), []).append(path)
     return dict(sorted(paths.items()))

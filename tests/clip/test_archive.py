@@ -17,7 +17,13 @@ from torch import nn
 
 import clip
 from clip import files
-from clip.archive import GROWTH, SLACK, _Reader, read_archive, read_saved
+from clip.archive import (
+    MAX_EXPANSION_BYTES,
+    MAX_EXPANSION_RATIO,
+    _RestrictedUnpickler,
+    read_torchscript_state_dict,
+    safe_load,
+)
 from clip.model import EXTRA_KEYS
 
 jit = pytest.mark.filterwarnings("ignore")  # torch deprecates its own tracing and scripting
@@ -89,7 +95,7 @@ def test_a_torchscript_archive_gives_its_state_dict_and_its_code_is_never_run(
     expected = traced(path, config, half)
     rewrite(path, "/code/", lambda content: b"this is not a program")
     monkeypatch.delattr(torch.jit, "load")
-    read = read_archive(path)
+    read = read_torchscript_state_dict(path)
     assert read.keys() >= expected.keys()
     for key, value in expected.items():
         assert read[key].dtype == value.dtype and torch.equal(read[key], value)
@@ -129,10 +135,10 @@ def test_strides_types_and_shared_storages_are_kept(script, tmp_path):
     path = tmp_path / "x.pt"
     if script:
         torch.jit.save(torch.jit.script(Module()), path)
-        read = read_archive(path)
+        read = read_torchscript_state_dict(path)
     else:
         torch.save(OrderedDict(tensors()), path)
-        read = read_saved(path)
+        read = safe_load(path)
     assert read.keys() == tensors().keys()
     for key, value in tensors().items():
         assert read[key].dtype == value.dtype and torch.equal(read[key], value)
@@ -144,12 +150,12 @@ def test_plain_values_are_read_as_torch_reads_them(tmp_path):
     numbers = [1, -2.5, None, True, 10**30, (3, "text")]
     content = {"numbers": numbers, "dtype": torch.float16, "size": torch.Size([2, 3])}
     torch.save(content, tmp_path / "x.pt")
-    read = read_saved(tmp_path / "x.pt")
+    read = safe_load(tmp_path / "x.pt")
     assert read["numbers"] == numbers and read["dtype"] is torch.float16
     assert tuple(read["size"]) == (2, 3)
     torch.save({"args": argparse.Namespace()}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="names argparse.Namespace"):  # unless it may hold any
-        read_saved(tmp_path / "x.pt")
+        safe_load(tmp_path / "x.pt")
 
 
 # Damaged ones
@@ -248,14 +254,17 @@ def test_a_file_of_the_old_format_that_says_it_is_longer_is_refused(tmp_path, va
 )
 def test_a_tensor_beyond_its_storage_is_refused(offset, size, stride):
     storage = torch.arange(4.0)
-    assert _Reader.rebuild_tensor(storage, 0, (2, 2), (2, 1)).tolist() == [[0, 1], [2, 3]]
+    assert _RestrictedUnpickler.rebuild_tensor(storage, 0, (2, 2), (2, 1)).tolist() == [
+        [0, 1],
+        [2, 3],
+    ]
     with pytest.raises(ValueError, match="tensor"):
-        _Reader.rebuild_tensor(storage, offset, size, stride)
+        _RestrictedUnpickler.rebuild_tensor(storage, offset, size, stride)
 
 
 @pytest.mark.parametrize("constants", [{}, {"constants.pkl": b""}])
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, constants):
-    bomb, size = tmp_path / "bomb.pt", 2 * SLACK
+    bomb, size = tmp_path / "bomb.pt", 2 * MAX_EXPANSION_BYTES
     entries = {"data.pkl": TENSOR + b".", "data/0": bytes(size), **constants}
     write_zip(bomb, entries, zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < size / 500
@@ -264,7 +273,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, constants):
 
 def test_a_small_file_that_expands_to_large_tensors_is_refused(tmp_path):
     expanded = {"token_embedding.weight": torch.zeros(1, 1).expand(10**12, 64)}
-    shared = dict.fromkeys(map(str, range(GROWTH + 10)), torch.zeros(10**6))
+    shared = dict.fromkeys(map(str, range(MAX_EXPANSION_RATIO + 10)), torch.zeros(10**6))
     for state in (random_state_dict(TINY_VIT) | expanded, shared):
         torch.save(state, tmp_path / "x.pt")
         assert "bytes would become" in refused(tmp_path / "x.pt")
@@ -332,7 +341,7 @@ def test_a_pickle_in_an_archive_gets_to_do_nothing(tmp_path, case, constants):
     write_zip(tmp_path / "hostile.pt", {**entries, **({"constants.pkl": b""} if constants else {})})
     refused(tmp_path / "hostile.pt")
     write_zip(tmp_path / "good.pt", {"data.pkl": b"\x80\x02" + TENSOR + b".", "data/0": bytes(16)})
-    assert torch.equal(read_saved(tmp_path / "good.pt"), torch.zeros(4))
+    assert torch.equal(safe_load(tmp_path / "good.pt"), torch.zeros(4))
 
 
 @pytest.mark.parametrize(

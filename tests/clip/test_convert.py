@@ -153,8 +153,8 @@ def test_towers_of_every_size_are_built_as_open_clip_builds_them(name):
     config = open_clip.get_model_config(theirs_name)
     with torch.device("meta"):
         theirs = open_clip.CLIP(**config).state_dict()
-    recipe = clip.model_config.of_open_clip({"model_cfg": config}, name)
-    sizes = clip.convert.sizes(theirs)
+    recipe = clip.model_config.from_open_clip_config({"model_cfg": config}, name)
+    sizes = clip.convert.infer_model_args(theirs)
     recipe.check(sizes)
     assert CONFIGS.get(name, {}).items() <= sizes.items()
     model = clip.build_model(theirs, recipe.activation, recipe.heads)
@@ -199,7 +199,7 @@ def test_what_is_assumed_is_printed_where_nothing_decides(tiny, capsys):
 
 def test_nothing_is_assumed_of_what_the_repository_ships(tmp_path, capsys):
     copy = tmp_path / "copy.pt"
-    copy.write_bytes(clip.locate("ViT-Tiny/8").read_bytes())
+    copy.write_bytes(clip.resolve_checkpoint("ViT-Tiny/8").read_bytes())
     for name in ("ViT-Tiny/8", copy):
         model, _ = clip.load(name, "cpu")
         assert (model.activation, model.heads) == ("quickgelu", (2, 1))
@@ -237,7 +237,7 @@ def test_transformers_configuration_has_transformers_defaults(tiny):
 
 def test_images_resized_otherwise_in_training_are_said(tiny, capsys):
     write_config(tiny, CONFIG | {"preprocess_cfg": {"resize_mode": "squash"}})
-    assert clip.load(tiny, "cpu")[0].image_mean == clip.MEAN
+    assert clip.load(tiny, "cpu")[0].image_mean == clip.OPENAI_MEAN
     assert "resizes images otherwise (squash and bicubic)" in capsys.readouterr().err
 
 

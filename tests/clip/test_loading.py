@@ -32,7 +32,7 @@ def state():
 def refused(name, kind=ValueError):
     """The one sentence that `check` and `load` refuse a name with."""
     with pytest.raises(kind) as checked:
-        clip.check(name)
+        clip.validate_name(name)
     with pytest.raises(kind) as loaded:
         clip.load(name, "cpu")
     sentence = str(loaded.value)
@@ -42,9 +42,9 @@ def refused(name, kind=ValueError):
 
 def test_the_nine_models_are_available_under_their_names():
     assert clip.available_models()[:9] == list(CONFIGS)
-    assert set(clip.available_models()[9:]) == set(loading.SHIPPED)
+    assert set(clip.available_models()[9:]) == set(loading.BUNDLED_MODELS)
     for name in clip.available_models():
-        clip.check(name)
+        clip.validate_name(name)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_other_files_are_not_taken_for_pointers_and_pages(state, tmp_path):
     (tmp_path / "x.txt").write_text("<body and soul>, said a list of class names")
     (tmp_path / "x.svg").write_text('<?xml version="1.0"?><svg></svg>')
     for name in ("x.pt", "x.txt", "x.svg", "missing", "."):
-        assert clip.impostor(tmp_path / name) is None or name == "x.txt"
+        assert clip.detect_placeholder_file(tmp_path / name) is None or name == "x.txt"
 
 
 # Folders
@@ -93,8 +93,8 @@ def test_a_folder_means_its_checkpoint_safetensors_first(state, tmp_path):
     names += ["open_clip_model.safetensors", "model.safetensors"]
     for name in names:
         (save_file if name.endswith("tensors") else torch.save)(state, tmp_path / name)
-        assert clip.locate(tmp_path) == tmp_path / name
-        clip.check(tmp_path)
+        assert clip.resolve_checkpoint(tmp_path) == tmp_path / name
+        clip.validate_name(tmp_path)
     assert clip.load(tmp_path, "cpu")[0].vocab_size == 514
 
 
@@ -142,9 +142,9 @@ def test_open_clips_names_that_cannot_be_used_are_refused(name, words):
 )
 def test_open_clip_says_how_its_models_were_trained(name, activation, heads):
     pytest.importorskip("open_clip")
-    said, _ = model_config.from_package(f"open_clip:{name}")
+    said, _ = model_config.from_open_clip_pretrained(f"open_clip:{name}")
     assert (said.activation, said.heads) == (activation, heads)
-    assert said.normalisation == (clip.MEAN, clip.STD)
+    assert said.normalisation == (clip.OPENAI_MEAN, clip.OPENAI_STD)
 
 
 def test_open_clips_weights_come_from_open_clip_or_from_a_file(tmp_path, monkeypatch):
@@ -163,7 +163,10 @@ def test_open_clips_weights_come_from_open_clip_or_from_a_file(tmp_path, monkeyp
         return str(tmp_path / "x.pt")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", bring)
-    assert clip.locate("open_clip:ViT-B-32/openai") == tmp_path / "x.pt" and asked == [True, False]
+    assert clip.resolve_checkpoint("open_clip:ViT-B-32/openai") == tmp_path / "x.pt" and asked == [
+        True,
+        False,
+    ]
     name = "open_clip:ViT-B-32/laion2b_s34b_b79k"  # which has the hub alone
     with pytest.raises(ConnectionError, match=r"79k \(The hub cannot be reached\): get the file"):
         clip.load(name, "cpu")
@@ -187,9 +190,9 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path)
 
 def test_a_shipped_model_is_verified(monkeypatch, tmp_path, state):
     torch.save(state, tmp_path / "tiny.pt")
-    sha256 = download.digest(tmp_path / "tiny.pt")
-    monkeypatch.setattr(loading, "WEIGHTS", tmp_path)
-    monkeypatch.setattr(loading, "SHIPPED", {"Tiny": ("tiny.pt", sha256)})
+    sha256 = download.sha256_file(tmp_path / "tiny.pt")
+    monkeypatch.setattr(loading, "WEIGHTS_DIR", tmp_path)
+    monkeypatch.setattr(loading, "BUNDLED_MODELS", {"Tiny": ("tiny.pt", sha256)})
     model, preprocess = clip.load("Tiny", device="cpu")
     assert model.vocab_size == 514
     assert preprocess(Image.new("L", (50, 40))).shape == (3, 32, 32)
@@ -211,7 +214,7 @@ def test_a_name_is_downloaded_to_the_folder_named_or_the_cache(tmp_path, monkeyp
     sha256 = hashlib.sha256(file.getvalue()).hexdigest()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(loading.OPENAI, "RN50", ("RN50.pt", sha256))
+    monkeypatch.setitem(loading._MODELS, "RN50", ("RN50.pt", sha256))
     folder = tmp_path / "weights" if named else Path.home() / ".cache" / "clip"
     with Server(file.getvalue()) as server:
         monkeypatch.setattr(loading, "MODELS_URL", server.url)

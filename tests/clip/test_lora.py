@@ -10,11 +10,11 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 
 from clip import build_model
-from clip.lora import add_lora, merged, set_dropout
+from clip.lora import apply_lora, merged_lora, set_dropout
 from clip.model import Attention
-from clip.zero_shot import evaluate, image_features, text_features
+from clip.zero_shot import encode_classes, encode_images, evaluate
 from optimizers.build import Method
-from train import Adapted, Course, Settings, compile_blocks, train
+from train import Adapted, TrainConfig, TrainState, compile_blocks, train
 
 # torch 2.4's own, when it recomputes a chunk of the text
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -45,7 +45,7 @@ def move(params):
 
 
 def features(model, images, tokens, chunk=0):
-    return image_features(model, images), text_features(model, tokens, chunk)
+    return encode_images(model, images), encode_classes(model, tokens, chunk)
 
 
 def gradients(params, output):
@@ -83,7 +83,7 @@ def adapted(causal=False, rank=3, alpha=1.5, dropout=0.0):
     model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS, causal)}).double()
     nn.init.normal_(model.attn.in_proj_bias)
     plain = Separate(model.attn)
-    params = add_lora(model, ["attn"], rank, alpha, dropout)
+    params = apply_lora(model, ["attn"], rank, alpha, dropout)
     move(params)
     return model, plain, params
 
@@ -98,7 +98,7 @@ def test_first_pass_is_zero_shots(precision, config):
     model, *inputs = tiny(dtype, config)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         before = features(model, *inputs)
-        add_lora(model, attentions(model))
+        apply_lora(model, attentions(model))
         set_dropout(model, True)
         after = features(model, *inputs)
     # Bit for bit, but for products of other widths, which some versions of torch sum otherwise.
@@ -156,7 +156,7 @@ def test_a_starts_uniform_and_follows_the_generator():
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     state = torch.get_rng_state()
     a, b, c = (
-        add_lora(model, layers, generator=seed)
+        apply_lora(model, layers, generator=seed)
         for model, seed in zip((first, second, other), seeds, strict=True)
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -175,7 +175,7 @@ def test_a_starts_uniform_and_follows_the_generator():
 def test_only_adapters_of_the_named_layers_train():
     model, images, tokens = tiny()
     layers = attentions(model)[1:4:2]
-    params = add_lora(model, layers, rank=1)
+    params = apply_lora(model, layers, rank=1)
     named = dict(model.named_parameters())
     assert {name for name, p in named.items() if p.requires_grad} == params.keys()
     assert all(named[name] is p for name, p in params.items())
@@ -191,21 +191,21 @@ def test_only_adapters_of_the_named_layers_train():
 def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
     model, images, tokens = tiny(torch.float32)
     model, tokens = model.to(device), tokens.to(device)
-    params = add_lora(model, attentions(model))
+    params = apply_lora(model, attentions(model))
     set_dropout(model, True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = images, torch.tensor([2, 0, 1])
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
-    course = Course(20)
+    course = TrainState(20)
     train(
         Adapted(model, tokens, Method(optimizer)), ((batch, True) for _ in range(20)), course,
-        Settings(logit_scale=10.0, precision=precision, text_chunk=3),
+        TrainConfig(logit_scale=10.0, precision=precision, class_batch_size=3),
     )  # fmt: skip
     curve = course.curve()
     after = model.state_dict()
     assert {name for name in after if not torch.equal(after[name], before[name])} == params.keys()
     assert curve[-1][1] < curve[0][1] / 2
-    with merged(model):
+    with merged_lora(model):
         assert evaluate(model, [batch], 3, tokens, precision=precision).accuracy == 100.0
 
 
@@ -214,7 +214,7 @@ def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
 
 def test_dropout_is_active_only_while_switched_on():
     model, *inputs = tiny()
-    move(add_lora(model, attentions(model)))
+    move(apply_lora(model, attentions(model)))
 
     def repeats():
         return all(map(torch.equal, features(model, *inputs), features(model, *inputs)))
@@ -224,7 +224,7 @@ def test_dropout_is_active_only_while_switched_on():
     assert not repeats()
     training = {name for name, module in model.named_modules() if module.training}
     assert training == {n + end for n in attentions(model) for end in ("", ".out_proj")}
-    with merged(model):
+    with merged_lora(model):
         assert repeats()
     set_dropout(model, False)
     assert repeats()
@@ -233,14 +233,14 @@ def test_dropout_is_active_only_while_switched_on():
 def test_checkpointed_text_drops_the_same_inputs_again():
     model, _, tokens = tiny()
     layers = [name for name in attentions(model) if name.startswith("transformer")]
-    params = add_lora(model, layers)
+    params = apply_lora(model, layers)
     move(params)
     set_dropout(model, True)
     probe = torch.randn(4, 64, dtype=torch.float64)
     results = []
     for chunk in (0, 4):
         torch.manual_seed(1)
-        output = text_features(model, tokens, chunk)
+        output = encode_classes(model, tokens, chunk)
         results.append((output, *gradients(params.values(), output * probe)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
@@ -251,15 +251,15 @@ def test_checkpointed_text_drops_the_same_inputs_again():
 @pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["ViT", "ResNet"])
 def test_merged_forward_is_the_adapters_and_unmerging_restores_bits(config):
     model, *inputs = tiny(config=config)
-    params = add_lora(model, attentions(model))
+    params = apply_lora(model, attentions(model))
     move(params)
     before = copy.deepcopy(model.state_dict())
     storage = {name: p.data_ptr() for name, p in model.named_parameters()}
     with torch.no_grad():
         expected = features(model, *inputs)
-        with merged(model) as matrices:
+        with merged_lora(model) as matrices:
             torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
-            with merged(model) as again:
+            with merged_lora(model) as again:
                 torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
             assert not again
             torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
@@ -278,7 +278,7 @@ def test_merged_forward_is_the_adapters_and_unmerging_restores_bits(config):
 def test_unmerged_after_an_error():
     model, _, _ = adapted()
     before = model.attn.in_proj_weight.clone()
-    with pytest.raises(RuntimeError, match="within"), merged(model):
+    with pytest.raises(RuntimeError, match="within"), merged_lora(model):
         raise RuntimeError("within")
     assert torch.equal(model.attn.in_proj_weight, before) and not model.attn.lora_merged
 
@@ -286,9 +286,9 @@ def test_unmerged_after_an_error():
 def test_merging_is_exact_under_autocast():
     model, _, _ = adapted()
     model.float()
-    with merged(model) as expected:
+    with merged_lora(model) as expected:
         pass
-    with torch.autocast("cpu", torch.bfloat16), merged(model) as matrices:
+    with torch.autocast("cpu", torch.bfloat16), merged_lora(model) as matrices:
         assert torch.equal(*matrices.values(), *expected.values())
 
 
@@ -296,7 +296,7 @@ def test_merging_leaves_a_model_without_adapters_alone():
     model, *inputs = tiny()
     before = features(model, *inputs)
     set_dropout(model, True)
-    with merged(model) as matrices:
+    with merged_lora(model) as matrices:
         assert not matrices
         assert all(map(torch.equal, features(model, *inputs), before))
 
@@ -306,24 +306,24 @@ def test_merging_leaves_a_model_without_adapters_alone():
 
 def test_copies_and_saved_adapters_compute_the_same():
     model, *inputs = tiny()
-    params = add_lora(model, attentions(model))
+    params = apply_lora(model, attentions(model))
     move(params)
     expected = features(model, *inputs)
     assert all(map(torch.equal, features(copy.deepcopy(model), *inputs), expected))
     fresh, *_ = tiny()
-    add_lora(fresh, attentions(fresh))
+    apply_lora(fresh, attentions(fresh))
     fresh.load_state_dict(model.state_dict())
     assert all(map(torch.equal, features(fresh, *inputs), expected))
 
 
 def test_compiled_blocks_use_the_adapters():
     model, *inputs = tiny()
-    move(add_lora(model, attentions(model)))
+    move(apply_lora(model, attentions(model)))
     with torch.no_grad():
         expected = features(model, *inputs)
         compile_blocks(model, backend="eager")
         torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
-        with merged(model):
+        with merged_lora(model):
             torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
 
 
@@ -341,7 +341,7 @@ def test_compiled_blocks_use_the_adapters():
 def test_bad_settings_are_refused(name, value):
     model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS)})
     with pytest.raises(ValueError, match=f"{name} must be .*, not {value!r}"):
-        add_lora(model, ["attn"], **{name: value})
+        apply_lora(model, ["attn"], **{name: value})
     assert type(model.attn) is Attention and model.attn.in_proj_weight.requires_grad
 
 
@@ -352,7 +352,7 @@ def test_bad_settings_are_refused(name, value):
 def test_bad_layers_are_refused(layers, message):
     model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS)})
     with pytest.raises(ValueError, match=message):
-        add_lora(model, layers)
-    add_lora(model, ["attn"])
+        apply_lora(model, layers)
+    apply_lora(model, ["attn"])
     with pytest.raises(ValueError, match="attn must be an Attention without adapters"):
-        add_lora(model, ["attn"])
+        apply_lora(model, ["attn"])

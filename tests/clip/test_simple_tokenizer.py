@@ -11,7 +11,7 @@ from clip_helpers import TINY_VIT, Server, random_state_dict
 
 import clip
 from clip import simple_tokenizer
-from clip.simple_tokenizer import LETTERS, Tokenizer, find_merges, read_merges, tokenize
+from clip.simple_tokenizer import BYTE_ENCODER, SimpleTokenizer, default_bpe, read_merges, tokenize
 
 TEXTS = [
     "a photo of a cat.",
@@ -106,41 +106,44 @@ def test_other_things_than_texts_and_contexts_without_room_are_refused():
 
 @pytest.mark.parametrize("vocab_size", [514, 600, 49408])
 def test_decoding_gives_the_cleaned_text_back(vocab_size):
-    tokens = Tokenizer.for_vocabulary(vocab_size)
+    tokens = SimpleTokenizer.for_vocabulary(vocab_size)
     text = "a photo of ångström 🙂 日本 !"
     assert tokens.decode(tokens.encode(text)) == text
     assert tokens.decode(tokens(text, 100)[0]) == text
 
 
 def test_a_byte_vocabulary_needs_no_file(no_merges):
-    tokens = Tokenizer.for_vocabulary(514)
-    a, b = list(LETTERS).index(ord("a")), list(LETTERS).index(ord("b"))
+    tokens = SimpleTokenizer.for_vocabulary(514)
+    a, b = list(BYTE_ENCODER).index(ord("a")), list(BYTE_ENCODER).index(ord("b"))
     assert tokens.encode("ab a") == [a, 256 + b, 256 + a]
     assert tokens("ab", 6).tolist() == [[512, a, 256 + b, 513, 0, 0]]
 
 
 def test_a_vocabulary_uses_the_first_merges_of_the_list(open_clip):
-    assert read_merges(find_merges())[:2] == [("i", "n"), ("t", "h")]
-    small, whole = Tokenizer.for_vocabulary(514 + 2), Tokenizer.for_vocabulary()
+    assert read_merges(default_bpe())[:2] == [("i", "n"), ("t", "h")]
+    small, whole = SimpleTokenizer.for_vocabulary(514 + 2), SimpleTokenizer.for_vocabulary()
     assert (small.vocab_size, small.start, small.end) == (516, 514, 515)
     assert (whole.start, whole.end) == (49406, 49407)
-    assert small.encode("in") == [list(LETTERS).index(ord("i")), 256 + list(LETTERS).index(0x6E)]
+    assert small.encode("in") == [
+        list(BYTE_ENCODER).index(ord("i")),
+        256 + list(BYTE_ENCODER).index(0x6E),
+    ]
     assert small.encode("thin")[0] == 513  # "th", the second merge
     assert small.encode("int")[0] == 512  # "in", the first one
     assert len(small.encode("a photo")) > len(whole.encode("a photo"))
 
 
 def test_merges_apply_in_the_order_of_the_list():
-    tokens = Tokenizer([("b", "c</w>"), ("a", "b"), ("a", "bc</w>")])
+    tokens = SimpleTokenizer([("b", "c</w>"), ("a", "b"), ("a", "bc</w>")])
     assert tokens.encode("abc") == [514]
-    assert tokens.encode("aba") == [513, 256 + list(LETTERS).index(ord("a"))]
-    assert Tokenizer([("a", "a")]).encode("aaaa") == [512, 64, 256 + 64]
+    assert tokens.encode("aba") == [513, 256 + list(BYTE_ENCODER).index(ord("a"))]
+    assert SimpleTokenizer([("a", "a")]).encode("aaaa") == [512, 64, 256 + 64]
 
 
 def test_a_vocabulary_below_the_bytes_is_refused_and_one_beyond_openais_is_openais():
     with pytest.raises(ValueError, match="vocabulary of 100 tokens"):
-        Tokenizer.for_vocabulary(100)
-    assert Tokenizer.for_vocabulary(49411) is Tokenizer.for_vocabulary()
+        SimpleTokenizer.for_vocabulary(100)
+    assert SimpleTokenizer.for_vocabulary(49411) is SimpleTokenizer.for_vocabulary()
 
 
 def test_a_model_tokenizes_with_its_own_vocabulary():
@@ -158,22 +161,22 @@ def test_a_path_comes_before_the_environment_and_that_before_all_else(
     given = write_merges(tmp_path / "given.txt", ["#version: 1", "a b</w>"])
     named = write_merges(tmp_path / "named.txt", ["b a</w>"])
     monkeypatch.setenv("CLIP_BPE_PATH", str(named))
-    assert find_merges(given) == given
-    assert find_merges() == named
-    assert Tokenizer.for_vocabulary(515, given).encode("ab") == [512]
-    assert Tokenizer.for_vocabulary(515).encode("ba") == [512]
+    assert default_bpe(given) == given
+    assert default_bpe() == named
+    assert SimpleTokenizer.for_vocabulary(515, given).encode("ab") == [512]
+    assert SimpleTokenizer.for_vocabulary(515).encode("ba") == [512]
 
 
 def test_the_cache_comes_before_open_clip_which_is_found_without_importing_it(
     open_clip, no_merges, monkeypatch
 ):
     monkeypatch.delitem(sys.modules, "open_clip")
-    found = find_merges()
+    found = default_bpe()
     assert found.parent.name == "open_clip" and "open_clip" not in sys.modules
     cached = no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
     cached.parent.mkdir(parents=True)
     cached.write_bytes(found.read_bytes())
-    assert find_merges() == cached
+    assert default_bpe() == cached
 
 
 def test_merges_are_downloaded_and_verified_when_nothing_has_them(no_merges, monkeypatch):
@@ -181,23 +184,23 @@ def test_merges_are_downloaded_and_verified_when_nothing_has_them(no_merges, mon
     with Server(content) as server:
         monkeypatch.setattr(simple_tokenizer, "MERGES_URL", server.url)
         with pytest.raises(ValueError, match="wrong SHA-256"):
-            find_merges()
+            default_bpe()
         server.status = 503
         with pytest.raises(ConnectionError, match=f"place it at .*{simple_tokenizer.MERGES_FILE}"):
-            find_merges()
+            default_bpe()
         monkeypatch.setattr(simple_tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
         server.status = None
-        found = find_merges()
+        found = default_bpe()
     assert found == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
     assert read_merges(found) == [("a", "b</w>")]
 
 
 def test_a_merges_file_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="missing.txt"):
-        find_merges(tmp_path / "missing.txt")
+        default_bpe(tmp_path / "missing.txt")
     monkeypatch.setenv("CLIP_BPE_PATH", str(tmp_path / "missing.txt"))
     with pytest.raises(FileNotFoundError, match="missing.txt"):
-        find_merges()
+        default_bpe()
 
 
 NOT_MERGES = {

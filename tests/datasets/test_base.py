@@ -8,7 +8,7 @@ import pytest
 from dataset_helpers import ELEVEN, LAYOUTS, make_dataset, refused
 
 from datasets import DATASETS, build_dataset
-from datasets.base import LEFT_OVERS
+from datasets.base import IGNORED_DIRS
 
 
 def test_the_coop_folder_is_preferred_and_an_empty_one_is_not(tmp_path):
@@ -69,7 +69,13 @@ def test_left_overs_of_archives_and_file_servers_are_no_classes(tmp_path, name, 
     folder = tmp_path / LAYOUTS[name][0] / images
     names = [path.name for path in folder.iterdir() if path.is_dir()]
     before = build_dataset(name, tmp_path, 1)
-    for left in (*LEFT_OVERS, "__MACOSX", "System Volume Information", "$RECYCLE.BIN", ".Trash-0"):
+    for left in (
+        *IGNORED_DIRS,
+        "__MACOSX",
+        "System Volume Information",
+        "$RECYCLE.BIN",
+        ".Trash-0",
+    ):
         (folder / left / names[0]).mkdir(parents=True, exist_ok=True)
         (folder / left / "x.jpg").write_bytes(b"x")
     for place in (folder, folder / names[0]):

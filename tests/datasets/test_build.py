@@ -20,7 +20,14 @@ from dataset_helpers import (
     make_dataset,
 )
 
-from datasets import DATASETS, Item, build_dataset, describe_data, fewshot_json, find_spec
+from datasets import (
+    DATASETS,
+    Datum,
+    build_dataset,
+    dataset_fingerprint,
+    dump_fewshot_split,
+    get_dataset_info,
+)
 
 
 @pytest.fixture(scope="module", params=["coop", "lora"])
@@ -80,7 +87,7 @@ def test_a_row_and_an_item_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         DATASETS["dtd"].classes = 1
     with pytest.raises(FrozenInstanceError):
-        Item("a.jpg", 0, "a").label = 1
+        Datum("a.jpg", 0, "a").label = 1
 
 
 def test_the_shipped_imagenet_names_are_clip_s_in_the_order_of_the_wordnet_ids():
@@ -176,7 +183,7 @@ def test_each_half_tells_its_data_apart(tmp_path):
     images = {"all": (15, 6, 9), "base": (10, 4, 6), "new": (5, 2, 3)}
     found = {}
     for subsample, counts in images.items():
-        data = describe_data("dtd", tmp_path, subsample=subsample)
+        data = dataset_fingerprint("dtd", tmp_path, subsample=subsample)
         assert data == build_dataset("dtd", tmp_path, 1, subsample=subsample).data
         assert (data["train"], data["val"], data["test"]) == counts
         found[subsample] = data["digest"]
@@ -187,7 +194,7 @@ def test_each_half_tells_its_data_apart(tmp_path):
             split[part].remove(next(entry for entry in split[part] if entry[1] == label))
 
         change_split(tmp_path / "dtd", change)
-        return [s for s in found if describe_data("dtd", tmp_path, subsample=s)["digest"]
+        return [s for s in found if dataset_fingerprint("dtd", tmp_path, subsample=s)["digest"]
                 != found[s]]  # fmt: skip
 
     assert lose("train", 2) == ["all", "new"]
@@ -199,8 +206,8 @@ def test_a_list_of_images_serves_a_half_whichever_run_wrote_it(tmp_path, subsamp
     make_dataset("dtd", tmp_path, classes=5, per_class=10, size=(8, 8))
     whole, half = (build_dataset("dtd", tmp_path, 2, subsample=s) for s in ("all", subsample))
     for writer in (whole, half):
-        (tmp_path / "few.json").write_text(fewshot_json(writer))
-        chosen = {"subsample": subsample, "fewshot_list": tmp_path / "few.json"}
+        (tmp_path / "few.json").write_text(dump_fewshot_split(writer))
+        chosen = {"subsample": subsample, "fewshot_split": tmp_path / "few.json"}
         read = build_dataset("dtd", tmp_path, 2, **chosen)
         labels = range(3) if subsample == "base" else range(2)
         assert sorted(item.label for item in read.train_x) == [i for i in labels for _ in "ab"]
@@ -216,14 +223,14 @@ def test_a_list_of_images_serves_a_half_whichever_run_wrote_it(tmp_path, subsamp
 def test_the_same_data_has_the_same_digest_on_every_disk(complete, tmp_path, capsys, name):
     root, convention = complete
     state = random.getstate()
-    data = describe_data(name, root)
+    data = dataset_fingerprint(name, root)
     assert random.getstate() == state and capsys.readouterr().err == ""
     assert data == build_dataset(name, root, 1).data == build_dataset(name, root, 4).data
     assert data["split"] == "published" and re.fullmatch("[0-9a-f]{64}", data["digest"])
     counts = (0, 0, 12) if name in VARIANTS else (24, 0, 12) if name == "imagenet" else (12, 6, 6)
     assert (data["train"], data["val"], data["test"]) == counts
     make_dataset(name, tmp_path, {"coop": "lora", "lora": "coop"}[convention], size=(8, 8))
-    assert describe_data(name, tmp_path) == data
+    assert dataset_fingerprint(name, tmp_path) == data
 
 
 CHANGES = {
@@ -243,9 +250,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_data_has_another_digest(tmp_path, change):
     make_dataset("eurosat", tmp_path, size=(8, 8))
-    before = describe_data("eurosat", tmp_path)
+    before = dataset_fingerprint("eurosat", tmp_path)
     change_split(tmp_path / "eurosat", CHANGES[change])
-    assert describe_data("eurosat", tmp_path)["digest"] != before["digest"]
+    assert dataset_fingerprint("eurosat", tmp_path)["digest"] != before["digest"]
 
 
 def test_numbers_that_were_published_and_are_not_there_are_said_once(tmp_path, capsys, monkeypatch):
@@ -270,7 +277,7 @@ def test_numbers_that_were_published_and_are_not_there_are_said_once(tmp_path, c
 
 def test_an_unknown_name_gets_the_nearest_and_all_others():
     with pytest.raises(ValueError, match=r"'EuroSat' \(did you mean 'eurosat'\?\); valid: .*dtd"):
-        find_spec("EuroSat")
+        get_dataset_info("EuroSat")
     with pytest.raises(ValueError, match="did you mean 'oxford_flowers'"):
         build_dataset("flowers", "/nowhere", 1)
 

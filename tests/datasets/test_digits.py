@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_dataset, describe_data, digits
+from datasets import build_dataset, dataset_fingerprint, digits
 
 PIXELS = "a2eacdbf2f9a2aa75bd0dc1f9a20c9a18daa11f8673558b3a50ecb585ef27f67"
 SPLIT = "063ab6403028c8602eb77eb4c7f8a9683d2e14b0e157576b69d70aa1e6cf0d3b"
@@ -38,7 +38,7 @@ def quick(monkeypatch, rendered):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "digits"
-    digits.prepare(folder)
+    digits.build_digits(folder)
     return folder
 
 
@@ -62,7 +62,7 @@ def test_the_files_hold_the_rendered_pixels(folder, rendered):
 def test_placing_upright_and_centred_at_a_whole_factor_is_plain_enlargement():
     digit = np.zeros((8, 8))
     digit[2, 5] = 1
-    canvas = digits.place(digit, 32, 0, 0, 0)
+    canvas = digits.render_digit(digit, 32, 0, 0, 0)
     row, column = np.unravel_index(canvas.argmax(), canvas.shape)
     assert (row // 4, column // 4) == (2, 5)
     assert int(canvas.sum()) == pytest.approx(16 * 255, rel=0.01)
@@ -76,10 +76,10 @@ def test_placing_shifts_right_and_down_and_turns_counter_clockwise():
 
     digit = np.zeros((8, 8))
     digit[3:5, 3:5] = 1
-    assert centre(digits.place(digit, 20, 3, -2, 0)) == pytest.approx([3, -2], abs=0.05)
+    assert centre(digits.render_digit(digit, 20, 3, -2, 0)) == pytest.approx([3, -2], abs=0.05)
     digit = np.zeros((8, 8))
     digit[3:5, 6:] = 1  # to the right of the centre; counter-clockwise takes it up
-    x, y = centre(digits.place(digit, 20, 0, 0, 15))
+    x, y = centre(digits.render_digit(digit, 20, 0, 0, 15))
     assert x > 5 and y < -1
 
 
@@ -99,7 +99,7 @@ def test_the_split_never_changes_is_stratified_and_has_every_image_once(folder):
 
 def test_a_whole_folder_stays_untouched_and_alone(folder, monkeypatch):
     monkeypatch.setattr(digits, "render", lambda: pytest.fail("rendered again"))
-    digits.prepare(folder)
+    digits.build_digits(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["digits"]
 
 
@@ -114,7 +114,7 @@ def test_an_empty_folder_and_missing_parents_will_do(tmp_path, quick, monkeypatc
         rename(source, target)
 
     monkeypatch.setattr(digits.os, "rename", as_on_windows)
-    digits.prepare(folder)
+    digits.build_digits(folder)
     assert (folder / digits.SPLIT_FILE).is_file()
 
 
@@ -127,7 +127,7 @@ def test_the_second_of_two_keeps_the_folder_of_the_first(tmp_path, monkeypatch, 
         (folder / "first").touch()
 
     monkeypatch.setattr(digits, "_write", overtaken)
-    digits.prepare(folder)
+    digits.build_digits(folder)
     assert (folder / "first").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
@@ -135,7 +135,7 @@ def test_the_second_of_two_keeps_the_folder_of_the_first(tmp_path, monkeypatch, 
 def test_several_may_prepare_at_once(tmp_path, quick):
     folder = tmp_path / "digits"
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(digits.prepare, [folder] * 4))
+        list(pool.map(digits.build_digits, [folder] * 4))
     assert len(list((folder / "images").glob("*/*.png"))) == quick
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
@@ -147,7 +147,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, quick)
 
     monkeypatch.setattr(digits, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        digits.prepare(tmp_path / "digits")
+        digits.build_digits(tmp_path / "digits")
     assert not list(tmp_path.iterdir())
 
 
@@ -155,14 +155,14 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path, quic
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "digits"
     with pytest.raises(OSError, match="--root_path") as caught:
-        digits.prepare(folder)
+        digits.build_digits(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_folder_with_other_content_is_left_alone_and_named(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="--root_path") as caught:
-        digits.prepare(tmp_path)
+        digits.build_digits(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -170,7 +170,7 @@ def test_a_folder_with_other_content_is_left_alone_and_named(tmp_path):
 def test_a_missing_scikit_learn_is_said_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match="pip install scikit-learn"):
-        digits.prepare(tmp_path / "digits")
+        digits.build_digits(tmp_path / "digits")
     assert not list(tmp_path.iterdir())
 
 
@@ -185,16 +185,19 @@ def test_the_first_use_makes_what_was_described_before_and_draws_the_same_images
 
     monkeypatch.setattr(digits, "render", drawing)
     monkeypatch.setenv("HOME", str(tmp_path))
-    data = describe_data("digits", None)
+    data = dataset_fingerprint("digits", None)
     assert list(tmp_path.iterdir()) == []
     draws = []
     for _ in range(2):
         random.seed(3)
         draws.append(build_dataset("digits", None, 1))
     assert draws[0] == draws[1] and len(draws[0].train_x) == 10
-    assert draws[0].data == data == describe_data("digits", None)
+    assert draws[0].data == data == dataset_fingerprint("digits", None)
     (tmp_path / ".cache/so/digits" / digits.SPLIT_FILE).unlink()
-    for use in (lambda: build_dataset("digits", None, 1), lambda: describe_data("digits", None)):
+    for use in (
+        lambda: build_dataset("digits", None, 1),
+        lambda: dataset_fingerprint("digits", None),
+    ):
         with pytest.raises(
             ValueError, match="digits: .*--root_path; see DATASETS.md, section Digi"
         ):

@@ -136,7 +136,7 @@ def test_decode_names_damaged_images_and_says_what_the_first_is(tmp_path, capsys
 def test_the_digits_are_shown_once_they_are_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(capsys, "--dataset", "digits")[0] == 0
-    digits.prepare(tmp_path / ".cache/so/digits")
+    digits.build_digits(tmp_path / ".cache/so/digits")
     status, out = run(capsys, "--dataset", "digits")
     assert status == 0
     assert out.splitlines()[1].split() == "digits digits published 10 898 359 540 ok".split()

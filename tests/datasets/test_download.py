@@ -17,7 +17,7 @@ import torchvision
 from dataset_helpers import make_dataset
 from scipy.io import savemat
 
-from datasets import describe_data
+from datasets import dataset_fingerprint
 from datasets.__main__ import main
 from datasets.download import DOWNLOADS
 
@@ -186,7 +186,7 @@ def test_a_fetched_dataset_lies_as_datasets_md_says(name, page, tmp_path, capsys
     assert all(f"{file}" in said for file in by_hand)
     for file in by_hand:
         shutil.copy(copy / file, folder)
-    assert describe_data(name, tmp_path / "data") == describe_data(name, copy.parent)
+    assert dataset_fingerprint(name, tmp_path / "data") == dataset_fingerprint(name, copy.parent)
     assert name == "fgvc" or "is to be fetched by hand, into the same folder, from https://" in said
     assert status == 1 and f"{name}: fetched into {folder}" in said  # far fewer than published
 
@@ -202,7 +202,7 @@ def test_a_download_goes_on_where_it_broke_off(page, tmp_path, capsys):
     page.stop, page.asked = {}, []
     fetch("oxford_pets", tmp_path)
     assert page.asked == [("annotations.tar.gz", 100)]
-    describe_data("oxford_pets", tmp_path / "data")
+    dataset_fingerprint("oxford_pets", tmp_path / "data")
     assert sorted(path.name for path in (tmp_path / "data/oxford_pets").iterdir()) == [
         "annotations", "images",
     ]  # fmt: skip
@@ -236,7 +236,7 @@ def test_damage_ends_in_one_sentence_and_the_next_attempt_begins_anew(page, tmp_
     assert fetch("fgvc", tmp_path) == 2 and "404" in capsys.readouterr().err
     page.files = whole
     fetch("fgvc", tmp_path)
-    describe_data("fgvc", tmp_path / "data")
+    dataset_fingerprint("fgvc", tmp_path / "data")
 
 
 def test_what_torchvision_cannot_download_is_said_with_the_place_that_helps(tmp_path, capsys):

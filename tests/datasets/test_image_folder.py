@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from dataset_helpers import PARTS, make_dataset, write_image
 
-from datasets import build_dataset, check_dataset, dataset_name, describe_data
+from datasets import build_dataset, dataset_fingerprint, dataset_name, validate_dataset_name
 from datasets.__main__ import main as doctor
 from datasets.base import TEMPLATE
-from datasets.fewshot import fewshot_json
+from datasets.fewshot import dump_fewshot_split
 
 SIZES = {"Käse Brot": 12, "a.b": 10, "zoo_bar": 5}
 
@@ -55,7 +55,7 @@ def test_each_class_of_a_folder_is_divided_and_nothing_is_written(mine):
     assert [dataset.data[part] for part in PARTS] == [6 + 5 + 2, 2 + 2 + 1, 4 + 3 + 2]
     for item in dataset.train_x + dataset.val + dataset.test:
         assert Path(item.impath).is_file() and Path(item.impath).parent.name == item.classname
-    assert describe_data(str(mine), None) == dataset.data
+    assert dataset_fingerprint(str(mine), None) == dataset.data
     assert built(mine) == dataset and sorted(mine.parent.rglob("*")) == before
 
 
@@ -100,13 +100,13 @@ def test_a_known_name_wins_unless_a_path_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     fill(tmp_path / "dtd", {"a": 4, "b": 4})
     with pytest.raises(ValueError, match="dtd needs --root_path"):
-        describe_data("dtd", None)
+        dataset_fingerprint("dtd", None)
     for name in ("./dtd", "dtd/", "~/dtd", f"{tmp_path}/dtd"):
-        assert describe_data(name, None)["split"] == "own" and dataset_name(name) == "dtd"
+        assert dataset_fingerprint(name, None)["split"] == "own" and dataset_name(name) == "dtd"
     (tmp_path / "dtd").rename(tmp_path / "my.set")
-    check_dataset("my.set")
+    validate_dataset_name("my.set")
     with pytest.raises(ValueError, match="0.png is not a folder, a .csv or a .json"):
-        check_dataset("my.set/a/0.png")
+        validate_dataset_name("my.set/a/0.png")
     assert dataset_name("my.set") == "my.set" and dataset_name("x/some.csv") == "some"
 
 
@@ -144,7 +144,7 @@ def test_names_from_a_file_are_in_items_and_digest(mine):
     assert [i.impath for i in dataset.train_x] == [i.impath for i in plain.train_x]
     assert {i.classname for i in dataset.test} == set(dataset.classnames)
     assert dataset.data["digest"] != plain.data["digest"]
-    assert describe_data(str(mine), None, classnames=names) == dataset.data
+    assert dataset_fingerprint(str(mine), None, classnames=names) == dataset.data
 
 
 def test_classes_of_a_known_dataset_are_renamed_by_label_or_name(tmp_path):
@@ -169,15 +169,15 @@ def test_templates_are_texts_or_those_of_the_field(mine):
 def test_a_list_gives_the_same_images_on_another_disk(mine, tmp_path, capsys, prefix, keys):
     fill(tmp_path / "other/mine", SIZES)
     first = built(mine, seed=3)
-    few = json.loads(fewshot_json(first))
+    few = json.loads(dump_fewshot_split(first))
     for part in few:
         entries = [[prefix + path, label, name] for path, label, name in few[part]]
         few[part] = [dict(zip(keys, e, strict=True)) for e in entries] if keys else entries
     (tmp_path / "few.json").write_text(json.dumps(few))
-    more = {"fewshot_list": tmp_path / "few.json"}
+    more = {"fewshot_split": tmp_path / "few.json"}
     second = built(tmp_path / "other/mine", **more)
     assert random.getstate() == random.Random(1).getstate() and second.data == first.data
-    assert fewshot_json(second) == fewshot_json(first) and capsys.readouterr().err == ""
+    assert dump_fewshot_split(second) == dump_fewshot_split(first) and capsys.readouterr().err == ""
     built(mine, 1, **more)
     assert "few.json has 6 training images for 3 classes, not 1 for" in capsys.readouterr().err
 
@@ -187,9 +187,9 @@ def test_a_list_may_leave_out_the_first_folders_where_that_is_clear(tmp_path):
         fill(tmp_path / part, {"a": 3, "b": 3})
     (tmp_path / "few.json").write_text('{"train": [["a/1.JPG", 0, "a"]], "val": []}')
     with pytest.raises(ValueError, match="names the image a/1.JPG, which several images"):
-        built(tmp_path, fewshot_list=tmp_path / "few.json")
+        built(tmp_path, fewshot_split=tmp_path / "few.json")
     (tmp_path / "test/a/1.JPG").unlink()
-    (item,) = built(tmp_path, fewshot_list=tmp_path / "few.json").train_x
+    (item,) = built(tmp_path, fewshot_split=tmp_path / "few.json").train_x
     assert item.impath == str(tmp_path / "train/a/1.JPG")
 
 
@@ -230,14 +230,14 @@ REFUSED = [
     ("template", ["a photo"], "the template 'a photo' must have {{}} exactly"),
     ("template", ["a {}", "{x} {}", "{} {}"], "'{{x}} {{}}', '{{}} {{}}' must have {{}} exactly"),
     ("template", [], "the template is empty and must have"),
-    ("fewshot_list", None, "there is no file {}/list.csv: --fewshot_list takes"),
-    ("fewshot_list", "{", "cannot be read as JSON"),
-    ("fewshot_list", '{"train": [], "val": []}', "has no list of images named train"),
-    ("fewshot_list", '["a/0.png", "0", "a"]', "entries in train that are not"),
-    ("fewshot_list", '["a/7.png", 0, "a"]', "names the image a/7.png, which {} does not have"),
-    ("fewshot_list", '["a/0.png", 0, "aa"]', "names the class 'aa' (did you mean 'a'?), which {}"),
-    ("fewshot_list", '["a/0.png", 1, "a"]', "gives a/0.png the label 1 and the class 'a', which"),
-    ("fewshot_list", '["a/1.JPG", 0, "a"]', "names a/1.JPG, a test image in {}: take it out"),
+    ("fewshot_split", None, "there is no file {}/list.csv: --fewshot_split takes"),
+    ("fewshot_split", "{", "cannot be read as JSON"),
+    ("fewshot_split", '{"train": [], "val": []}', "has no list of images named train"),
+    ("fewshot_split", '["a/0.png", "0", "a"]', "entries in train that are not"),
+    ("fewshot_split", '["a/7.png", 0, "a"]', "names the image a/7.png, which {} does not have"),
+    ("fewshot_split", '["a/0.png", 0, "aa"]', "names the class 'aa' (did you mean 'a'?), which {}"),
+    ("fewshot_split", '["a/0.png", 1, "a"]', "gives a/0.png the label 1 and the class 'a', which"),
+    ("fewshot_split", '["a/1.JPG", 0, "a"]', "names a/1.JPG, a test image in {}: take it out"),
 ]
 HEADERS = {"json": "", "text": "", "csv": "path,label\n", "parts": "path,label,split\n"}
 
@@ -251,7 +251,7 @@ def test_bad_input_gets_one_sentence(tmp_path, what, content, message):
         more = {"name": file}
     elif what != "folder":
         more[what] = content if what == "template" else file
-    if what == "fewshot_list" and content and content.startswith("["):
+    if what == "fewshot_split" and content and content.startswith("["):
         content = f'{{"train": [{content}], "val": []}}'
     if isinstance(content, str):
         file.write_text(HEADERS.get(what, "") + content)

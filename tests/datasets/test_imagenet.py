@@ -6,7 +6,7 @@ import shutil
 import pytest
 from dataset_helpers import ROOT, VARIANTS, make_dataset, refused
 
-from datasets import DATASETS, build_dataset, build_test
+from datasets import DATASETS, build_dataset, build_test_dataset
 from datasets.__main__ import main
 
 LINES = (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()
@@ -26,12 +26,12 @@ def test_a_variant_has_test_images_alone_and_draws_nothing(tmp_path, name):
     for item in dataset.test:
         folder = item.impath.split("/")[-2]
         assert folder in (str(item.label), NAMES[item.label][0])
-    assert build_test(name, tmp_path) == dataset
+    assert build_test_dataset(name, tmp_path) == dataset
 
 
 def test_all_numbers_of_imagenetv2_are_imagenets_labels(tmp_path):
     make_dataset("imagenetv2", tmp_path, classes=1000, per_class=2, size=(4, 4))
-    dataset = build_test("imagenetv2", tmp_path)
+    dataset = build_test_dataset("imagenetv2", tmp_path)
     folders = [int(item.impath.split("/")[-2]) for item in dataset.test]
     assert folders == [item.label for item in dataset.test] == list(range(1000))
     assert dataset.classnames == [name for _, name in NAMES]
@@ -44,14 +44,16 @@ def test_a_set_of_200_classes_has_labels_of_its_own_and_imagenets_names(tmp_path
     for wnid in (NAMES[7][0], NAMES[600][0], NAMES[90][0]):
         shutil.copytree(first, images / wnid)
     shutil.rmtree(first)
-    assert build_test("imagenet_a", tmp_path).classnames == [NAMES[i][1] for i in (7, 90, 600)]
+    assert build_test_dataset("imagenet_a", tmp_path).classnames == [
+        NAMES[i][1] for i in (7, 90, 600)
+    ]
     (tmp_path / "imagenet").mkdir()
     names = tmp_path / "imagenet/classnames.txt"
     names.write_text(f"{NAMES[90][0]} my name\n")  # of a part of ImageNet
     expected = [NAMES[7][1], "my name", NAMES[600][1]]
-    assert build_test("imagenet_a", tmp_path).classnames == expected
+    assert build_test_dataset("imagenet_a", tmp_path).classnames == expected
     names.rename(images.parent / "classnames.txt")  # as CoOp has it
-    assert build_test("imagenet_a", tmp_path).classnames == expected
+    assert build_test_dataset("imagenet_a", tmp_path).classnames == expected
 
 
 def test_where_people_have_them_instead_is_said(tmp_path, capsys):

@@ -19,9 +19,15 @@ from torchvision.transforms.functional import resized_crop
 
 import clip
 import datasets.loader
-from datasets import Item
-from datasets.loader import ImageCache, Loader
-from datasets.transforms import MAX_PIXELS, augment, normalise, random_box, read_image
+from datasets import Datum
+from datasets.loader import ImageCache, ImageLoader
+from datasets.transforms import (
+    MAX_PIXELS,
+    normalize,
+    random_resized_crop_params,
+    read_image,
+    train_transform,
+)
 
 FULL = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -32,7 +38,7 @@ def items(tmp_path):
     for number in range(7):
         path = tmp_path / f"{number}.png"
         Image.effect_noise((40 + number, 30), 60).convert("RGB").save(path)
-        made.append(Item(str(path), number, str(number)))
+        made.append(Datum(str(path), number, str(number)))
     return made
 
 
@@ -42,20 +48,20 @@ def take(loader, items, count, **options):
 
 
 def test_test_images_are_clips_own_input(items):
-    for (images, labels), start in zip(Loader(16).test_batches(items, 4), (0, 4), strict=True):
-        expected = [clip.make_preprocess(16)(Image.open(i.impath)) for i in items[start:][:4]]
-        torch.testing.assert_close(normalise(images), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    for (images, labels), start in zip(ImageLoader(16).test_batches(items, 4), (0, 4), strict=True):
+        expected = [clip.image_transform(16)(Image.open(i.impath)) for i in items[start:][:4]]
+        torch.testing.assert_close(normalize(images), torch.stack(expected), rtol=1e-5, atol=1e-5)
         assert labels.tolist() == list(range(start, min(start + 4, 7)))
 
 
 def test_images_are_normalised_by_the_mean_and_deviation_given():
     images = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
-    normal = normalise(images, mean=(0.2, 0.1, 0.0), std=(1.0, 0.5, 0.1))
+    normal = normalize(images, mean=(0.2, 0.1, 0.0), std=(1.0, 0.5, 0.1))
     torch.testing.assert_close(normal[0, :, 0, 0], torch.tensor([0.0, 0.2, 2.0]))
 
 
 def test_an_epoch_has_each_image_once_and_says_where_it_ends(items):
-    batches = take(Loader(16), items, 6)
+    batches = take(ImageLoader(16), items, 6)
     assert [ends for _, ends in batches] == [False, False, True] * 2
     orders = []
     for epoch in (batches[:3], batches[3:]):
@@ -71,8 +77,8 @@ def test_images_depend_on_neither_workers_nor_cache_nor_where_one_begins(
     items, workers, cache_mb, start
 ):
     state = random.getstate(), torch.get_rng_state()
-    expected = take(Loader(16), items, 7)[start:]
-    found = take(Loader(16, workers, cache_mb), items, 7 - start, start=start)
+    expected = take(ImageLoader(16), items, 7)[start:]
+    found = take(ImageLoader(16, workers, cache_mb), items, 7 - start, start=start)
     for ((a, b), c), ((d, e), f) in zip(expected, found, strict=True):
         assert torch.equal(a, d) and torch.equal(b, e) and c == f
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
@@ -83,9 +89,9 @@ def test_an_image_is_decoded_once_while_the_budget_lasts(items, monkeypatch):
     monkeypatch.setattr(
         datasets.loader, "read_image", lambda path: opened.append(path) or read_image(path)
     )
-    take(Loader(16, cache_mb=10), items, 9)
+    take(ImageLoader(16, cache_mb=10), items, 9)
     assert len(opened) == 7
-    take(Loader(16, cache_mb=0), items, 9)
+    take(ImageLoader(16, cache_mb=0), items, 9)
     assert len(opened) == 7 + 21
 
 
@@ -101,13 +107,13 @@ def test_augmentation_is_torchvisions_crop_of_the_box_drawn_mirrored_by_a_coin()
     coins = []
     for seed in range(40):
         rng = random.Random(seed)
-        left, top, right, bottom = random_box(60, 45, rng, *FULL)
+        left, top, right, bottom = random_resized_crop_params(60, 45, rng, *FULL)
         expected = resized_crop(
             image, top, left, bottom - top, right - left, [16, 16], InterpolationMode.BICUBIC
         )
         coins.append(rng.random() < 0.5)
-        ours = augment(image, 16, random.Random(seed), *FULL, flip=True)
-        plain = augment(image, 16, random.Random(seed), *FULL, flip=False)
+        ours = train_transform(image, 16, random.Random(seed), *FULL, flip=True)
+        plain = train_transform(image, 16, random.Random(seed), *FULL, flip=False)
         assert np.array_equal(plain, np.asarray(expected))
         assert np.array_equal(ours, plain[:, ::-1] if coins[-1] else plain)
     assert 10 < sum(coins) < 30
@@ -119,7 +125,7 @@ def test_boxes_have_torchvisions_distribution(size):
     image = torch.empty(3, size[1], size[0])
     ours, theirs = [], []
     for _ in range(4000):
-        left, top, right, bottom = random_box(*size, rng, *FULL)
+        left, top, right, bottom = random_resized_crop_params(*size, rng, *FULL)
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
         ours.append((top, left, bottom - top, right - left))
         theirs.append(RandomResizedCrop.get_params(image, *map(list, FULL)))
@@ -132,10 +138,12 @@ def test_boxes_have_torchvisions_distribution(size):
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (9.0, 9.0), (0.1, 0.1)])
 def test_the_smallest_images_have_crops(size, ratio):
     for seed in range(5):
-        left, top, right, bottom = random_box(*size, random.Random(seed), (0.08, 1.0), ratio)
+        left, top, right, bottom = random_resized_crop_params(
+            *size, random.Random(seed), (0.08, 1.0), ratio
+        )
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
         image = Image.new("RGB", size)
-        cropped = augment(image, 8, random.Random(seed), (0.08, 1.0), ratio, True)
+        cropped = train_transform(image, 8, random.Random(seed), (0.08, 1.0), ratio, True)
         assert cropped.shape == (8, 8, 3)
 
 
@@ -143,7 +151,7 @@ def test_an_image_too_thin_to_be_enlarged_is_named(tmp_path):
     path = tmp_path / "thread.png"
     Image.new("L", (1, 20_000)).save(path)
     with pytest.raises(ValueError, match="thread.png is too thin .1x20000 pixels."):
-        next(Loader(100).test_batches([Item(str(path), 0, "x")], 1))
+        next(ImageLoader(100).test_batches([Datum(str(path), 0, "x")], 1))
     assert 20_000 * 100**2 > MAX_PIXELS
 
 
@@ -206,7 +214,7 @@ def test_a_thread_that_runs_out_of_memory_names_the_image(command, monkeypatch):
     def no_memory(_):
         raise MemoryError
 
-    monkeypatch.setattr("clip.to_rgb", no_memory)
+    monkeypatch.setattr("clip.convert_image_to_rgb", no_memory)
     status, _, err = call_main(*command)
     assert status == 2 and re.search(r"the image .*jpg cannot be read \(MemoryError\)", err)
 

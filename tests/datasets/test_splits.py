@@ -8,7 +8,7 @@ import pytest
 from dataset_helpers import LAYOUTS, WITH_SPLIT, change_split, make_dataset, refused, write_image
 
 import datasets.splits
-from datasets import DATASETS, build_dataset, describe_data
+from datasets import DATASETS, build_dataset, dataset_fingerprint
 
 RAW = tuple(name for name in WITH_SPLIT if name != "digits")
 MADE = "split_so_DescribableTextures.json"
@@ -143,7 +143,7 @@ def test_a_split_is_made_once_saved_and_announced(tmp_path, capsys, name, conven
     made = tmp_path / LAYOUTS[name][("coop", "lora").index(convention)]
     made /= LAYOUTS[name][2].replace("zhou", "so")
     state = random.getstate()
-    data = describe_data(name, tmp_path)  # says and writes nothing, draws no global numbers
+    data = dataset_fingerprint(name, tmp_path)  # says and writes nothing, draws no global numbers
     assert capsys.readouterr().err == "" and not made.exists() and random.getstate() == state
     random.seed(11)
     dataset = build_dataset(name, tmp_path, 2)
@@ -154,7 +154,7 @@ def test_a_split_is_made_once_saved_and_announced(tmp_path, capsys, name, conven
     stamp = made.stat().st_mtime_ns
     random.seed(11)
     assert build_dataset(name, tmp_path, 2) == dataset  # the saved one is used again
-    assert made.stat().st_mtime_ns == stamp and describe_data(name, tmp_path) == data
+    assert made.stat().st_mtime_ns == stamp and dataset_fingerprint(name, tmp_path) == data
     assert "made earlier" in capsys.readouterr().err
     made.unlink()
     random.seed(11)
@@ -183,7 +183,7 @@ def test_a_made_split_is_made_anew_where_its_folder_has_changed(dtd, capsys, cha
     before = build_dataset("dtd", dtd.parent, 1).data
     FOLDER_CHANGES[change](dtd / "images")
     capsys.readouterr()
-    assert describe_data("dtd", dtd.parent)["digest"] != before["digest"]
+    assert dataset_fingerprint("dtd", dtd.parent)["digest"] != before["digest"]
     dataset = build_dataset("dtd", dtd.parent, 1)
     assert "made anew: the data has changed since the saved one" in capsys.readouterr().err
     classes = [path.name for path in (dtd / "images").iterdir() if path.is_dir()]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import Item
-from datasets.loader import Loader
+from datasets import Datum
+from datasets.loader import ImageLoader
 from datasets.transforms import read_image
 
 
@@ -98,8 +98,8 @@ def test_a_picture_is_what_clip_would_see_whatever_its_extension(tmp_path, kind)
     with Image.open(path) as image:
         image = image.convert("RGBA") if "transparency" in image.info else image
         assert np.array_equal(read_image(path), image.convert("RGB"))
-    item = Item(str(path), 0, "x")
-    loader = Loader(16, workers=1)
+    item = Datum(str(path), 0, "x")
+    loader = ImageLoader(16, workers=1)
     ((images, _),) = loader.test_batches([item], 1)
     (training, _), _ = next(loader.train_batches([item], 1, seed=0))
     assert images.shape == training.shape == (1, 3, 16, 16)
@@ -150,7 +150,7 @@ def test_a_file_that_is_not_a_picture_is_refused_by_name(tmp_path, kind):
             read_image(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="an image.jpg"):
-        next(Loader(16, workers=2).train_batches([Item(str(path), 0, "x")], 1, seed=0))
+        next(ImageLoader(16, workers=2).train_batches([Datum(str(path), 0, "x")], 1, seed=0))
 
 
 def test_a_missing_image_is_named(tmp_path):

@@ -121,7 +121,7 @@ def command(call: Callable[[], Any], good: tuple[int, ...] = (0,)) -> str:
 def run_main(argv: list) -> str:
     """Run main.py in this process."""
     argv = [str(arg) for arg in argv]
-    return command(lambda: cli.exit_status(lambda: main.main(argv)))
+    return command(lambda: cli.run_cli(lambda: main.main(argv)))
 
 
 def hush() -> None:
@@ -233,7 +233,7 @@ GOOD = {  # values that a flag may well have; those that would take long are not
     "device": ["cpu", "cpu", "cpu:0", "cpu:3", "cuda", "cuda:7", "meta", "mps", "hpu", "xla"],
     "threads": ["1"], "num_workers": ["0", "1", "2"], "encoder": ["text", "vision"],
     "position": ["top", "bottom", "half-up"], "method": ["so", "lora", "adam"],
-    "precision": ["bf16", "fp16"], "s": ["0", "0.5", "0.999999"], "select": ["last", "val"],
+    "precision": ["bf16", "fp16"], "s": ["0", "0.5", "0.999999"], "final_model": ["last_step", "best_val"],  # noqa: E501
     "early_stop_loss": ["-1", "99"], "eval_split": ["val"],
     "subsample": ["base", "new"], "test_on": ["digits", "eurosat"],
 }  # fmt: skip
@@ -246,7 +246,7 @@ SLOW |= {"threads": ("2", "7", "٣")}  # on busy cores more than one is many tim
 def flags(rng: random.Random, room: Room) -> str:
     """A command line."""
     argv = options(room)
-    actions = run_utils.make_parser()._actions
+    actions = run_utils.get_parser()._actions
     for _ in range(rng.randint(1, 6)):
         action = rng.choice(actions)
         option = rng.choice(action.option_strings)
@@ -276,7 +276,7 @@ SCALARS = [
 
 def document(rng: random.Random) -> bytes:
     """A YAML file."""
-    keys = [action.dest for action in run_utils.make_parser()._actions]
+    keys = [action.dest for action in run_utils.get_parser()._actions]
     kind = rng.randrange(5)
     if kind < 2:
         lines = [f"{rng.choice(keys)}: {rng.choice(SCALARS)}" for _ in range(rng.randint(1, 4))]
@@ -392,7 +392,7 @@ def checkpoints() -> dict[str, bytes]:
     torch.save({"state_dict": halves}, files["nested.pth"])
     good = {name: file.getvalue() for name, file in files.items()}
     good["tensors.safetensors"] = safetensors.torch.save(state)
-    return good | {"shipped.pt": (clip.loading.WEIGHTS / "ViT-Tiny-8.pt").read_bytes()}
+    return good | {"shipped.pt": (clip.loading.WEIGHTS_DIR / "ViT-Tiny-8.pt").read_bytes()}
 
 
 def rezip(rng: random.Random, data: bytes) -> bytes:
@@ -449,7 +449,7 @@ HALTED = ["--n_iters", "3", "--checkpoint_every", "1", "--resume"]
 
 def prompts(rng: random.Random, room: Room) -> str:
     """Texts to tokenize."""
-    tokens = clip.Tokenizer.for_vocabulary(rng.choice((514, 49408)))
+    tokens = clip.SimpleTokenizer.for_vocabulary(rng.choice((514, 49408)))
     texts = [text(rng) * rng.choice((1, 1, 1, 50)) for _ in range(rng.choice((1, 1, 3)))]
     texts = rng.choice((texts, texts, texts[0], value(rng)))
     length, cut = rng.choice((77, 77, 77, 2, 1, 0, -1)), rng.random() < 0.5
@@ -629,7 +629,7 @@ def work(shared: Path, jobs: list[tuple[str, int]], seed: int, pipe: int, crash:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    output_dir.git_commit = lambda: None
+    output_dir.get_git_sha = lambda: None
     guard(room, faults)
     with open(pipe, "w") as lines:
         for name, case in jobs:
@@ -679,11 +679,11 @@ def prepare(workspace: Path) -> Path:
     room = Room(shared)
     argv = [*options(room), "--save_path", str(shared / "finished")]
     with open(os.devnull, "w") as null, redirect_stdout(null):
-        cli.exit_status(lambda: main.main(argv))
-        write_result, output_dir.write_result = output_dir.write_result, None  # ends in a TypeError
+        cli.run_cli(lambda: main.main(argv))
+        write_result, output_dir.save_result = output_dir.save_result, None  # ends in a TypeError
         with suppress(TypeError):
             main.main([*options(room), *HALTED, "--save_path", str(shared / "halted")])
-        output_dir.write_result = write_result
+        output_dir.save_result = write_result
     clip.tokenize("a")  # reads the merges once
     import matplotlib.font_manager  # noqa: F401 # makes its list of fonts once
     import scipy.io  # noqa: F401

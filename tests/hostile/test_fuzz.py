@@ -67,7 +67,7 @@ def test_warnings_of_odd_metadata_stay_silent(capsys):
         logging.getLogger("PIL.TiffImagePlugin").error("more samples than can be decoded")
         warnings.warn_explicit("corrupt", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
 
-    assert cli.exit_status(warn) == 0
+    assert cli.run_cli(warn) == 0
     assert capsys.readouterr().err == ""
 
 

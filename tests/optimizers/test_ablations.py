@@ -8,7 +8,7 @@ from torch import nn
 from twin import Twin, mask
 
 import main
-from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, AblatedSO
+from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, SOVariant
 from optimizers.SparseOptimizer import SO
 
 SETTINGS = dict(lr=1e-2, density_ratio=0.1, T=3, seed=5)
@@ -24,12 +24,12 @@ def steps(optimizer, params, count, seed=0):
 
 def test_with_the_papers_supports_it_is_so():
     ours, theirs = (nn.Parameter(torch.ones(20, 30)) for _ in range(2))
-    steps(AblatedSO([ours], **SETTINGS), [ours], 10)
+    steps(SOVariant([ours], **SETTINGS), [ours], 10)
     steps(SO([theirs], **SETTINGS), [theirs], 10)
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("moments", ["usual", "aged"])
+@pytest.mark.parametrize("moments", ["adam", "per_entry"])
 @pytest.mark.parametrize("moment_support", MOMENT_SUPPORTS)
 @pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
 def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_support, moments):
@@ -38,7 +38,7 @@ def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_
     other = nn.Parameter(torch.randn(7, 9, dtype=torch.float64))  # alone no tensor has its state
     twin = Twin(w, lr=1e-2)
     supports = dict(grad_support=grad_support, moment_support=moment_support, moments=moments)
-    optimizer = AblatedSO([w, other], **supports, **SETTINGS)
+    optimizer = SOVariant([w, other], **supports, **SETTINGS)
     k = int(w.numel() * 0.1)
     first = before = None
     for step in range(10):
@@ -52,11 +52,11 @@ def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_
             assert torch.equal(state["grad_indices"], before)
         before = state["grad_indices"]
         first = before if first is None else first
-        if moments == "aged":  # steps so far of each entry's moments, in place of the tensor's
+        if moments == "per_entry":  # steps so far of each entry's moments, in place of the tensor's
             twin.t = twin.t * twin.S_m if step else torch.zeros_like(twin.W)
         if step % 3 == 0 and moment_support == "reset":
             twin.S_m, twin.m, twin.v = mask(before, shape), twin.m * 0, twin.v * 0
-            twin.t = twin.t * 0 if moments == "aged" else twin.t
+            twin.t = twin.t * 0 if moments == "per_entry" else twin.t
         twin.step(w.grad, mask(before, shape))
         torch.testing.assert_close(w.detach(), twin.W, rtol=1e-12, atol=1e-12)
         kept = mask(state["indices"], shape)
@@ -79,7 +79,7 @@ def test_without_moments_every_move_has_one_size_and_no_state_is_kept_but_the_su
     w = nn.Parameter(torch.randn(12, 15, dtype=torch.float64))
     plain, size = w.detach().clone(), 1e-2 * 0.1 / 0.001**0.5
     settings = SETTINGS | {"weight_decay": 0.5}
-    optimizer = AblatedSO([w], grad_support=grad_support, moments="none", **settings)
+    optimizer = SOVariant([w], grad_support=grad_support, moments="none", **settings)
     supports = []
     for _ in range(7):
         w.grad = torch.randn_like(w)
@@ -95,18 +95,18 @@ def test_without_moments_every_move_has_one_size_and_no_state_is_kept_but_the_su
 
 @pytest.mark.parametrize(
     "variant",
-    [{"moments": "none"}, {"moments": "aged"}, {"moment_support": "reset"}],
+    [{"moments": "none"}, {"moments": "per_entry"}, {"moment_support": "reset"}],
     ids=lambda variant: "-".join(variant.values()),
 )
 def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant):
     def make():
         w = nn.Parameter(torch.ones(20, 30))
-        return w, AblatedSO([w], **variant, **SETTINGS)
+        return w, SOVariant([w], **variant, **SETTINGS)
 
     (whole, optimizer), (broken, first) = make(), make()
     steps(optimizer, [whole], 4)
     steps(first, [broken], 4)
-    second = AblatedSO([broken], **variant, **SETTINGS | {"seed": 6})
+    second = SOVariant([broken], **variant, **SETTINGS | {"seed": 6})
     second.load_state_dict(first.state_dict())
     assert second.state[broken].keys() == first.state[broken].keys()
     steps(optimizer, [whole], 9, seed=1)
@@ -115,11 +115,11 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant)
 
 
 @pytest.mark.parametrize(
-    "moments, size", [("usual", 3.16228e-2), ("none", 3.16228e-2), ("aged", 1e-2)]
+    "moments, size", [("adam", 3.16228e-2), ("none", 3.16228e-2), ("per_entry", 1e-2)]
 )
 def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(moments, size):
     w = nn.Parameter(torch.zeros(30, 30, dtype=torch.float64))
-    optimizer = AblatedSO([w], moments=moments, **SETTINGS | {"T": 1, "eps": 0.0})
+    optimizer = SOVariant([w], moments=moments, **SETTINGS | {"T": 1, "eps": 0.0})
     steps(optimizer, [w], 1)
     first = optimizer.state[w]["grad_indices"]
     optimizer.state[w]["step"] += 20_000
@@ -136,7 +136,7 @@ def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(moments, s
 def test_random_moment_supports_are_of_the_union_and_follow_the_seed():
     def run(seed):
         w = nn.Parameter(torch.zeros(40, 40))
-        optimizer = AblatedSO([w], moment_support="random", **SETTINGS | {"seed": seed})
+        optimizer = SOVariant([w], moment_support="random", **SETTINGS | {"seed": seed})
         steps(optimizer, [w], 3)
         union = set(optimizer.state[w]["indices"].tolist())
         steps(optimizer, [w], 1, seed=1)
@@ -153,9 +153,9 @@ def test_random_moment_supports_are_of_the_union_and_follow_the_seed():
 def test_unknown_supports_are_refused():
     w = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="'largest'; valid: random, magnitude"):
-        AblatedSO([w], grad_support="largest")
+        SOVariant([w], grad_support="largest")
     with pytest.raises(ValueError, match="no support of them to be fixed: leave out"):
-        AblatedSO([w], moments="none", moment_support="fixed")
+        SOVariant([w], moments="none", moment_support="fixed")
 
 
 def test_main_puts_ablations_into_folders_of_their_own(tmp_path, capsys):

@@ -17,14 +17,14 @@ from benchmarks import delta as benchmark
 from optimizers import SO
 from optimizers.delta import (
     apply_delta,
-    changed_entries,
-    pack,
+    apply_state_diff,
+    changed_indices,
+    diff_state_dict,
+    interpolate_weights_,
+    interpolated_weights,
     read_delta,
     save_delta,
-    scale_weights,
-    scaled,
-    unpack,
-    weights_digest,
+    state_dict_sha256,
 )
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -61,7 +61,7 @@ def saved(tmp_path):
         model[0].weight.view(-1)[[1, 5, 40]] += 1
     path = tmp_path / "weights.safetensors"
     matrices = {"0.weight": model[0].weight, "1.weight": model[1].weight}
-    save_delta(path, matrices, base, weights_digest(base), backbone="small")
+    save_delta(path, matrices, base, state_dict_sha256(base), backbone="small")
     return model, base, path
 
 
@@ -90,28 +90,28 @@ def refused(path, base, words):
 def test_entries_have_changed_if_any_bit_has(dtype):
     base = torch.tensor([[0.0, 1.0, float("nan")], [-0.0, 2.0, 3.0]], dtype=dtype)
     now = base.clone()
-    assert changed_entries(base, now).tolist() == []
+    assert changed_indices(base, now).tolist() == []
     now[0, 0], now[1, 2], now[1, 0] = -0.0, float("nan"), 0.0
-    found = changed_entries(base, now)
+    found = changed_indices(base, now)
     assert found.tolist() == [0, 3, 5] and found.dtype == torch.int32
-    assert changed_entries(base.T, now.T).tolist() == [0, 1, 5]  # in the order of what is seen
-    assert changed_entries(base[0, 0], now[0, 0]).tolist() == [0]
+    assert changed_indices(base.T, now.T).tolist() == [0, 1, 5]  # in the order of what is seen
+    assert changed_indices(base[0, 0], now[0, 0]).tolist() == [0]
 
 
 def test_only_alike_tensors_are_compared():
     with pytest.raises(ValueError, match=r"float32 \(2, 3\) with float32 \(3, 2\)"):
-        changed_entries(torch.ones(2, 3), torch.ones(3, 2))
+        changed_indices(torch.ones(2, 3), torch.ones(3, 2))
     with pytest.raises(ValueError, match="bfloat16"):
-        changed_entries(torch.ones(2), torch.ones(2).bfloat16())
+        changed_indices(torch.ones(2), torch.ones(2).bfloat16())
 
 
 def test_the_digest_is_of_values_whatever_the_precision():
     model = small_model(torch.float16)
-    digest = weights_digest(model)
-    assert digest == weights_digest(model.state_dict()) == weights_digest(model.float())
+    digest = state_dict_sha256(model)
+    assert digest == state_dict_sha256(model.state_dict()) == state_dict_sha256(model.float())
     with torch.no_grad():
         model[0].weight.view(-1)[3] = -0.0
-    assert digest != weights_digest(model)
+    assert digest != state_dict_sha256(model)
 
 
 # Round trips
@@ -132,7 +132,7 @@ def test_a_delta_brings_trained_weights_back_bit_for_bit(dtype, contiguous, tmp_
     with torch.no_grad():
         model[0].weight.view(-1)[3] = -0.0
     trained = dict(model.named_parameters())
-    save_delta(tmp_path / "delta", trained, base, weights_digest(base), backbone="small")
+    save_delta(tmp_path / "delta", trained, base, state_dict_sha256(base), backbone="small")
 
     delta = read_delta(tmp_path / "delta")
     assert delta.metadata["backbone"] == "small" and delta.matrices.keys() == trained.keys()
@@ -153,18 +153,18 @@ def test_scaled_weights_are_base_plus_alpha_times_what_was_learned():
     base = {"w": torch.tensor([[1.0, -0.0, 8.0], [4.0, 0.0, 0.1]])}
     trained = {"w": torch.tensor([[3.0, -0.0, 6.0], [4.0, -0.0, 0.3]])}
     now = clone(trained)
-    with scaled(now, base, 0.25):
+    with interpolated_weights(now, base, 0.25):
         assert same(now, {"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]])})
-        scale_weights(now, base, 0)
+        interpolate_weights_(now, base, 0)
         assert same(now, base)
     assert same(now, trained)
-    scale_weights(now, base, 1)
+    interpolate_weights_(now, base, 1)
     assert same(now, trained)
     transposed = {"w": clone(trained)["w"].T.contiguous().T}  # of other strides
-    scale_weights(transposed, base, 0.5)
+    interpolate_weights_(transposed, base, 0.5)
     assert transposed["w"].tolist()[0] == [2.0, 0.0, 7.0]
     with pytest.raises(ValueError, match="cannot compare"):
-        scale_weights({"w": trained["w"].half()}, base, 0.5)
+        interpolate_weights_({"w": trained["w"].half()}, base, 0.5)
 
 
 def test_a_matrix_without_changes_is_two_empty_tensors(saved):
@@ -181,12 +181,12 @@ def test_a_wider_model_takes_values_and_a_narrower_one_does_not(saved, tmp_path)
     _, base, path = saved
     half = {key: t.bfloat16() for key, t in base.items()}
     trained = {"0.weight": half["0.weight"] * 1.5}
-    save_delta(tmp_path / "half", trained, half, weights_digest(half))
+    save_delta(tmp_path / "half", trained, half, state_dict_sha256(half))
     wide = {key: t.float() for key, t in half.items()}
     apply_delta(wide, read_delta(tmp_path / "half"))
     assert torch.equal(wide["0.weight"], trained["0.weight"].float())
     fine = {key: t.float() for key, t in half.items()}
-    save_delta(path, {"0.weight": fine["0.weight"] * 1.1}, fine, weights_digest(fine))
+    save_delta(path, {"0.weight": fine["0.weight"] * 1.1}, fine, state_dict_sha256(fine))
     refused(path, half, "would round")
 
 
@@ -207,11 +207,13 @@ def test_what_is_packed_for_a_checkpoint_comes_back_bit_for_bit(dtype):
     base = {"a": torch.randn(9, 7, dtype=dtype), "b": torch.randn(5, 4, dtype=dtype).t()}
     now = clone(base) | {"new": torch.randn(3, dtype=dtype)}
     now["a"][2, 3], now["a"][4, 4], now["b"][1, 1] = -0.0, float("nan"), 7
-    packed = pack(now, base)
+    packed = diff_state_dict(now, base)
     assert len(packed["a"][0]) == 2 and packed["new"][0] is None
-    assert pack({"a": now["a"] + 1}, base)["a"][0] is None  # where all changed: less room whole
+    assert (
+        diff_state_dict({"a": now["a"] + 1}, base)["a"][0] is None
+    )  # where all changed: less room whole
     tensors = {key: torch.zeros_like(t) for key, t in now.items()}
-    unpack(packed, tensors, base)
+    apply_state_diff(packed, tensors, base)
     assert same(tensors, now)
 
 
@@ -286,7 +288,7 @@ def test_what_a_delta_may_not_say_is_refused(change, words, saved):
 def test_a_matrix_that_the_model_has_not_is_refused_before_others_are_written(saved):
     model, base, path = saved
     trained = {"0.weight": model[0].weight, "9.weight": model[1].weight}
-    save_delta(path, trained, {**base, "9.weight": base["1.weight"]}, weights_digest(base))
+    save_delta(path, trained, {**base, "9.weight": base["1.weight"]}, state_dict_sha256(base))
     refused(path, base, "'9.weight', which these weights do not have")
 
 
@@ -348,7 +350,7 @@ def checkpoint(request, tmp_path_factory):
     with torch.no_grad():
         for p in matrices.values():
             p.view(-1)[::50] *= 1 + 2**-20  # less than half of the others' precision
-    digest = weights_digest(base)
+    digest = state_dict_sha256(base)
     save_delta(folder / "delta", matrices, base, digest, backbone=str(folder / "base.pt"))
     return folder, model.eval(), state
 

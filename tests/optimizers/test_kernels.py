@@ -17,7 +17,9 @@ NARROW = dict(
     BACKBONES["ViT-B/16"], embed_dim=64, image_resolution=32, vision_width=192,
     transformer_width=64, vocab_size=514,
 )  # fmt: skip
-SETTINGS = dict(encoder="both", position="all", classes=10, batch=2, density=4e-4, text_chunk=0)
+SETTINGS = dict(
+    encoder="both", position="all", classes=10, batch=2, density=4e-4, class_batch_size=0
+)
 
 
 BUDGET = {"fp32": 1300, "bf16": 1750}  # of an iteration that draws no supports

@@ -6,15 +6,15 @@ import delta
 from commands import call, call_main
 
 import clip
-from optimizers.delta import save_delta, weights_digest
-from run_utils import parse_args
-from runs.output_dir import write_config
+from optimizers.delta import save_delta, state_dict_sha256
+from run_utils import get_arguments
+from runs.output_dir import save_config
 
 
 def test_apply_ends_with_the_command_that_measures_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = clip.load("ViT-Tiny/8", "cpu")
-    base, digest = {k: v.clone() for k, v in model.state_dict().items()}, weights_digest(model)
+    base, digest = {k: v.clone() for k, v in model.state_dict().items()}, state_dict_sha256(model)
     name = "visual.transformer.resblocks.3.mlp.c_proj.weight"
     matrix = model.get_parameter(name)
     matrix.data[:64] += 0.05
@@ -23,7 +23,7 @@ def test_apply_ends_with_the_command_that_measures_what_it_wrote(tmp_path, monke
         file = tmp_path / folder / "weights.safetensors"
         save_delta(file, {name: matrix}, base, digest, backbone="ViT-Tiny/8")
     flags = ["--num_workers", "0", "--threads", "1", "--save_path", str(tmp_path / "out")]
-    write_config(tmp_path / "a run", parse_args(flags))
+    save_config(tmp_path / "a run", get_arguments(flags))
 
     status, out, err = call(delta.main, "apply", "a run/weights.safetensors", "--out", "full.pt")
     assert status == 0, err
@@ -36,5 +36,5 @@ def test_apply_ends_with_the_command_that_measures_what_it_wrote(tmp_path, monke
     _, out, _ = call(delta.main, "apply", "weights.safetensors", "--out", "full.pt")
     command = shlex.split(out.splitlines()[-1].partition(": ")[2])
     argv = [{"NAME": "dtd", "DATA": str(tmp_path)}.get(word, word) for word in command[2:]]
-    config = parse_args(argv)
+    config = get_arguments(argv)
     assert (config.dataset, config.backbone, config.n_iters) == ("dtd", "full.pt", 0)

@@ -12,7 +12,7 @@ import pytest
 from reporting import experiments, kinds
 from reporting.experiments import best_rates, read_experiment
 
-from runs.output_dir import computed
+from runs.output_dir import get_hparams
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -32,7 +32,7 @@ def finish(plan, accuracy):
         f"iteration,loss,lr,test_accuracy\n1,0.5,0.1,{accuracy}\n"
     )
     keys = ("method", "backbone", "dataset", "shots", "seed")
-    result = {key: getattr(plan.config, key) for key in keys} | {"config": computed(plan.config)}
+    result = {key: getattr(plan.config, key) for key in keys} | {"config": get_hparams(plan.config)}
     result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "iterations": 1}
     result |= {"wall_seconds": 1.0, "peak_memory_mb": 100.0}
     (plan.folder / "result.json").write_text(json.dumps(result))
@@ -40,7 +40,7 @@ def finish(plan, accuracy):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_files_that_we_ship_list_runs_in_folders_of_their_own(path, tmp_path, monkeypatch):
-    moments = ("so, moments none", "so, moments aged", "so, moment_support reset")
+    moments = ("so, moments none", "so, moments per_entry", "so, moment_support reset")
     rates = dict.fromkeys(("so", "lora", "adam", *moments), 1e-3)
     monkeypatch.setattr(experiments, "best_rates", lambda runs: rates)
     found = read_experiment(path, root=tmp_path)
@@ -165,21 +165,21 @@ def test_an_ablation_is_paired_with_so_by_seed(tmp_path, capsys):
 
 def test_other_moments_have_rates_of_their_own_and_are_paired_with_so(tmp_path, capsys):
     text = "common: {config: configs/digits.yaml, shots: 2, seed: 9, lr: [0.001, 0.002]}\n"
-    for name, settings in (("one", "[{}]"), ("two", "[{moments: [none, aged]}]")):
+    for name, settings in (("one", "[{}]"), ("two", "[{moments: [none, per_entry]}]")):
         rates = write(tmp_path, name, "rates", text + f"settings: {settings}\n")
         for run in read_experiment(rates, root=tmp_path).runs:
-            best = {"usual": 0.002, "none": 0.001, "aged": 0.002}[run.config.moments]
+            best = {"adam": 0.002, "none": 0.001, "per_entry": 0.002}[run.config.moments]
             finish(run, 60.0 if run.config.lr == best else 50.0)
     text = "rates: [one.yaml, two.yaml]\n"
     text += "common: {config: configs/digits.yaml, shots: [1, 4], seed: [1, 2, 3]}\n"
-    text += "settings: [{}, {moments: [none, aged]}]\n"
+    text += "settings: [{}, {moments: [none, per_entry]}]\n"
     path = write(tmp_path, "moments", "moments", text)
     runs = read_experiment(path, root=tmp_path).runs
     assert {(run.config.moments, run.config.lr) for run in runs} == {
-        ("usual", 0.002), ("none", 0.001), ("aged", 0.002),
+        ("adam", 0.002), ("none", 0.001), ("per_entry", 0.002),
     }  # fmt: skip
     for run in runs:
-        gain = {"usual": 0, "none": run.config.seed, "aged": -1}[run.config.moments]
+        gain = {"adam": 0, "none": run.config.seed, "per_entry": -1}[run.config.moments]
         finish(run, 70 + run.config.shots + gain)
     kinds.moments(runs, tmp_path / "docs")
     lines = (tmp_path / "docs" / "table.md").read_text().splitlines()

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import clip
-from clip.loading import SHIPPED, WEIGHTS
+from clip.loading import BUNDLED_MODELS, WEIGHTS_DIR
 from datasets import digits
 
 NAME = "ViT-Tiny/8"
@@ -32,10 +32,10 @@ def source(signs, monkeypatch):
 
 
 def test_the_shipped_file_is_the_one_the_code_loads_in_half_precision_and_openais_layout():
-    path = WEIGHTS / SHIPPED[NAME][0]
+    path = WEIGHTS_DIR / BUNDLED_MODELS[NAME][0]
     data = path.read_bytes()
-    assert hashlib.sha256(data).hexdigest() == SHIPPED[NAME][1] and len(data) < 2.5e6
-    assert SHIPPED[NAME][1] in (path.parent / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(data).hexdigest() == BUNDLED_MODELS[NAME][1] and len(data) < 2.5e6
+    assert BUNDLED_MODELS[NAME][1] in (path.parent / "README.md").read_text(encoding="utf-8")
     state = torch.load(path, weights_only=True)
     extra = {key: state.pop(key).item() for key in clip.model.EXTRA_KEYS}
     assert extra == {"input_resolution": 32, "context_length": 32, "vocab_size": 514}

@@ -16,8 +16,8 @@ from commands import call_main, refused, result_of, run, run_folder
 import clip
 import utils
 from benchmarks.kills import outcome, trial
-from runs.signals import Interrupted, Signals
-from utils import content_digest
+from runs.signals import Preempted, SignalHandler
+from utils import sha256_of_tree
 
 ROOT = Path(__file__).parents[2]
 COMMON = ["--shots", "1", "--n_iters", "12", "--num_workers", "0", "--eval_split", "val"]
@@ -35,9 +35,9 @@ def broken_at(monkeypatch, iterations):
         if left and calls == left[0]:
             left.pop(0)
             calls = 0
-            raise Interrupted(signal.SIGTERM)
+            raise Preempted(signal.SIGTERM)
 
-    monkeypatch.setattr(Signals, "check", check)
+    monkeypatch.setattr(SignalHandler, "check", check)
 
 
 def interrupted(out, monkeypatch, *extra, iterations=(6,)):
@@ -60,13 +60,31 @@ def read(checkpoint):
     "extra",
     [
         ["--method", "so", "--t", "4", "--num_workers", "2"],
-        ["--method", "so", "--select", "val", "--eval_every", "5", "--accumulate", "3"],
+        [
+            "--method",
+            "so",
+            "--final_model",
+            "best_val",
+            "--eval_every",
+            "5",
+            "--grad_accum_steps",
+            "3",
+        ],
         ["--method", "so", "--moment_support", "random", "--grad_support", "magnitude"],
         ["--method", "so", "--moments", "none"],
         ["--method", "so", "--precision", "fp16", "--encoder", "text"],
-        ["--method", "lora", "--text_chunk", "4"],
-        ["--method", "lora", "--select", "val", "--eval_every", "4", "--precision", "bf16"],
-        ["--method", "adam", "--accumulate", "2", "--batch_size", "4"],
+        ["--method", "lora", "--class_batch_size", "4"],
+        [
+            "--method",
+            "lora",
+            "--final_model",
+            "best_val",
+            "--eval_every",
+            "4",
+            "--precision",
+            "bf16",
+        ],
+        ["--method", "adam", "--grad_accum_steps", "2", "--batch_size", "4"],
     ],
     ids=" ".join,
 )
@@ -128,8 +146,8 @@ def test_a_signal_and_its_repeats_leave_a_checkpoint_and_one_sentence(number, st
 
 def test_ctrl_c_a_second_time_later_ends_at_once():
     code = (
-        "import signal; from runs.signals import Signals\n"
-        "with Signals(patience=60) as signals, signals.deferred():\n"
+        "import signal; from runs.signals import SignalHandler\n"
+        "with SignalHandler(patience=60) as signals, signals.deferred():\n"
         "    signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)\n"
         "    print('going on', flush=True); signals.patience = 0\n"
         "    signal.raise_signal(signal.SIGTERM); signal.raise_signal(signal.SIGINT); print('no')"
@@ -141,14 +159,14 @@ def test_ctrl_c_a_second_time_later_ends_at_once():
 def test_deferred_signals_wait_and_others_raise_at_once():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Signals() as signals:
+        with SignalHandler() as signals:
             with signals.deferred():
                 signal.raise_signal(signal.SIGINT)  # nothing happens yet
                 signal.raise_signal(signal.SIGTERM)  # nor by another kind
-                with pytest.raises(Interrupted) as stop, signals.at_once():
+                with pytest.raises(Preempted) as stop, signals.at_once():
                     pass
                 assert stop.value.number == signal.SIGINT
-        with pytest.raises(Interrupted) as stop, Signals():
+        with pytest.raises(Preempted) as stop, SignalHandler():
             signal.raise_signal(signal.SIGTERM)
         assert stop.value.number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # until the process has ended
@@ -181,7 +199,7 @@ def change(path, **entries):
     data = read(path)
     data.pop("digest")
     data.update(entries)
-    torch.save({**data, "digest": content_digest(data)}, path)
+    torch.save({**data, "digest": sha256_of_tree(data)}, path)
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):

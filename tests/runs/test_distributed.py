@@ -14,11 +14,11 @@ from process_helpers import in_processes, main_in_processes
 
 import job
 from clip import build_model
-from clip.lora import merged
-from clip.zero_shot import evaluate, tokenize_prompts
-from optimizers.build import make_method, select_matrices
+from clip.lora import merged_lora
+from clip.zero_shot import evaluate, tokenize_class_prompts
+from optimizers.build import build_optimizer, mark_as_trainable
 from runs import distributed
-from train import Adapted, Course, Settings, own_images, train
+from train import Adapted, TrainConfig, TrainState, own_images, train
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
@@ -30,33 +30,36 @@ SIZES = [5, 5, 2, 1]  # of the batches of an epoch
 SHORT = ["--shots", 1, "--n_iters", 6, "--num_workers", 0, "--batch_size", 7, "--device", "cpu"]
 
 
-def batches(group, accumulate, side):
+def batches(group, grad_accum_steps, side):
     """Random batches for ever, of which a process has its share of the images."""
     generator = torch.Generator().manual_seed(1)
     while True:
         for size in SIZES:
             images = torch.randint(256, (size, 3, side, side), generator=generator)
             labels = torch.randint(len(NAMES), (size,), generator=generator)
-            yield (images[own_images(accumulate, group, size)].byte(), labels), size == SIZES[-1]
+            yield (
+                (images[own_images(grad_accum_steps, group, size)].byte(), labels),
+                size == SIZES[-1],
+            )
 
 
 def adapt(group, method="so", config=TINY_VIT, encoder="both", dtype=torch.float64, **settings):
     """A few iterations: weights, losses, predictions for 7 images, generator's next number."""
     torch.manual_seed(5)
     model = build_model(random_state_dict(config)).to(dtype)
-    matrices = select_matrices(model, encoder, "all")
-    made = make_method(
+    matrices = mark_as_trainable(model, encoder, "all")
+    made = build_optimizer(
         method, model, matrices, lr=1e-2, density=0.02, T=3, rank=2, seed=1,
         sampled=settings.pop("sampled", True),
     )  # fmt: skip
-    prompts = tokenize_prompts(model, NAMES, ["a {}.", "the {}."])
-    course, settings = Course(9), Settings(**settings)
+    prompts = tokenize_class_prompts(model, NAMES, ["a {}.", "the {}."])
+    course, settings = TrainState(9), TrainConfig(**settings)
     side = model.visual.input_resolution
-    stream = batches(group, settings.accumulate, side)
+    stream = batches(group, settings.grad_accum_steps, side)
     train(Adapted(model, prompts, made), stream, course, settings, processes=group)
     images = torch.randint(256, (7, 3, side, side)).byte()[group.own(7)]
     mine = [(images, torch.arange(7)[group.own(7)])]
-    with merged(model):
+    with merged_lora(model):
         answers = evaluate(model, mine, 7, prompts, processes=group)
     weights = {name: p.detach() for name, p in made.trained.items()}
     return weights, course.losses, tuple(answers), torch.rand(())
@@ -66,8 +69,8 @@ def connected(work):
     """What a process does with the group of all."""
 
     def run(_):
-        group = distributed.meet()
-        distributed.connect(group, "cpu")
+        group = distributed.init_store()
+        distributed.init_distributed(group, "cpu")
         return work(group)
 
     return run
@@ -75,12 +78,12 @@ def connected(work):
 
 CASES = [
     (2, {}),
-    (3, dict(accumulate=2, text_chunk=2)),
-    (4, dict(encoder="text", text_chunk=3)),
-    (2, dict(encoder="vision", accumulate=3)),
+    (3, dict(grad_accum_steps=2, class_batch_size=2)),
+    (4, dict(encoder="text", class_batch_size=3)),
+    (2, dict(encoder="vision", grad_accum_steps=3)),
     (2, dict(config=TINY_RESNET)),
     (2, dict(sampled=False)),
-    (3, dict(method="lora", accumulate=2, text_chunk=2)),
+    (3, dict(method="lora", grad_accum_steps=2, class_batch_size=2)),
     (2, dict(method="lora")),
     (2, dict(method="adam")),
     (2, dict(dtype=torch.float32)),
@@ -91,7 +94,7 @@ BOUNDS = {torch.float64: 1e-10, "fp32": 1e-3, "bf16": 0.1}  # Adam divides tiny 
 
 @pytest.mark.parametrize("count, case", CASES)
 def test_several_processes_compute_what_one_computes(count, case, tmp_path):
-    alone = adapt(distributed.ALONE, **case)
+    alone = adapt(distributed.SINGLE_PROCESS, **case)
     several = in_processes(count, connected(lambda group: adapt(group, **case)), tmp_path)
     exact = "dtype" not in case
     bound = BOUNDS[torch.float64 if exact else case.get("precision", "fp32")]
@@ -140,8 +143,8 @@ def interrupt(rank, victim, number, iteration=3):
             os.kill(os.getpid(), number)
         return check(self, signals)
 
-    check = distributed.Processes.check
-    distributed.Processes.check = counted
+    check = distributed.DistInfo.check
+    distributed.DistInfo.check = counted
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -91,7 +91,7 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
 
     monkeypatch.setattr(job, "evaluate", evaluate)
     command += ["--method", method, "--early_stop_loss", 0, "--lr", 0.01]
-    select = [*command, "--n_iters", 3, "--eval_every", 2, "--select", "val"]
+    select = [*command, "--n_iters", 3, "--eval_every", 2, "--final_model", "best_val"]
     assert "Final test accuracy: 50.00" in run(*select)
     result = result_of(tmp_path)
     assert (result["final_accuracy"], result["last_accuracy"]) == (50.0, 100.0)
@@ -104,7 +104,7 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
     ] * 3
     weights = (run_folder(tmp_path) / "weights.safetensors").read_bytes()
     monkeypatch.undo()
-    argv = [*select, "--save_path", tmp_path / "last", "--select", "last"]
+    argv = [*select, "--save_path", tmp_path / "last", "--final_model", "last_step"]
     run(*argv, "--overwrite")
     assert (run_folder(tmp_path / "last") / "weights.safetensors").read_bytes() != weights
 

@@ -16,9 +16,9 @@ from commands import call_main, refused, result_of, run
 from commands import run_folder as only_folder
 from dataset_helpers import LAYOUTS, make_dataset
 
-from run_utils import parse_args
+from run_utils import get_arguments
 from runs import environment
-from runs.output_dir import locked, run_folder
+from runs.output_dir import get_output_dir, lock_output_dir
 from runs.records import read_run
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +41,8 @@ ROOT = Path(__file__).parents[2]
         ("--position up --encoder text", "so/ViT-B-16/dtd/1shots/seed3-encoder_text-position_up"),
         ("--backbone ViT-L/14@336px --method lora", "lora/ViT-L-14-336px/dtd/1shots/seed3"),
         ("--device cpu --threads 1 --save_weights", "so/ViT-B-16/dtd/1shots/seed3"),
-        ("--template clip --fewshot_list a/few.json --classnames b/names.yaml",
-         "so/ViT-B-16/dtd/1shots/seed3-classnames_names-fewshot_list_few-template_clip"),
+        ("--template clip --fewshot_split a/few.json --classnames b/names.yaml",
+         "so/ViT-B-16/dtd/1shots/seed3-classnames_names-fewshot_split_few-template_clip"),
         ("--logit_scale checkpoint", "so/ViT-B-16/dtd/1shots/seed3-logit_scale_checkpoint"),
         ("--config configs/so_paper.yaml", "so/ViT-B-16/dtd/1shots/seed3-so_paper"),
         (
@@ -59,21 +59,21 @@ ROOT = Path(__file__).parents[2]
 def test_a_folders_name_says_what_the_command_line_changed(argv, name, monkeypatch):
     monkeypatch.chdir(ROOT)
     argv = argv.split() if "--dataset" in argv else ["--dataset", "dtd", *argv.split()]
-    config = parse_args([*argv, "--save_path", "out"])
-    assert str(run_folder(config)) == f"out/{name}"
+    config = get_arguments([*argv, "--save_path", "out"])
+    assert str(get_output_dir(config)) == f"out/{name}"
     assert "baseline" not in vars(config)
 
 
 def test_a_path_gives_its_files_stem(data):
-    config = parse_args(["--dataset", "dtd", "--backbone", str(data / "tiny vit.pt")])
-    assert str(run_folder(config)) == "results/so/tiny vit/dtd/1shots/seed3"
+    config = get_arguments(["--dataset", "dtd", "--backbone", str(data / "tiny vit.pt")])
+    assert str(get_output_dir(config)) == "results/so/tiny vit/dtd/1shots/seed3"
 
 
 def test_own_images_give_their_stem_and_need_no_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Käse & Wein v2.1").mkdir()
-    config = parse_args(["--dataset", "Käse & Wein v2.1"])
-    assert str(run_folder(config)) == "results/so/ViT-B-16/Käse & Wein v2.1/1shots/seed3"
+    config = get_arguments(["--dataset", "Käse & Wein v2.1"])
+    assert str(get_output_dir(config)) == "results/so/ViT-B-16/Käse & Wein v2.1/1shots/seed3"
     assert (config.backbone, config.root_path, config.config) == ("ViT-B/16", None, None)
 
 
@@ -83,8 +83,8 @@ def test_prompts_give_a_short_plain_name_of_their_own():
         ["a photo of a {}, a type of pet."], ["a photo of a {}; a type of pet!"], ["{}"],
         ["ein Bild von {}", "noch/ein\\Bild: {}"], ["a " * 99 + "{}"], ["clip", "{}"], ["ein {}ß"],
     ):  # fmt: skip
-        config = parse_args(["--dataset", "dtd", "--template", *prompts])
-        name = run_folder(config).name.removeprefix("seed3-template_")
+        config = get_arguments(["--dataset", "dtd", "--template", *prompts])
+        name = get_output_dir(config).name.removeprefix("seed3-template_")
         assert re.fullmatch(r"[\w-]{1,40}", name), name
         names.add(name)
     assert len(names) == 7 and "a-photo-of-a-a-type-of-pet-" in " ".join(names)
@@ -254,19 +254,19 @@ def test_no_iterations_measure_zero_shot_alone_and_leave_nothing(command, tmp_pa
 
 
 def test_a_folder_has_one_process_at_a_time_which_is_named(tmp_path):
-    with locked(tmp_path):
+    with lock_output_dir(tmp_path):
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*--save_path"):
-            with locked(tmp_path):
+            with lock_output_dir(tmp_path):
                 pass
         assert (tmp_path / ".lock").exists()
     assert not (tmp_path / ".lock").exists()
-    with locked(tmp_path):
+    with lock_output_dir(tmp_path):
         pass
 
 
 def test_a_run_in_a_folder_that_another_one_has_is_told_who_it_is(command, tmp_path):
     run(*command, "--n_iters", 1)
-    with locked(only_folder(tmp_path)):
+    with lock_output_dir(only_folder(tmp_path)):
         assert f"in use by process {os.getpid()}" in refused(
             *command, "--n_iters", 1, "--overwrite"
         )
@@ -277,7 +277,7 @@ def test_a_dead_processs_lock_does_not_stay(tmp_path):
     code += "; os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], check=False)
     assert (tmp_path / ".lock").exists()
-    with locked(tmp_path):
+    with lock_output_dir(tmp_path):
         pass
 
 
@@ -286,7 +286,7 @@ def test_a_disk_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with locked(tmp_path / "new"):
+    with lock_output_dir(tmp_path / "new"):
         assert (tmp_path / "new").is_dir()
 
 
@@ -300,7 +300,7 @@ def test_windows_has_neither_resource_nor_fcntl(tmp_path):
     code = (
         "import sys, warnings; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
         "warnings.simplefilter('ignore')\n"
-        "import main; from runs import cli; sys.exit(cli.exit_status(main.main))"
+        "import main; from runs import cli; sys.exit(cli.run_cli(main.main))"
     )
     flags = ["--shots", "1", "--n_iters", "1", "--save_path", str(tmp_path)]
     done = subprocess.run(
@@ -314,5 +314,5 @@ def test_windows_has_neither_resource_nor_fcntl(tmp_path):
 
 
 def test_outside_of_git_there_is_no_commit(monkeypatch):
-    monkeypatch.setattr(environment, "HERE", Path("/"))
-    assert environment.git_commit() is None
+    monkeypatch.setattr(environment, "REPO_ROOT", Path("/"))
+    assert environment.get_git_sha() is None

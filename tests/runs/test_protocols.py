@@ -94,12 +94,20 @@ def test_each_half_is_a_run_of_its_own_with_images_of_one_draw(command, tmp_path
 
 
 def test_the_new_accuracy_is_that_of_the_iterate_that_is_reported(command, tmp_path):
-    chosen = ["--subsample", "base", "--select", "val", "--eval_every", 1, "--n_iters", 4]
+    chosen = ["--subsample", "base", "--final_model", "best_val", "--eval_every", 1, "--n_iters", 4]
     found = told(run(*command, *chosen))["Final test accuracy on new classes"]
     result = result_of(tmp_path)
     assert result["selected_iteration"] < result["iterations"]  # or this shows nothing
     (kept,) = tmp_path.rglob("weights.safetensors")
-    with_kept = ["--subsample", "base", "--eval_only", "--select", "val", "--eval_every", 1]
+    with_kept = [
+        "--subsample",
+        "base",
+        "--eval_only",
+        "--final_model",
+        "best_val",
+        "--eval_every",
+        1,
+    ]
     evaluated = told(run(*command, *with_kept, "--n_iters", 4))
     assert evaluated["Test accuracy on new classes"] == found
     assert evaluated["Test accuracy"] == round(result["final_accuracy"], 2)
@@ -163,7 +171,16 @@ def test_weights_of_eval_only_are_tested_on_others_too(command, disk, tmp_path):
 
 
 def test_the_reported_iterate_is_tested_on_others(command, tmp_path):
-    chosen = ["--select", "val", "--eval_every", 1, "--n_iters", 4, "--test_on", "eurosat"]
+    chosen = [
+        "--final_model",
+        "best_val",
+        "--eval_every",
+        1,
+        "--n_iters",
+        4,
+        "--test_on",
+        "eurosat",
+    ]
     found = told(run(*command, *chosen))
     assert result_of(tmp_path)["selected_iteration"] < 8
     (run_folder(tmp_path) / "transfer.json").unlink()

@@ -8,14 +8,14 @@ import torch
 import yaml
 from commands import call_main, refused
 
-from run_utils import EMBEDDED_LR, parse_args
-from runs.cli import exit_status
+from run_utils import DEMO_LR, get_arguments
+from runs.cli import run_cli
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "seed device root_path dataset shots backbone position encoder lr n_iters early_stop_loss "
     "batch_size s sparsity t save_path filename eval_only num_workers precision logit_scale "
-    "threads save_weights overwrite dense_grad config method rank eval_every select text_chunk "
+    "threads save_weights overwrite dense_grad config method rank eval_every final_model class_batch_size "  # noqa: E501
     "compile activation heads"
 ).split()
 
@@ -27,7 +27,7 @@ def test_the_defaults_are_the_papers():
         precision="fp32", logit_scale=100.0, crop_scale=[0.08, 1.0], flip=True,
         encoder="both", position="all", config=None, save_weights=False,
     )  # fmt: skip
-    assert expected.items() <= vars(parse_args(["--dataset", "eurosat"])).items()
+    assert expected.items() <= vars(get_arguments(["--dataset", "eurosat"])).items()
 
 
 def test_help_names_every_flag_with_a_noun_and_what_flip_does():
@@ -43,7 +43,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
         "dataset: eurosat\nlr: 1e-4\nshots: 4\nflip: false\ncrop_scale: [0.5, 1]\nthreads: null\n"
         "logit_scale: checkpoint\n"
     )
-    config = parse_args(["--config", str(file), "--shots", "8", "--t", "7"])
+    config = get_arguments(["--config", str(file), "--shots", "8", "--t", "7"])
     assert (config.dataset, config.lr, config.shots, config.t) == ("eurosat", 1e-4, 8, 7)
     assert (config.flip, config.crop_scale, config.threads) == (False, [0.5, 1.0], None)
     assert (config.logit_scale, config.batch_size) == ("checkpoint", 32)
@@ -52,7 +52,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
 def test_shipped_configurations_parse():
     for path in (ROOT / "configs").glob("*.yaml"):
         assert path.read_text().startswith("#")
-        config = parse_args(["--config", str(path), "--dataset", "eurosat"])
+        config = get_arguments(["--config", str(path), "--dataset", "eurosat"])
         assert yaml.safe_load(path.read_text()).keys() <= vars(config).keys()
 
 
@@ -69,7 +69,7 @@ def test_shipped_configurations_parse():
     ],
 )
 def test_flags_of_the_authors_scripts_mean_what_they_mean_there(argv, expected):
-    assert expected.items() <= vars(parse_args(argv)).items()
+    assert expected.items() <= vars(get_arguments(argv)).items()
 
 
 @pytest.mark.parametrize(
@@ -92,21 +92,21 @@ def test_the_embedded_default_is_left_by_naming_something_else(
     argv, dataset, backbone, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    config = parse_args(argv)
+    config = get_arguments(argv)
     assert (config.dataset, config.backbone) == (dataset, backbone)
     embedded = (dataset, backbone) == ("digits", "ViT-Tiny/8")
     assert (config.config is not None) == (config.logit_scale == "checkpoint") == embedded
-    assert config.lr == (EMBEDDED_LR["so"] if embedded else 2e-4)
+    assert config.lr == (DEMO_LR["so"] if embedded else 2e-4)
 
 
 def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
     table = (ROOT / "docs/digits/rates/table.md").read_text()
     chosen = re.findall(r"^\| (\w+) .*?(\S+): \S+ \(chosen\)", table, re.MULTILINE)
-    assert {name.lower(): float(lr) for name, lr in chosen} == EMBEDDED_LR
-    for method, lr in EMBEDDED_LR.items():
-        assert parse_args(["--method", method]).lr == lr
-        assert parse_args(["--method", method, "--lr", "0.3"]).lr == 0.3
-        assert parse_args(["--method", method, "--dataset", "dtd"]).lr == 2e-4
+    assert {name.lower(): float(lr) for name, lr in chosen} == DEMO_LR
+    for method, lr in DEMO_LR.items():
+        assert get_arguments(["--method", method]).lr == lr
+        assert get_arguments(["--method", method, "--lr", "0.3"]).lr == 0.3
+        assert get_arguments(["--method", method, "--dataset", "dtd"]).lr == 2e-4
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
         (["--datset", "x"], ["--datset", "did you mean '--dataset'"]),
         (["--e", "x"], ["ambiguous", "--encoder"]),
         (["stray"], ["stray"]),
-        (["--select", "val"], ["--select", "--eval_every"]),
+        (["--final_model", "best_val"], ["--final_model", "--eval_every"]),
         (["--method", "lora", "--grad_support", "magnitude"], ["--grad_support", "--method so"]),
         (["--method", "adam", "--moments", "none"], ["--moments", "--method so"]),
         (["--config", "no such.yaml"], ["no such.yaml"]),
@@ -191,11 +191,11 @@ def test_a_lack_of_memory_is_one_sentence_and_mistakes_of_ours_keep_their_traceb
     def fail(error):
         raise error
 
-    assert exit_status(lambda: fail(error)) == 2
+    assert run_cli(lambda: fail(error)) == 2
     said = capsys.readouterr().err
     assert "memory" in said and "--batch_size" in said and said.count("\n") == 1
     with pytest.raises(RuntimeError):
-        exit_status(lambda: fail(RuntimeError("a mistake of ours")))
+        run_cli(lambda: fail(RuntimeError("a mistake of ours")))
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "tpu", "meta", "hpu"])
@@ -212,8 +212,8 @@ def test_prompts_come_from_a_file_as_from_flags(tmp_path):
         ("template: ['a {}.', 'my {}']", ["a {}.", "my {}"]),
     ]:
         file.write_text(f"dataset: dtd\n{text}\n")
-        assert parse_args(["--config", str(file)]).template == template
+        assert get_arguments(["--config", str(file)]).template == template
         argv = ["--dataset", "dtd", "--template", *template]
-        assert parse_args(argv).template == template
+        assert get_arguments(argv).template == template
     file.write_text("dataset: dtd\ntemplate: []\n")
     assert "key 'template': must be a list of at least one value" in refused("--config", file)

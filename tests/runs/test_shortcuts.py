@@ -11,12 +11,17 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 
 from benchmarks import plain
 from clip import build_model
-from clip.zero_shot import before_training, image_features, text_features, tokenize_prompts
-from datasets.transforms import normalise
+from clip.zero_shot import (
+    encode_classes,
+    encode_images,
+    precompute_frozen_text,
+    tokenize_class_prompts,
+)
+from datasets.transforms import normalize
 from optimizers import SO, SampledGradients
-from optimizers.build import POSITIONS, Method, select_matrices
+from optimizers.build import POSITIONS, Method, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
-from train import Adapted, Course, Settings, compile_blocks, cosine_lr, train
+from train import Adapted, TrainConfig, TrainState, compile_blocks, get_lr, train
 
 # What checkpoint of torch 2.4 says of its own autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -30,7 +35,7 @@ SETTINGS = dict(lr=1e-3, eps=1e-6, density_ratio=0.02, T=3, seed=1)
 def make(config=TINY_VIT, encoder="both", position="all"):
     """A model in float64 and the matrices of it that are to be adapted."""
     model = build_model(random_state_dict(config)).double()
-    return model, select_matrices(model, encoder, position)
+    return model, mark_as_trainable(model, encoder, position)
 
 
 def batches(resolution, seed=0):
@@ -47,7 +52,7 @@ def plain_loss(model, images, labels, templates):
     texts = [[t.format(name.replace("_", " ")) for name in NAMES] for t in templates]
     features = [plain.encode_text(model, model.tokenize(each)) for each in texts]
     classes = sum(F.normalize(each, dim=-1) for each in features)
-    return plain.cosine_loss(plain.encode_image(model, normalise(images).double()), classes, labels)
+    return plain.cosine_loss(plain.encode_image(model, normalize(images).double()), classes, labels)
 
 
 def train_plainly(model, matrices, templates):
@@ -55,7 +60,7 @@ def train_plainly(model, matrices, templates):
     optimizer = SO(matrices.values(), **SETTINGS)
     losses = []
     for step, (batch, _) in zip(range(STEPS), batches(model.visual.input_resolution), strict=False):
-        optimizer.param_groups[0]["lr"] = cosine_lr(SETTINGS["lr"], step, STEPS)
+        optimizer.param_groups[0]["lr"] = get_lr(SETTINGS["lr"], step, STEPS)
         loss = plain_loss(model, *batch, templates)
         optimizer.zero_grad()
         loss.backward()
@@ -89,11 +94,16 @@ def test_training_equals_the_plain_computation(
 
     optimizer = SO(matrices.values(), **SETTINGS)
     sample_gradients(ours, optimizer)
-    prompts = tokenize_prompts(ours, NAMES, templates)
+    prompts = tokenize_class_prompts(ours, NAMES, templates)
     assert prompts.shape[-1] < ours.context_length
     stream = batches(ours.visual.input_resolution)
-    course = Course(STEPS)
-    train(Adapted(ours, prompts, Method(optimizer)), stream, course, Settings(text_chunk=chunk))
+    course = TrainState(STEPS)
+    train(
+        Adapted(ours, prompts, Method(optimizer)),
+        stream,
+        course,
+        TrainConfig(class_batch_size=chunk),
+    )
     curve = course.curve()
 
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)  # kept in float32
@@ -110,12 +120,12 @@ def test_micro_batches_of_the_whole_model_add_up():
     (theirs, their_matrices), (ours, matrices) = make(), make()
     optimizer = SO(matrices.values(), **SETTINGS)
     sample_gradients(ours, optimizer)
-    prompts = tokenize_prompts(ours, NAMES, ["a {}."])
-    first, hidden = before_training(ours, prompts)
+    prompts = tokenize_class_prompts(ours, NAMES, ["a {}."])
+    first, hidden = precompute_frozen_text(ours, prompts)
     for _, ((images, labels), _) in zip(range(3), batches(32), strict=False):
         plain_loss(theirs, images, labels, ["a {}."]).backward()
-        classes = text_features(ours, prompts, 2, hidden, first)
-        F.cross_entropy(100 * image_features(ours, images) @ classes.T, labels).backward()
+        classes = encode_classes(ours, prompts, 2, hidden, first)
+        F.cross_entropy(100 * encode_images(ours, images) @ classes.T, labels).backward()
     for p, q in zip(matrices.values(), their_matrices.values(), strict=True):
         at = optimizer.state[p]["grad_indices"]
         torch.testing.assert_close(p.grad.to_dense().take(at), q.grad.take(at), **CLOSE)
@@ -126,14 +136,14 @@ def test_what_lies_below_the_first_trained_block_of_the_text_tower_runs_once():
     calls = [0, 0]
     for number, block in enumerate(model.transformer.resblocks):
         block.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
-    prompts = tokenize_prompts(model, NAMES, ["a {}."])
-    train(Adapted(model, prompts, Method(SO(matrices.values()))), batches(32), Course(5))
+    prompts = tokenize_class_prompts(model, NAMES, ["a {}."])
+    train(Adapted(model, prompts, Method(SO(matrices.values()))), batches(32), TrainState(5))
     assert calls == [1, 5]
 
 
 def test_chunks_are_encoded_one_by_one_and_their_activations_not_kept():
     model, _ = make(encoder="text")
-    prompts = tokenize_prompts(model, [f"no {n}" for n in range(40)], ["a {}."])
+    prompts = tokenize_class_prompts(model, [f"no {n}" for n in range(40)], ["a {}."])
     texts, kept = [], []
     model.transformer.resblocks[1].register_forward_hook(lambda m, i, o: texts.append(len(o)))
 
@@ -144,7 +154,7 @@ def test_chunks_are_encoded_one_by_one_and_their_activations_not_kept():
     def bytes_kept(chunk):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            features = text_features(model, prompts, chunk)
+            features = encode_classes(model, prompts, chunk)
         features.sum().backward()
         return sum(kept)
 
@@ -172,9 +182,9 @@ def test_compiled_blocks_train_as_plain_ones():
     (theirs, their_matrices), (ours, matrices) = make(), make()
     losses, _ = train_plainly(theirs, their_matrices, ["a {}."])
     compile_blocks(ours, backend="aot_eager")
-    prompts = tokenize_prompts(ours, NAMES, ["a {}."])
+    prompts = tokenize_class_prompts(ours, NAMES, ["a {}."])
     optimizer = SO(matrices.values(), **SETTINGS)
-    course = Course(STEPS)
+    course = TrainState(STEPS)
     train(Adapted(ours, prompts, Method(optimizer)), batches(32), course)
     curve = course.curve()
     assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)

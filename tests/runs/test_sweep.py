@@ -16,8 +16,8 @@ from clip_helpers import TINY_VIT, random_state_dict
 from commands import calls, wait_for
 from dataset_helpers import make_dataset
 
-from run_utils import parse_args
-from runs.output_dir import run_folder
+from run_utils import get_arguments
+from runs.output_dir import get_output_dir
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -95,14 +95,14 @@ def test_a_sweep_whose_processes_are_all_stopped_twice_goes_on_from_its_checkpoi
 
 def test_unfinished_asks_for_each_datasets_data_once(monkeypatch, capsys, tmp_path):
     asked = []
-    monkeypatch.setattr(unfinished, "describe_data", lambda *names: asked.append(names) or {})
-    monkeypatch.setattr(unfinished, "finished", lambda folder, config, data: {})
-    monkeypatch.setattr(unfinished, "tidy", lambda folder: None)
+    monkeypatch.setattr(unfinished, "dataset_fingerprint", lambda *names: asked.append(names) or {})
+    monkeypatch.setattr(unfinished, "load_finished_result", lambda folder, config, data: {})
+    monkeypatch.setattr(unfinished, "remove_stale_files", lambda folder: None)
     unfinished.data_of.cache_clear()
     lines = [f"--dataset {name} --seed {seed}" for name in ("dtd", "fgvc") for seed in (1, 2)]
     shared = ["--root_path", "/the data", "--save_path", str(tmp_path)]
     for line in lines:
-        folder = run_folder(parse_args([*line.split(), *shared]))
+        folder = get_output_dir(get_arguments([*line.split(), *shared]))
         folder.mkdir(parents=True)
         (folder / "result.json").touch()
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))

@@ -12,14 +12,14 @@ from PIL import Image
 
 import clip
 from clip import build_model
-from clip.zero_shot import evaluate, text_features, tokenize_prompts
-from datasets import Item
-from datasets.loader import Loader
+from clip.zero_shot import encode_classes, evaluate, tokenize_class_prompts
+from datasets import Datum
+from datasets.loader import ImageLoader
 from optimizers import SO
-from optimizers.build import MATRICES, POSITIONS, Method, layers_at, select_matrices
-from optimizers.delta import unpack
+from optimizers.build import POSITIONS, TRAINABLE_WEIGHTS, Method, layer_indices, mark_as_trainable
+from optimizers.delta import apply_state_diff
 from optimizers.SampledGradients import sample_gradients
-from train import Adapted, Course, NonFiniteLoss, Settings, cosine_lr, train
+from train import Adapted, NonFiniteLoss, TrainConfig, TrainState, get_lr, train
 
 NAMES = ["red_one", "green", "blue"]
 TEMPLATE = ["a {}."]
@@ -38,7 +38,7 @@ def items(tmp_path):
         Image.effect_noise((40, 30), 60).convert("RGB").save(path)
         image = Image.blend(Image.open(path), Image.new("RGB", (40, 30), tuple(colour)), 0.7)
         image.save(path)
-        made.append(Item(str(path), label, NAMES[label]))
+        made.append(Datum(str(path), label, NAMES[label]))
     return made
 
 
@@ -47,14 +47,16 @@ def tiny(config=TINY_VIT):
 
 
 def prompts(model, template=TEMPLATE):
-    return tokenize_prompts(model, NAMES, template)
+    return tokenize_class_prompts(model, NAMES, template)
 
 
 def adapt(model, items, optimizer, iterations=6, workers=0, **options):
-    loader = Loader(model.visual.input_resolution, workers, cache_mb=10)
+    loader = ImageLoader(model.visual.input_resolution, workers, cache_mb=10)
     batches = loader.train_batches(items, 5, seed=1)
-    course = Course(iterations)
-    train(Adapted(model, prompts(model), Method(optimizer)), batches, course, Settings(**options))
+    course = TrainState(iterations)
+    train(
+        Adapted(model, prompts(model), Method(optimizer)), batches, course, TrainConfig(**options)
+    )
     return course.curve()
 
 
@@ -72,12 +74,12 @@ def adapt(model, items, optimizer, iterations=6, workers=0, **options):
     ],
 )
 def test_positions_of_twelve_layers_are_the_papers(position, layers):
-    assert layers_at(position, 12) == layers
+    assert layer_indices(position, 12) == layers
 
 
 @pytest.mark.parametrize("depth", range(1, 40))
 def test_positions_are_defined_at_every_depth(depth):
-    parts = {name: list(layers_at(name, depth)) for name in POSITIONS}
+    parts = {name: list(layer_indices(name, depth)) for name in POSITIONS}
     everything = list(range(depth))
     assert all(parts.values())
     assert parts["all"] == everything
@@ -93,27 +95,27 @@ def test_positions_are_defined_at_every_depth(depth):
 @pytest.mark.parametrize("encoder, towers", [("text", 1), ("vision", 1), ("both", 2)])
 def test_only_the_named_matrices_of_the_chosen_towers_are_thawed(encoder, towers):
     model = tiny()
-    chosen = select_matrices(model, encoder, "top")
-    assert len(chosen) == towers * len(MATRICES)
+    chosen = mark_as_trainable(model, encoder, "top")
+    assert len(chosen) == towers * len(TRAINABLE_WEIGHTS)
     thawed = {name for name, p in model.named_parameters() if p.requires_grad}
     assert thawed == set(chosen)
     assert all(name.startswith("visual.") for name in chosen) == (encoder == "vision")
 
 
 def test_a_resnet_adapts_its_text_tower_and_refuses_vision_alone():
-    names = select_matrices(tiny(TINY_RESNET), "both", "all")
+    names = mark_as_trainable(tiny(TINY_RESNET), "both", "all")
     assert names and not any(name.startswith("visual") for name in names)
     with pytest.raises(ValueError, match="ResNet"):
-        select_matrices(tiny(TINY_RESNET), "vision", "all")
+        mark_as_trainable(tiny(TINY_RESNET), "vision", "all")
 
 
 def test_the_classifier_is_the_normalised_text_of_each_prompt():
     model = tiny()
-    features = text_features(model, prompts(model))
+    features = encode_classes(model, prompts(model))
     expected = model.encode_text(model.tokenize(["a red one.", "a green.", "a blue."]))
     torch.testing.assert_close(features, F.normalize(expected, dim=-1))
-    both = text_features(model, prompts(model, ["a {}.", "the {}."]))
-    other = text_features(model, prompts(model, ["the {}."]))
+    both = encode_classes(model, prompts(model, ["a {}.", "the {}."]))
+    other = encode_classes(model, prompts(model, ["the {}."]))
     torch.testing.assert_close(both, F.normalize(features + other, dim=-1))
 
 
@@ -121,21 +123,21 @@ def test_prompts_are_as_long_as_the_longest_and_cut_to_the_context(capsys):
     model = tiny()
     assert prompts(model).shape == (1, 3, 10)  # start, a, r e d, o n e, ., end
     assert capsys.readouterr().err == ""
-    tokens = tokenize_prompts(model, ["x" * 50, "y"], TEMPLATE)
+    tokens = tokenize_class_prompts(model, ["x" * 50, "y"], TEMPLATE)
     assert tokens.shape == (1, 2, 16) and tokens.max() == tokens[0, 0, -1]
     assert "more than 16 tokens" in capsys.readouterr().err
 
 
 def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
     model = tiny()
-    preprocess = clip.make_preprocess(32)
+    preprocess = clip.image_transform(32)
     images = torch.stack([preprocess(Image.open(item.impath)) for item in items])
     tokens = model.tokenize(["a red one.", "a green.", "a blue."])
     with torch.no_grad():
         predicted = model(images, tokens)[0].argmax(dim=-1)
     expected = 100 * sum(int(p == i.label) for p, i in zip(predicted, items, strict=True)) / 12
     for workers in (0, 2):
-        batches = Loader(32, workers).test_batches(items, 5)
+        batches = ImageLoader(32, workers).test_batches(items, 5)
         assert evaluate(model, batches, 12, prompts(model)).accuracy == pytest.approx(expected)
 
 
@@ -144,7 +146,7 @@ def test_workers_do_not_change_a_run(items, workers):
     curves = []
     for count in (0, workers):
         model = tiny()
-        optimizer = SO(select_matrices(model, "both", "top").values(), lr=1e-3, seed=1)
+        optimizer = SO(mark_as_trainable(model, "both", "top").values(), lr=1e-3, seed=1)
         curves.append(adapt(model, items, optimizer, workers=count))
     assert curves[0] == curves[1]
 
@@ -153,14 +155,14 @@ def test_workers_do_not_change_a_run(items, workers):
 def test_parts_of_a_batch_add_up_to_its_gradient(items, encoder):
     def run(**options):
         model = tiny().double()
-        optimizer = SO(select_matrices(model, encoder, "top").values(), lr=1e-3, seed=1)
+        optimizer = SO(mark_as_trainable(model, encoder, "top").values(), lr=1e-3, seed=1)
         sample_gradients(model, optimizer)
         curve = adapt(model, items, optimizer, **options)
         return [row[1] for row in curve], model.visual.transformer.resblocks[-1].mlp.c_fc.weight
 
     losses, weight = run()
     for parts in (2, 3, 99):
-        again, other = run(accumulate=parts)
+        again, other = run(grad_accum_steps=parts)
         assert again == pytest.approx(losses, rel=1e-5)
         torch.testing.assert_close(other, weight, rtol=1e-5, atol=1e-7)
 
@@ -170,7 +172,7 @@ def test_half_precision_follows_float32_with_float32_weights(items, precision):
     curves = []
     for name in ("fp32", precision):
         model = tiny()
-        chosen = select_matrices(model, "both", "all")
+        chosen = mark_as_trainable(model, "both", "all")
         optimizer = SO(chosen.values(), lr=1e-4, density_ratio=0.1, seed=1)
         curves.append(adapt(model, items, optimizer, logit_scale=10.0, precision=name))
         assert {p.dtype for p in chosen.values()} == {torch.float32}
@@ -182,27 +184,27 @@ def test_the_checkpoints_own_logit_scale_can_be_used(items):
     losses = []
     for scale in ("checkpoint", 100.0, 1.0):
         model = tiny()  # whose own scale is 100
-        optimizer = SO(select_matrices(model, "text", "top").values(), seed=1)
+        optimizer = SO(mark_as_trainable(model, "text", "top").values(), seed=1)
         losses.append(adapt(model, items, optimizer, 1, logit_scale=scale)[0][1])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != losses[2]
 
 
 def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
     model = tiny()
-    optimizer = SO(select_matrices(model, "text", "top").values(), seed=1)
+    optimizer = SO(mark_as_trainable(model, "text", "top").values(), seed=1)
     curve = adapt(model, items, optimizer, 20, early_stop_loss=1e9)
     assert [row[0] for row in curve] == [1, 2, 3]  # twelve images, five to a batch
 
 
 def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
     tensors = {"w": torch.zeros(30), "new": torch.zeros(2)}
-    base, course = {"w": torch.zeros(30)}, Course(9)
+    base, course = {"w": torch.zeros(30)}, TrainState(9)
     adapted = Adapted(None, None, Method(None, tensors), SimpleNamespace(read=lambda: base))
     for count, score in enumerate([10.0, 30.0, 30.0, 20.0]):
         course.count = count
         tensors["w"][count], tensors["new"][0] = 1, count
         course.offer(score, adapted)
-    unpack(course.best[2], tensors, base)
+    apply_state_diff(course.best[2], tensors, base)
     assert course.best[:2] == (1, 30.0)
     assert tensors["w"].tolist() == [1, 1] + [0] * 28 and tensors["new"].tolist() == [1, 0]
     assert len(course.best[2]["w"][0]) == 2  # kept as what changed
@@ -210,25 +212,25 @@ def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
 
 def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):
     model = tiny()
-    optimizer = SO(select_matrices(model, "text", "top").values(), lr=1e38, seed=1)
-    course = Course(9)
-    batches = Loader(32).train_batches(items, 5, seed=1)
+    optimizer = SO(mark_as_trainable(model, "text", "top").values(), lr=1e38, seed=1)
+    course = TrainState(9)
+    batches = ImageLoader(32).train_batches(items, 5, seed=1)
     with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
         train(Adapted(model, prompts(model), Method(optimizer)), batches, course)
     assert [math.isfinite(row[1]) for row in course.curve()] == [True, False]
 
 
 def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
-    assert cosine_lr(2e-4, 0, 100) == pytest.approx(2e-4)
-    assert cosine_lr(2e-4, 50, 100) == pytest.approx((2e-4 + 1e-6) / 2)
-    assert cosine_lr(2e-4, 100, 100) == pytest.approx(1e-6)
+    assert get_lr(2e-4, 0, 100) == pytest.approx(2e-4)
+    assert get_lr(2e-4, 50, 100) == pytest.approx((2e-4 + 1e-6) / 2)
+    assert get_lr(2e-4, 100, 100) == pytest.approx(1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precision):
     model = tiny().cuda()
-    optimizer = SO(select_matrices(model, "both", "all").values(), density_ratio=0.05, seed=1)
+    optimizer = SO(mark_as_trainable(model, "both", "all").values(), density_ratio=0.05, seed=1)
     adapt(model, items, optimizer, 3, precision=precision)
     modes = []
 
@@ -239,9 +241,9 @@ def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precisi
             yield batch, ends_epoch
 
     try:
-        batches = watched(Loader(32).train_batches(items, 5, seed=1))
+        batches = watched(ImageLoader(32).train_batches(items, 5, seed=1))
         adapted = Adapted(model, prompts(model), Method(optimizer))
-        train(adapted, batches, Course(40), Settings(precision=precision))
+        train(adapted, batches, TrainState(40), TrainConfig(precision=precision))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert modes.count("error") == 26  # two of three batches
