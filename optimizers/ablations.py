@@ -45,7 +45,7 @@ class SOVariant(SO):
     Raises:
         ValueError: A name is none of these, there are no moments to choose a support for, or SO
             refuses its arguments.
-    """
+    """  # noqa: E501
 
     def __init__(
         self,
