@@ -45,13 +45,13 @@ class Job:
         own = config.pick("classnames", "template", "fewshot_split", "subsample")
         self.dataset = build_dataset(config.dataset, config.root_path, config.shots, **own)
         self.targets = transfer.build_target_datasets(config)
-        new = {"new classes": self.dataset.new} if self.dataset.new else {}
+        new = {"new classes": self.dataset.new_classes} if self.dataset.new_classes else {}
         self.tasks = {"": self.dataset, **new, **self.targets}
         told = {"eval_only": config.eval_only, **output_dir.get_hparams(config)}
-        data = [task.data["digest"] for task in self.tasks.values()]
+        data = [task.fingerprint["digest"] for task in self.tasks.values()]
         processes.check_same(data=data, **told)
         self.result = processes.first(
-            lambda: output_dir.load_finished_result(self.folder, config, self.dataset.data)
+            lambda: output_dir.load_finished_result(self.folder, config, self.dataset.fingerprint)
         )
 
     def load(self) -> None:

@@ -85,7 +85,7 @@ def adapt(job: Job) -> None:
         output_dir.lock_output_dir(folder) if processes.writes else nullcontext(),
         job.signals.deferred(),
     ):
-        checkpoint = CheckpointSaver(folder, config, dataset.data, job.base.digest)
+        checkpoint = CheckpointSaver(folder, config, dataset.fingerprint, job.base.digest)
         interrupted = processes.first(checkpoint.read)
         if processes.writes:
             output_dir.save_run_inputs(folder, config, dataset)
@@ -103,8 +103,8 @@ def adapt(job: Job) -> None:
             print(f"Going on from iteration {course.count} of at most {course.iterations}")
         else:
             course.zero_shot = job.predict(config.eval_split, "Zero-shot").accuracy
-            if dataset.new:
-                new = job.predict(config.eval_split, "Zero-shot", dataset.new).accuracy
+            if dataset.new_classes:
+                new = job.predict(config.eval_split, "Zero-shot", dataset.new_classes).accuracy
                 course.new["zero_shot_new_accuracy"] = new
         before = {"zero_shot_accuracy": course.zero_shot, **course.new}
         output_dir.print_accuracies(output_dir.ZERO_SHOT_KEYS, before, config.eval_split)
@@ -148,7 +148,7 @@ def adapt(job: Job) -> None:
 
 def measure_now(job: Job, adapted: Adapted, course: TrainState) -> Predictions:
     """Measure the present weights as they would be reported."""
-    config, score, new = job.config, None, job.dataset.new
+    config, score, new = job.config, None, job.dataset.new_classes
     with adapted.scaled(config.wise):
         if config.final_model == "best_val":
             score = job.predict("val", "Validation").accuracy

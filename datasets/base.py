@@ -40,9 +40,9 @@ class FewShotDataset:
     Attributes:
         classnames: By label.
         template: Prompts with {} for the class name.
-        data: What the few were drawn from, for results to be told apart by (see `Split.data`).
-        images: The image folder, where the paths of all items begin.
-        new: The other half of the classes, to be tested on as well, where this is the base half.
+        fingerprint: What the few were drawn from (see `Split.fingerprint`).
+        image_dir: The image folder, where the paths of all items begin.
+        new_classes: The other half of the classes, where this is the base half.
     """
 
     name: str
@@ -51,9 +51,9 @@ class FewShotDataset:
     test: list[Datum]
     classnames: list[str]
     template: list[str]
-    data: dict[str, str | int]
-    images: str
-    new: "FewShotDataset | None" = None
+    fingerprint: dict[str, str | int]
+    image_dir: str
+    new_classes: "FewShotDataset | None" = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Split:
             sha.update(f"{path}\0{label}\0{name}\0".encode(errors="surrogateescape"))
         return sha.hexdigest()
 
-    def data(self) -> dict[str, str | int]:
+    def fingerprint(self) -> dict[str, str | int]:
         """What a result says of its data: kind of split, digest, images in each part."""
         return {"split": self.kind, "digest": self.digest(), **self.counts()}
 

@@ -82,7 +82,7 @@ def build_dataset(
         fewshot_split: JSON file of images to take in place of the draw (see `load_fewshot_split`).
         subsample: "base" or "new" for this half of the classes (see `Split.half`); the few are
             drawn for all of them first, so that a seed means the same images. "base" has the other
-            half as `new`.
+            half as `new_classes`.
 
     Raises:
         ValueError: An unknown name, shots below 1, no root_path, broken data, or names, a template
@@ -121,7 +121,7 @@ def build_dataset(
     dataset = _items(source, task, prompts, _data(split, subsample))
     if subsample == "base":
         new = _items(source, few.half("new"), prompts, _data(split, "new"))
-        return replace(dataset, new=new)
+        return replace(dataset, new_classes=new)
     return dataset
 
 
@@ -139,7 +139,7 @@ def build_test_dataset(
     source, split = _read(name, root_path, save=True)
     if missing := count_mismatch(source, split):
         print(f"note: {missing}", file=sys.stderr)
-    return _items(source, replace(split, train=[], val=[]), prompts, split.data())
+    return _items(source, replace(split, train=[], val=[]), prompts, split.fingerprint())
 
 
 def dataset_fingerprint(
@@ -148,7 +148,7 @@ def dataset_fingerprint(
     classnames: str | os.PathLike | None = None,
     subsample: str = "all",
 ) -> dict[str, str | int]:
-    """Say which data `build_dataset` would use: what it gives as `data`.
+    """Say which data `build_dataset` would use: what it gives as `fingerprint`.
 
     Nothing is drawn, printed or written. Arguments and errors are those of `build_dataset`.
     """
@@ -159,7 +159,7 @@ def _data(split: Split, subsample: str) -> dict[str, str | int]:
     """What a result says of its data. A run on base classes tests on all of them."""
     half = split.half(subsample)
     tested = replace(half, test=split.test) if subsample == "base" else half
-    return half.data() | {"digest": tested.digest()}
+    return half.fingerprint() | {"digest": tested.digest()}
 
 
 def _items(

@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from datasets import digits
 from datasets.base import DatasetInfo
+from datasets.digits import SPLIT_FILE, build_digits, read_digits
 from datasets.imagenet import read_imagenet, read_imagenet_variant
 from datasets.readers import (
     read_cars,
@@ -241,11 +241,11 @@ DATASETS: dict[str, DatasetInfo] = {
         title="Digits",
         folders=("digits",),
         images="images",
-        split=digits.SPLIT_FILE,
-        read=digits.read_digits,
+        split=SPLIT_FILE,
+        read=read_digits,
         classes=10,
         counts=(898, 359, 540),
         url="https://doi.org/10.24432/C50P49",
-        prepare=digits.build_digits,
+        prepare=build_digits,
     ),
 }

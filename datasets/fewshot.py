@@ -150,7 +150,7 @@ def dump_fewshot_split(dataset: FewShotDataset) -> str:
     """The text of a list of a dataset's few images, which `load_fewshot_split` takes on any disk."""  # noqa: E501
 
     def entries(items: list[Datum]) -> list[RawSample]:
-        start = os.path.join(dataset.images, "")
+        start = os.path.join(dataset.image_dir, "")
         return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
 
     return json.dumps({"train": entries(dataset.train_x), "val": entries(dataset.val)})

@@ -228,10 +228,10 @@ def save_result(
         | {package.__name__: package.__version__ for package in (torch, torchvision, np)},
         "git_commit": get_git_sha(),
         "config": get_hparams(config),
-        "data": dataset.data,
+        "data": dataset.fingerprint,
     }
     columns = labels.tolist(), predicted.tolist(), probabilities.tolist()
-    paths = [Path(os.path.relpath(item.impath, dataset.images)).as_posix() for item in items]
+    paths = [Path(os.path.relpath(item.impath, dataset.image_dir)).as_posix() for item in items]
     rows = zip(paths, *columns, strict=True)
     atomic_write(folder / "predictions.csv", to_csv(PREDICTION_COLUMNS, rows))
     (folder / "transfer.json").unlink(missing_ok=True)  # of an earlier run, as its weights

@@ -51,7 +51,9 @@ def load_known_targets(
 
 def print_known_targets(folder: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
     """Print what a finished run's folder already says of targets; name those that it does not."""
-    entries = load_known_targets(folder, {name: dataset.data for name, dataset in targets.items()})
+    entries = load_known_targets(
+        folder, {name: dataset.fingerprint for name, dataset in targets.items()}
+    )
     for name, entry in entries.items():
         for kind in ("zero_shot_accuracy", "final_accuracy"):
             print_accuracy(kind, entry[kind], "test", name)
@@ -84,7 +86,7 @@ def save_transfer(
             "final_accuracy": final[name],
             "classes": len(dataset.classnames),
             "images": len(dataset.test),
-            "data": dataset.data,
+            "data": dataset.fingerprint,
         }
     try:
         atomic_write(folder / TRANSFER_FILENAME, json.dumps(entries, indent=2) + "\n")

@@ -58,7 +58,7 @@ def test_links_are_followed_wherever_they_lead(tmp_path, name, split, link):
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     whole, linked = (build_dataset(name, tmp_path / root, 2) for root in ("whole", "linked"))
-    assert linked.data == whole.data and Path(linked.test[0].impath).is_file()
+    assert linked.fingerprint == whole.fingerprint and Path(linked.test[0].impath).is_file()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_left_overs_of_archives_and_file_servers_are_no_classes(tmp_path, name, 
     (folder / names[0] / "@eaDir/a.jpg").mkdir(parents=True)  # Synology's, a folder for each image
     (folder / names[0] / "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg").write_bytes(b"x")
     after = build_dataset(name, tmp_path, 1)
-    assert (after.classnames, after.data) == (before.classnames, before.data)
+    assert (after.classnames, after.fingerprint) == (before.classnames, before.fingerprint)
 
 
 # dataset, where its folder lies, what to do

@@ -175,7 +175,7 @@ def test_base_and_new_classes_share_one_draw_and_are_labelled_from_0(tmp_path):
                 if item.label in labels
             ]
             assert [tuple(vars(item).values()) for item in getattr(half, part)] == expected
-    assert halves["new"].new is None and halves["base"].new == halves["new"]
+    assert halves["new"].new_classes is None and halves["base"].new_classes == halves["new"]
 
 
 def test_each_half_tells_its_data_apart(tmp_path):
@@ -184,7 +184,7 @@ def test_each_half_tells_its_data_apart(tmp_path):
     found = {}
     for subsample, counts in images.items():
         data = dataset_fingerprint("dtd", tmp_path, subsample=subsample)
-        assert data == build_dataset("dtd", tmp_path, 1, subsample=subsample).data
+        assert data == build_dataset("dtd", tmp_path, 1, subsample=subsample).fingerprint
         assert (data["train"], data["val"], data["test"]) == counts
         found[subsample] = data["digest"]
     assert len(set(found.values())) == 3
@@ -225,7 +225,9 @@ def test_the_same_data_has_the_same_digest_on_every_disk(complete, tmp_path, cap
     state = random.getstate()
     data = dataset_fingerprint(name, root)
     assert random.getstate() == state and capsys.readouterr().err == ""
-    assert data == build_dataset(name, root, 1).data == build_dataset(name, root, 4).data
+    assert (
+        data == build_dataset(name, root, 1).fingerprint == build_dataset(name, root, 4).fingerprint
+    )
     assert data["split"] == "published" and re.fullmatch("[0-9a-f]{64}", data["digest"])
     counts = (0, 0, 12) if name in VARIANTS else (24, 0, 12) if name == "imagenet" else (12, 6, 6)
     assert (data["train"], data["val"], data["test"]) == counts

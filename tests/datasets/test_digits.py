@@ -192,7 +192,7 @@ def test_the_first_use_makes_what_was_described_before_and_draws_the_same_images
         random.seed(3)
         draws.append(build_dataset("digits", None, 1))
     assert draws[0] == draws[1] and len(draws[0].train_x) == 10
-    assert draws[0].data == data == dataset_fingerprint("digits", None)
+    assert draws[0].fingerprint == data == dataset_fingerprint("digits", None)
     (tmp_path / ".cache/so/digits" / digits.SPLIT_FILE).unlink()
     for use in (
         lambda: build_dataset("digits", None, 1),

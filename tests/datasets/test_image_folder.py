@@ -51,11 +51,11 @@ def test_each_class_of_a_folder_is_divided_and_nothing_is_written(mine):
     before = sorted(mine.parent.rglob("*"))
     dataset = built(mine)
     assert dataset.name == "mine" and dataset.classnames == sorted(SIZES)
-    assert dataset.data["split"] == "own" and dataset.template == TEMPLATE
-    assert [dataset.data[part] for part in PARTS] == [6 + 5 + 2, 2 + 2 + 1, 4 + 3 + 2]
+    assert dataset.fingerprint["split"] == "own" and dataset.template == TEMPLATE
+    assert [dataset.fingerprint[part] for part in PARTS] == [6 + 5 + 2, 2 + 2 + 1, 4 + 3 + 2]
     for item in dataset.train_x + dataset.val + dataset.test:
         assert Path(item.impath).is_file() and Path(item.impath).parent.name == item.classname
-    assert dataset_fingerprint(str(mine), None) == dataset.data
+    assert dataset_fingerprint(str(mine), None) == dataset.fingerprint
     assert built(mine) == dataset and sorted(mine.parent.rglob("*")) == before
 
 
@@ -68,7 +68,7 @@ def test_the_images_of_a_known_dataset_are_drawn_alike_as_own_ones(tmp_path, for
         images /= "my.json"
     known, own = built("dtd", 3, root=tmp_path), built(images, 3)
     assert (own.train_x, own.val, own.test) == (known.train_x, known.val, known.test)
-    assert own.data == {**known.data, "split": "own"} and own.name in ("images", "my")
+    assert own.fingerprint == {**known.fingerprint, "split": "own"} and own.name in ("images", "my")
 
 
 @pytest.mark.parametrize("val", [None, "Val", "valid", "validation"])
@@ -76,7 +76,7 @@ def test_folders_of_parts_are_those_parts(tmp_path, val):
     for part in filter(None, ("Train", val, "test")):
         fill(tmp_path / part, {"10": 10, "9": 5, "1": 2})
     dataset = built(tmp_path)
-    assert [dataset.data[p] for p in PARTS] == ([17, 17, 17] if val else [14, 3, 17])
+    assert [dataset.fingerprint[p] for p in PARTS] == ([17, 17, 17] if val else [14, 3, 17])
     assert dataset.classnames == ["1", "9", "10"]  # as numbers
     for items, folder in ((dataset.test, "test"), (dataset.val, val or "Train")):
         assert all(f"/{folder}/" in item.impath for item in items)
@@ -113,7 +113,9 @@ def test_a_known_name_wins_unless_a_path_is_written(tmp_path, monkeypatch):
 def test_a_csv_without_parts_is_divided_as_the_folder_is(mine):
     csv = built(listed(mine, "path,label,x", lambda n, path, name: f"{path},{name},-"))
     folder = built(mine)
-    assert csv.name == "list" and csv.data["digest"] != folder.data["digest"]  # other paths
+    assert (
+        csv.name == "list" and csv.fingerprint["digest"] != folder.fingerprint["digest"]
+    )  # other paths
     assert (csv.train_x, csv.val, csv.test) == (folder.train_x, folder.val, folder.test)
 
 
@@ -123,7 +125,7 @@ def test_a_csv_with_parts_and_numbers_keeps_both(mine, words):
     path = listed(mine, "Split,label,path", lambda n, p, name: f"{words[n % 3]},{number[name]},{p}")
     dataset = built(path)
     assert dataset.classnames == ["-1", "9", "10"]
-    assert [dataset.data[part] for part in PARTS] == [9, 9, 9]
+    assert [dataset.fingerprint[part] for part in PARTS] == [9, 9, 9]
     lines = path.read_text().splitlines()[3::3]
     assert [i.impath for i in dataset.test] == [f"{mine.parent}/{x.split(',')[2]}" for x in lines]
 
@@ -143,8 +145,8 @@ def test_names_from_a_file_are_in_items_and_digest(mine):
     assert dataset.classnames == ["Käse Brot", "no", "bar in a zoo"]
     assert [i.impath for i in dataset.train_x] == [i.impath for i in plain.train_x]
     assert {i.classname for i in dataset.test} == set(dataset.classnames)
-    assert dataset.data["digest"] != plain.data["digest"]
-    assert dataset_fingerprint(str(mine), None, classnames=names) == dataset.data
+    assert dataset.fingerprint["digest"] != plain.fingerprint["digest"]
+    assert dataset_fingerprint(str(mine), None, classnames=names) == dataset.fingerprint
 
 
 def test_classes_of_a_known_dataset_are_renamed_by_label_or_name(tmp_path):
@@ -176,7 +178,9 @@ def test_a_list_gives_the_same_images_on_another_disk(mine, tmp_path, capsys, pr
     (tmp_path / "few.json").write_text(json.dumps(few))
     more = {"fewshot_split": tmp_path / "few.json"}
     second = built(tmp_path / "other/mine", **more)
-    assert random.getstate() == random.Random(1).getstate() and second.data == first.data
+    assert (
+        random.getstate() == random.Random(1).getstate() and second.fingerprint == first.fingerprint
+    )
     assert dump_fewshot_split(second) == dump_fewshot_split(first) and capsys.readouterr().err == ""
     built(mine, 1, **more)
     assert "few.json has 6 training images for 3 classes, not 1 for" in capsys.readouterr().err

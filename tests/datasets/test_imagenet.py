@@ -19,7 +19,7 @@ def test_a_variant_has_test_images_alone_and_draws_nothing(tmp_path, name):
     state = random.getstate()
     dataset = build_dataset(name, tmp_path, 16)
     assert random.getstate() == state
-    assert dataset.train_x == dataset.val == [] and dataset.new is None
+    assert dataset.train_x == dataset.val == [] and dataset.new_classes is None
     assert dataset.classnames == [name for _, name in NAMES[:12]]
     # Numbered folders are sorted as text on the disk: 10 and 11 come before 2.
     assert [item.label for item in dataset.test] == [label for label in range(12) for _ in "ab"]

@@ -119,7 +119,7 @@ def test_backslashes_are_read_as_slashes_where_that_finds_the_file(eurosat):
         eurosat,
         lambda s: s.update({p: [[e[0].replace("/", "\\"), *e[1:]] for e in s[p]] for p in s}),
     )
-    assert build_dataset("eurosat", eurosat.parent, 2).data == before.data
+    assert build_dataset("eurosat", eurosat.parent, 2).fingerprint == before.fingerprint
     change_split(eurosat, lambda s: s["test"].append(["Forest/a\\b.jpg", 1, "Forest"]))
     assert build_dataset("eurosat", eurosat.parent, 2).test[-1].impath.endswith("Forest/a\\b.jpg")
 
@@ -147,7 +147,7 @@ def test_a_split_is_made_once_saved_and_announced(tmp_path, capsys, name, conven
     assert capsys.readouterr().err == "" and not made.exists() and random.getstate() == state
     random.seed(11)
     dataset = build_dataset(name, tmp_path, 2)
-    assert dataset.data == data and data["split"] == "made"
+    assert dataset.fingerprint == data and data["split"] == "made"
     announced = capsys.readouterr().err.splitlines()[0]
     assert "not comparable to published figures" in announced and "made now" in announced
     assert f"section {DATASETS[name].title}" in announced
@@ -180,7 +180,7 @@ FOLDER_CHANGES = {
 
 @pytest.mark.parametrize("change", FOLDER_CHANGES)
 def test_a_made_split_is_made_anew_where_its_folder_has_changed(dtd, capsys, change):
-    before = build_dataset("dtd", dtd.parent, 1).data
+    before = build_dataset("dtd", dtd.parent, 1).fingerprint
     FOLDER_CHANGES[change](dtd / "images")
     capsys.readouterr()
     assert dataset_fingerprint("dtd", dtd.parent)["digest"] != before["digest"]
@@ -189,7 +189,9 @@ def test_a_made_split_is_made_anew_where_its_folder_has_changed(dtd, capsys, cha
     classes = [path.name for path in (dtd / "images").iterdir() if path.is_dir()]
     assert dataset.classnames == sorted(classes)
     saved = json.loads((dtd / MADE).read_text())
-    assert [len(saved[p]) for p in ("train", "val", "test")] == list(dataset.data.values())[2:]
+    assert [len(saved[p]) for p in ("train", "val", "test")] == list(dataset.fingerprint.values())[
+        2:
+    ]
     build_dataset("dtd", dtd.parent, 1)
     assert "made earlier" in capsys.readouterr().err
 
@@ -210,7 +212,7 @@ def test_the_published_split_decides_when_both_are_there(dtd, capsys):
     build_dataset("dtd", dtd.parent, 1)
     make_dataset("dtd", dtd.parent, split=True, size=(8, 8))
     capsys.readouterr()
-    assert build_dataset("dtd", dtd.parent, 1).data["split"] == "published"
+    assert build_dataset("dtd", dtd.parent, 1).fingerprint["split"] == "published"
     assert "made" not in capsys.readouterr().err
 
 
