@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import io
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -119,6 +120,26 @@ def fsync_dir(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def detect_placeholder_file(path: str | os.PathLike) -> str | None:
+    """Detect a Git LFS pointer or a web page that was saved in place of a file.
+
+    Returns:
+        What the file is and the remedy, to follow "PATH is"; None for any other file, and where
+        it cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if re.match(rb"(<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", text, re.S):
+        return "a web page, not the file itself: download it again"
+    return None
 
 
 def one_line(text: str) -> str:

@@ -45,8 +45,9 @@ from benchmarks.workers import Worker, take_turns
 from clip import CLIP
 from clip.lora import apply_lora, set_dropout
 from clip.model import Attention
+from clip.preprocess import normalize
 from clip.zero_shot import encode_classes, get_autocast, precompute_frozen_text, unit
-from datasets.transforms import normalize, to_device
+from datasets.transforms import to_device
 from optimizers import SO
 from optimizers.build import POSITIONS, Method, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients

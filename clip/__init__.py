@@ -1,7 +1,7 @@
 """CLIP: models in OpenAI's layout, their tokenizer, and what brings their weights."""
 
 from clip.convert import build_model
-from clip.files import detect_placeholder_file, read_checkpoint
+from clip.files import read_checkpoint
 from clip.loading import available_models, load, resolve_checkpoint, validate_name
 from clip.model import CLIP
 from clip.preprocess import OPENAI_MEAN, OPENAI_STD, convert_image_to_rgb, image_transform
@@ -16,7 +16,6 @@ __all__ = [
     "build_model",
     "validate_name",
     "default_bpe",
-    "detect_placeholder_file",
     "load",
     "resolve_checkpoint",
     "image_transform",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip.archive import check_expansion_ratio, is_archive, read_torchscript_state_dict, safe_load
 from clip.convert import convert_to_openai, extract_state_dict
+from utils import detect_placeholder_file
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 WEIGHT_FILENAMES = (  # what makers call their files, in the order in which a folder's are taken
@@ -24,29 +25,6 @@ WEIGHT_FILENAMES = (  # what makers call their files, in the order in which a fo
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-
-
-def detect_placeholder_file(path: Path | str) -> str | None:
-    """What lies in a file's place, with the remedy, where its first bytes betray it.
-
-    Args:
-        path: a file that should hold weights, an image or a list.
-
-    Returns:
-        A phrase for the error that names the file; None for every other file, and where it cannot
-        be opened.
-    """
-    try:
-        with open(path, "rb") as file:
-            first = file.read(512)
-    except OSError:
-        return None
-    if first.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"
-    text = first.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if re.match(rb"(<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", text, re.S):
-        return "a web page, not the file itself: download it again"
-    return None
 
 
 def find_weight_file(folder: Path) -> Path:

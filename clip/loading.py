@@ -15,10 +15,11 @@ from torchvision import transforms
 
 from clip.convert import build_model, infer_model_args
 from clip.download import cache_dir, download_url, sha256_file
-from clip.files import SUFFIXES, detect_placeholder_file, find_weight_file, read_checkpoint
+from clip.files import SUFFIXES, find_weight_file, read_checkpoint
 from clip.model import ACTIVATIONS, CLIP
 from clip.model_config import OPEN_CLIP, ModelConfig, find_config_next_to, from_open_clip_pretrained
 from clip.preprocess import image_transform
+from utils import detect_placeholder_file
 
 MODELS_URL = "https://openaipublic.azureedge.net/clip/models"  # /<sha256>/<file>
 _MODELS = {  # name: (file, SHA-256)

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import transforms
 
 OPENAI_MEAN = (
@@ -36,6 +38,18 @@ def image_transform(
             transforms.Normalize(mean, std),
         ]
     )
+
+
+def normalize(
+    images: Tensor, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
+) -> Tensor:
+    """Turn uint8 images (B, 3, R, R) into a model's input, float32 of the same shape.
+
+    Does for a batch on its device what the last two steps of `image_transform` do for an image.
+    """
+    mean = torch.tensor(mean, device="cpu").to(images.device, non_blocking=True)
+    std = torch.tensor(std, device="cpu").to(images.device, non_blocking=True)
+    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 def convert_image_to_rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIP
 from clip.lora import rows_of
-from datasets.transforms import Batch, normalize, to_device
+from clip.preprocess import normalize
+from datasets.transforms import Batch, to_device
 from runs.distributed import SINGLE_PROCESS, DistInfo, Shard
 from utils import Predictions, Progress
 

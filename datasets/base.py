@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import clip
+from utils import detect_placeholder_file
 
 RawSample = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
@@ -209,7 +209,7 @@ class DatasetDir:
     def unreadable(self, path: Path, fault: str) -> Exception:
         """An exception for a file whose content is not what it should be, by its first bytes."""
         words = (
-            clip.detect_placeholder_file(path) if path.is_file() else None
+            detect_placeholder_file(path) if path.is_file() else None
         )  # a pipe would be waited for
         return self.error(f"{path} is {words}" if words else f"{path} {fault}")
 

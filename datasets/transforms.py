@@ -1,7 +1,7 @@
-"""Images: read, cropped, mirrored, stacked, brought to the device, normalised.
+"""Images: read, cropped, mirrored, stacked, brought to the device.
 
-Batches are uint8, a quarter of what float images weigh on their way to a GPU; `normalise` makes
-them a model's input there.
+Batches are uint8, a quarter of what float images weigh on their way to a GPU, where
+`clip.preprocess.normalize` makes them a model's input.
 """
 
 import math
@@ -16,7 +16,8 @@ import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-import clip
+from clip.preprocess import convert_image_to_rgb
+from utils import detect_placeholder_file
 
 # By content, whatever a file is called. Pillow knows more, of which EPS would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
@@ -43,13 +44,13 @@ def read_image(path: str | os.PathLike) -> Image.Image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
             image.load()
-            return clip.convert_image_to_rgb(image)
+            return convert_image_to_rgb(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error
     except Exception as error:  # a damaged file makes Pillow fail in any way
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            if words := clip.detect_placeholder_file(path):
+            if words := detect_placeholder_file(path):
                 raise ValueError(f"the image {path} is {words}") from error
             reason = _many_bands(path) or f"none of {', '.join(FORMATS)}"
         elif isinstance(error, OSError) and error.strerror:
@@ -124,18 +125,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         batch = batch[0].pin_memory(), batch[1].pin_memory()
     return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-
-
-def normalize(
-    images: Tensor, mean: Sequence[float] = clip.OPENAI_MEAN, std: Sequence[float] = clip.OPENAI_STD
-) -> Tensor:
-    """Turn uint8 images into a model's input: (B, 3, R, R) float32.
-
-    Args:
-        images: (B, 3, R, R) uint8.
-        mean: Mean of red, green and blue in the images that the model was trained on, 0 to 1.
-        std: Their standard deviation.
-    """
-    mean = torch.tensor(mean, device="cpu").to(images.device, non_blocking=True)
-    std = torch.tensor(std, device="cpu").to(images.device, non_blocking=True)
-    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import clip
 from clip import download, loading, model_config
+from utils import detect_placeholder_file
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 350939004\n"
 PAGES = [
@@ -82,7 +83,7 @@ def test_other_files_are_not_taken_for_pointers_and_pages(state, tmp_path):
     (tmp_path / "x.txt").write_text("<body and soul>, said a list of class names")
     (tmp_path / "x.svg").write_text('<?xml version="1.0"?><svg></svg>')
     for name in ("x.pt", "x.txt", "x.svg", "missing", "."):
-        assert clip.detect_placeholder_file(tmp_path / name) is None or name == "x.txt"
+        assert detect_placeholder_file(tmp_path / name) is None or name == "x.txt"
 
 
 # Folders

@@ -19,11 +19,11 @@ from torchvision.transforms.functional import resized_crop
 
 import clip
 import datasets.loader
+from clip.preprocess import normalize
 from datasets import Datum
 from datasets.loader import ImageCache, ImageLoader
 from datasets.transforms import (
     MAX_PIXELS,
-    normalize,
     random_resized_crop_params,
     read_image,
     train_transform,
@@ -214,7 +214,7 @@ def test_a_thread_that_runs_out_of_memory_names_the_image(command, monkeypatch):
     def no_memory(_):
         raise MemoryError
 
-    monkeypatch.setattr("clip.convert_image_to_rgb", no_memory)
+    monkeypatch.setattr("datasets.transforms.convert_image_to_rgb", no_memory)
     status, _, err = call_main(*command)
     assert status == 2 and re.search(r"the image .*jpg cannot be read \(MemoryError\)", err)
 

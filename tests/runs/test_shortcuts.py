@@ -11,13 +11,13 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 
 from benchmarks import plain
 from clip import build_model
+from clip.preprocess import normalize
 from clip.zero_shot import (
     encode_classes,
     encode_images,
     precompute_frozen_text,
     tokenize_class_prompts,
 )
-from datasets.transforms import normalize
 from optimizers import SO, SampledGradients
 from optimizers.build import POSITIONS, Method, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
