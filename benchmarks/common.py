@@ -1,7 +1,4 @@
-"""Parts that the benchmarks share: random CLIPs and prompts, the machine in words, tables, JSON.
-
-The tests take their random CLIPs from here, too.
-"""
+"""Parts that the benchmarks share: sizes of CLIPs, prompts, timing, the machine's name, tables."""
 
 import argparse
 import ctypes
@@ -16,92 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip import CLIP
 from runs.environment import peak_memory_mb
 
 T = 5  # steps between two draws
-TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
-
-
-def _config(embed_dim, resolution, layers, width, patch, transformer_width):
-    return {
-        "embed_dim": embed_dim,
-        "image_resolution": resolution,
-        "vision_layers": layers,
-        "vision_width": width,
-        "vision_patch_size": patch,
-        "transformer_width": transformer_width,
-        **TEXT,
-    }
-
-
-CONFIGS = {
-    "RN50": _config(1024, 224, (3, 4, 6, 3), 64, None, 512),
-    "RN101": _config(512, 224, (3, 4, 23, 3), 64, None, 512),
-    "RN50x4": _config(640, 288, (4, 6, 10, 6), 80, None, 640),
-    "RN50x16": _config(768, 384, (6, 8, 18, 8), 96, None, 768),
-    "RN50x64": _config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
-    "ViT-B/32": _config(512, 224, 12, 768, 32, 512),
-    "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
-    "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
+VIT_B_16 = {
+    "embed_dim": 512,
+    "image_resolution": 224,
+    "vision_layers": 12,
+    "vision_width": 768,
+    "vision_patch_size": 16,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "transformer_width": 512,
+    "transformer_layers": 12,
 }
-
-TINY_VIT = {
-    "embed_dim": 64,
-    "image_resolution": 32,
-    "vision_layers": 4,
-    "vision_width": 128,
-    "vision_patch_size": 8,
-    "context_length": 16,
-    "vocab_size": 514,
-    "transformer_width": 64,
-    "transformer_layers": 2,
+VIT_L_14 = dict(
+    VIT_B_16, embed_dim=768, vision_layers=24, vision_width=1024, vision_patch_size=14,
+    transformer_width=768,
+)  # fmt: skip
+TINY = dict(
+    VIT_B_16, embed_dim=64, image_resolution=32, vision_layers=4, vision_width=128,
+    vision_patch_size=8, vocab_size=514, transformer_width=64, transformer_layers=2,
+)  # fmt: skip
+BACKBONES = {  # arguments of `CLIP`
+    "ViT-B/32": {**VIT_B_16, "vision_patch_size": 32},
+    "ViT-B/16": VIT_B_16,
+    "ViT-L/14": VIT_L_14,
+    "tiny": TINY,
 }
-TINY_RESNET = {
-    **TINY_VIT,
-    "image_resolution": 64,
-    "vision_layers": (1, 2, 1, 1),
-    "vision_width": 8,
-    "vision_patch_size": None,
-}
-BACKBONES = {**CONFIGS, "tiny": {**TINY_VIT, "context_length": 77}}
-
-
-def random_state_dict(name_or_config: str | dict, seed: int = 0) -> dict[str, Tensor]:
-    """Make random weights of a CLIP in OpenAI's layout, the three extra keys included.
-
-    Args:
-        name_or_config: A key of CONFIGS, or the arguments of `CLIP`.
-        seed: Seed of a generator of its own; the global one is left alone.
-
-    Returns:
-        Tensors in float32 (int64 for counts), in which no weight is at its neutral value.
-    """
-    config = CONFIGS.get(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    with torch.device("meta"):
-        shapes = CLIP(**config).state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for key, value in shapes.items():
-        name = key.rpartition(".")[2]
-        noise = torch.randn(value.shape, generator=generator)
-        if key == "logit_scale":
-            state[key] = torch.tensor(100.0).log()
-        elif name == "num_batches_tracked":
-            state[key] = torch.tensor(seed)
-        elif name == "running_var":
-            state[key] = 0.5 + noise.abs()
-        elif name in ("bias", "in_proj_bias", "running_mean"):
-            state[key] = 0.1 * noise
-        elif value.dim() == 1 and name == "weight":  # of a normalisation
-            state[key] = 1 + 0.1 * noise
-        else:
-            state[key] = noise * (value[0].numel() ** -0.5 if value.dim() > 1 else 0.1)
-    state["input_resolution"] = torch.tensor(config["image_resolution"])
-    state["context_length"] = torch.tensor(config["context_length"])
-    state["vocab_size"] = torch.tensor(config["vocab_size"])
-    return state
 
 
 def random_tokens(classes: int, vocabulary: int, context: int = 77) -> Tensor:

@@ -37,7 +37,7 @@ __all__ = ["SampledGradients", "sample_gradients", "sampled_linear", "sum_gradie
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**23
 # Density from which the whole matrix product is faster: for float32 factors on a CPU, and how many
-# times as early it is otherwise. The CPU's were measured (benchmarks/product.py); a GPU's follow
+# times as early it is otherwise. The CPU's were measured (benchmarks/crossover.py); a GPU's follow
 # from an H100's bandwidth and arithmetic, and were not.
 PRODUCT_FROM = 1 / 150
 EARLIER = {("cpu", False): 1, ("cpu", True): 1.4, ("cuda", False): 1.3, ("cuda", True): 10}

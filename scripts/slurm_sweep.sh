@@ -13,7 +13,7 @@
 #     DATA=/path/to/data bash scripts/slurm_sweep.sh [arguments of main.py]
 #
 # calls sbatch, from any folder; the dry run only prints its line and the command of each task.
-# Submit again after failures: finished runs are left out. Variables are those of runs.sh, and
+# Submit again after failures: finished runs are left out. Variables are those of sweep_common.sh, and
 #     SBATCH    more options of sbatch, which win: "--account=me --partition=gpu --time=4:00:00"
 #     JOBS      tasks at a time (16)
 #     RESTARTS  how often a task that meets its time limit is requeued (20)
@@ -21,14 +21,14 @@
 # Given to sbatch without --array, this file is one job that makes all runs through sweep.sh.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
-if [ -e "$here/runs.sh" ]; then
+if [ -e "$here/sweep_common.sh" ]; then
     cd "$here/.."
-elif [ ! -e scripts/runs.sh ]; then # SLURM runs a copy of this file where it was submitted
+elif [ ! -e scripts/sweep_common.sh ]; then # SLURM runs a copy of this file where it was submitted
     echo "slurm_sweep.sh: $PWD is not the repository's folder: submit from there, or call" \
         "\`bash REPOSITORY/scripts/slurm_sweep.sh\`, which submits from any folder" >&2
     exit 2
 fi
-. scripts/runs.sh
+. scripts/sweep_common.sh
 
 submit() {
     local dry_run='' largest offset number options tasks line
@@ -40,7 +40,7 @@ submit() {
         exit 2
     fi
     list_runs
-    list_unfinished "$@"
+    list_pending "$@"
     if [ -n "${DATA:-}" ] && [ ! -d "$DATA" ]; then
         echo "note: DATA=$DATA is not a folder here (seen from $PWD)" >&2
     fi
@@ -102,7 +102,7 @@ ranges() {
 # Prints the command that lists those runs of this sweep that have no result.
 failures() {
     carried
-    printf 'bash %q' "$PWD/scripts/failures.sh"
+    printf 'bash %q' "$PWD/scripts/list_failed.sh"
     [ $# -eq 0 ] || printf ' %q' "$@"
 }
 

@@ -8,13 +8,13 @@
 #         bash scripts/sweep.sh --backbone ViT-B/32 --save_path results
 #     DATASETS=digits SHOTS=4 bash scripts/sweep.sh
 #
-# The variables are those of runs.sh, and
+# The variables are those of sweep_common.sh, and
 #     JOBS      runs at a time (1); with more, each run's output goes to a file below LOGS
 #     GPUS      "0 1 2 3": one run at a time on each of these
 # Arguments are passed on to main.py. Weights are kept with --save_weights alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-. scripts/runs.sh
+. scripts/sweep_common.sh
 list_runs
 
 read -ra gpus <<<"${GPUS:-}"
@@ -37,7 +37,7 @@ stop() {
 trap stop INT TERM
 trap 'rm -rf "$taken"' EXIT
 
-list_unfinished "$@"
+list_pending "$@"
 if [ ${#left[@]} -eq 0 ]; then
     exit
 fi

@@ -9,9 +9,78 @@ from http.server import BaseHTTPRequestHandler
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import CONFIGS, TINY_RESNET, TINY_VIT, random_state_dict  # noqa: F401
-from clip import download
+from clip import CLIP, download
 from clip.model import EXTRA_KEYS
+
+SIZES = {  # D, image side, layers and width of the image tower, patch side, width of the text tower
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 768),
+    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    "ViT-B/32": (512, 224, 12, 768, 32, 512),
+    "ViT-B/16": (512, 224, 12, 768, 16, 512),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 768),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768),
+}
+KEYS = (
+    "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
+    "transformer_width",
+)  # fmt: skip
+TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
+CONFIGS = {name: dict(zip(KEYS, sizes, strict=True)) | TEXT for name, sizes in SIZES.items()}
+
+TINY_VIT = {
+    "embed_dim": 64,
+    "image_resolution": 32,
+    "vision_layers": 4,
+    "vision_width": 128,
+    "vision_patch_size": 8,
+    "context_length": 16,
+    "vocab_size": 514,
+    "transformer_width": 64,
+    "transformer_layers": 2,
+}
+TINY_RESNET = {
+    **TINY_VIT,
+    "image_resolution": 64,
+    "vision_layers": (1, 2, 1, 1),
+    "vision_width": 8,
+    "vision_patch_size": None,
+}
+
+
+def random_state_dict(name_or_config: str | dict, seed: int = 0) -> dict[str, Tensor]:
+    """Random float32 weights of a CLIP in OpenAI's format, none of them at its neutral value.
+
+    Args:
+        name_or_config: A key of CONFIGS, or the arguments of `CLIP`.
+        seed: The global generator is not touched.
+    """
+    config = CONFIGS.get(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    with torch.device("meta"):
+        shapes = CLIP(**config).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in shapes.items():
+        name = key.rpartition(".")[2]
+        noise = torch.randn(value.shape, generator=generator)
+        if key == "logit_scale":
+            state[key] = torch.tensor(100.0).log()
+        elif name == "num_batches_tracked":
+            state[key] = torch.tensor(seed)
+        elif name == "running_var":
+            state[key] = 0.5 + noise.abs()
+        elif name in ("bias", "in_proj_bias", "running_mean"):
+            state[key] = 0.1 * noise
+        elif value.dim() == 1 and name == "weight":  # of a normalization
+            state[key] = 1 + 0.1 * noise
+        else:
+            state[key] = noise * (value[0].numel() ** -0.5 if value.dim() > 1 else 0.1)
+    state["input_resolution"] = torch.tensor(config["image_resolution"])
+    state["context_length"] = torch.tensor(config["context_length"])
+    state["vocab_size"] = torch.tensor(config["vocab_size"])
+    return state
 
 
 def open_clip_model(state: dict[str, Tensor]) -> nn.Module:

@@ -8,6 +8,12 @@ from contextlib import redirect_stderr, redirect_stdout
 import main
 from runs import cli
 
+OUTCOME_FILES = ("curve.csv", "weights.safetensors", "predictions.csv", "fewshot.json")
+OUTCOME_KEYS = (
+    "zero_shot_accuracy", "final_accuracy", "last_accuracy", "iterations", "selected_iteration",
+    "per_class", "ece",
+)  # fmt: skip
+
 
 def call(run, *argv):
     """A command's main function: (status, standard output, standard error)."""
@@ -50,6 +56,14 @@ def run_folder(out):
 def result_of(out):
     """result.json of the one run below a folder."""
     return json.loads((run_folder(out) / "result.json").read_text(encoding="utf-8"))
+
+
+def outcome(out):
+    """What the one run below a folder leaves, except times and paths."""
+    folder, result = run_folder(out), result_of(out)
+    files = {name: (folder / name).read_bytes() for name in OUTCOME_FILES}
+    names = sorted(path.name for path in folder.iterdir())
+    return {**files, **{key: result[key] for key in OUTCOME_KEYS}, "files": names}
 
 
 def wait_for(pattern, folder, process):

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, exchange, iteration, plain, step, workers
-from benchmarks import run as whole_run
+from benchmarks import common, communication, iteration, plain, step, workers
 from benchmarks import settings as settings_of_so
-from benchmarks.common import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks.floor import floor_flops
 from clip import CLIP, build_model
 from optimizers.build import mark_as_trainable
@@ -155,17 +154,6 @@ def test_a_row_that_ends_early_leaves_the_others(monkeypatch, capsys):
     assert "out of memory" in lines[-2] and "ended with status 3" in lines[-1]
 
 
-def test_run_prints_and_writes(run):
-    text, result = run(
-        whole_run, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2", "--images=6",
-        "--n_iters=3", "--num_workers=1", "--device=cpu", "--rows", "SO, --dense_grad",
-    )  # fmt: skip
-    (row,) = result["rows"]
-    assert row["row"] == "SO, --dense_grad" and 0 < row["waiting_share"] < 1
-    check_rows(text, result["rows"])
-    assert row["seconds"].keys() == {"waiting", "start-up", "zero-shot", "training", "final"}
-
-
 def test_step_prints_and_writes(run, monkeypatch):
     monkeypatch.setattr(step, "WIDTHS", {"vision": 16})
     text, rows = run(step, "--density=0.01", "--windows=1", "--threads=1", "--device=cpu")
@@ -174,7 +162,7 @@ def test_step_prints_and_writes(run, monkeypatch):
 
 def test_exchange_counts_the_bytes_exchanged_and_computes_the_time_of_others(run):
     text, result = run(
-        exchange, "--backbone=tiny", "--density=1e-3", "--classes=5", "--processes=2",
+        communication, "--backbone=tiny", "--density=1e-3", "--classes=5", "--processes=2",
         "--repeats=1", "--within", "5", "300",
     )  # fmt: skip
     matrices = mark_as_trainable(CLIP(**common.BACKBONES["tiny"]), "both", "all").values()

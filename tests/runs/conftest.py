@@ -27,7 +27,7 @@ def command(data, tmp_path):
 
 
 @pytest.fixture
-def stand_in(tmp_path):
+def fake_python(tmp_path):
     """An interpreter in whose place a script stands: what a sweep does is up to the shell alone.
 
     Runs whose lines stand in finished.txt are finished.

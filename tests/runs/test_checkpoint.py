@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import call_main, refused, result_of, run, run_folder
+from commands import call_main, outcome, refused, result_of, run, run_folder
+from crash import trial
 
 import clip
 import utils
-from benchmarks.kills import outcome, trial
 from runs.signals import Preempted, SignalHandler
 from utils import sha256_of_tree
 

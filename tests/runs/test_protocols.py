@@ -3,9 +3,9 @@
 import json
 import re
 
+import list_pending
 import pytest
 import torch
-import unfinished
 from clip_helpers import TINY_VIT, random_state_dict
 from commands import refused, result_of, run, run_folder
 from dataset_helpers import ROOT, make_dataset
@@ -85,8 +85,8 @@ def test_each_half_is_a_run_of_its_own_with_images_of_one_draw(command, tmp_path
         images[subsample] = {path for path, _, _ in few}
         assert ("new_accuracy" in result_of(out)) == (subsample == "base")
         arguments = [str(a) for a in [*command, "--save_path", out, "--n_iters", 1]]
-        assert unfinished.is_finished([*arguments, "--subsample", subsample])
-        assert not unfinished.is_finished([*arguments, "--subsample", subsample, "--seed", "1"])
+        assert list_pending.is_finished([*arguments, "--subsample", subsample])
+        assert not list_pending.is_finished([*arguments, "--subsample", subsample, "--seed", "1"])
     assert images["base"] | images["new"] == images["all"]
     assert result_of(tmp_path / "new")["classnames"] == ["z_ad", "z_ae"]
     only_base = refused(*command, "--subsample", "new", "--eval_only", "--seed", 1)
@@ -150,10 +150,10 @@ def test_what_is_known_of_a_dataset_is_not_measured_again(command, tmp_path, mon
     found = told(run(*command, "--test_on", "eurosat", "imagenet_r"))
     assert titles == ["imagenet_r", "imagenet_r"] and len(found) == 6
     arguments = [str(argument) for argument in command]
-    assert unfinished.is_finished([*arguments, "--test_on", "imagenet_r", "eurosat"])
+    assert list_pending.is_finished([*arguments, "--test_on", "imagenet_r", "eurosat"])
     run(*command, "--overwrite", "--no-save_weights")  # other weights: nothing is known of them
     assert not any(run_folder(tmp_path).glob("transfer.json"))
-    assert not unfinished.is_finished([*arguments, "--test_on", "eurosat"])
+    assert not list_pending.is_finished([*arguments, "--test_on", "eurosat"])
     sentence = refused(*command, "--test_on", "eurosat")
     assert "--save_weights" in sentence
 

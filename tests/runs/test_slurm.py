@@ -14,13 +14,13 @@ import pytest
 from commands import calls, wait_for
 
 ROOT = Path(__file__).parents[2]
-SUBMIT, FAILURES = ROOT / "scripts/slurm_sweep.sh", ROOT / "scripts/failures.sh"
+SUBMIT, FAILURES = ROOT / "scripts/slurm_sweep.sh", ROOT / "scripts/list_failed.sh"
 LINES = [f"--method so --dataset digits --shots 1 --seed {seed}" for seed in range(5)]
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
 @pytest.fixture
-def cluster(tmp_path, stand_in):
+def cluster(tmp_path, fake_python):
     """The environment of a sweep of five runs, where SLURM's commands note how they are called.
 
     sbatch notes its arguments and some variables, line by line; arrays may have three tasks.
@@ -47,7 +47,7 @@ esac
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DATA"))}
     sweep = {"DATASETS": "digits", "METHODS": "so", "SHOTS": "1", "SEEDS": "0 1 2 3 4"}
     places = {"PATH": f"{commands}:{os.environ['PATH']}", "LOGS": str(tmp_path / "my logs")}
-    return {**outside, **sweep, **places, "PYTHON": str(stand_in)}
+    return {**outside, **sweep, **places, "PYTHON": str(fake_python)}
 
 
 def bash(script, *arguments, environment, folder):

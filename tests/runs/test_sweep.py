@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import list_pending
 import pytest
 import torch
-import unfinished
 from clip_helpers import TINY_VIT, random_state_dict
 from commands import calls, wait_for
 from dataset_helpers import make_dataset
@@ -95,10 +95,12 @@ def test_a_sweep_whose_processes_are_all_stopped_twice_goes_on_from_its_checkpoi
 
 def test_unfinished_asks_for_each_datasets_data_once(monkeypatch, capsys, tmp_path):
     asked = []
-    monkeypatch.setattr(unfinished, "dataset_fingerprint", lambda *names: asked.append(names) or {})
-    monkeypatch.setattr(unfinished, "load_finished_result", lambda folder, config, data: {})
-    monkeypatch.setattr(unfinished, "remove_stale_files", lambda folder: None)
-    unfinished.data_of.cache_clear()
+    monkeypatch.setattr(
+        list_pending, "dataset_fingerprint", lambda *names: asked.append(names) or {}
+    )
+    monkeypatch.setattr(list_pending, "load_finished_result", lambda folder, config, data: {})
+    monkeypatch.setattr(list_pending, "remove_stale_files", lambda folder: None)
+    list_pending.cached_fingerprint.cache_clear()
     lines = [f"--dataset {name} --seed {seed}" for name in ("dtd", "fgvc") for seed in (1, 2)]
     shared = ["--root_path", "/the data", "--save_path", str(tmp_path)]
     for line in lines:
@@ -106,7 +108,7 @@ def test_unfinished_asks_for_each_datasets_data_once(monkeypatch, capsys, tmp_pa
         folder.mkdir(parents=True)
         (folder / "result.json").touch()
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    unfinished.main(shared)
+    list_pending.main(shared)
     assert asked == [("dtd", "/the data", None), ("fgvc", "/the data", None)]
     assert capsys.readouterr().err == "4 runs, 4 of them finished\n"
 
@@ -115,7 +117,7 @@ def test_unfinished_asks_for_each_datasets_data_once(monkeypatch, capsys, tmp_pa
 def test_a_wrong_flag_and_help_end_before_any_run(flags, status, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("--dataset dtd\n"))
     with pytest.raises(SystemExit) as end:
-        unfinished.main(flags.split())
+        list_pending.main(flags.split())
     out, err = capsys.readouterr()
     assert end.value.code == status and out == "" and words in err
 
@@ -124,8 +126,8 @@ def test_a_wrong_flag_and_help_end_before_any_run(flags, status, words, monkeypa
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM again", "SIGTERM to all"])
-def test_a_stopped_sweep_waits_for_what_its_runs_write(sent, data, tmp_path, stand_in):
-    variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "wait", "PYTHON": stand_in}
+def test_a_stopped_sweep_waits_for_what_its_runs_write(sent, data, tmp_path, fake_python):
+    variables = {"DATASETS": "eurosat oxford_pets", "METHODS": "wait", "PYTHON": fake_python}
     process = start(data, tmp_path / "out", **variables)
     wait_for("started", tmp_path, process)
     number = signal.Signals[sent.split()[0]]
@@ -139,8 +141,8 @@ def test_a_stopped_sweep_waits_for_what_its_runs_write(sent, data, tmp_path, sta
     assert len(calls(tmp_path)) == 1
 
 
-def test_a_killed_run_costs_no_other_one(data, tmp_path, stand_in):
-    variables = {"DATASETS": "eurosat dtd", "METHODS": "fail so", "PYTHON": stand_in}
+def test_a_killed_run_costs_no_other_one(data, tmp_path, fake_python):
+    variables = {"DATASETS": "eurosat dtd", "METHODS": "fail so", "PYTHON": fake_python}
     status, _, err = sweep(data, tmp_path, **variables)
     assert status == 1 and "2 of 4 runs failed" in err and err.count("--method fail") == 2
     assert len(calls(tmp_path)) == 4
@@ -148,16 +150,16 @@ def test_a_killed_run_costs_no_other_one(data, tmp_path, stand_in):
     assert sweep(data, tmp_path, **variables)[0] == 1 and len(calls(tmp_path)) == 4
 
 
-def test_weights_are_kept_where_a_sweep_is_asked_for_them(data, tmp_path, stand_in):
-    variables = {"DATASETS": "eurosat", "METHODS": "so", "PYTHON": stand_in}
+def test_weights_are_kept_where_a_sweep_is_asked_for_them(data, tmp_path, fake_python):
+    variables = {"DATASETS": "eurosat", "METHODS": "so", "PYTHON": fake_python}
     sweep(data, tmp_path, "--save_weights", **variables)
     argv = calls(tmp_path)[0].split()[1:]
     assert argv.index("--no-save_weights") < argv.index("--save_weights")
 
 
-def test_each_method_may_have_a_configuration_of_its_own(data, tmp_path, stand_in):
+def test_each_method_may_have_a_configuration_of_its_own(data, tmp_path, fake_python):
     variables = {"DATASETS": "eurosat", "METHODS": "lora so", "CONFIG_lora": "mine.yaml"}
-    sweep(data, tmp_path, **variables, PYTHON=stand_in)
+    sweep(data, tmp_path, **variables, PYTHON=fake_python)
     assert ["--config mine.yaml" in line for line in calls(tmp_path)] == [True, False]
 
 

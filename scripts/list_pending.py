@@ -1,6 +1,6 @@
 """Print those of main.py's command lines on standard input whose runs are not finished.
 
-    python scripts/unfinished.py [arguments that all of them share] < lines.txt
+    python scripts/list_pending.py [arguments that all of them share] < lines.txt
 
 sweep.sh asks this once, where main.py would take seconds for each finished run.
 """
@@ -41,10 +41,11 @@ def is_finished(arguments: Sequence[str]) -> bool:
         return False
     try:
         half = [] if config.subsample == "all" else [config.subsample]
-        data = data_of(config.dataset, config.root_path, config.classnames, *half)
+        data = cached_fingerprint(config.dataset, config.root_path, config.classnames, *half)
         done = load_finished_result(folder, config, data) is not None
         targets = {
-            dataset_name(name): data_of(name, config.root_path) for name in config.test_on or ()
+            dataset_name(name): cached_fingerprint(name, config.root_path)
+            for name in config.test_on or ()
         }
         done &= load_known_targets(folder, targets).keys() == targets.keys()
     except (ValueError, OSError):
@@ -55,7 +56,7 @@ def is_finished(arguments: Sequence[str]) -> bool:
 
 
 @cache
-def data_of(*task: str | None) -> dict[str, Any]:
+def cached_fingerprint(*task: str | None) -> dict[str, Any]:
     """The data of a task, as `dataset_fingerprint` names it, read once for all of its runs."""
     return dataset_fingerprint(*task)
 

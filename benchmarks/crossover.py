@@ -1,6 +1,6 @@
 """Where sampled gradients stop paying: k products against the whole matrix product, by density.
 
-    python benchmarks/product.py [--threads 1] [--device cpu] [--tokens 2000]
+    python benchmarks/crossover.py [--threads 1] [--device cpu] [--tokens 2000]
 
 For one matrix of ViT-B/16's image tower (3072 x 768) and one of its text tower (512 x 512), with
 float32 and bfloat16 factors: milliseconds of both ways of `SampledGradients._products`, which take

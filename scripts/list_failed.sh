@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Lists the runs of a sweep that have no result, each with its log and the last words in it:
 #
-#     DATA=/path/to/data bash scripts/failures.sh [arguments of main.py]
+#     DATA=/path/to/data bash scripts/list_failed.sh [arguments of main.py]
 #
-# Variables (runs.sh) and arguments are those of the sweep. Runs in SLURM's queue are listed with
+# Variables (sweep_common.sh) and arguments are those of the sweep. Runs in SLURM's queue are listed with
 # their state. The status is 1 if any run has no result.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/runs.sh
+. scripts/sweep_common.sh
 
 # Prints the last line in a log that is from main.py or SLURM itself; where there is none, the last
 # line at all. Only the last start counts, and lines of the sweep's scripts ("==> ") do not.
@@ -21,7 +21,7 @@ last_words() {
 }
 
 list_runs
-list_unfinished "$@"
+list_pending "$@"
 queue=$(squeue --me --noheader --array --format='%F_%K %T' 2>/dev/null) || queue=
 for number in ${left[@]+"${left[@]}"}; do
     echo "$number: ${runs[number]}"

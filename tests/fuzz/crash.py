@@ -1,7 +1,7 @@
 """Kill a run again and again, go on each time, and compare its end with an unbroken run's.
 
-    python benchmarks/kills.py --kills 30
-    python benchmarks/kills.py --method lora -- --precision bf16 --final_model best_val --eval_every 7
+    python tests/fuzz/crash.py --kills 30
+    python tests/fuzz/crash.py --method lora -- --precision bf16 --final_model best_val --eval_every 7
 
 SIGKILL comes at a random moment, or while checkpoint.pt, weights.safetensors, curve.csv or
 result.json is being written. Weights, curve and accuracies must be equal bit for bit. What follows
@@ -9,7 +9,6 @@ result.json is being written. Weights, curve and accuracies must be equal bit fo
 """  # noqa: E501
 
 import argparse
-import json
 import random
 import shutil
 import subprocess
@@ -20,11 +19,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from commands import outcome  # noqa: E402
+
 DURING = ("checkpoint.pt", "curve.csv", "weights.safetensors", "result.json")
-TOLD = ("zero_shot_accuracy", "final_accuracy", "last_accuracy", "iterations", "selected_iteration")
-TOLD += ("per_class", "ece")
-FILES = ("curve.csv", "weights.safetensors", "predictions.csv", "fewshot.json")
 
 
 def command(out: Path, extra: Sequence[str]) -> list[str]:
@@ -72,15 +72,6 @@ def kill(out: Path, extra: Sequence[str], when: float | str) -> bool:
     if process.returncode not in (0, -9):
         raise RuntimeError(f"status {process.returncode} after a kill ({when}): {text}")
     return process.returncode == -9
-
-
-def outcome(out: Path) -> dict[str, object]:
-    """All of a finished run that must not depend on kills."""
-    folder = run_folder(out)
-    result = json.loads((folder / "result.json").read_text())
-    files = {name: (folder / name).read_bytes() for name in FILES}
-    left = sorted(path.name for path in folder.iterdir())
-    return {**files, **{key: result[key] for key in TOLD}, "files": left}
 
 
 def trial(kills: int, seed: int, extra: Sequence[str], scratch: Path) -> Counter:

@@ -1,7 +1,7 @@
 """Hostile inputs for everything that reads something: each must end well, or in one sentence.
 
-    python tests/hostile/fuzz.py --inputs 10000 --seed 1
-    python tests/hostile/fuzz.py --seed 1 --only yaml --case 17   # one input again
+    python tests/fuzz/fuzz.py --inputs 10000 --seed 1
+    python tests/fuzz/fuzz.py --seed 1 --only yaml --case 17   # one input again
 
 A target makes one input from a random generator and gives it to the real entry point. That must
 succeed, or refuse with one sentence, which on the command line comes with status 2. Everything
@@ -722,7 +722,7 @@ def command_line(argv: list[str] | None = None) -> int:
             for (_, case), (kind, wrong) in zip(jobs, results, strict=True):
                 if kind == "finding":
                     findings += 1
-                    again = f"tests/hostile/fuzz.py --seed {args.seed} --only {name} --case {case}"
+                    again = f"tests/fuzz/fuzz.py --seed {args.seed} --only {name} --case {case}"
                     print(f"FINDING {again}\n{wrong}\n", flush=True)
     print(f"{findings} findings" if findings != 1 else "1 finding")
     return int(findings > 0)

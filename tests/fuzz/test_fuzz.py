@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_hundred_and_fifty_hostile_inputs_end_well_or_in_one_sentence():
-    command = [sys.executable, ROOT / "tests/hostile/fuzz.py", "--inputs", "150", "--seed", "1"]
+    command = [sys.executable, ROOT / "tests/fuzz/fuzz.py", "--inputs", "150", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -53,7 +53,7 @@ sys.exit(fuzz.command_line(["--inputs", "10"]))
 
 
 def test_the_fuzzer_sees_faults_of_every_kind(tmp_path):
-    code = FAULTS.format(tests=str(ROOT / "tests/hostile"))
+    code = FAULTS.format(tests=str(ROOT / "tests/fuzz"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     found = [line.split("--only ")[1] for line in done.stdout.splitlines() if "FINDING" in line]

@@ -1,6 +1,6 @@
 """What processes exchange in an iteration of training: bytes and time, side by side.
 
-    python benchmarks/exchange.py [--processes 2 4] [--classes 10 100 1000] [--json FILE]
+    python benchmarks/communication.py [--processes 2 4] [--classes 10 100 1000] [--json FILE]
 
 Measured: processes on this machine exchange random gradients of both towers' matrices over gloo,
 and compute nothing else. `SO` and `LoRA` are main.py's `sum_gradients`: k values or whole adapters,

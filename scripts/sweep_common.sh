@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by sweep.sh, slurm_sweep.sh and failures.sh, from the repository's folder: lists the runs
+# Sourced by sweep.sh, slurm_sweep.sh and list_failed.sh, from the repository's folder: lists the runs
 # of a sweep and those that are not finished, and gives the command and the log of each. Variables,
 # with their defaults:
 #
@@ -59,10 +59,10 @@ caltech101 dtd ucf101"
 }
 
 # Sets `left`, the numbers of those runs that are not finished with these arguments.
-list_unfinished() {
+list_pending() {
     local number line lines
     lines=$(printf '%s\n' "${runs[@]}" |
-        "$python" scripts/unfinished.py ${common[@]+"${common[@]}"} "$@") || exit $?
+        "$python" scripts/list_pending.py ${common[@]+"${common[@]}"} "$@") || exit $?
     left=()
     {
         IFS= read -r line <&3
