@@ -6,12 +6,12 @@ from clip.lora import merged_lora
 from clip.zero_shot import evaluate, tokenize_class_prompts
 from datasets import FewShotDataset, build_dataset
 from datasets.loader import ImageLoader
-from optimizers.delta import PretrainedModel
 from run_utils import Config
 from runs import output_dir, transfer
 from runs.distributed import DistInfo
 from runs.environment import set_up_device
 from runs.signals import SignalHandler
+from runs.weights import PretrainedModel
 from utils import Predictions
 
 
@@ -59,7 +59,7 @@ class Job:
         config = self.config
         self.base = PretrainedModel(config.backbone, config.activation, config.heads)
         self.model = self.base.load(self.device)
-        self.processes.check_same(backbone=self.base.digest)
+        self.processes.check_same(backbone=self.base.sha256)
         self.prompts = tokenize_class_prompts(
             self.model, self.dataset.classnames, self.dataset.template
         )

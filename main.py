@@ -13,13 +13,13 @@ from functools import partial
 
 from job import Job
 from optimizers.build import build_optimizer, mark_as_trainable
-from optimizers.delta import load_weights
 from run_utils import get_arguments
 from runs import output_dir, transfer
 from runs.checkpoint import CheckpointSaver
 from runs.cli import run_cli
 from runs.distributed import cleanup_distributed, init_distributed, init_store
 from runs.signals import Preempted, SignalHandler
+from runs.weights import load_weights
 from train import Adapted, NonFiniteLoss, TrainConfig, TrainState, compile_blocks, own_images, train
 from utils import Predictions, plural
 
@@ -85,7 +85,7 @@ def adapt(job: Job) -> None:
         output_dir.lock_output_dir(folder) if processes.writes else nullcontext(),
         job.signals.deferred(),
     ):
-        checkpoint = CheckpointSaver(folder, config, dataset.fingerprint, job.base.digest)
+        checkpoint = CheckpointSaver(folder, config, dataset.fingerprint, job.base.sha256)
         interrupted = processes.first(checkpoint.read)
         if processes.writes:
             output_dir.save_run_inputs(folder, config, dataset)

@@ -30,7 +30,6 @@ from clip.zero_shot import (
 from datasets.transforms import Batch, to_device
 from optimizers.build import Method
 from optimizers.delta import (
-    PretrainedModel,
     StateDiff,
     apply_state_diff,
     diff_state_dict,
@@ -40,6 +39,7 @@ from optimizers.delta import (
 from optimizers.SampledGradients import sum_gradients
 from runs.distributed import SINGLE_PROCESS, DistInfo, comm_errors_as_peer_exit
 from runs.signals import Preempted
+from runs.weights import PretrainedModel
 from utils import Predictions, Progress
 
 MIN_LR = 1e-6  # where the cosine ends
@@ -88,12 +88,14 @@ class Adapted(NamedTuple):
             if alpha == 1:
                 yield
             else:
-                with interpolated_weights(self.method.matrices, self.base.read(), alpha):
+                with interpolated_weights(
+                    self.method.matrices, self.base.reload_state_dict(), alpha
+                ):
                     yield
 
     def report(self, course: "TrainState") -> dict[str, Tensor]:
         """Give the model the weights that the course reports; return those of the base."""
-        base = self.base.read()
+        base = self.base.reload_state_dict()
         if packed := course.best[2]:
             apply_state_diff(packed, self.method.trained, base)
         return base
@@ -109,7 +111,7 @@ class Adapted(NamedTuple):
         base = self.report(course)
         told = {"backbone": self.base.name} | ({} if wise == 1 else {"wise": f"{wise:g}"})
         with self.scaled(wise):
-            save_delta(path, self.method.matrices, base, self.base.digest, **told)
+            save_delta(path, self.method.matrices, base, self.base.sha256, **told)
 
 
 @dataclass
@@ -168,7 +170,7 @@ class TrainState:
             self.best = (
                 self.count,
                 score,
-                diff_state_dict(adapted.method.trained, adapted.base.read()),
+                diff_state_dict(adapted.method.trained, adapted.base.reload_state_dict()),
             )
 
     def record(self, predictions: Predictions) -> None:

@@ -26,9 +26,10 @@ from clip import CLIP, build_model
 from clip.lora import apply_lora
 from optimizers import SO
 from optimizers.build import IN_PROJ_SUFFIX, Method, mark_as_trainable
-from optimizers.delta import PretrainedModel, apply_delta, read_delta, save_delta, state_dict_sha256
+from optimizers.delta import apply_delta, read_delta, save_delta, state_dict_sha256
 from run_utils import get_arguments
 from runs.checkpoint import CheckpointSaver
+from runs.weights import PretrainedModel
 from train import Adapted, TrainState
 
 MB = 1e6  # bytes, as file sizes are told
@@ -100,7 +101,7 @@ def main() -> None:
 
     optimizer = SO(params, density_ratio=args.density, T=T, seed=0)
     kept = PretrainedModel("in memory")
-    kept.read = lambda: base
+    kept.reload_state_dict = lambda: base
     adapted = Adapted(model, torch.zeros(0), Method(optimizer, matrices), kept)
 
     noise = torch.Generator().manual_seed(0)
@@ -117,7 +118,7 @@ def main() -> None:
             copy = build_model(base)
             applying = timed(lambda copy=copy, delta=delta: apply_delta(copy, delta))
             assert state_dict_sha256(copy) == state_dict_sha256(model)  # exact
-            changed = sum(len(change.indices) for change in delta.matrices.values())
+            changed = sum(len(change.indices) for change in delta.tensors.values())
             row = f"delta after {steps} steps"
             rows.append(dict(row=row, steps=steps, bytes=path.stat().st_size, entries=changed))
             rows[-1] |= dict(share=changed / entries, writing_s=writing, applying_s=applying)

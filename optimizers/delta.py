@@ -14,13 +14,12 @@ as `backbone`. The base and a delta together give the trained weights:
 """
 
 import hashlib
-import io
 import json
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +27,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import clip
-from clip import CLIP
 from utils import atomic_write
 
 __all__ = [
-    "PretrainedModel", "SparseTensorDelta", "Delta", "apply_delta", "changed_indices", "load_weights", "diff_state_dict",  # noqa: E501
+    "SparseTensorDelta", "Delta", "apply_delta", "changed_indices", "diff_state_dict",
     "read_delta", "save_delta", "interpolate_weights_", "interpolated_weights", "apply_state_diff", "state_dict_sha256",  # noqa: E501
 ]  # fmt: skip
 
@@ -57,44 +54,9 @@ class SparseTensorDelta(NamedTuple):
 class Delta(NamedTuple):
     """A delta as `read_delta` returns it: checked, on the CPU."""
 
-    matrices: dict[str, SparseTensorDelta]
+    tensors: dict[str, SparseTensorDelta]
     metadata: dict[str, str]
     path: Path
-
-
-class PretrainedModel:
-    """The weights that a run begins with: by where they are, in memory only while needed.
-
-    Args:
-        name: A name or path, as `clip.load` takes it; `activation` and `heads` likewise.
-    """
-
-    def __init__(
-        self, name: str, activation: str | None = None, heads: tuple[int, int] | None = None
-    ) -> None:
-        self.name, self.options, self.digest = name, dict(activation=activation, heads=heads), ""
-
-    def load(self, device: torch.device) -> CLIP:
-        """The model, to be trained."""
-        model, _ = clip.load(self.name, device, **self.options)
-        self.digest = state_dict_sha256(model)
-        return model
-
-    def read(self) -> dict[str, Tensor]:
-        """The weights again, as they were before training, on the CPU.
-
-        Raises:
-            ValueError: They are others now, or gone.
-        """
-        try:
-            # Notes were printed before, and nothing of the run may depend on when this is done.
-            with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-                state = clip.load(self.name, "cpu", **self.options)[0].state_dict()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.name} changed during this run ({error})") from error
-        if state_dict_sha256(state) != self.digest:
-            raise ValueError(f"{self.name} changed during this run: restore it, and --resume")
-        return state
 
 
 def state_dict_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -173,7 +135,7 @@ def save_delta(
     path: str | os.PathLike,
     matrices: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
-    base_digest: str,
+    base_sha256: str,
     **metadata: str,
 ) -> None:
     """Write a delta, in one piece or not at all.
@@ -182,7 +144,7 @@ def save_delta(
         path: The file.
         matrices: Trained matrices by their name in the model, on any device.
         base: The same before training, by the same names; it may hold more.
-        base_digest: `state_dict_sha256` of the whole model before.
+        base_sha256: `state_dict_sha256` of the whole model before.
         metadata: More entries of the metadata, such as backbone="ViT-B/16".
 
     Raises:
@@ -201,7 +163,7 @@ def save_delta(
             )
         tensors[f"{name}.indices"], tensors[f"{name}.values"] = indices, values
         shapes[name] = list(matrix.shape)
-    metadata |= {"format": FORMAT, "version": str(VERSION), "base_digest": base_digest}
+    metadata |= {"format": FORMAT, "version": str(VERSION), "base_digest": base_sha256}
     metadata["shapes"] = json.dumps(shapes)
     atomic_write(path, _orderly(safetensors.torch.save(tensors, metadata=metadata)))
 
@@ -270,7 +232,7 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
             f"{delta.path} belongs to other weights than these: use those that it was trained "
             f"from, {delta.metadata.get('backbone', 'an unnamed base')!r}"
         )
-    for name, (_, values, shape) in delta.matrices.items():
+    for name, (_, values, shape) in delta.tensors.items():
         if name not in state or state[name].shape != shape:
             raise ValueError(
                 f"{delta.path} changes {_words(values.dtype, shape)} {name!r}, which these "
@@ -282,7 +244,7 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
                 f"{delta.path} holds {_words(values.dtype)} values, which {name} would round: "
                 f"load the model in that precision, not in {_words(dtype)}"
             )
-    for name, (indices, values, _) in delta.matrices.items():
+    for name, (indices, values, _) in delta.tensors.items():
         flat = state[name].flatten()  # a view if the matrix is contiguous, else a copy
         flat[indices.to(flat.device, torch.int64)] = values.to(flat)
         state[name].copy_(flat.view_as(state[name]))
@@ -321,24 +283,6 @@ def interpolated_weights(
         with torch.no_grad():
             for name, matrix in matrices.items():
                 matrix.copy_(kept[name])
-
-
-def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> None:
-    """Give a backbone the trained weights of a file, a delta or a whole state dict, and scale them.
-
-    Raises:
-        ValueError: They belong to another model, or the file is damaged.
-    """
-    base = {name: p.detach().clone() for name, p in model.named_parameters() if alpha != 1}
-    if path.suffix == ".safetensors":
-        apply_delta(model, read_delta(path))
-    else:
-        try:
-            model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
-    interpolate_weights_({name: model.get_parameter(name) for name in base}, base, alpha)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

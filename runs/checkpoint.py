@@ -50,7 +50,9 @@ class CheckpointSaver:
                 "config": get_hparams(self.config),
                 "data": self.data,
                 "base": self.base,
-                "trained": diff_state_dict(adapted.method.trained, adapted.base.read()),
+                "trained": diff_state_dict(
+                    adapted.method.trained, adapted.base.reload_state_dict()
+                ),
                 "optimizer": adapted.method.optimizer.state_dict(),
                 "course": course.state(),
                 "generators": get_rng_state(device),

@@ -44,7 +44,7 @@ def inspect(file: Path) -> str:
     """Describe a delta: a line for each matrix, the sum, what it belongs to."""
     delta = read_delta(file)
     rows, sums = [], [0, 0, 0, 0]
-    for name, (indices, values, shape) in delta.matrices.items():
+    for name, (indices, values, shape) in delta.tensors.items():
         whole = math.prod(shape)
         size = indices.nbytes + values.nbytes
         sizes = [len(indices), whole, size, whole * values.element_size()]
@@ -71,13 +71,13 @@ def apply(file: Path, out: Path, base: str | None) -> str:
     check_out(out, file, place)
     state, model = trained(delta, place)
     weights = model.state_dict()
-    for name, change in delta.matrices.items():
+    for name, change in delta.tensors.items():
         dtype = torch.promote_types(state[name].dtype, change.values.dtype)
         state[name] = weights[name].to(dtype)
     write(out, state)
-    entries = sum(len(change.indices) for change in delta.matrices.values())
+    entries = sum(len(change.indices) for change in delta.tensors.values())
     return (
-        f"{out}: {place} with {entries:,} entries of {len(delta.matrices)} matrices changed\n"
+        f"{out}: {place} with {entries:,} entries of {len(delta.tensors)} matrices changed\n"
         f"To measure it: {evaluation(file, out)}"
     )
 
@@ -124,7 +124,7 @@ def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     place = find_base(delta, base)
     check_out(out, file, place)
     model = read_clip(place)[1]
-    matrices = {name: model.state_dict()[name] for name in delta.matrices}
+    matrices = {name: model.state_dict()[name] for name in delta.tensors}
     before = {name: matrix.clone() for name, matrix in matrices.items()}
     apply_delta(model, delta)
     interpolate_weights_(matrices, before, alpha)

@@ -27,10 +27,10 @@ from clip.zero_shot import (
 from datasets import Datum
 from datasets.base import list_images, list_subdirs
 from datasets.loader import ImageLoader
-from optimizers.delta import PretrainedModel, load_weights
 from run_utils import OneLineErrorParser, bounded_number
 from runs.environment import get_default_device, set_up_device
 from runs.records import Run, read_run
+from runs.weights import PretrainedModel, load_weights
 from utils import format_error, one_line, print_quietly, to_csv, unique_classnames
 
 BATCH = 64  # images classified at once

@@ -49,7 +49,7 @@ def measure(planned: Sequence[Planned]) -> Paths:
         model.load_state_dict(base)
         delta = read_delta(run.folder / "weights.safetensors")
         apply_delta(model, delta)
-        matrices = {name: model.get_parameter(name) for name in delta.matrices}
+        matrices = {name: model.get_parameter(name) for name in delta.tensors}
         path = [zero]
         for alpha in ALPHAS[1:]:
             with interpolated_weights(matrices, base, alpha):

@@ -135,8 +135,8 @@ def test_a_delta_brings_trained_weights_back_bit_for_bit(dtype, contiguous, tmp_
     save_delta(tmp_path / "delta", trained, base, state_dict_sha256(base), backbone="small")
 
     delta = read_delta(tmp_path / "delta")
-    assert delta.metadata["backbone"] == "small" and delta.matrices.keys() == trained.keys()
-    indices, values, shape = delta.matrices["0.weight"]
+    assert delta.metadata["backbone"] == "small" and delta.tensors.keys() == trained.keys()
+    indices, values, shape = delta.tensors["0.weight"]
     assert 3 in indices.tolist() and len(indices) < shape[0] * shape[1] / 2
     assert values.dtype == dtype and indices.dtype == torch.int32
     apply_delta(target := clone(base), delta)
@@ -364,10 +364,10 @@ def test_a_scaled_file_is_a_delta_of_the_same_base(checkpoint, tmp_path):
         assert status == 0 and f"scaled by {alpha}" in said, err
         scaled_files[alpha] = read_delta(out)
         assert scaled_files[alpha].metadata == whole.metadata | {"wise": str(alpha)}
-    assert all(not len(change.indices) for change in scaled_files[0].matrices.values())
-    for name, (indices, values, _) in scaled_files[1].matrices.items():
-        assert torch.equal(indices, whole.matrices[name].indices)
-        assert torch.equal(values, whole.matrices[name].values)
+    assert all(not len(change.indices) for change in scaled_files[0].tensors.values())
+    for name, (indices, values, _) in scaled_files[1].tensors.items():
+        assert torch.equal(indices, whole.tensors[name].indices)
+        assert torch.equal(values, whole.tensors[name].values)
     again = tmp_path / "again.safetensors"
     call(command.main, "scale", tmp_path / "0.5.safetensors", 0.5, "--out", again)
     assert read_delta(again).metadata["wise"] == "0.25"
@@ -377,7 +377,7 @@ def test_a_scaled_file_is_a_delta_of_the_same_base(checkpoint, tmp_path):
     assert status == 0, err
     base = clip.load(folder / "base.pt", "cpu")[0].state_dict()
     found, trained = clip.load(half, "cpu")[0].state_dict(), model.state_dict()
-    for name in whole.matrices:
+    for name in whole.tensors:
         middle = (base[name].double() + trained[name].double()) / 2
         assert torch.equal(found[name], middle.float())
 
@@ -389,7 +389,7 @@ def test_applied_weights_load_as_the_trained_ones_and_are_reverted(checkpoint, n
     status, out, err = call(command.main, "apply", folder / "delta", "--out", full)
     assert status == 0 and str(full) in out, err
     assert same(clip.load(full, "cpu")[0].state_dict(), model.state_dict())
-    trained = read_delta(folder / "delta").matrices
+    trained = read_delta(folder / "delta").tensors
     for key, tensor in clip.read_checkpoint(full).items():
         assert tensor.dtype == (torch.float32 if key in trained else state[key].dtype)
     status, out, err = call(command.main, "revert", full, folder / "delta", "--out", base)

@@ -60,7 +60,7 @@ def test_methods_share_the_protocol_and_save_what_they_learnt(method, command, t
     result = result_of(tmp_path / "out")
     delta = read_delta(run_folder(tmp_path / "out") / "weights.safetensors")
     assert delta.metadata["backbone"].endswith("tiny vit.pt")
-    assert len(delta.matrices) == (6 if method == "lora" else 24)
+    assert len(delta.tensors) == (6 if method == "lora" else 24)
     assert result["method"] == method and result["last_accuracy"] == result["final_accuracy"]
     assert result["selected_iteration"] == result["iterations"] == 4
     # The first loss is taken before anything is learnt: same images, same augmentation, same model.

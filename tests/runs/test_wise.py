@@ -24,12 +24,12 @@ def test_a_run_reports_and_saves_scaled_weights_and_trains_as_without(method, tm
     plain, half = (read_delta(folder / "weights.safetensors") for folder in folders)
     assert half.metadata == plain.metadata | {"wise": "0.5"}
     base = clip.load("ViT-Tiny/8", "cpu")[0].state_dict()
-    for name, (indices, values, _) in plain.matrices.items():
+    for name, (indices, values, _) in plain.tensors.items():
         before = base[name].flatten()[indices.long()].double()
         middle = (before + 0.5 * (values.double() - before)).float()
         moved = middle != before
-        assert torch.equal(half.matrices[name].values, middle[moved])
-        assert torch.equal(half.matrices[name].indices, indices[moved])
+        assert torch.equal(half.tensors[name].values, middle[moved])
+        assert torch.equal(half.tensors[name].indices, indices[moved])
     losses = [
         [line.split(",")[1] for line in (folder / "curve.csv").read_text().splitlines()]
         for folder in folders
