@@ -1,8 +1,8 @@
-"""Print those of main.py's command lines on standard input whose runs are not finished.
+"""Read main.py's command lines from standard input; print those whose runs have no result yet.
 
-    python scripts/list_pending.py [arguments that all of them share] < lines.txt
+    python scripts/list_pending.py [arguments of all runs] < lines.txt
 
-sweep.sh asks this once, where main.py would take seconds for each finished run.
+sweep.sh asks once for all runs, since main.py takes seconds to see that one is finished.
 """
 
 import sys
@@ -26,38 +26,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = sys.argv[1:] if argv is None else argv
     lines = sys.stdin.read().splitlines()
     with redirect_stdout(sys.stderr):  # for a --help among the arguments
-        # As in sweep.sh, which keeps no weights unless they are asked for.
-        left = [x for x in lines if not is_finished(["--no-save_weights", *x.split(), *shared])]
-    print(*left, sep="\n", end="\n" * bool(left))
-    done = len(lines) - len(left)
-    print(f"{plural(len(lines), 'run')}, {done} of them finished", file=sys.stderr)
+        # The first argument is sweep.sh's, which may be contradicted by those that follow.
+        pending = [x for x in lines if not is_finished(["--no-save_weights", *x.split(), *shared])]
+    print(*pending, sep="\n", end="\n" * bool(pending))
+    finished = len(lines) - len(pending)
+    print(f"{plural(len(lines), 'run')}, {finished} of them finished", file=sys.stderr)
 
 
 def is_finished(arguments: Sequence[str]) -> bool:
-    """Whether the run's result is there; one that is not as it should be is left to main.py."""
-    config = get_arguments(arguments)
-    folder = get_output_dir(config)
+    """Whether the run has its result. A faulty one counts as none: main.py says what is wrong."""
+    args = get_arguments(arguments)
+    folder = get_output_dir(args)
     if not (folder / "result.json").exists():
         return False
     try:
-        half = [] if config.subsample == "all" else [config.subsample]
-        data = cached_fingerprint(config.dataset, config.root_path, config.classnames, *half)
-        done = load_finished_result(folder, config, data) is not None
+        half = [] if args.subsample == "all" else [args.subsample]
+        data = cached_fingerprint(args.dataset, args.root_path, args.classnames, *half)
+        finished = load_finished_result(folder, args, data) is not None
         targets = {
-            dataset_name(name): cached_fingerprint(name, config.root_path)
-            for name in config.test_on or ()
+            dataset_name(name): cached_fingerprint(name, args.root_path)
+            for name in args.test_on or ()
         }
-        done &= load_known_targets(folder, targets).keys() == targets.keys()
+        finished &= load_known_targets(folder, targets).keys() == targets.keys()
     except (ValueError, OSError):
         return False
-    if done:
+    if finished:
         remove_stale_files(folder)
-    return done
+    return finished
 
 
 @cache
 def cached_fingerprint(*task: str | None) -> dict[str, Any]:
-    """The data of a task, as `dataset_fingerprint` names it, read once for all of its runs."""
+    """`dataset_fingerprint`, computed once for all runs on the same data."""
     return dataset_fingerprint(*task)
 
 

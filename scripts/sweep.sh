@@ -1,81 +1,67 @@
 #!/usr/bin/env bash
 # Datasets x shots x seeds x methods, one run of main.py each. Finished runs are skipped, failed
-# ones are listed at the end. Stop it and start it again at any time: a run goes on from its
-# checkpoint.
+# ones are listed at the end. Stop and start it at any time: runs continue from their checkpoints.
 #
 #     DATA=/path/to/data bash scripts/sweep.sh
 #     DATA=/path/to/data DATASETS="eurosat dtd" SHOTS="1 4" SEEDS=1 METHODS="so lora" JOBS=2 \
 #         bash scripts/sweep.sh --backbone ViT-B/32 --save_path results
-#     DATASETS=digits SHOTS=4 bash scripts/sweep.sh
 #
-# The variables are those of sweep_common.sh, and
-#     JOBS      runs at a time (1); with more, each run's output goes to a file below LOGS
+# Variables are those of sweep_common.sh, and
+#     JOBS      runs at a time (1); with more, the output of each run goes to a file in LOGS
 #     GPUS      "0 1 2 3": one run at a time on each of these
-# Arguments are passed on to main.py. Weights are kept with --save_weights alone.
-set -uo pipefail
+# Arguments are passed on to main.py.
+set -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 . scripts/sweep_common.sh
-list_runs
 
-read -ra gpus <<<"${GPUS:-}"
+read -ra gpus <<<"$GPUS"
 jobs=${JOBS:-1}
-if [ ${#gpus[@]} -gt 0 ]; then
-    jobs=${#gpus[@]}
-fi
-taken=$(mktemp -d) # a folder in it for each run that a worker has taken, and the list of failures
+[ ${#gpus[@]} -eq 0 ] || jobs=${#gpus[@]}
+taken=$(mktemp -d) # holds a folder for each run that a worker has taken, and the list of failures
+
+# Stops the runs and waits until they have written their checkpoints, however often it is signaled.
 stop() {
-    # The same signal may come again, as from SLURM or `timeout`, which signal every process of a
-    # job: the runs are writing their checkpoints now, and are waited for.
     trap '' INT TERM
-    trap - EXIT
     jobs -p | xargs kill 2>/dev/null
     wait
-    rm -rf "$taken"
-    echo "stopped; the same command goes on from here" >&2
+    echo "stopped; the same command continues from here" >&2
     exit 130
 }
 trap stop INT TERM
 trap 'rm -rf "$taken"' EXIT
 
-list_pending "$@"
-if [ ${#left[@]} -eq 0 ]; then
-    exit
-fi
-
+# Makes runs, one after the other, as long as there are any that no other worker has taken.
 worker() {
-    local number log command child=
+    local run log command child=
     trap 'trap "" TERM; kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM
-    for number in "${left[@]}"; do
-        mkdir "$taken/$number" 2>/dev/null || continue # another worker has it
-        set_command "$number" "$@"
+    for number in "${!pending[@]}"; do
+        mkdir "$taken/$number" 2>/dev/null || continue
+        run=${pending[number]}
+        set_command "$run" "$@"
         if [ "$jobs" -eq 1 ]; then
-            echo "==> ${runs[number]}"
+            echo "==> $run"
             "${command[@]}" &
         else
-            set_log "$number" "$@"
-            mkdir -p "${LOGS:-logs}"
+            log=$(log_of "$run" "$@")
             [ ! -L "$log" ] || rm "$log" # a link to the log of a SLURM task
             echo "==> start: ${command[*]}" >>"$log"
             "${command[@]}" >>"$log" 2>&1 &
         fi
         child=$!
-        wait "$child" || echo "${runs[number]}" >>"$taken/failed"
-        if [ "$jobs" -gt 1 ]; then
-            echo "==> ${runs[number]}: $(awk '/^==> start/ { said = "" }
-                /^\*\*\*\* Final [a-z]+ accuracy:|main\.py: / { said = $0 } END { print said }' "$log")"
-        fi
+        wait "$child" || echo "$run" >>"$taken/failed"
+        [ "$jobs" -eq 1 ] || echo "==> $run: $(last_words "$log")"
     done
 }
 
+find_pending "$@"
+[ "$jobs" -eq 1 ] || mkdir -p "$LOGS"
 for ((slot = 0; slot < jobs; slot++)); do
-    if [ ${#gpus[@]} -gt 0 ]; then
-        export CUDA_VISIBLE_DEVICES=${gpus[slot]}
-    fi
+    [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot]}
     worker "$@" &
 done
 wait
 if [ -s "$taken/failed" ]; then
-    echo "$(wc -l <"$taken/failed" | tr -d ' ') of ${#left[@]} runs failed:" >&2
+    echo "$(wc -l <"$taken/failed" | tr -d ' ') of ${#pending[@]} runs failed:" >&2
     sed 's/^/    /' "$taken/failed" >&2
     exit 1
 fi

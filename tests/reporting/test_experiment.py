@@ -217,7 +217,7 @@ def test_an_experiment_runs_stops_cleanly_and_reports(tmp_path, monkeypatch, cap
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on from here" in err
+    assert process.returncode == 130 and "continues from here" in err
     (tmp_path / "wait").unlink()
     assert experiment.main(command[2:]) == 2 and "no run" in capfd.readouterr().err
     for run in read_experiment(path, root=tmp_path).runs:
