@@ -15,8 +15,8 @@ from runs.signals import Preempted
 from utils import format_error, one_line
 
 
-def run_cli(main: Callable[[], None]) -> int:
-    """Run main; turn what the user can mend into one sentence and status 2.
+def run_cli(main: Callable[[], None], prog: str = "main.py") -> int:
+    """Run main; turn what the user can mend into one sentence of `prog` and status 2.
 
     The environment variable SO_TRACEBACK brings the traceback back.
     """
@@ -37,7 +37,7 @@ def run_cli(main: Callable[[], None]) -> int:
                 raise
             cause = "the loss of another process"
         if is_first_to_report_error(together=True):
-            print(f"\nmain.py: ended by {cause}{kept and f'; {kept}'}", file=sys.stderr)
+            print(f"\n{prog}: ended by {cause}{kept and f'; {kept}'}", file=sys.stderr)
         return 2 if lost else 128 + number
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
@@ -51,5 +51,5 @@ def run_cli(main: Callable[[], None]) -> int:
                 f"{reason}: lower --batch_size, or use --grad_accum_steps or --precision bf16"
             )
         if is_first_to_report_error():
-            print(one_line(f"main.py: error: {sentence}"), file=sys.stderr)
+            print(one_line(f"{prog}: error: {sentence}"), file=sys.stderr)
         return 2

@@ -4,12 +4,21 @@ import io
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 import clip
 from clip import CLIP
-from optimizers.delta import apply_delta, interpolate_weights_, read_delta, state_dict_sha256
+from clip.loading import resolve_checkpoint
+from optimizers.delta import (
+    Delta,
+    apply_delta,
+    interpolate_weights_,
+    read_delta,
+    state_dict_sha256,
+)
+from utils import atomic_write
 
 
 class PretrainedModel:
@@ -72,3 +81,50 @@ def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> No
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
     interpolate_weights_({name: model.get_parameter(name) for name in base}, base, alpha)
+
+
+def resolve_base(delta: Delta, base: str | None = None) -> Path:
+    """Return the checkpoint that a delta belongs to.
+
+    Args:
+        delta: Return value of `read_delta`.
+        base: Name or path of the checkpoint; that in the delta's metadata if None.
+
+    Raises:
+        ValueError: The metadata names none, or there is no such checkpoint.
+    """
+    name = base or delta.metadata.get("backbone")
+    if not name:
+        raise ValueError(f"{delta.path} names no backbone: give its base as --base")
+    try:
+        return resolve_checkpoint(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from None
+
+
+def merge_delta(state: dict[str, Tensor], model: CLIP, delta: Delta) -> dict[str, Tensor]:
+    """Return the state dict of a base checkpoint with the trained weights in it.
+
+    Args:
+        state: Of the base, as `clip.read_checkpoint` returns it. Entries that the delta does not
+            change keep their dtype; the others get the wider dtype of the base and the delta.
+        model: The base with the delta applied.
+        delta: Return value of `read_delta`.
+    """
+    merged, trained = dict(state), model.state_dict()
+    for name, change in delta.tensors.items():
+        dtype = torch.promote_types(state[name].dtype, change.values.dtype)
+        merged[name] = trained[name].to(dtype)
+    return merged
+
+
+def save_state_dict(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a state dict atomically: as safetensors if the path ends so, else by torch.save."""
+    tensors = {  # cloned, because a view would be saved with all of its storage
+        key: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for key, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }
+    if path.suffix.lower() == ".safetensors":
+        return atomic_write(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    atomic_write(path, lambda file: torch.save(tensors, file))
