@@ -18,6 +18,7 @@ from optimizers.delta import (
     read_delta,
     state_dict_sha256,
 )
+from runs.records import Run, read_run
 from utils import atomic_write
 
 
@@ -81,6 +82,34 @@ def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> No
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
     interpolate_weights_({name: model.get_parameter(name) for name in base}, base, alpha)
+
+
+def find_saved_run(folder: Path) -> tuple[Run, Path]:
+    """Read a finished run and return it with the path of its weights.
+
+    Raises:
+        ValueError: The folder has no result or no weights.
+    """
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} has no result.json: name the folder that main.py printed")
+    run, default = read_run(folder), folder / "weights.safetensors"
+    if not run.classnames:
+        raise ValueError(f"{folder} is of an earlier version, without names: --overwrite it")
+    weights = [default] if default.is_file() else sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(
+            f"{folder} has no weights: run main.py again with --overwrite --save_weights"
+        )
+    return run, weights[0]
+
+
+def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
+    """Load the backbone of a run with the weights that it saved."""
+    settings = run.settings
+    base = PretrainedModel(settings["backbone"], settings.get("activation"), settings.get("heads"))
+    model = base.load(device)
+    load_weights(model, weights, base.name)
+    return model
 
 
 def resolve_base(delta: Delta, base: str | None = None) -> Path:
