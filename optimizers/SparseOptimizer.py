@@ -1,4 +1,4 @@
-"""SO: Adam whose gradients and moments live on a tiny, moving support of each weight matrix.
+"""SO: Adam whose gradients and moments live on a small, moving support of each weight matrix.
 
 Mrabah, Richet, Ben Ayed, Granger, "Sparsity Outperforms Low-Rank Projections in Few-Shot
 Adaptation", ICCV 2025, https://arxiv.org/abs/2504.12436. For a tensor W of n entries,
@@ -22,11 +22,16 @@ Copy this file and use it like Adam. It needs Python 3.9 and torch 2.4, or later
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
+import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -39,34 +44,49 @@ from torch.optim.optimizer import Optimizer
 
 __all__ = ["SO"]
 
+STATE_NAMES = ("step", "grad_indices", "indices", "exp_avg", "exp_avg_sq", "entry_steps")
+FLAGS = ("maximize", "decoupled_weight_decay", "stochastic_rounding")
+LATER = dict(zip(FLAGS, (False, False, True)), bias_correction="tensor", foreach=None)
+CHUNK = 2**20  # slots updated at once, which a cache holds
+LARGE = 2**15  # slots from which a tensor of a density of 1/32 or more is a chunk of its own
+
+Group = State = "dict[str, Any]"
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 class SO(Optimizer):
     """Adam on a sparse, moving support of each tensor; see the module's docstring.
 
     The state of a tensor is `step` (t) and, if it is sparse, `grad_indices` (S_g), `indices` (S_m),
-    `exp_avg` (m) and `exp_avg_sq` (v), k entries each, the moments in float32 or wider.
+    `exp_avg` (m) and `exp_avg_sq` (v), k entries each, the moments in float32 or wider. Sharded
+    tensors (DTensor) take the step of the whole tensor: all ranks hold its whole state, one
+    all-reduce completes g, and each rank writes its shard.
 
     Args:
         params: Tensors, or groups as dicts. A group may override any argument below, and set
-            `dense`: True for plain Adam, False for SO. By default tensors of two or more
-            dimensions are sparse; the rest (biases, norms) are dense.
+            `dense`: True for plain Adam, False for SO. By default tensors with two or more
+            dimensions larger than 1 are sparse; the rest (biases, norms) are dense.
         lr, betas, eps: As in Adam.
-        weight_decay: L2 penalty, added to the gradient as in Adam; see decoupled_weight_decay.
+        weight_decay: L2 penalty as in Adam: it rules the sign of the step where gradients are
+            small. AdamW's values need `decoupled_weight_decay`.
         density_ratio: Fraction of entries kept, in (0, 1]; 1 - kappa in the paper.
         T: Steps between two draws of the gradient support.
-        seed: Seed of the supports. None takes one from torch's global generator at the first draw;
-            where torch.distributed is initialized, all processes then use that of rank 0.
+        seed: Seed of the supports and of rounding. None takes one from torch's global generator at
+            the first draw, on all ranks that of rank 0. A draw also depends on the parameter's
+            position in the optimizer, so optimizers of one parameter each need different seeds.
         maximize: Ascend instead of descend.
         decoupled_weight_decay: Multiply W at U by 1 - lr * weight_decay before the step, as AdamW
             does with all of W, and leave g alone.
-        bias_correction: "tensor", as in the paper: t counts the tensor's steps. "entry": t counts,
-            for each entry, the steps since it entered U, so that its first move is lr * sign(g);
-            the state then has `entry_steps` (k).
-        foreach: Update many tensors at once (True, or None), or one after another by the plain
-            function below the class (False). Results agree to rounding.
+        bias_correction: "tensor", as in the paper: t counts the tensor's steps. "entry": t counts
+            the steps since an entry entered U, so that its first move is lr * sign(g); the state
+            then has `entry_steps`, k int64.
+        stochastic_rounding: Round weights in half precision up or down at random, right on
+            average, so that small steps are not lost. False rounds to the nearest.
+        foreach: Update many tensors at once (True, None), or each by the plain function that comes
+            first below (False). Results agree to rounding.
 
     Raises:
-        ValueError: An argument is out of range, or a parameter is complex or a shard.
+        ValueError: An argument is out of range, or a parameter is complex or a part of a matrix.
     """
 
     def __init__(
@@ -83,15 +103,21 @@ class SO(Optimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         bias_correction: str = "tensor",
+        stochastic_rounding: bool = True,
         foreach: bool | None = None,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, dense=None)
-        defaults.update(density_ratio=density_ratio, T=T, seed=seed, maximize=maximize)
-        defaults.update(decoupled_weight_decay=decoupled_weight_decay)
-        defaults.update(bias_correction=bias_correction, foreach=foreach)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, T=T, seed=seed)
+        defaults.update(zip(FLAGS, (maximize, decoupled_weight_decay, stochastic_rounding)))
+        defaults.update(density_ratio=density_ratio, bias_correction=bias_correction)
+        self._init_caches()
+        super().__init__(params, dict(defaults, foreach=foreach, dense=None))
+
+    def _init_caches(self) -> None:
         self._ready: set[Tensor] = set()  # tensors that have their support for the coming step
-        self._local_seeds: list[dict] = []  # groups with a seed that other processes do not know
-        super().__init__(params, defaults)
+        self._local_seeds: list[dict] = []  # groups with a seed that other ranks do not know
+        self._positions: dict[Tensor, int] = {}  # places among all parameters
+        self._shapes: dict[Tensor, torch.Size] = {}  # at the last step
+        self._reduced: dict[Tensor, Tensor] = {}  # g of sharded tensors in this step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,59 +128,56 @@ class SO(Optimizer):
                 loss = closure()
         self.draw_supports(lambda p: p.grad is not None)
         self._ready.clear()
+        self._reduce_sharded_gradients()
         for group in self.param_groups:
-            dense, sparse = [], defaultdict(list)
-            for p in sorted(
-                group["params"], key=Tensor.numel
-            ):  # equal sizes together, for `_segment_topk`
-                if p.grad is None or p.numel() == 0:
-                    continue
-                if _is_dense(p, group):
-                    dense.append(p)
-                else:
-                    self.state[p]["step"] += 1
-                    sparse[p.dtype, p.device, _sparse_layout(p.grad)].append(p)
-            if dense:
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            if dense := [p for p in params if _is_dense(p, group)]:
                 self._dense_update(dense, group)
-            for params in sparse.values():
-                self._sparse_update(params, group)
+            sparse = [p for p in params if not _is_dense(p, group)]
+            for p in sparse:
+                self.state[p]["step"] += 1
+            for chunk in self._chunks(sparse):
+                self._sparse_update(chunk, group)
+        self._reduced.clear()
         return loss
 
-    def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Take a step on sparse tensors of one group, dtype, device and layout of gradients."""
+    def _sparse_update(self, params: list[Tensor], group: Group) -> None:
+        """Take a step on sparse tensors of one group, dtype, device and kind of gradient."""
         states = [self.state[p] for p in params]
         g = self._read_gradients(params, group)
-        beta1, beta2 = group["betas"]
-        hyper = dict(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"])
         if group["foreach"] is False:
-            parts = zip(states, g.split([len(state["grad_indices"]) for state in states]))
-            updates = [_single_tensor_so(s, g, self._prune_score, **hyper) for s, g in parts]
+            parts = g.split([len(state["grad_indices"]) for state in states])
+            updates = [_single_tensor_so(s, g, group, self._score) for s, g in zip(states, parts)]
         else:
             numels = [p.numel() for p in params]
-            updates = _multi_tensor_so(states, numels, g, self._prune_score, **hyper)
+            updates = _multi_tensor_so(states, numels, g, group, self._score)
         for p, (U, update, void) in zip(params, updates):
-            self._write(p, U, update, void, group)
+            self._add(p, U, update, void, group)
 
-    def _read_gradients(self, params: list[Tensor], group: dict[str, Any]) -> Tensor:
-        """The g of the module's docstring for all tensors in a row, (sum of k,)."""
-        supports = [self.state[p]["grad_indices"] for p in params]
-        g = _gather_gradients(params, supports).to(_moment_dtype(params[0]))
-        g = -g if group["maximize"] else g
-        if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
-            W = torch.cat([p.take(S_g) for p, S_g in zip(params, supports)])
-            g = g + group["weight_decay"] * W.to(g.dtype)
-        return g
-
-    def _write(
-        self, p: Tensor, U: Tensor, update: Tensor, void: Tensor, group: dict[str, Any]
-    ) -> None:
-        """Subtract an update from W[U] in p's own memory, after decoupled weight decay."""
-        decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
-        _subtract(p, U, update, void, group["lr"] * group["weight_decay"] if decays else None)
-
-    def _prune_score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
-        """Score the slots of the union, 0 or more; the k highest are the next S_m."""
+    def _score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
+        """Importance of the union's slots, 0 or more; the k highest are the next S_m."""
         return m.abs()
+
+    def _dense_update(self, params: list[Tensor], group: Group) -> None:
+        """Update whole tensors, or shards, by torch's own Adam; half precision in float32."""
+        for p in params:
+            if "step" not in self.state[p]:
+                zeros = torch.zeros_like(p, dtype=_moment_dtype(p))
+                step = torch.zeros((), device="cpu")
+                self.state[p].update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
+        states = [self.state[p] for p in params]
+        weights = [_local(p).to(_moment_dtype(p)) for p in params]
+        grads = [_local(_grad(p)) for p in params]
+        grads = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
+        grads = [grad.to(weight.dtype) for grad, weight in zip(grads, weights)]
+        moments = ([_local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        hyper = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "foreach")}
+        hyper.update(zip(("beta1", "beta2"), group["betas"]), amsgrad=False)
+        update = adamw if group["decoupled_weight_decay"] else adam
+        update(weights, grads, *moments, [], [state["step"] for state in states], **hyper)
+        for p, weight in zip(params, weights):
+            if weight.dtype != p.dtype:
+                _local(p).copy_(self._round(weight, p, _flat_indices(p), group))
 
     @torch.no_grad()
     def draw_supports(self, filter_fn: Callable[[Tensor], bool] | None = None) -> None:
@@ -168,41 +191,50 @@ class SO(Optimizer):
         """
         self._init_seeds(broadcast=True)
         generator = torch.Generator("cpu")
-        drawn = defaultdict(list)  # by device: a tensor, its group and its new support
+        draws = defaultdict(list)  # by device
         every = ((group, p) for group in self.param_groups for p in group["params"])
         for position, (group, p) in enumerate(every):
-            if _is_dense(p, group) or p.numel() == 0 or p in self._ready:
+            self._positions[p] = position
+            skip = not (filter_fn(p) if filter_fn else p.requires_grad)
+            if skip or p.numel() == 0 or p in self._ready:
                 continue
-            if not (filter_fn(p) if filter_fn else p.requires_grad):
-                continue
-            step = int(self.state[p].get("step", 0))
-            if self.state[p] and step % group["T"]:
+            self._follow(p)
+            state = self.state.get(p, {})
+            step = int(state.get("step", 0))
+            if _is_dense(p, group) or ("step" in state and step % group["T"]):
                 continue
             # A draw depends on seed, position and step only: there is no generator to save, the
             # other tensors do not matter, and it is the same on every device.
-            key = f"{group['seed']} {position} {step}".encode()
-            generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+            generator.manual_seed(_hash(group["seed"], position, step))
             k = max(1, int(p.numel() * group["density_ratio"]))
-            drawn[p.device].append((p, group, draw_support(p.numel(), k, generator)))
+            draws[p.device].append((p, group, draw_support(p.numel(), k, generator)))
             self._ready.add(p)
         if not any("grad_indices" in state for state in self.state.values()):
-            _warn_if_too_sparse([len(new[-1]) for draws in drawn.values() for new in draws])
-        for device, draws in drawn.items():  # one copy to each device, which waits for nothing
-            params, groups, supports = zip(*draws)
-            row = torch.cat(supports).to(device, non_blocking=True)
-            for p, group, S_g in zip(params, groups, _split_copy(row, list(map(len, supports)))):
-                if "grad_indices" not in self.state[p]:
-                    self._init_sparse_state(p, group, S_g)
-                self.state[p]["grad_indices"] = S_g
+            _warn_if_too_sparse([(p, len(S_g)) for row in draws.values() for p, _, S_g in row])
+        for device, row in draws.items():  # one copy to each device, which waits for nothing
+            params, groups, supports = zip(*row)
+            row, ks = torch.cat(supports).to(device, non_blocking=True), list(map(len, supports))
+            for p, group, S_g in zip(params, groups, _split_copy(row, ks)):
+                state = self.state[p]
+                if "step" not in state:
+                    zeros = torch.zeros(S_g.shape, dtype=_moment_dtype(p), device=device)
+                    state.update(step=torch.zeros((), device="cpu"), indices=S_g.clone())
+                    state.update(exp_avg=zeros, exp_avg_sq=zeros.clone())
+                    if group["bias_correction"] == "entry":
+                        state["entry_steps"] = torch.zeros_like(S_g)
+                state["grad_indices"] = S_g
 
-    def _init_sparse_state(self, p: Tensor, group: dict[str, Any], S_g: Tensor) -> None:
-        zeros = torch.zeros(S_g.shape, dtype=_moment_dtype(p), device=S_g.device)
-        state = self.state[p]
-        state["step"] = torch.zeros((), device="cpu")
-        state["indices"] = S_g.clone()  # S_m = S_g at t = 1
-        state["exp_avg"], state["exp_avg_sq"] = zeros, zeros.clone()
-        if group["bias_correction"] == "entry":
-            state["entry_steps"] = torch.zeros_like(S_g)
+    def _follow(self, p: Tensor) -> None:
+        """Fit p's state to what has become of p since the last step."""
+        _validate_parameter(p)
+        shape, state = self._shapes.get(p, p.shape), self.state.get(p, {})
+        self._shapes[p] = p.shape
+        if shape != p.shape and "step" in state:
+            change = f"a parameter of shape {tuple(shape)} now has shape {tuple(p.shape)}"
+            _warn(f"{change}: its supports and moments start anew")
+            self.state[p] = {name: state[name] for name in state if name not in STATE_NAMES}
+        for name in ("exp_avg", "exp_avg_sq") if "exp_avg" in self.state.get(p, {}) else ():
+            self.state[p][name] = self.state[p][name].to(_moment_dtype(p))
 
     def _init_seeds(self, broadcast: bool = False) -> None:
         """Draw the seeds that were not given; with `broadcast`, take those of rank 0."""
@@ -211,36 +243,108 @@ class SO(Optimizer):
                 group["seed"] = int(torch.randint(2**62, (), device="cpu"))
                 self._local_seeds.append(group)
         if broadcast and self._local_seeds and dist.is_available() and dist.is_initialized():
-            seeds = [group["seed"] for group in self._local_seeds]
-            dist.broadcast_object_list(seeds, src=0)
-            for group, seed in zip(self._local_seeds, seeds):
-                group["seed"] = seed
+            seed = _broadcast_seed(self._local_seeds[0]["seed"], len(self._local_seeds))
+            for number, group in enumerate(self._local_seeds):
+                group["seed"] = _hash(seed, number) >> 2
             self._local_seeds.clear()
 
-    def _dense_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update whole tensors with torch's own Adam, half precision through float32 copies."""
-        for p in params:
-            if not self.state[p]:
-                zeros = torch.zeros_like(p, dtype=_moment_dtype(p))
-                step = torch.zeros((), device="cpu")
-                self.state[p].update(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
-        names = "exp_avg", "exp_avg_sq", "step"
-        exp_avgs, exp_avg_sqs, steps = ([self.state[p][name] for p in params] for name in names)
-        weights = [p.to(_moment_dtype(p)) for p in params]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
-        grads = [grad.to(weight.dtype) for grad, weight in zip(grads, weights)]
-        hyper = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "foreach")}
-        hyper.update(zip(("beta1", "beta2"), group["betas"]), amsgrad=False)
-        update = adamw if group["decoupled_weight_decay"] else adam
-        update(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **hyper)
-        for p, weight in zip(params, weights):
-            if weight is not p:
-                p.copy_(weight)
+    # Where gradients are read and weights are written
+
+    def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Sort tensors into lists to update at once, of one dtype, device and kind of gradient."""
+        kinds = defaultdict(list)
+        for p in sorted(params, key=Tensor.numel):  # equal sizes together, for `_segment_topk`
+            source = "shards" if _is_sharded(p) else _sparse_layout(p.grad)
+            kinds[p.dtype, p.device, source, "entry_steps" in self.state[p]].append(p)
+        for same in kinds.values():
+            chunk, slots = [], 0
+            for p in same:
+                size = 2 * len(self.state[p]["grad_indices"])
+                if chunk and slots + size > CHUNK:
+                    yield chunk
+                    chunk, slots = [], 0
+                chunk.append(p)
+                slots += CHUNK if _is_large(size, p.numel(), p) else size
+            yield chunk
+
+    def _read_gradients(self, params: list[Tensor], group: Group) -> Tensor:
+        """The g of the module's docstring for all tensors in a row, (sum of k,)."""
+        if params[0] in self._reduced:
+            return torch.cat([self._reduced[p] for p in params])
+        supports = [self.state[p]["grad_indices"] for p in params]
+        if _sparse_layout(params[0].grad):
+            g = _gather_coo([p.grad for p in params], supports)
+        else:
+            g = torch.cat([_take(_grad(p), S_g) for p, S_g in zip(params, supports)])
+        g = g.to(_moment_dtype(params[0]))
+        g = -g if group["maximize"] else g
+        if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
+            W = torch.cat([_take(p, S_g) for p, S_g in zip(params, supports)])
+            g = g + group["weight_decay"] * W.to(g.dtype)
+        return g
+
+    def _reduce_sharded_gradients(self) -> None:
+        """Complete the g of all sharded tensors by one all-reduce of their k values over a mesh."""
+        rows = defaultdict(list)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if _is_sharded(p) and p.grad is not None and not _is_dense(p, group):
+                    g = self._read_gradients([p], group)
+                    rows[p.device_mesh, g.dtype].append((p, g))
+        for (mesh, _), row in rows.items():
+            params, parts = zip(*row)
+            dims = {d for p in params for d, cut in enumerate(p.placements) if hasattr(cut, "dim")}
+            for p, g in row:  # of replicas, the first one contributes
+                if any(mesh.get_coordinate()[d] for d in dims if p.placements[d].is_replicate()):
+                    g.zero_()
+            total = torch.cat(parts)
+            for d in sorted(dims):
+                dist.all_reduce(total, group=mesh.get_group(d))
+            self._reduced.update(zip(params, total.split(list(map(len, parts)))))
+
+    def _add(self, p: Tensor, U: Tensor, update: Tensor, void: Tensor, group: Group) -> None:
+        """Add an update, 0 in void slots, to W[U] in p's own memory; decoupled decay comes first.
+
+        In half precision integers are added: the difference of the bits before and after.
+        """
+        W, at, outside = _locate(p, U)
+        if outside is not None:
+            update, void = update.masked_fill(outside, 0), void | outside
+        decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
+        before = W.index_select(0, at) if decays or W.dtype != update.dtype else None
+        if decays:
+            decay = group["lr"] * group["weight_decay"] * before.to(update.dtype)
+            update = update - decay.masked_fill_(void, 0)
+        if W.dtype != update.dtype:
+            after = self._round(before.to(update.dtype) + update, p, U, group)
+            W, update = W.view(torch.int16), after.view(torch.int16) - before.view(torch.int16)
+        W.scatter_add_(0, at, update)
+
+    def _round(self, x: Tensor, p: Tensor, flat: Tensor, group: Group) -> Tensor:
+        """Round x, at flat entries of p, to p's half precision: to the nearest, or at random.
+
+        Then the neighbor farther from x is taken with the probability of the remainder. The bits
+        are a hash of the entry's number with seed, position and step: they are equal on every
+        device and for every sharding. Products stay below 2^63.
+        """
+        near = x.to(p.dtype)
+        if not group["stochastic_rounding"]:
+            return near
+        step = int(self.state[p]["step"])
+        for word in (0, _hash(group["seed"], self._positions[p], step, "rounding") % 2**32):
+            flat = (flat + word) & 0xFFFFFFFF
+            flat = ((flat ^ (flat >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+            flat = flat ^ (flat >> 15)
+        value = near.to(x.dtype)
+        away = torch.where(x.abs() > value.abs(), 1, -1).to(torch.int16)  # as integers
+        far = (near.view(torch.int16) + away).view(p.dtype)
+        chance = (x - value) / (far.to(x.dtype) - value)  # never where it is nan: of inf and nan
+        return far.where((flat >> 8) < chance * 2**24, near)
 
     # What torch.optim asks of an optimizer: groups, state dicts, pickles
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; what it does not set is as the constructor was told."""
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; what it does not set is as in the constructor."""
         super().add_param_group(param_group)
         try:
             _validate_group(self.param_groups[-1])
@@ -256,15 +360,23 @@ class SO(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, also where the parameters had another precision.
 
+        What other programs keep in `state[p]` comes back as it was saved.
+
         Raises:
             ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
         """
-        pairs: list[tuple[Tensor, dict]] = []  # as hooks before ours have left them
+        states: dict[Tensor, dict] = {}
+
+        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            states.update(self._restored(saved))  # as other hooks have left it
+            return {**saved, "state": {}}  # torch would cast it to the dtypes of the parameters
+
+        def give(_: Optimizer) -> None:
+            self.state.update(states)
+
         hooks = [
-            self.register_load_state_dict_pre_hook(
-                lambda _, s: pairs.extend(self._pair_with_saved(s))
-            ),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(pairs), prepend=True),
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(give, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -274,25 +386,25 @@ class SO(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _pair_with_saved(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict]]:
-        """Pair each parameter with its saved state, which must fit it."""
-        for saved, group in zip(state_dict["param_groups"], self.param_groups):
-            _validate_group({**saved, "params": []})
-            for number, p in zip(saved["params"], group["params"]):
-                if (state := state_dict["state"].get(number, {})) != {}:
-                    _validate_state(p, state, _is_dense(p, saved))
+    def _restored(self, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter with its saved state, which must fit it, in its precision and place."""
+        for saved_group, group in zip(saved["param_groups"], self.param_groups):
+            _validate_group({**LATER, **saved_group, "params": []})
+            for number, p in zip(saved_group["params"], group["params"]):
+                state = dict(saved["state"].get(number, {}))
+                if not state.keys().isdisjoint(STATE_NAMES):
+                    _validate_state(p, state, _is_dense(p, saved_group))
+                for name, value in state.items():
+                    if name == "step":  # a plain number in some files
+                        value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+                    elif name.startswith("exp_avg"):
+                        value = _shard_like(value, p) if "indices" not in state else value
+                        value = value.to(p.device, _moment_dtype(p), copy=True)
+                    elif isinstance(value, Tensor):
+                        value = value.to(p.device, copy=True)
+                    state[name] = value if isinstance(value, Tensor) else deepcopy(value)
+                if state:
                     yield p, state
-
-    def _restore(self, pairs: list[tuple[Tensor, dict]]) -> None:
-        """Take state as it was saved: torch has cast it to the dtype of the parameters."""
-        for p, state in pairs:
-            for name, value in state.items():
-                if name == "step":  # a plain number in some files
-                    value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
-                else:
-                    dtype = _moment_dtype(p) if name.startswith("exp_avg") else torch.int64
-                    value = value.to(p.device, dtype, copy=True)
-                self.state[p][name] = value
 
     def __getstate__(self) -> dict[str, Any]:
         self._init_seeds()
@@ -300,143 +412,164 @@ class SO(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ready, self._local_seeds = set(), []
+        for group in self.param_groups:
+            group.update({**LATER, **group})
+        self._init_caches()
 
 
 # One step of one tensor, and the same of many tensors at once
 
 
 def _single_tensor_so(
-    state: dict[str, Tensor],
+    state: State,
     g: Tensor,
-    prune_score: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    group: Group,
+    score: Score,
+    unite: Callable | None = None,
+    topk: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the step of the module's docstring on one tensor, whose gradient at S_g is g.
 
-    The union has one slot for each entry of S_m and one for each of S_g, so that its size does not
-    depend on the data: on a GPU, the host would have to wait for it. An entry of both supports has
-    two neighboring slots, of which the second one is void.
+    `unite` and `topk` do what `_unite` and torch's topk do, in the way of `_multi_tensor_so`.
 
     Returns:
-        The union, what to subtract from W there, and which slots are void, (|S_m| + k,) each.
+        The union, what to add to W there, and which of its slots are void, (|S_m| + k,) each.
     """
-    S_m, S_g, t = state["indices"], state["grad_indices"], state["step"].item()
+    (beta1, beta2), S_m, S_g = group["betas"], state["indices"], state["grad_indices"]
+    decayed = [beta1 * state["exp_avg"], beta2 * state["exp_avg_sq"]]  # at S_m
+    new = [(1 - beta1) * g, (1 - beta2) * g.square()]  # at S_g
+    if "entry_steps" in state:
+        decayed.append(state["entry_steps"])
+        new.append(torch.zeros_like(S_g))
+    U, void, rows = (unite or _unite)(S_m, S_g, decayed, new)
+    m, v = rows[:2]
+    if "entry_steps" in state:
+        t = rows[2].add_(1).to(m.dtype)
+        bias1, bias2 = (-torch.expm1(t * math.log(max(beta, 1e-300))) for beta in group["betas"])
+    else:
+        bias1, bias2 = state.get("bias") or (
+            1 - beta ** state["step"].item() for beta in group["betas"]
+        )
+    update = -group["lr"] / bias1 * m / ((v / bias2).sqrt() + group["eps"])
+    importance = score(U, m, S_m).masked_fill(void, -1)
+    keep = topk(importance) if topk else importance.topk(len(S_g)).indices
+    for name, row in zip(("indices", "exp_avg", "exp_avg_sq", "entry_steps"), (U, *rows)):
+        state[name] = row.index_select(0, keep)
+    return U, update.masked_fill_(void, 0), void
+
+
+def _unite(
+    S_m: Tensor, S_g: Tensor, decayed: list[Tensor], new: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Add numbers at S_m to numbers at S_g, on the union of both.
+
+    The union has one slot for each entry of S_m and one for each of S_g, so that its size does not
+    depend on the data: on a GPU the host would have to wait for it. Of the two neighboring slots of
+    an entry of both the first one has the sum, and the second one is void.
+    """
     U, order = torch.cat([S_m, S_g]).sort()
     void = torch.zeros_like(U, dtype=torch.bool)
     void[1:] = U[1:] == U[:-1]
-    m = torch.cat([beta1 * state["exp_avg"], (1 - beta1) * g])[order]
-    v = torch.cat([beta2 * state["exp_avg_sq"], (1 - beta2) * g.square()])[order]
-    for moment in (m, v):  # in both supports: the decayed moment plus the new term
-        moment[:-1].add_(moment[1:].where(void[1:], 0))
-    if "entry_steps" in state:  # bias_correction="entry": t is each entry's own
-        t = torch.cat([state["entry_steps"], torch.zeros_like(S_g)])[order]
-        t[:-1].add_(t[1:].where(void[1:], 0))
-        t += 1
-    m_hat, v_hat = m / _bias_correction(beta1, t, m), v / _bias_correction(beta2, t, v)
-    update = lr * m_hat / (v_hat.sqrt() + eps)
-    keep = prune_score(U, m, S_m).masked_fill(void, -1).topk(len(S_g)).indices
-    state.update(indices=U[keep], exp_avg=m[keep], exp_avg_sq=v[keep])
-    if "entry_steps" in state:
-        state["entry_steps"] = t[keep]
-    return U, update.masked_fill(void, 0), void
+    rows = [torch.cat(pair).index_select(0, order) for pair in zip(decayed, new)]
+    for row in rows:
+        row[:-1].add_(row[1:].where(void[1:], 0))
+    return U, void, rows
 
 
 def _multi_tensor_so(
-    states: list[dict[str, Tensor]],
+    states: list[State],
     numels: list[int],
     g: Tensor,
-    prune_score: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    group: Group,
+    score: Score,
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """Take the step of `_single_tensor_so` on many tensors at once.
+    """Take the step of `_single_tensor_so` on many tensors at once, as if they were one.
 
-    Their entries are numbered as one long row: entry i of tensor j is i + offsets[j]. The unions of
-    all tensors are then one sorted row, of which sizes[j] slots belong to tensor j.
-
-    Args:
-        states: The tensors' states.
-        numels: How many entries each tensor has.
-        g: The gradients at all S_g, (sum of k,).
+    Entry i of tensor j is entry i + offsets[j] of a long row, of whose sorted union sizes[j] slots
+    belong to tensor j.
     """
     ks = [len(state["grad_indices"]) for state in states]
     sizes = [len(state["indices"]) + k for state, k in zip(states, ks)]
-    offsets = list(accumulate(numels, initial=0))[:-1]
-
-    def cat(name: str) -> Tensor:
-        return torch.cat([state[name] for state in states])
-
-    def repeat(values: list, counts: list[int], dtype: torch.dtype) -> Tensor:
-        return _repeat_each(values, counts, g.device, dtype)
-
-    S_g = cat("grad_indices") + repeat(offsets, ks, torch.int64)
-    S_m = cat("indices") + repeat(offsets, [len(s["indices"]) for s in states], torch.int64)
-    U, order = torch.cat([S_m, S_g]).sort()
-    void = torch.zeros_like(U, dtype=torch.bool)
-    void[1:] = U[1:] == U[:-1]
-    m = torch.cat([beta1 * cat("exp_avg"), (1 - beta1) * g]).index_select(0, order)
-    v = torch.cat([beta2 * cat("exp_avg_sq"), (1 - beta2) * g.square()]).index_select(0, order)
-    rows = {"exp_avg": m, "exp_avg_sq": v}
-    if "entry_steps" in states[0]:
-        t = torch.cat([cat("entry_steps"), torch.zeros_like(S_g)]).index_select(0, order)
-        rows["entry_steps"] = t
-    for row in rows.values():
-        row[:-1].add_(row[1:].where(void[1:], 0))
-    if "entry_steps" in states[0]:
-        t += 1
-        bias1, bias2 = (_bias_correction(beta, t, m) for beta in (beta1, beta2))
+    row = {
+        name: torch.cat([s[name] for s in states]) for name in STATE_NAMES[1:] if name in states[0]
+    }
+    steps = [state["step"].item() for state in states]
+    row["bias"] = [
+        _repeat([1 - b**t for t in steps], sizes, row["exp_avg"]) for b in group["betas"]
+    ]
+    if len(states) == 1 and _is_large(sizes[0], numels[0], g):
+        unite, topk = partial(_unite_large, numels[0]), partial(_topk_large, ks[0])
     else:
-        steps = [state["step"].item() for state in states]
-        bias1, bias2 = (repeat([1 - b**t for t in steps], sizes, m.dtype) for b in (beta1, beta2))
-    update = (lr / bias1 * m).div_((v / bias2).sqrt_().add_(eps)).masked_fill_(void, 0)
-
-    score = prune_score(U, m, S_m).masked_fill_(void, -1)
-    keep = _segment_topk(score, sizes, ks)
-    rows["indices"] = U.sub_(repeat(offsets, sizes, torch.int64))
-    for name, row in rows.items():
-        for state, part in zip(states, _split_copy(row.index_select(0, keep), ks)):
+        unite, topk = _unite, partial(_segment_topk, sizes, ks)
+    offsets = list(accumulate(numels, initial=0))[:-1]
+    narrow = (
+        g.is_cpu and unite is _unite and sum(numels) < 2**31
+    )  # int32 is sorted in half the time
+    for name, counts in (("grad_indices", ks), ("indices", [n - k for n, k in zip(sizes, ks)])):
+        row[name] = row[name] + _repeat(offsets, counts, row[name])
+        row[name] = row[name].int() if narrow else row[name]
+    U, update, void = _single_tensor_so(row, g, group, score, unite, topk)
+    U = U.long() - _repeat(offsets, sizes, states[0]["indices"])
+    row["indices"] = row["indices"].long() - _repeat(offsets, ks, states[0]["indices"])
+    for name in row.keys() - {"grad_indices", "bias"}:
+        for state, part in zip(states, _split_copy(row[name], ks)):
             state[name] = part
     return zip(U.split(sizes), update.split(sizes), void.split(sizes))
 
 
-def _bias_correction(beta: float, t: float | Tensor, like: Tensor) -> float | Tensor:
-    """1 - beta^t, for a number of steps or for one of each entry."""
-    if not isinstance(t, Tensor):
-        return 1 - beta**t
-    return -torch.expm1(t.to(like.dtype) * math.log(max(beta, 1e-300)))
-
-
-def _segment_topk(score: Tensor, sizes: list[int], ks: list[int]) -> Tensor:
+def _segment_topk(sizes: list[int], ks: list[int], score: Tensor) -> Tensor:
     """Positions of the ks[j] highest scores in each segment, of sizes[j], of a row."""
     found, start = [], 0
     for (size, k), same in groupby(zip(sizes, ks)):
-        segments = len(list(same))
-        part = score[start : start + segments * size].view(segments, size)
-        first = torch.arange(start, start + segments * size, size, device=score.device)
-        found.append((first[:, None] + part.topk(k, dim=-1, sorted=False).indices).view(-1))
-        start += segments * size
+        end = start + size * len(list(same))
+        first = torch.arange(start, end, size, device=score.device)
+        top = score[start:end].view(-1, size).topk(k, dim=-1, sorted=False).indices
+        found.append((first[:, None] + top).view(-1))
+        start = end
     return torch.cat(found)
 
 
-def _repeat_each(
-    values: list, counts: list[int], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Repeat values[j] counts[j] times, (sum of counts,); (1,) where all are the same.
+def _is_large(slots: int, numel: int, t: Tensor) -> bool:
+    """Whether a tensor is updated by the two functions below, with scratch of its own size."""
+    return slots >= LARGE and 16 * slots >= numel and t.is_cpu and t.dtype != torch.float64
 
-    The copies wait for nothing, as they are not pinned and the sum is known here.
+
+def _unite_large(
+    numel: int, S_m: Tensor, S_g: Tensor, decayed: list[Tensor], new: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As `_unite`, S_m before S_g: a table tells where an entry of S_g is in S_m, if it is."""
+    table = torch.empty(numel, dtype=torch.int32, device="cpu")  # right at S_m, garbage elsewhere
+    table.scatter_(0, S_m, torch.arange(len(S_m), dtype=torch.int32, device="cpu"))
+    slot = table.index_select(0, S_g).clamp_(0, len(S_m) - 1)
+    both = (S_m.index_select(0, slot) == S_g).nonzero().view(-1)
+    slot = slot.index_select(0, both)
+    rows = [torch.cat(pair) for pair in zip(decayed, new)]
+    for row, at_S_g in zip(rows, new):
+        row.index_add_(0, slot, at_S_g.index_select(0, both))
+    U = torch.cat([S_m, S_g])
+    return U, torch.zeros_like(U, dtype=torch.bool).index_fill_(0, both + len(S_m), True), rows
+
+
+def _topk_large(k: int, score: Tensor) -> Tensor:
+    """Positions of the k highest scores, which are sorted by their leading 16 bits only.
+
+    Floats that are not negative have the order of their bits; void slots, of -1, come last.
     """
-    row = torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+    bucket = (score.view(torch.int32) >> 16).add_(1).clamp_(min=0)
+    at_least = bucket.bincount(minlength=2**15 + 2).flip(0).cumsum(0).flip(0)
+    last = int((at_least >= k).sum()) - 1  # the bucket of the k-th
+    keep = bucket > last
+    some = (bucket == last).nonzero().view(-1)
+    more = score[some].topk(k - int(at_least[last + 1]), sorted=False).indices
+    return keep.index_fill_(0, some[more], True).nonzero().view(-1)
+
+
+def _repeat(values: list, counts: list[int], like: Tensor) -> Tensor:
+    """Repeat values[j] counts[j] times without waiting for the device; (1,) where all are equal."""
+    row = torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
     if len(set(values)) == 1:
         return row[:1]
-    times = torch.tensor(counts, device="cpu").to(device, non_blocking=True)
+    times = torch.tensor(counts, device="cpu").to(like.device, non_blocking=True)
     return row.repeat_interleave(times, output_size=sum(counts))
 
 
@@ -447,85 +580,142 @@ def _split_copy(row: Tensor, sizes: list[int]) -> list[Tensor]:
     return parts
 
 
-# What a step reads and writes
+# Draws, and entries read
+
+
+def _hash(*key: Any) -> int:
+    """64 bits that depend on the key only."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, key)).encode()).digest()[:8], "big")
 
 
 def draw_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw k of numel flat indices, uniformly without replacement: (k,) int64, increasing.
 
     Repeats are drawn again until k distinct indices are left, which by symmetry is a uniform
-    subset; it costs O(k log k) and never a permutation of numel.
+    subset; it costs O(k log k), or O(numel) for a density of 1/32 or more.
     """
-    if 4 * k > numel:  # repeats would be many; a permutation is no larger than four supports
-        return torch.randperm(numel, generator=generator, device="cpu")[:k].sort().values
-    support = torch.empty(0, dtype=torch.int64, device="cpu")
-    while len(support) < k:
-        more = torch.randint(numel, (k - len(support),), generator=generator, device="cpu")
-        support = torch.cat([support, more]).unique()
-    return support
+    if 32 * k < numel:
+        support = torch.empty(0, dtype=torch.int64, device="cpu")
+        while len(support) < k:
+            more = torch.randint(numel, (k - len(support),), generator=generator, device="cpu")
+            support = torch.cat([support, more]).unique()
+        return support
+    mask = torch.zeros(numel, dtype=torch.bool, device="cpu")
+    while (missing := k - int(mask.count_nonzero())) > 0:
+        if 4 * k > numel:  # repeats would be many
+            more = torch.randperm(numel, generator=generator, device="cpu")[:k]
+        else:
+            more = torch.randint(numel, (missing,), generator=generator, device="cpu")
+        mask.index_fill_(0, more, True)
+    return mask.nonzero().view(-1)
 
 
-def _gather_gradients(params: list[Tensor], supports: list[Tensor]) -> Tensor:
-    """Gradients at S_g, (sum of k,): strided ones, or sparse COO ones, zero where absent."""
-    grads = [p.grad for p in params]
-    if _sparse_layout(grads[0]) is None:
-        return torch.cat([grad.take(S_g) for grad, S_g in zip(grads, supports)])
-    device, nnz = grads[0].device, [grad._nnz() for grad in grads]
-    offsets = list(accumulate((p.numel() for p in params), initial=0))[:-1]
+def _take(t: Tensor, flat: Tensor) -> Tensor:
+    """Entries of t at flat indices; of a sharded tensor, 0 at those of other ranks."""
+    memory, at, outside = _locate(t, flat)
+    entries = memory.index_select(0, at)
+    return entries if outside is None else entries.masked_fill_(outside, 0)
 
-    def repeat(values: list[int], counts: list[int]) -> Tensor:
-        return _repeat_each(values, counts, device, torch.int64)
 
-    S_g = torch.cat(supports) + repeat(offsets, [len(S_g) for S_g in supports])
-    flat = repeat(offsets, nnz)
+def _locate(t: Tensor, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The memory of t, where in it flat entries are, and which of them other ranks have (at 0)."""
+    local = _local(t)
+    if local is t and t.is_contiguous():
+        return t.view(-1), flat, None
+    at, extent = torch.zeros_like(flat), 1
+    outside = torch.zeros_like(flat, dtype=torch.bool)
+    dims = list(zip(t.shape, *_shard_box(t), local.stride()))
+    for full, first, length, stride in reversed(dims):
+        i, flat = flat % full - first, flat // full
+        outside |= (i < 0) | (i >= length)
+        at, extent = at + i * stride, extent + (length - 1) * stride
+    memory = local.as_strided((extent,), (1,)) if local.numel() else local.new_zeros(1)
+    return memory, at.masked_fill_(outside, 0), outside
+
+
+def _gather_coo(grads: list[Tensor], supports: list[Tensor]) -> Tensor:
+    """Sparse COO gradients at S_g, (sum of k,); zero where an entry is absent."""
+    nnz, ks = [grad._nnz() for grad in grads], [len(S_g) for S_g in supports]
+    offsets = list(accumulate((grad.numel() for grad in grads), initial=0))[:-1]
+    S_g = torch.cat(supports) + _repeat(offsets, ks, supports[0])
+    flat = _repeat(offsets, nnz, S_g)
     for dim, position in enumerate(torch.cat([grad._indices() for grad in grads], dim=1)):
         strides = [grad.shape[dim + 1 :].numel() for grad in grads]
-        flat = flat + position * repeat(strides, nnz)
+        flat = flat + position * _repeat(strides, nnz, S_g)
     values = torch.cat([grad._values() for grad in grads])  # (nnz, ...): entries, or whole rows
-    row = torch.arange(values.shape[1:].numel(), device=device)
+    row = torch.arange(values.shape[1:].numel(), device=S_g.device)
     flat = (flat[:, None] + row).view(-1)
     slot = torch.searchsorted(S_g, flat).clamp_(max=len(S_g) - 1)
     found = values.reshape(-1).where(S_g[slot] == flat, 0)
     return found.new_zeros(S_g.shape).index_add_(0, slot, found)  # repeated entries add up
 
 
-def _subtract(
-    p: Tensor, U: Tensor, update: Tensor, void: Tensor, shrink: float | Tensor | None
-) -> None:
-    """Subtract an update, and `shrink` times W, at flat entries of W = p, in p's own memory.
-
-    What is added in void slots is 0, so that they may have an entry in common with others. For
-    half precision this asks for integers: the difference of the bits before and after the step.
-    """
-    W, at = (p.view(-1), (U,)) if p.is_contiguous() else (p, _unravel(U, p.shape))
-    before = W[at] if shrink is not None or p.dtype != update.dtype else None
-    if shrink is not None:
-        update = update + (shrink * before.to(update.dtype)).masked_fill_(void, 0)
-    if p.dtype != update.dtype:
-        after = (before.to(update.dtype) - update).to(p.dtype)
-        W, update = W.view(torch.int16), before.view(torch.int16) - after.view(torch.int16)
-    if p.is_contiguous():
-        W.index_add_(0, U, update, alpha=-1)
-    else:
-        W.index_put_(at, -update, accumulate=True)
+# Shards: DTensors, of which each rank has a part
 
 
-def _unravel(flat: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    """The index in each dimension of flat (row-major) indices."""
-    at = []
-    for size in reversed(shape):
-        at.append(flat % size)
-        flat = flat // size
-    return tuple(reversed(at))
+def _is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "device_mesh")
 
 
-def _is_dense(p: Tensor, group: dict[str, Any]) -> bool:
+def _local(t: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, in its own memory; any other tensor itself."""
+    return t.to_local() if _is_sharded(t) else t
+
+
+def _grad(p: Tensor) -> Tensor:
+    """The gradient of p, sharded as p is."""
+    grad = p.grad
+    if _is_sharded(p) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return grad
+
+
+def _shard_box(t: Tensor) -> tuple[list[int], list[int]]:
+    """First index and length in each dimension of this rank's shard, as torch.chunk cuts."""
+    start, size = [0] * t.dim(), list(t.shape)
+    if not _is_sharded(t):
+        return start, size
+    cuts = zip(t.placements, t.device_mesh.shape, t.device_mesh.get_coordinate())
+    for placement, ranks, rank in sorted(cuts, key=lambda cut: hasattr(cut[0], "split_factor")):
+        if hasattr(placement, "dim"):
+            dim, length = placement.dim, -(-size[placement.dim] // ranks)
+            first = min(rank * length, size[dim])
+            start[dim], size[dim] = start[dim] + first, min(length, size[dim] - first)
+    return start, size
+
+
+def _flat_indices(t: Tensor) -> Tensor:
+    """The flat index of each entry of t, in a sharded tensor those of this rank's shard."""
+    flat = torch.zeros((), dtype=torch.int64, device=t.device)
+    for full, first, length in zip(t.shape, *_shard_box(t)):
+        flat = flat[..., None] * full + torch.arange(first, first + length, device=t.device)
+    return flat
+
+
+def _shard_like(value: Tensor, p: Tensor) -> Tensor:
+    """A saved moment of a dense tensor, whole or sharded as p is."""
+    if _is_sharded(value) and _is_sharded(p) and value.placements == p.placements:
+        if value.device_mesh == p.device_mesh:
+            return value
+    whole = value.full_tensor() if _is_sharded(value) else value
+    if not _is_sharded(p):
+        return whole
+    shard = torch.zeros_like(p, dtype=value.dtype)
+    box = (slice(first, first + length) for first, length in zip(*_shard_box(p)))
+    _local(shard).copy_(whole[tuple(box)])
+    return shard
+
+
+# Checks and warnings
+
+
+def _is_dense(p: Tensor, group: Group) -> bool:
     """Whether plain Adam updates this tensor: as its group says, else by its dimensions."""
-    return p.dim() < 2 if group["dense"] is None else group["dense"]
+    return sum(size > 1 for size in p.shape) < 2 if group["dense"] is None else group["dense"]
 
 
 def _sparse_layout(grad: Tensor) -> tuple[int, int] | None:
-    """What sparse gradients must share to be read together; None for strided ones."""
+    """What sparse COO gradients must share to be read together; None for others."""
     if grad.layout != torch.sparse_coo:
         return None
     return grad.sparse_dim(), grad.shape[grad.sparse_dim() :].numel()
@@ -536,29 +726,55 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _warn_if_too_sparse(counts: list[int]) -> None:
-    """Warn where most sparse tensors keep so few entries that they will barely train."""
-    few = sum(k < 10 for k in counts)
-    if 2 * few > len(counts):
-        warnings.warn(
-            f"SO keeps fewer than ten entries of {few} of {len(counts)} sparse tensors, which will "
-            "barely train: raise density_ratio (and lr), or put them into a group with dense=True",
-            stacklevel=7,  # the line that called step
+def _warn(message: str) -> None:
+    """Warn at the line of the program that called, past torch's frames and this file's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_code.co_filename.startswith((os.path.dirname(torch.__file__), __file__)):
+        if frame.f_back is None:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def _warn_if_too_sparse(supports: list[tuple[Tensor, int]]) -> None:
+    """Warn of sparse tensors that keep so few entries that they will barely train."""
+    few = [str(tuple(p.shape)) for p, k in supports if k < 10 < p.numel()]
+    if few:
+        _warn(
+            f"SO keeps fewer than ten entries of {len(few)} of {len(supports)} sparse tensors "
+            f"({', '.join(few[:3] + ['...'] * (len(few) > 3))}), which will barely train: raise "
+            "density_ratio (and lr), or put them into a group with dense=True, also faster there"
         )
 
 
-def _validate_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
+def _broadcast_seed(seed: int, groups: int) -> int:
+    """The seed of rank 0; every rank must ask for one, for as many groups, at the same point."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    row = torch.tensor([0x5EED, groups, seed], device=device)
+    try:  # of a fixed size, as another rank may be in an exchange of something else
+        dist.broadcast(row, src=0)
+        if row.tolist()[:2] != [0x5EED, groups]:
+            raise RuntimeError(f"got {row.tolist()}")
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} got no seed of SO from rank 0: all ranks must step the same "
+            "SO together. Where they do not (pipeline stages, an optimizer on one rank only), give "
+            "every SO a seed=, and nothing is exchanged"
+        ) from error
+    return int(row[2])
+
+
+def _validate_state(p: Tensor, state: State, dense: bool) -> None:
     """Raise ValueError where a saved state is not p's: a step writes where its indices say."""
     supports = [] if dense else [state["grad_indices"], state["indices"]]
     shape = p.shape if dense else state["indices"].shape
     moments = [state["exp_avg"], state["exp_avg_sq"]]
     step = torch.as_tensor(state["step"], device="cpu").flatten().tolist()
-    good = len(step) == 1 and 0 <= step[0] < float("inf")
+    good = len(step) == 1 and 0 <= step[0] < math.inf
     good &= all(m.shape == shape and m.is_floating_point() and not m.is_meta for m in moments)
     good &= all(t.layout == torch.strided for t in (*supports, *moments))
     if "entry_steps" in state:
-        steps = state["entry_steps"]
-        good &= not dense and steps.dtype == torch.int64 and steps.shape == shape
+        good &= state["entry_steps"].dtype == torch.int64 and state["entry_steps"].shape == shape
     for s in supports if good else ():
         good &= s.dtype == torch.int64 and s.dim() == 1 and 0 < len(s) == len(s.unique())
         good = good and 0 <= int(s.min()) and int(s.max()) < p.numel()
@@ -566,33 +782,54 @@ def _validate_state(p: Tensor, state: dict[str, Any], dense: bool) -> None:
         raise ValueError(f"the saved state is not that of a tensor of shape {tuple(p.shape)}")
 
 
-def _validate_group(group: dict[str, Any]) -> None:
+def _number(value: Any, below: float = math.inf) -> bool:
+    return hasattr(value, "__float__") and 0 <= value < below
+
+
+RULES = {  # what values are allowed to be: of which settings, and the test
+    "a number of 0 or more": (("lr", "eps", "weight_decay"), _number),
+    "two numbers in [0, 1)": (
+        ("betas",),
+        lambda pair: type(pair) in (tuple, list) and [_number(b, 1) for b in pair] == [True, True],
+    ),
+    "in (0, 1]": (("density_ratio",), lambda d: _number(d) and 0 < d <= 1),
+    "an int of 1 or more": (("T",), lambda T: type(T) is int and T >= 1),
+    "an int or None": (("seed",), lambda seed: seed is None or hasattr(seed, "__index__")),
+    "tensor or entry": (("bias_correction",), lambda kind: kind in ("tensor", "entry")),
+    "True or False": (FLAGS, lambda flag: isinstance(flag, bool)),
+    "True, False or None": (
+        ("dense", "foreach"),
+        lambda flag: flag is None or isinstance(flag, bool),
+    ),
+}
+
+
+def _validate_group(group: Group) -> None:
     """Raise ValueError where a setting of a group is out of range, or a parameter is unfit."""
-    beta1, beta2 = group["betas"] if len(group["betas"]) == 2 else (1, 1)
-    T, seed, kind = group["T"], group["seed"], group["bias_correction"]
-    rules = {
-        "lr": (group["lr"] >= 0, "0 or more"),
-        "eps": (group["eps"] >= 0, "0 or more"),
-        "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-        "weight_decay": (group["weight_decay"] >= 0, "0 or more"),
-        "density_ratio": (0 < group["density_ratio"] <= 1, "in (0, 1]"),
-        "T": (type(T) is int and T >= 1, "a whole number of steps, 1 or more"),
-        "seed": (seed is None or hasattr(seed, "__index__"), "a whole number or None"),
-        "bias_correction": (kind in ("tensor", "entry"), "'tensor' or 'entry'"),
-    }
-    for name in ("maximize", "decoupled_weight_decay"):
-        rules[name] = (isinstance(group[name], bool), "True or False")
-    for name in ("dense", "foreach"):
-        value = group[name]
-        rules[name] = (value is None or isinstance(value, bool), "True, False or None")
-    for name, (good, allowed) in rules.items():
-        if not good:
-            raise ValueError(f"{name} must be {allowed}, not {group[name]!r}")
+    for allowed, (names, test) in RULES.items():
+        for name in names:
+            if not test(value := group[name]):
+                kind = type(value).__name__
+                raise ValueError(f"{name} must be {allowed}, not {value!r} ({kind})")
+    known = {name.lower(): name for names, _ in RULES.values() for name in names}
+    for key in group.keys() - known.values() - {"params", "param_names"}:
+        near = difflib.get_close_matches(str(key).lower(), known, 1, 0.9)
+        if near or key == "density":
+            name = known[near[0]] if near else "density_ratio"
+            raise ValueError(f"a group has the unknown key {key!r}: write {name!r}")
     for p in group["params"]:
-        if p.is_complex():
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is complex, not real")
-        if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is a shard of FSDP's, and SO needs whole "
-                "matrices: keep the model whole on each process, as in DistributedDataParallel"
-            )
+        _validate_parameter(p)
+
+
+def _validate_parameter(p: Tensor) -> None:
+    """Raise ValueError where SO cannot update a parameter."""
+    what = f"a parameter of shape {tuple(p.shape)}"
+    if p.is_complex() and p.requires_grad:
+        raise ValueError(f"{what} is complex, not real")
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{what} is a shard of FSDP's FullyShardedDataParallel, which flattens matrices: use "
+            "fully_shard (FSDP2) or DistributedDataParallel"
+        )
+    if _is_sharded(p) and any(placement.is_partial() for placement in p.placements):
+        raise ValueError(f"{what} has a Partial placement: redistribute it to Shard or Replicate")

@@ -38,8 +38,8 @@ class SOVariant(SO):
         moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
             "random" ones of it, "fixed", the first S_g for good, or "reset": always S_g, with all
             moments forgotten where it is drawn.
-        moments: "adam"; "per_entry", which is SO's bias_correction="entry"; or "none": see the module's
-            docstring. The state of a tensor is then only `step` and `grad_indices`.
+        moments: "adam"; "per_entry", which is SO's bias_correction="entry"; or "none": see the
+            module's docstring. The state of a tensor is then only `step` and `grad_indices`.
         **settings: SO's.
 
     Raises:
@@ -111,15 +111,15 @@ class SOVariant(SO):
         for p, S_g, part in zip(
             params, supports, update.split(list(map(len, supports))), strict=True
         ):
-            self._write(p, S_g, part, torch.zeros_like(S_g, dtype=torch.bool), group)
+            self._add(p, S_g, -part, torch.zeros_like(S_g, dtype=torch.bool), group)
 
-    def _prune_score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
+    def _score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         if self.moment_support == "random":
             scores = torch.rand(m.shape, generator=self._scores, dtype=m.dtype, device="cpu")
             return scores.to(m.device)
         if self.moment_support in ("fixed", "reset"):
             return torch.isin(U, S_m).to(m.dtype)
-        return super()._prune_score(U, m, S_m)
+        return super()._score(U, m, S_m)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As SO's; a state without moments is checked as one whose moments are 0."""

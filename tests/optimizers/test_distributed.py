@@ -232,20 +232,6 @@ def test_what_fsdp_has_flattened_is_refused(original, tmp_path):
     assert in_processes(2, connected(work), tmp_path) == [None, None]
 
 
-def test_dtensors_are_refused(tmp_path):
-    tensor = pytest.importorskip("torch.distributed.tensor")
-    if not hasattr(tensor, "distribute_tensor"):
-        pytest.skip("this version of torch has its DTensor elsewhere")
-
-    def work(rank):
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        whole = tensor.distribute_tensor(torch.ones(4, 4), mesh, [tensor.Shard(0)])
-        with pytest.raises(ValueError, match="shard of FSDP's.*DistributedDataParallel"):
-            SO([nn.Parameter(whole)])
-
-    assert in_processes(2, connected(work), tmp_path) == [None, None]
-
-
 @pytest.mark.parametrize("order", ["sampled first", "wrapped first", "the wrapper given"])
 def test_sampled_gradients_within_distributed_data_parallel_are_refused(order, tmp_path):
     def work(rank):
