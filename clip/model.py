@@ -227,10 +227,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
-        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1)  # (B, 1 + patches, W)
         x = self.ln_pre(x + self.positional_embedding)
-        read = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # the class token
+        read = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the class token
         return self.ln_post(self.transformer(x, read)) @ self.proj  # (B, D)
 
 
