@@ -1,12 +1,12 @@
-"""Kill a run again and again, go on each time, and compare its end with an unbroken run's.
+"""Kill a run again and again, resume it each time, and compare its end with an unbroken run's.
 
     python tests/fuzz/crash.py --kills 30
-    python tests/fuzz/crash.py --method lora -- --precision bf16 --final_model best_val --eval_every 7
+    python tests/fuzz/crash.py -- --method lora --precision bf16 --final_model best_val
 
 SIGKILL comes at a random moment, or while checkpoint.pt, weights.safetensors, curve.csv or
-result.json is being written. Weights, curve and accuracies must be equal bit for bit. What follows
-`--` goes to main.py.
-"""  # noqa: E501
+result.json is being written. Weights, curve, predictions and accuracies must be equal bit for bit.
+What follows `--` goes to main.py.
+"""
 
 import argparse
 import random
@@ -24,49 +24,47 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from commands import outcome  # noqa: E402
 
-DURING = ("checkpoint.pt", "curve.csv", "weights.safetensors", "result.json")
+MID_WRITE = ("checkpoint.pt", "curve.csv", "weights.safetensors", "result.json")
 
 
-def command(out: Path, extra: Sequence[str]) -> list[str]:
-    """A short run of main.py into a folder, resumed where there is something to resume."""
+def command(out: Path, flags: Sequence[str]) -> list[str]:
+    """A short run of main.py into a folder, resumed if it has begun."""
     return [
         sys.executable, str(ROOT / "main.py"), "--resume", "--save_path", str(out),
-        "--save_weights", "--shots", "2", "--n_iters", "20", "--checkpoint_every", "3", *extra,
+        "--save_weights", "--shots", "2", "--n_iters", "20", "--checkpoint_every", "3", *flags,
     ]  # fmt: skip
 
 
-def run_folder(out: Path) -> Path | None:
-    """The folder of the one run below `out`, once it is there."""
-    return next((path.parent for path in out.rglob("config.yaml")), None)
+def finish_run(out: Path, flags: Sequence[str]) -> None:
+    """Start or resume the run and wait for its end."""
+    subprocess.run(command(out, flags), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def kill(out: Path, extra: Sequence[str], when: float | str) -> bool:
+def kill_run(out: Path, flags: Sequence[str], when: float | str) -> bool:
     """Start or resume the run, and kill it.
 
     Args:
         out: Folder of its results.
-        extra: Arguments of main.py.
-        when: Seconds after the start, or the file during whose writing it is to die.
+        flags: Arguments of main.py.
+        when: Seconds after the start, or the name of a file that is being written.
 
     Returns:
-        Whether it was killed; otherwise it had finished before.
+        Whether it was killed; if not, it had finished.
 
     Raises:
-        RuntimeError: It ended with an error.
+        RuntimeError: The run ended with an error.
     """
     process = subprocess.Popen(
-        command(out, extra), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(out, flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     start = time.monotonic()
     while process.poll() is None:
-        folder = run_folder(out) if isinstance(when, str) else None
-        # Once it is there its content is on its way to the disk, for a millisecond or so.
-        if folder and any(folder.glob(f".{when}.{process.pid}.tmp")):
-            break
         if isinstance(when, float):
             time.sleep(0.002)
             if time.monotonic() - start > when:
                 break
+        elif any(out.rglob(f".{when}.{process.pid}.tmp")):  # it is there for a millisecond or so
+            break
     process.kill()
     text = process.communicate()[0]
     if process.returncode not in (0, -9):
@@ -74,33 +72,29 @@ def kill(out: Path, extra: Sequence[str], when: float | str) -> bool:
     return process.returncode == -9
 
 
-def trial(kills: int, seed: int, extra: Sequence[str], scratch: Path) -> Counter:
-    """Run once unbroken; then kill, as often as asked, over as many runs as that takes.
+def crash_test(kills: int, seed: int, flags: Sequence[str], scratch: Path) -> Counter[str]:
+    """Make the run once without a kill, then with `kills` of them, several runs if need be.
 
     Returns:
-        How many kills there were at which moment.
+        The number of kills at random, and while each file was being written.
 
     Raises:
-        AssertionError: A resumed run ended otherwise than the unbroken one.
+        AssertionError: A resumed run differs from the unbroken one.
         RuntimeError: A run ended with an error.
     """
-    draw = random.Random(seed)
+    rng, moments = random.Random(seed), Counter()
     start = time.monotonic()
-    subprocess.run(
-        command(scratch / "whole", extra), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-    )
+    finish_run(scratch / "unbroken", flags)
     seconds = time.monotonic() - start
-    expected = outcome(scratch / "whole")
-    moments: Counter = Counter()
+    expected = outcome(scratch / "unbroken")
     while moments.total() < kills:
-        out = scratch / "broken"
-        alive = True
+        out, alive = scratch / "killed", True
         while alive and moments.total() < kills:
-            when = draw.choice([*DURING, *([draw.uniform(0.3, 1) * seconds] * len(DURING))])
-            alive = kill(out, extra, when)
-            if alive:
-                moments["at random" if isinstance(when, float) else f"writing {when}"] += 1
-        subprocess.run(command(out, extra), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            at_random = rng.uniform(0.3, 1) * seconds
+            when = rng.choice([at_random] * len(MID_WRITE) + [*MID_WRITE])
+            alive = kill_run(out, flags, when)
+            moments["at random" if isinstance(when, float) else f"writing {when}"] += alive
+        finish_run(out, flags)
         for key, value in outcome(out).items():
             assert value == expected[key], f"{key} differs after {dict(moments)}, seed {seed}"
         shutil.rmtree(out)
@@ -108,18 +102,15 @@ def trial(kills: int, seed: int, extra: Sequence[str], scratch: Path) -> Counter
 
 
 def main() -> None:
-    """Read the flags, kill, and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=30, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--method", default="so", help="so, lora or adam")
-    parser.add_argument("extra", nargs="*", help="arguments of main.py, after --")
+    parser.add_argument("--kills", type=int, default=30, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their moments")
+    parser.add_argument("flags", nargs="*", help="arguments of main.py, after --")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        extra = ["--method", args.method, *args.extra]
-        moments = trial(args.kills, args.seed, extra, Path(scratch))
-    how = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
-    print(f"{' '.join(extra)}: {moments.total()} kills ({how}); every end equal bit for bit")
+        moments = crash_test(args.kills, args.seed, args.flags, Path(scratch))
+    counts = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
+    print(f"{' '.join(args.flags)}: {moments.total()} kills ({counts}); all ends are equal")
 
 
 if __name__ == "__main__":

@@ -28,22 +28,20 @@ def command(data, tmp_path):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """An interpreter in whose place a script stands: what a sweep does is up to the shell alone.
+    """A script in place of Python, for tests of shell scripts.
 
-    Runs whose lines stand in finished.txt are finished.
-
-    Each main.py notes its arguments in calls.txt; one of `wait` goes on until it is stopped and has
-    written a file then, one of `fail` ends with status 137, as if killed.
+    In place of list_pending.py it prints the runs that are not in finished.txt. In place of main.py
+    it appends its arguments to calls.txt; `--method wait` then runs until it is stopped and writes
+    a checkpoint, `--method fail` ends as if killed.
     """
     path = tmp_path / "python"
     path.write_text(
         f"""#!/usr/bin/env bash
 cd "{tmp_path}" || exit
-if [ "$1" != main.py ]; then
+if [ "$1" = scripts/list_pending.py ]; then
     touch finished.txt
     grep -vxFf finished.txt
-    [ ! -e bad_flag ]
-    exit
+    exit 0
 fi
 echo "$@" >>calls.txt
 case "$*" in

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import call_main, outcome, refused, result_of, run, run_folder
-from crash import trial
+from crash import crash_test
 
 import clip
 import utils
@@ -117,7 +117,7 @@ def test_a_checkpoint_holds_what_changed_and_not_the_model(method, tmp_path, mon
 
 @pytest.mark.parametrize("kills", [1])
 def test_killed_runs_end_as_an_unbroken_one(kills, tmp_path):
-    assert trial(kills, 0, ["--n_iters", "8"], tmp_path).total() == kills
+    assert crash_test(kills, 0, ["--n_iters", "8"], tmp_path).total() == kills
 
 
 # Signals
