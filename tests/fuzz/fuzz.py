@@ -6,7 +6,7 @@
 A target writes an input and returns the call that reads it: a command, which refuses with status 2,
 or a function, which refuses with a ValueError or FileNotFoundError. Findings are other exceptions
 and messages, more than LIMIT seconds of processor time, and what Guard forbids. A crash ends the
-fuzzer; the last line printed names the input.
+fuzzer; a terminal shows the input.
 """
 
 import argparse
@@ -136,11 +136,15 @@ SLOW = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), 
 SLOW |= {"threads": ("2", "7", "٣")}  # more threads than free cores are many times slower
 
 
+def settings() -> list[argparse.Action]:
+    return [action for action in get_parser()._actions if action.dest != "compile"]
+
+
 def flags(rng: random.Random) -> Read:
     """A command line, in one of five cases for a finished run."""
     argv = []
     for _ in range(rng.randint(1, 6)):
-        action = rng.choice(get_parser()._actions)
+        action = rng.choice(settings())
         usual = WORDS.get(action.dest, ["1", "0.5", "2"])
         words = [*ODD, *usual * len(ODD)]
         words = [word for word in words if word not in SLOW.get(action.dest, ())]
@@ -160,7 +164,7 @@ SCALARS = [
 
 def yaml_file(rng: random.Random) -> Read:
     """A configuration file."""
-    keys = [action.dest for action in get_parser()._actions]
+    keys = [action.dest for action in settings()]
     lines = [f"{rng.choice(keys)}: {rng.choice(SCALARS)}" for _ in range(rng.randint(1, 4))]
     good = rng.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes()
     data = "\n".join(lines).encode() if rng.random() < 0.6 else corrupt(rng, good)
@@ -311,7 +315,7 @@ def examine(target: str, seed: int, case: int) -> tuple[str, str]:
     sentence = len(lines) == 1 and lines[0].isprintable() and len(lines[0].split()) > 2
     refused = isinstance(status, int) and status != 0
     if guard.faults or not (status == 2 and sentence if refused else not lines):
-        return "finding", "\n".join([f"status {status}: {err[:3000]}", *guard.faults])
+        return "finding", "\n".join([f"status {status}: {err[-3000:]}", *guard.faults])
     return ("refused" if refused else "success"), ""
 
 
@@ -362,12 +366,13 @@ def fuzz(argv: list[str] | None = None) -> int:
         for name in names:
             outcomes: Counter[str] = Counter()
             for case in cases:
-                print(f"\r--seed {args.seed} --only {name} --case {case} ", end="", flush=True)
+                if sys.stdout.isatty():
+                    print(f"\r{name} {case} ", end="", flush=True)
                 outcome, wrong = examine(name, args.seed, case)
                 outcomes[outcome] += 1
                 if wrong:
-                    print(f"FINDING {wrong}\n")
-            print(dict(outcomes))
+                    print(f"FINDING --seed {args.seed} --only {name} --case {case}\n{wrong}\n")
+            print(f"{name}: {dict(outcomes)}", flush=True)
             findings += outcomes["finding"]
     return int(findings > 0)
 

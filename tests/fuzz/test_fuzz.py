@@ -37,8 +37,7 @@ sys.exit(fuzz.fuzz(["--inputs", "8"]))
 def test_faults_are_found():
     code = FAULTS.format(folder=str(FOLDER))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    found = [line.split()[3] for line in done.stdout.splitlines() if "FINDING" in line]
+    found = [line.split()[4] for line in done.stdout.splitlines() if "FINDING" in line]
     assert done.returncode == 1, done.stderr
     assert found == ["trace", "hang", "status", "outside", "start", "chatter"], done.stdout
-    assert "--only fine --case 0 {'success': 1}" in done.stdout
-    assert "--only named --case 0 {'refused': 1}" in done.stdout
+    assert "fine: {'success': 1}\nnamed: {'refused': 1}" in done.stdout
