@@ -37,7 +37,7 @@ def sweep(*flags, **variables):
 
 
 def test_sweep_continues_after_failures(tmp_path):
-    data, out = tmp_path / "it's \"the\" data $HOME;", tmp_path / "sonuçlar 数据"
+    data, out = tmp_path / 'it\'s "the" data $HOME;', tmp_path / "sonuçlar 数据"
     make_dataset("eurosat", data)
     torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), data / "tiny.pt")
     variables = {"DATA": data, "JOBS": 2, "LOGS": tmp_path / "logs"}
