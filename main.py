@@ -1,165 +1,335 @@
 """Adapt CLIP to an image classification task from a few images per class: SO, LoRA or Adam.
 
-python main.py                                                    # the embedded default
+python main.py                                                    # the demo: configs/digits.yaml
 python main.py --root_path $DATA --dataset eurosat --shots 16     # the main job
 torchrun --standalone --nproc_per_node 4 -- main.py ...           # the same on four GPUs
 python main.py --help
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
-from job import Job
-from optimizers.build import build_optimizer, mark_as_trainable
-from run_utils import get_arguments
-from runs import output_dir, transfer
+import torch
+from torch import Tensor
+
+from clip import CLIP
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
+from datasets import FewShotDataset, build_dataset
+from datasets.loader import ImageLoader
+from optimizers.build import (
+    ABLATION_DEFAULTS,
+    build_optimizer,
+    describe_optimizer,
+    mark_as_trainable,
+    trainable_parameters,
+)
+from optimizers.delta import apply_state_diff, diff_state_dict, save_delta
+from run_utils import get_arguments, subset
 from runs.checkpoint import CheckpointSaver
-from runs.cli import run_cli
-from runs.distributed import cleanup_distributed, init_distributed, init_store
+from runs.cli import (
+    print_accuracies,
+    print_accuracy,
+    print_finished_run,
+    print_output_dir,
+    print_run_summary,
+    run_cli,
+)
+from runs.distributed import (
+    check_same_on_all_ranks,
+    cleanup_distributed,
+    get_world_size,
+    init_distributed,
+    init_store,
+    is_main_process,
+    local_slice,
+    raise_if_any_preempted,
+    run_on_main,
+    silence_workers,
+)
+from runs.environment import (
+    describe_machine,
+    get_default_device,
+    set_random_seed,
+    set_up_device,
+)
+from runs.output_dir import (
+    find_eval_weights,
+    find_saved_weights,
+    get_hparams,
+    get_output_dir,
+    get_split,
+    load_finished_result,
+    lock_output_dir,
+    save_log,
+    save_result,
+    save_run_inputs,
+    weights_path,
+)
 from runs.signals import Preempted, SignalHandler
-from runs.weights import load_weights
-from train import Adapted, NonFiniteLoss, TrainConfig, TrainState, compile_blocks, own_images, train
+from runs.transfer import build_target_datasets, print_known_targets, save_transfer
+from runs.weights import PretrainedModel, evaluation_weights, load_weights, restore_pretrained
+from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, train
 from utils import Predictions, plural
 
 
+@dataclass(frozen=True)
+class Task:
+    """A dataset to evaluate on."""
+
+    dataset: FewShotDataset
+    split: str  # "test" or "val"
+    is_target: bool = False  # of --test_on
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure zero-shot accuracy, adapt, measure again, and leave a folder of results."""
-    processes = init_store()
-    config = get_arguments(argv)
-    device = init_distributed(processes, config.device)
-    with SignalHandler() as signals, processes.quiet():
-        job = Job(config, device, processes, signals)
-        if job.result:
-            tell_again(job)
-        elif job.kept or not config.n_iters:
-            test(job)
-        else:
-            adapt(job)
-    cleanup_distributed(processes)
+    """Parse arguments, set up processes and device, run."""
+    init_store()
+    args = get_arguments(argv)
+    device = init_distributed(args.device or get_default_device())
+    with SignalHandler() as signals, silence_workers():
+        run(args, set_up_device(device, args.threads), signals)
+    cleanup_distributed()
 
 
-def tell_again(job: Job) -> None:
-    """Print what a finished run reached; test its weights on what --test_on names besides."""
-    folder, first = job.folder, job.processes.first
-    if job.processes.writes:
-        output_dir.print_finished_run(job.result, folder, job.config)
-    left = first(lambda: transfer.print_known_targets(folder, job.targets))
-    if not left:
+def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) -> None:
+    """Build the dataset and CLIP, then fine-tune, or only evaluate."""
+    output_dir = get_output_dir(args)
+    weights = find_eval_weights(output_dir, args) if args.eval_only else None
+    set_random_seed(args.seed)
+    dataset = build_dataset(
+        args.dataset, args.root_path, args.shots,
+        **subset(args, "classnames", "template", "fewshot_split", "subsample"),
+    )  # fmt: skip
+    targets = build_target_datasets(args)
+    tasks = {"": Task(dataset, args.eval_split)}
+    if dataset.new_classes:
+        tasks["new classes"] = Task(dataset.new_classes, args.eval_split)
+    tasks |= {name: Task(target, "test", is_target=True) for name, target in targets.items()}
+    check_same_on_all_ranks(
+        data=[task.dataset.fingerprint["digest"] for task in tasks.values()],
+        eval_only=args.eval_only,
+        **get_hparams(args),
+    )
+    result = run_on_main(load_finished_result, output_dir, args, dataset.fingerprint)
+    if result:
+        if is_main_process():
+            print_finished_run(result, output_dir, args)
+        missing = run_on_main(print_known_targets, output_dir, targets)
+        if not missing:
+            return
+        tasks = {name: tasks[name] for name in missing}
+        weights = run_on_main(find_saved_weights, output_dir, args), 1.0
+
+    pretrained = PretrainedModel(args.backbone, args.activation, args.heads)
+    model = pretrained.load(device)
+    check_same_on_all_ranks(backbone=pretrained.sha256)
+    loader = ImageLoader(model.visual.input_resolution, args.num_workers, args.cache_mb)
+    evaluator = Evaluator(args, model, loader, signals)
+    if result or weights or not args.n_iters:
+        evaluate_only(evaluator, tasks, weights, "final_accuracy" if result else "accuracy")
+    else:
+        finetune(evaluator, tasks, pretrained)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the model on datasets."""
+
+    args: argparse.Namespace
+    model: CLIP
+    loader: ImageLoader
+    signals: SignalHandler
+
+    def build_classifier(self, dataset: FewShotDataset) -> ZeroShotClassifier:
+        """The model as a classifier of a dataset's classes."""
+        text_tokens = tokenize_class_prompts(self.model, dataset.classnames, dataset.template)
+        settings = subset(self.args, "logit_scale", "precision", "class_batch_size")
+        return ZeroShotClassifier(self.model, text_tokens, **settings)
+
+    def predict(self, task: Task, desc: str = "Evaluation") -> Predictions:
+        """Classify the images of a task; signals may interrupt that."""
+        items = get_split(task.dataset, task.split)
+        with self.signals.allow():
+            return evaluate(self.build_classifier(task.dataset), self.loader, items, desc)
+
+    def accuracies(self, tasks: Mapping[str, Task]) -> dict[str, float]:
+        """Accuracies in percent, by name of the task."""
+        return {
+            name: self.predict(task, name or "Evaluation").accuracy for name, task in tasks.items()
+        }
+
+
+def evaluate_only(
+    evaluator: Evaluator,
+    tasks: Mapping[str, Task],
+    weights: tuple[Path, float] | None,
+    kind: str,
+) -> None:
+    """Print zero-shot accuracies, then those of saved weights.
+
+    Args:
+        evaluator: Has the model.
+        tasks: By name.
+        weights: A file, if any, and the factor of the difference to the pretrained weights.
+        kind: The accuracies' key in runs.cli.ACCURACY_LINES.
+    """
+    zero_shot = evaluator.accuracies(tasks)
+    print_by_task("zero_shot_accuracy", zero_shot, tasks)
+    if weights is None:
         return
-    weights = first(lambda: output_dir.find_saved_weights(folder, job.config))
-    job.load()
-    tasks = {name: job.targets[name] for name in left}
-    before = job.measure(tasks, "zero_shot_accuracy")
-    load_weights(job.model, weights, job.config.backbone)
-    after = job.measure(tasks, "final_accuracy")
-    if job.processes.writes:
-        transfer.save_transfer(folder, job.targets, before, after)
+    path, alpha = weights
+    load_weights(evaluator.model, path, evaluator.args.backbone, alpha)
+    final = evaluator.accuracies(tasks)
+    print_by_task(kind, final, tasks)
+    if path.parent == get_output_dir(evaluator.args):
+        save_targets(path.parent, tasks, zero_shot, final)
 
 
-def test(job: Job) -> None:
-    """Measure without training: zero-shot, and with --eval_only weights that were kept."""
-    job.load()
-    before = job.measure(job.tasks, "zero_shot_accuracy")
-    if job.kept:
-        weights, alpha = job.kept
-        load_weights(job.model, weights, job.config.backbone, alpha)
-        after = job.measure(job.tasks, "accuracy")
-        if job.targets and job.processes.writes and weights.parent == job.folder:
-            transfer.save_transfer(job.folder, job.targets, before, after)
+def print_by_task(kind: str, accuracies: Mapping[str, float], tasks: Mapping[str, Task]) -> None:
+    """Print one accuracy of each task."""
+    for name, task in tasks.items():
+        print_accuracy(kind, accuracies[name], task.split, name)
 
 
-def adapt(job: Job) -> None:
-    """Train, measure, and leave a result."""
-    config, processes, dataset, folder = job.config, job.processes, job.dataset, job.folder
-    largest = min(config.batch_size, len(dataset.train_x))
-    if processes.size > largest:
+def save_targets(
+    output_dir: Path,
+    tasks: Mapping[str, Task],
+    zero_shot: Mapping[str, float],
+    final: Mapping[str, float],
+) -> None:
+    """Write the accuracies on the datasets of --test_on, if there are any."""
+    targets = {name: task.dataset for name, task in tasks.items() if task.is_target}
+    if targets and is_main_process():
+        save_transfer(output_dir, targets, zero_shot, final)
+
+
+def finetune(evaluator: Evaluator, tasks: Mapping[str, Task], pretrained: PretrainedModel) -> None:
+    """Train, evaluate, and save the result."""
+    args, model, signals = evaluator.args, evaluator.model, evaluator.signals
+    output_dir, dataset = get_output_dir(args), tasks[""].dataset
+    batch_size = min(args.batch_size, len(dataset.train_x))
+    if get_world_size() > batch_size:
         raise ValueError(
-            f"{processes.size} processes cannot share batches of {plural(largest, 'image')}: give "
-            "torchrun a smaller --nproc_per_node, or main.py a larger --batch_size"
+            f"{get_world_size()} processes cannot share batches of {plural(batch_size, 'image')}: "
+            "lower torchrun's --nproc_per_node, or raise --batch_size"
         )
-    job.load()
-    model, course = job.model, TrainState(config.n_iters * config.shots)
-    with (
-        output_dir.lock_output_dir(folder) if processes.writes else nullcontext(),
-        job.signals.deferred(),
-    ):
-        checkpoint = CheckpointSaver(folder, config, dataset.fingerprint, job.base.sha256)
-        interrupted = processes.first(checkpoint.read)
-        if processes.writes:
-            output_dir.save_run_inputs(folder, config, dataset)
-        method = build_optimizer(
-            config.method, model, mark_as_trainable(model, config.encoder, config.position),
-            density=1 - config.s, T=config.t, sampled=not (config.dense_grad or config.compile),
-            **config.pick("lr", "rank", "seed", "grad_support", "moment_support", "moments"),
-        )  # fmt: skip
-        if config.compile:
-            compile_blocks(model)
-        adapted = Adapted(model, job.prompts, method, job.base)
-        output_dir.print_run_summary(config, dataset, method.summary, job.device, processes.size)
-        if interrupted:
-            checkpoint.resume(interrupted, adapted, course)
-            print(f"Going on from iteration {course.count} of at most {course.iterations}")
+    weights = mark_as_trainable(model, args.encoder, args.position, args.method)
+    optimizer = build_optimizer(
+        args.method, model, weights, density=1 - args.s, T=args.t,
+        sparse_grad=not args.dense_grad, ablation=subset(args, *ABLATION_DEFAULTS),
+        **subset(args, "lr", "rank", "seed"),
+    )  # fmt: skip
+    trained = trainable_parameters(model)
+    classifier = evaluator.build_classifier(dataset)
+    state = TrainState(args.n_iters * args.shots, classifier.device, args.precision)
+    config = TrainConfig(**subset(args, "lr", "early_stop_loss", "grad_accum_steps", "seed"))
+    saver = CheckpointSaver(output_dir, args, dataset.fingerprint, pretrained)
+
+    with lock_output_dir(output_dir) if is_main_process() else nullcontext(), signals.defer():
+        checkpoint = run_on_main(saver.load)
+        if is_main_process():
+            save_run_inputs(output_dir, args, dataset)
+        description = describe_optimizer(args.method, weights, optimizer)
+        print_run_summary(args, dataset, description, classifier.device)
+        if checkpoint:
+            apply_state_diff(checkpoint["trained"], trained, model.state_dict())
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            state.load_state_dict(checkpoint["state"])
+            print(f"Resuming from iteration {state.iteration} of at most {state.total_iters}")
         else:
-            course.zero_shot = job.predict(config.eval_split, "Zero-shot").accuracy
-            if dataset.new_classes:
-                new = job.predict(config.eval_split, "Zero-shot", dataset.new_classes).accuracy
-                course.new["zero_shot_new_accuracy"] = new
-        before = {"zero_shot_accuracy": course.zero_shot, **course.new}
-        output_dir.print_accuracies(output_dir.ZERO_SHOT_KEYS, before, config.eval_split)
-
-        def save() -> None:
-            if processes.writes:
-                checkpoint.save(adapted, course)
-
-        batches = job.loader.train_batches(
-            dataset.train_x, config.batch_size, config.seed, config.crop_scale, config.crop_ratio,
-            config.flip, course.count, partial(own_images, config.grad_accum_steps, processes),
+            state.zero_shot["zero_shot_accuracy"] = evaluator.predict(tasks[""]).accuracy
+            if new_classes := tasks.get("new classes"):
+                accuracy = evaluator.predict(new_classes).accuracy
+                state.zero_shot["zero_shot_new_accuracy"] = accuracy
+        print_accuracies(state.zero_shot, args.eval_split)
+        batches = evaluator.loader.train_batches(
+            dataset.train_x, args.batch_size, args.seed, args.crop_scale, args.crop_ratio,
+            args.flip, state.iteration, local_slice,
         )  # fmt: skip
-        settings = TrainConfig(**config.pick(*TrainConfig.__annotations__))
-        measure = partial(measure_now, job, adapted, course)
-        interruption = partial(processes.check, job.signals)
         try:
-            train(adapted, batches, course, settings, measure, save, interruption, processes)
+            with closing(train(classifier, optimizer, batches, state, config)) as steps:
+                for _ in steps:
+                    raise_if_any_preempted(signals)
+                    if state.eval_is_due(args.eval_every):
+                        evaluate_step(evaluator, tasks, state, pretrained, weights)
+                    if state.save_is_due(args.checkpoint_every):
+                        saver.save(trained, optimizer, state)
         except NonFiniteLoss:
-            if processes.writes:
-                output_dir.save_log(folder, course.curve())
+            if is_main_process():
+                save_log(output_dir, state.log_rows(args.lr))
             raise
-        except Preempted as stop:
-            stop.kept = checkpoint.kept
+        except BaseException as error:
+            if state.is_sound():
+                saver.save(trained, optimizer, state)
+            if isinstance(error, Preempted):
+                error.checkpoint_note = saver.note
             raise
-        output_dir.print_accuracies(output_dir.FINAL_KEYS, course.measured, config.eval_split)
-        if processes.writes:
-            output_dir.save_log(folder, course.curve())
-            if config.save_weights:
-                adapted.save(output_dir.weights_path(folder, config), course, config.wise)
-            output_dir.save_result(folder, config, dataset, job.device, course, processes.size)
-        if job.targets:
-            base = adapted.report(course)
-            with adapted.scaled(config.wise):
-                after = job.measure(job.targets, "final_accuracy")
-            adapted.restore(base)
-            before = job.measure(job.targets, "zero_shot_accuracy")
-            if processes.writes:
-                transfer.save_transfer(folder, job.targets, before, after)
-    output_dir.print_output_dir(config, folder)
+
+        saver.save(trained, optimizer, state)  # for the case that the results cannot be written
+        if state.best:
+            apply_state_diff(state.best.diff, trained, pretrained.reload_state_dict())
+        run_on_main(save_outputs, evaluator, dataset, state, pretrained, weights)
+        saver.remove()
+        print_accuracies(state.final_accuracies(), args.eval_split)
+        if targets := {name: task for name, task in tasks.items() if task.is_target}:
+            with evaluation_weights(model, weights, pretrained, args.wise):
+                final = evaluator.accuracies(targets)
+            restore_pretrained(trained, pretrained.reload_state_dict())
+            zero_shot = evaluator.accuracies(targets)
+            save_targets(output_dir, targets, zero_shot, final)
+            print_by_task("zero_shot_accuracy", zero_shot, targets)
+            print_by_task("final_accuracy", final, targets)
+    print_output_dir(args, output_dir)
 
 
-def measure_now(job: Job, adapted: Adapted, course: TrainState) -> Predictions:
-    """Measure the present weights as they would be reported."""
-    config, score, new = job.config, None, job.dataset.new_classes
-    with adapted.scaled(config.wise):
-        if config.final_model == "best_val":
-            score = job.predict("val", "Validation").accuracy
-        found = job.predict(config.eval_split, "Evaluation")
-        best = score is None or score > course.best[1]
-        if new and best and (course.ended or score is not None):
-            new_accuracy = job.predict(config.eval_split, "New classes", new).accuracy
-            course.new["new_accuracy"] = new_accuracy
-    if score is not None:
-        course.offer(score, adapted)
-    return found
+def evaluate_step(
+    evaluator: Evaluator,
+    tasks: Mapping[str, Task],
+    state: TrainState,
+    pretrained: PretrainedModel,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Evaluate the present weights, as they would be reported, and record the accuracies."""
+    args, task, score = evaluator.args, tasks[""], None
+    with evaluation_weights(evaluator.model, weights, pretrained, args.wise):
+        if args.final_model == "best_val":
+            score = evaluator.predict(Task(task.dataset, "val"), "Validation").accuracy
+        predictions = evaluator.predict(task)
+        is_best = score is not None and state.is_best(score)
+        if "new classes" in tasks and (is_best or (state.done and score is None)):
+            new_accuracy = evaluator.predict(tasks["new classes"], "New classes").accuracy
+            state.new_accuracies[state.iteration] = new_accuracy
+    if is_best:
+        trained = trainable_parameters(evaluator.model)
+        diff = diff_state_dict(trained, pretrained.reload_state_dict())
+        state.best = BestCheckpoint(state.iteration, score, diff)
+    state.record_eval(predictions)
+
+
+def save_outputs(
+    evaluator: Evaluator,
+    dataset: FewShotDataset,
+    state: TrainState,
+    pretrained: PretrainedModel,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Write the log, the weights to report, the predictions and, last, the result."""
+    args, output_dir = evaluator.args, get_output_dir(evaluator.args)
+    save_log(output_dir, state.log_rows(args.lr))
+    if args.save_weights:
+        metadata = {"backbone": pretrained.name}
+        if args.wise != 1:
+            metadata["wise"] = f"{args.wise:g}"
+        base = pretrained.reload_state_dict()
+        with evaluation_weights(evaluator.model, weights, pretrained, args.wise):
+            path = weights_path(output_dir, args)
+            save_delta(path, weights, base, pretrained.sha256, **metadata)
+    machine = describe_machine(state.device, get_world_size())
+    save_result(output_dir, args, dataset, state.predictions, state.summary() | machine)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a run is told, and how it ends: flags and YAML, one sentence for an error.
+"""The arguments of main.py: flags, the YAML file of --config, validation.
 
-A YAML file's entries are checked by the parser types of the flags, so both are checked alike.
+A YAML file's values go through the parser types of the flags, so both are checked alike.
 """
 
 import argparse
@@ -16,94 +16,53 @@ import clip
 from datasets import DATASETS, SUBSAMPLES, get_dataset_info, validate_dataset_name
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, MOMENTS
 from optimizers.build import ABLATION_DEFAULTS, METHODS, POSITIONS
-from runs.distributed import is_first_to_report_error
-from runs.environment import REPO_ROOT, get_default_device
-from utils import did_you_mean, one_line
+from utils import REPO_ROOT, did_you_mean, one_line
 
-MAX_INT = 10**18  # whole number that a setting may have
+DEMO_CONFIG = str(REPO_ROOT / "configs" / "digits.yaml")  # what `python main.py` runs
 SPLIT_TITLES = {"test": "test", "val": "validation"}  # images that accuracies are measured on
-DEMO = {"dataset": "digits", "backbone": "ViT-Tiny/8"}  # what `python main.py` stands for
-DEMO_CONFIG = REPO_ROOT / "configs" / "digits.yaml"
-DEMO_LR = {"so": 5e-3, "lora": 1e-2, "adam": 1e-4}  # chosen in docs/digits/rates/table.md
+MAX_INT = 10**18  # torch does not take far larger ones
 
 
-class OneLineErrorParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one sentence, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        sentence = one_line(f"{self.prog}: error: {message}") + "\n"
-        self.exit(2, sentence if is_first_to_report_error() else None)
+class UsageError(ValueError):
+    """The arguments of a program cannot be used."""
 
 
-def one_of(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
-    """A parser type: one of the valid names, or an error with the nearest and all of them."""
+def get_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse arguments: flags win over the YAML file, which wins over the defaults.
 
-    def parse(name: str) -> str:
-        if name in valid:
-            return name
-        raise argparse.ArgumentTypeError(
-            f"unknown {kind} {name!r}{did_you_mean(name, valid)}; valid: {', '.join(valid)}"
-        )
+    Where --dataset, --root_path, --backbone and --config are all missing, the file is
+    configs/digits.yaml, the demo.
 
-    return parse
+    Args:
+        argv: The arguments; those of the process when None.
 
+    Returns:
+        One attribute for each flag, and `overrides`, the names of the flags that were given another
+        value than they would have had.
 
-def bounded_number(
-    kind: type, low: float, high: float = math.inf, open_: str = ""
-) -> Callable[[str], Any]:
-    """A parser type: an int or float from low to high, bounds named in `open_` excluded.
-
-    Whole numbers end at LARGEST: torch does not take far larger ones.
+    Raises:
+        UsageError: An argument or an entry of the file is unknown, or its value is not allowed.
     """
-    high = min(high, MAX_INT) if kind is int else high
-    bounds = []
-    if low > -math.inf:
-        bounds.append((">" if "low" in open_ else ">=") + f" {low:g}")
-    if high < math.inf:
-        bounds.append(("<" if "high" in open_ else "<=") + f" {high:g}")
-    wanted = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)])
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-            inside = low <= value <= high and math.isfinite(value)
-        except (ValueError, OverflowError):
-            value, inside = None, False
-        if not inside or ("low" in open_ and value == low) or ("high" in open_ and value == high):
-            raise argparse.ArgumentTypeError(f"must be {wanted.strip()}, not {text!r}")
-        return value
-
-    return parse
-
-
-def backbone(name: str) -> str:
-    """A parser type: whatever `clip.load` would find, without looking into it."""
-    try:
-        clip.validate_name(name)
-    except (ValueError, FileNotFoundError) as error:
-        sentence = str(error).replace("unknown model", "unknown backbone")  # as the flag calls it
-        raise argparse.ArgumentTypeError(sentence) from None
-    return name
-
-
-def dataset(name: str) -> str:
-    """A parser type: a name of the table, or the path of images of one's own."""
-    try:
-        validate_dataset_name(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name
-
-
-def logit_scale(text: str) -> float | str:
-    """A parser type: a positive number, or "checkpoint"."""
-    return text if text == "checkpoint" else bounded_number(float, 0, open_="low")(text)
+    parser = get_parser()
+    explicit = explicit_args(parser, argv)
+    defaults = default_settings()
+    config = explicit.get("config")
+    if not explicit.keys() & {"dataset", "root_path", "backbone", "config"}:
+        config = DEMO_CONFIG
+    if config:
+        defaults |= load_yaml_config(parser, Path(config), explicit)
+    args = argparse.Namespace(**defaults | explicit)
+    args.overrides = sorted(key for key, value in explicit.items() if value != defaults[key])
+    if "save_path" in explicit and "save_weights" not in explicit:
+        args.save_weights = True
+    validate_args(parser, args)
+    return args
 
 
 # fmt: off
-def get_parser() -> OneLineErrorParser:
-    """All flags, with the defaults of the authors' command line."""
-    parser = OneLineErrorParser(
+def get_parser() -> argparse.ArgumentParser:
+    """The parser of main.py's flags, with the defaults of the authors' command line."""
+    parser = _MainParser(
         prog="main.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Adapt CLIP to an image classification task from a few images per class. "
         "Without arguments: handwritten digits and a tiny CLIP, nothing to download.",
@@ -112,181 +71,133 @@ def get_parser() -> OneLineErrorParser:
     cores = os.cpu_count() or 1
 
     add = parser.add_argument_group("task").add_argument
-    add("--dataset", type=dataset, metavar="NAME|PATH",
+    add("--dataset", type=dataset_arg, default="dtd", metavar="NAME|PATH",
         help=f"name of a dataset ({', '.join(DATASETS)}), or path of your own images: a folder of "
-        "class folders, a CSV or a JSON; dtd if only --root_path is given, digits if neither is")
-    add("--root_path", help="folder that holds all datasets, laid out as DATASETS.md says")
+        "class folders, a CSV or a JSON")
+    add("--root_path", help="folder of all datasets, laid out as DATASETS.md says")
     add("--classnames", metavar="FILE.yaml",
-        help="file of names for the prompts, by folder or label of the class")
+        help="names for the prompts, by folder or label of the class")
     add("--template", nargs="+", metavar="TEXT",
-        help="prompts with {} for the class's name, averaged where there are several; or dataset "
-        "for the one that CoOp has for this dataset, or clip for seven general ones")
-    add("--fewshot_split", metavar="FILE.json",
-        help="list of the training and validation images, instead of a draw: a run's fewshot.json")
+        help="prompts with {} for the class name, averaged where there are several; `dataset` for "
+        "the one that CoOp has for this dataset, `clip` for seven general ones")
+    add("--fewshot_split", metavar="FILE",
+        help="list of the training and validation images to use instead of a draw: a run's "
+        "fewshot.json, or 2SFS's .jsonl")
     add("--subsample", type=one_of("subsample", SUBSAMPLES), default="all",
-        help="classes of the task: all; base, the first half, tested on the new ones as well; or "
-        "new, the other half")
+        help="classes of the task: all; base, the first half, tested on the new ones too; or new")
     add("--shots", type=bounded_number(int, 1, 10**6), default=1, help="training images per class")
     add("--seed", type=bounded_number(int, 0), default=3,
         help="seed of the few shots and of everything random in the run")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", type=backbone, default="ViT-B/16",
+    add("--backbone", type=backbone_arg, default="ViT-B/16",
         help="name of a CLIP, or path of a checkpoint")
     add("--activation", type=one_of("activation", ["quickgelu", "gelu"]),
-        help="activation that the backbone's weights were trained with")
+        help="activation that the backbone was trained with, where no configuration says so")
     add("--heads", type=bounded_number(int, 1, 1024), nargs=2, metavar=("VISION", "TEXT"),
-        help="attention heads of the backbone's two towers")
+        help="attention heads of the two towers, where no configuration says so")
     add("--encoder", type=one_of("encoder", ["text", "vision", "both"]), default="both",
-        help="tower to adapt: text, vision or both")
+        help="towers to adapt: text, vision or both")
     add("--position", type=one_of("position", list(POSITIONS)), default="all",
         help=f"layers to adapt: {', '.join(POSITIONS)}")
-    add("--logit_scale", type=logit_scale, default=100.0,
-        help="factor of cos(image, text), or `checkpoint` for the one that the weights carry")
+    add("--logit_scale", type=logit_scale_arg, default=100.0,
+        help="factor of cos(image, text); `checkpoint` for the one that the weights carry")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", type=one_of("method", METHODS), default="so",
-        help="optimizer: so, adam on the same matrices, or lora on queries, keys and values")
-    add("--s", "--sparsity", type=bounded_number(float, 0, 1, open_="high"), default=0.99995,
-        help="sparsity kappa of so, the share of entries left out (its density is 1 - s)")
+        help="so, adam (on the same matrices), or lora (on queries, keys and values)")
+    add("--s", "--sparsity", type=bounded_number(float, 0, 1, exclusive="high"), default=0.99995,
+        help="sparsity of so: its density is 1 - s")
     add("--t", type=bounded_number(int, 1), default=5,
-        help="T of so, iterations between two draws of the gradient support")
-    add("--grad_support", type=one_of("support", GRAD_SUPPORTS), default=ABLATION_DEFAULTS["grad_support"],  # noqa: E501
-        help="gradient support of so, for ablations: random, or by magnitude of the gradient")
+        help="refresh interval T of so's gradient support, in iterations")
+    add("--grad_support", type=one_of("support", GRAD_SUPPORTS),
+        default=ABLATION_DEFAULTS["grad_support"],
+        help="ablation of so's gradient support: random, or by magnitude of the gradient")
     add("--moment_support", type=one_of("support", MOMENT_SUPPORTS),
         default=ABLATION_DEFAULTS["moment_support"],
-        help="moment support of so, for ablations: by magnitude of the first moment, random, "
-        "fixed, or reset to the gradient support at each draw")
+        help="ablation of so's moment support: by magnitude of the first moment, random, fixed, "
+        "or reset to the gradient support at each refresh")
     add("--moments", type=one_of("moments", MOMENTS), default=ABLATION_DEFAULTS["moments"],
-        help="moments of so, for ablations: adam, per_entry (bias corrections by the steps since each "  # noqa: E501
-        "entry was taken up), or none (signSGD)")
+        help="ablation of so's moments: adam; per_entry, with bias corrections by the steps since "
+        "each entry was taken up; none, signSGD")
     add("--rank", type=bounded_number(int, 1), default=2, help="rank of lora's adapters")
     add("--wise", type=bounded_number(float, 0), default=1.0, metavar="ALPHA",
-        help="factor of what was learned, in evaluations and saved weights: base + ALPHA * delta")
+        help="WiSE-FT: evaluate and save base + ALPHA * (trained - base)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--lr", type=bounded_number(float, 0, open_="low"), default=2e-4,
+    add("--lr", type=bounded_number(float, 0, exclusive="low"), default=2e-4,
         help="learning rate of the first iteration; a cosine takes it down to 1e-6")
     add("--n_iters", type=bounded_number(int, 0, 10**9), default=2000,
-        help="iterations per shot; 0 measures the zero-shot accuracy alone")
+        help="iterations per shot; 0 measures only the zero-shot accuracy")
     add("--early_stop_loss", type=bounded_number(float, -math.inf), default=0.01,
-        help="stop after an epoch whose mean loss is below this; never, if negative")
+        help="stop when an epoch's mean loss falls below this; negative: never")
     add("--batch_size", type=bounded_number(int, 1), default=32, help="images per iteration")
     add("--grad_accum_steps", type=bounded_number(int, 1), default=1,
-        help="parts that each batch is split into and computed one after the other, to save memory")
-    add("--crop_scale", type=bounded_number(float, 0, 1, open_="low"), nargs=2, default=[0.08, 1.0],
-        metavar=("MIN", "MAX"), help="area of the random crop, as a share of the image")
-    add("--crop_ratio", type=bounded_number(float, 0, open_="low"), nargs=2, default=[3 / 4, 4 / 3],
-        metavar=("MIN", "MAX"), help="width / height of the random crop")
+        help="micro-batches that each batch is computed in, to save memory")
+    add("--crop_scale", type=bounded_number(float, 0, 1, exclusive="low"), nargs=2,
+        default=[0.08, 1.0], metavar=("MIN", "MAX"),
+        help="area of the random crop, as a fraction of the image")
+    add("--crop_ratio", type=bounded_number(float, 0, exclusive="low"), nargs=2,
+        default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"), help="width / height of the random crop")
     add("--flip", **switch, default=True,
         help="mirror each training image with probability one half")
     add("--precision", type=one_of("precision", ["fp32", "bf16", "fp16"]), default="fp32",
-        help="precision of the matrix products: fp32, bf16 or fp16; the weights stay in fp32")
+        help="precision of the matrix products: fp32, bf16 or fp16; weights stay in fp32")
     add("--class_batch_size", type=bounded_number(int, 0), default=0,
         help="classes whose prompts are encoded at once, to save memory at the cost of time; "
         "0 for all")
     add("--dense_grad", **switch, default=False,
         help="compute whole weight gradients, not only the entries that so reads")
-    add("--compile", **switch, default=False,
-        help="compile the towers with torch.compile; weight gradients are then computed whole")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=bounded_number(int, 0), default=0,
-        help="iterations between two test accuracies in curve.csv; 0 for the last one alone")
+        help="iterations between two test accuracies in curve.csv; 0 for only the final one")
     add("--eval_split", type=one_of("split", list(SPLIT_TITLES)), default="test",
-        help="images that accuracies are measured on: test, or val for the few validation "
-        "images, to choose settings by")
+        help="images to evaluate on: test, or val, the few validation images, to choose "
+        "settings by")
     add("--final_model", type=one_of("model", ["last_step", "best_val"]), default="last_step",
         help="weights to evaluate and save: those of the last step, or those with the best "
-        "accuracy on the few validation images, measured every --eval_every iterations")
-
-    add("--test_on", type=dataset, nargs="+", metavar="NAME",
-        help="other datasets to test on when training has ended, or with a finished run's weights")
+        "accuracy on the few validation images, looked at every --eval_every iterations")
+    add("--test_on", type=dataset_arg, nargs="+", metavar="NAME",
+        help="other datasets to test on after training, or with a finished run's weights")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default=get_default_device(), help="device, such as cuda, cuda:1, mps or cpu")
+    add("--device", help="device, such as cuda, cuda:1, mps or cpu; the first of these by default")
     add("--num_workers", type=bounded_number(int, 0, 1024), default=min(8, cores),
         help="threads that prepare images")
-    add("--threads", type=bounded_number(int, 1, 1024), help="threads that torch computes with on a CPU")  # noqa: E501
-    add("--cache_mb", type=bounded_number(int, 0), default=2048, help="memory for decoded images, in MB")  # noqa: E501
+    add("--threads", type=bounded_number(int, 1, 1024), help="torch's threads on a CPU")
+    add("--cache_mb", type=bounded_number(int, 0), default=2048,
+        help="memory for decoded images, in MB")
 
     add = parser.add_argument_group("files").add_argument
     add("--config", help="YAML file of settings; flags win over it")
     add("--save_path", default="results",
         help="folder of all results; given, it implies --save_weights")
     add("--filename", default="weights", help="name of the weights file, without its suffix")
-    add("--save_weights", **switch, default=False, help="keep the adapted matrices")
+    add("--save_weights", **switch, default=False, help="save the trained matrices")
     add("--checkpoint_every", type=bounded_number(int, 0), default=500,
-        help="iterations between two checkpoints; 0 for those on SIGINT and SIGTERM alone")
-    add("--resume", **switch, default=False, help="go on from the checkpoint, if there is one")
+        help="iterations between two checkpoints; 0 for those at interruptions only")
+    add("--resume", **switch, default=False, help="continue from the checkpoint, if there is one")
     add("--overwrite", **switch, default=False,
-        help="replace a result or checkpoint that is in the run's folder")
+        help="replace a result or checkpoint in the run's folder")
     add("--eval_only", **switch, default=False, help="evaluate saved weights, without training")
     return parser
 # fmt: on
 
 
-class Config(argparse.Namespace):
-    """A resolved configuration: one attribute for each setting, named as its flag.
-
-    `baseline` is what the settings would be without the command line's flags. It is kept beside
-    the settings, not among them, so that `vars`, and with it no file, has it.
-    """
-
-    __slots__ = ("baseline",)
-
-    def pick(self, *names: str) -> dict[str, Any]:
-        """Some of the settings, by name."""
-        return {name: getattr(self, name) for name in names}
-
-
-def get_arguments(argv: Sequence[str] | None = None) -> Config:
-    """Resolve the configuration: flags win over the YAML file, which wins over the defaults.
-
-    Where flags name neither data, nor a backbone, nor a file of their own, the task is the
-    embedded one (EMBEDDED) with the settings of configs/digits.yaml.
-
-    Args:
-        argv: The arguments; those of the process when None.
-
-    Raises:
-        SystemExit: With status 2, after one sentence, where something cannot be understood.
-    """
-    parser = get_parser()
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    given = explicit_args(parser, list(actions), argv)
-    named = given.get("config")
-    task = {"dataset": given.get("dataset"), "backbone": given.get("backbone")}
-    if task["dataset"] is None and named is None and "root_path" in given:
-        task["dataset"] = "dtd"
-    embedded = all(task[key] in (None, value) for key, value in DEMO.items())
-    embedded &= named is None or Path(named).resolve() == DEMO_CONFIG
-    file = str(DEMO_CONFIG) if embedded and named is None else named
-
-    baseline = default_settings()
-    baseline |= load_yaml_config(parser, actions, Path(file)) if file else {}
-    if embedded:
-        baseline["lr"] = DEMO_LR[given.get("method", baseline["method"])]
-    config = Config(**baseline | given)
-    config.config, config.baseline = file, baseline | {"config": None if named else file}
-    if "save_path" in given and "save_weights" not in given:
-        config.save_weights = True
-    if config.dataset is None and config.root_path is not None:
-        config.dataset = "dtd"
-    validate_args(parser, config)
-    return config
+def subset(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some of the arguments, by name."""
+    return {name: getattr(args, name) for name in names}
 
 
 def default_settings() -> dict[str, Any]:
-    """All settings as they are where neither a flag nor a file says otherwise."""
+    """The value of each flag where neither the command line nor a file gives one."""
     return {a.dest: a.default for a in get_parser()._actions if a.dest != "help"}
 
 
-def explicit_args(
-    parser: OneLineErrorParser, names: Sequence[str], argv: Sequence[str] | None
-) -> dict[str, Any]:
-    """The settings that a command line names, and their values."""
-    nothing = argparse.Namespace(**dict.fromkeys(names))  # in place of the parser's defaults
+def explicit_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that a command line gives, and their values."""
+    nothing = argparse.Namespace(**dict.fromkeys(default_settings()))
     values, unknown = parser.parse_known_args(argv, nothing)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
@@ -298,76 +209,46 @@ def explicit_args(
     return {key: value for key, value in vars(values).items() if value is not None}
 
 
-def validate_args(parser: OneLineErrorParser, config: Config) -> None:
-    """Refuse settings of which each is possible, but not all together."""
-    if config.dataset is None:
-        parser.error(f"name a task with --dataset; valid: {', '.join(DATASETS)}")
-    if get_dataset_info(config.dataset).test_only and not config.eval_only:
-        if config.n_iters not in (0, config.baseline["n_iters"]):
-            parser.error(
-                f"{config.dataset} is for testing alone: train on imagenet and give --test_on "
-                f"{config.dataset}, or --n_iters 0 for its zero-shot accuracy"
-            )
-        config.n_iters = 0
-    if config.final_model == "best_val" and not config.eval_every:
-        parser.error(
-            "argument --final_model: best_val needs --eval_every N, iterations between two looks"
-        )
-    if config.method != "so":
-        for key, usual in ABLATION_DEFAULTS.items():
-            if getattr(config, key) != usual:
-                parser.error(f"argument --{key}: belongs to --method so, not to {config.method}")
-    for key in ("crop_scale", "crop_ratio"):
-        if getattr(config, key)[0] > getattr(config, key)[1]:
-            parser.error(f"argument --{key}: MIN is above MAX: {getattr(config, key)}")
-    if not config.filename or Path(config.filename).name != config.filename:
-        parser.error(
-            f"argument --filename: must be a name without folders, not {config.filename!r}"
-        )
-
-
-class NoAliasSafeLoader(yaml.SafeLoader):
-    """Reads YAML without aliases, of which few lines can make more than any memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*), which no setting needs")
-        return super().compose_node(parent, index)
-
-
 def load_yaml_config(
-    parser: OneLineErrorParser, actions: Mapping[str, argparse.Action], path: Path
+    parser: argparse.ArgumentParser, path: Path, explicit: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings in a YAML file, checked as those of the command line are.
+    """The settings in a YAML file.
+
+    A setting may be a mapping from methods to values. One that the command line overrides, such as
+    the path of a folder that has moved, need not be valid.
 
     Raises:
-        SystemExit: With status 2, after one sentence that names the file.
+        UsageError: The file is not YAML, or an entry is unknown or not allowed.
     """
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), Loader=NoAliasSafeLoader)
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"argument --config: cannot read {path}: {error.strerror}")
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         parser.error(f"argument --config: {path} is not YAML: {error}")
     if not isinstance(entries, dict):
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    method = explicit.get("method") or entries.get("method") or actions["method"].default
     settings = {}
-    valid = sorted(actions.keys() - {"config"})
     for key, value in entries.items():
-        if key not in valid:
-            hint = did_you_mean(str(key), valid)
-            parser.error(f"{path}: unknown key {key!r}{hint}; valid: {', '.join(valid)}")
+        if key not in actions:
+            hint = did_you_mean(str(key), actions)
+            parser.error(f"{path}: unknown key {key!r}{hint}; valid: {', '.join(sorted(actions))}")
+        if isinstance(value, dict) and value.keys() <= set(METHODS):
+            value = value.get(method)
         if value is None:
             continue
         try:
             settings[key] = parse_yaml_value(actions[key], value)
         except (argparse.ArgumentTypeError, ValueError) as error:
-            parser.error(f"{path}: key {key!r}: {error}")
+            if key not in explicit:
+                parser.error(f"{path}: key {key!r}: {error}")
     return settings
 
 
 def parse_yaml_value(action: argparse.Action, value: Any) -> Any:
-    """A value of a YAML file as the flag's own parser type has it.
+    """Convert a value of a YAML file with the parser type of its flag.
 
     Raises:
         argparse.ArgumentTypeError, ValueError: It is of another kind, or out of range.
@@ -380,8 +261,110 @@ def parse_yaml_value(action: argparse.Action, value: Any) -> Any:
     if action.nargs == "+" and not parts:
         raise ValueError("must be a list of at least one value")
     if isinstance(action.nargs, int) and len(parts) != action.nargs:
-        raise ValueError(f"must be a list of {action.nargs} values, not {value!r}")
+        raise ValueError(f"must be a list of {action.nargs} values, not of {len(parts)}")
     if any(isinstance(part, dict | list | bool) for part in parts):
-        raise ValueError(f"cannot be {value!r}")
+        raise ValueError("must be plain values, not lists, mappings or switches")
     parts = [(action.type or str)(str(part)) for part in parts]
     return parts if action.nargs else parts[0]
+
+
+def validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse arguments that exclude each other; a test-only dataset is not trained on."""
+    if get_dataset_info(args.dataset).test_only and not args.eval_only:
+        if args.n_iters and "n_iters" in args.overrides:
+            parser.error(
+                f"{args.dataset} is for testing only: train on imagenet and give --test_on "
+                f"{args.dataset}, or --n_iters 0 for its zero-shot accuracy"
+            )
+        args.n_iters = 0
+    if args.final_model == "best_val" and not args.eval_every:
+        parser.error("argument --final_model: best_val needs --eval_every N")
+    if args.method != "so":
+        for key, default in ABLATION_DEFAULTS.items():
+            if getattr(args, key) != default:
+                parser.error(f"argument --{key}: belongs to --method so, not to {args.method}")
+    for key in ("crop_scale", "crop_ratio"):
+        if getattr(args, key)[0] > getattr(args, key)[1]:
+            parser.error(f"argument --{key}: MIN is above MAX: {getattr(args, key)}")
+    if not args.filename or Path(args.filename).name != args.filename:
+        parser.error(f"argument --filename: must be a name without folders, not {args.filename!r}")
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """An ArgumentParser that prints errors on one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
+
+
+class _MainParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises errors: of several processes, one prints them (runs.cli)."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+# Parser types
+
+
+def one_of(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
+    """A parser type: one of the valid names."""
+
+    def parse(name: str) -> str:
+        if name in valid:
+            return name
+        raise argparse.ArgumentTypeError(
+            f"unknown {kind} {name!r}{did_you_mean(name, valid)}; valid: {', '.join(valid)}"
+        )
+
+    return parse
+
+
+def bounded_number(
+    kind: type, low: float, high: float = math.inf, exclusive: str = ""
+) -> Callable[[str], Any]:
+    """A parser type: an int or float from low to high; `exclusive` names bounds left out."""
+    high = min(high, MAX_INT) if kind is int else high
+    bounds = []
+    if low > -math.inf:
+        bounds.append((">" if "low" in exclusive else ">=") + f" {low:g}")
+    if high < math.inf:
+        bounds.append(("<" if "high" in exclusive else "<=") + f" {high:g}")
+    wanted = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)])
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            inside = low <= value <= high and math.isfinite(value)
+        except (ValueError, OverflowError):
+            value, inside = None, False
+        excluded = {"low": [low], "high": [high], "": []}[exclusive]
+        if not inside or value in excluded:
+            raise argparse.ArgumentTypeError(f"must be {wanted.strip()}, not {text!r}")
+        return value
+
+    return parse
+
+
+def backbone_arg(name: str) -> str:
+    """A parser type: a name or path that `clip.load` would find."""
+    try:
+        clip.validate_name(name)
+    except (ValueError, FileNotFoundError) as error:
+        sentence = str(error).replace("unknown model", "unknown backbone")  # as the flag calls it
+        raise argparse.ArgumentTypeError(sentence) from None
+    return name
+
+
+def dataset_arg(name: str) -> str:
+    """A parser type: a known dataset's name, or the path of one's own images."""
+    try:
+        validate_dataset_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def logit_scale_arg(text: str) -> float | str:
+    """A parser type: a positive number, or "checkpoint"."""
+    return text if text == "checkpoint" else bounded_number(float, 0, exclusive="low")(text)

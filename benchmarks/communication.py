@@ -40,7 +40,7 @@ from benchmarks.common import BACKBONES, T, machine, print_table, write_json
 from clip import CLIP
 from optimizers.build import build_optimizer, mark_as_trainable
 from optimizers.SampledGradients import sum_gradients
-from runs.distributed import DistInfo
+from runs.distributed import all_gather_rows, local_slice, raise_if_any_preempted
 
 WARM_UP = 3  # rounds; DistributedDataParallel arranges its buckets after the first
 RANK = 2  # of LoRA's adapters
@@ -103,18 +103,18 @@ def of_ddp(optimizer: torch.optim.Optimizer) -> Exchange:
 def work(rank: int, size: int, folder: Path, args: argparse.Namespace) -> None:
     """Measure, as one of `size` processes, the first of which writes down the rows."""
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=size)
-    group, config = DistInfo(rank, size), BACKBONES[args.backbone]
+    config = BACKBONES[args.backbone]
 
     def optimizer(method: str) -> torch.optim.Optimizer:
         model = CLIP(**config)
-        matrices = mark_as_trainable(model, "both", "all")
+        matrices = mark_as_trainable(model, "both", "all", method)
         settings = dict(lr=1e-4, density=args.density, T=T, rank=RANK, seed=0)
-        return build_optimizer(method, model, matrices, **settings).optimizer
+        return build_optimizer(method, model, matrices, **settings)
 
     def of_features(classes: int) -> Exchange:
-        own, grad = group.own(classes), torch.randn(classes, config["embed_dim"])
-        rows = grad[own].requires_grad_()
-        return lambda: slowest(lambda: group.gather(rows, own, classes).backward(grad))
+        grad = torch.randn(classes, config["embed_dim"])
+        rows = grad[local_slice(classes)].requires_grad_()
+        return lambda: slowest(lambda: all_gather_rows(rows, classes).backward(grad))
 
     no_signal = SimpleNamespace(pending=0)
     exchanges = {
@@ -122,7 +122,7 @@ def work(rank: int, size: int, folder: Path, args: argparse.Namespace) -> None:
         f"LoRA, rank {RANK}": of_gradients(optimizer("lora")),
         "all matrices": of_ddp(optimizer("adam")),
         **{f"features, {classes} classes": of_features(classes) for classes in args.classes},
-        "control number": lambda: slowest(lambda: group.check(no_signal)),
+        "control number": lambda: slowest(lambda: raise_if_any_preempted(no_signal)),
     }
     rounds = [{k: run() for k, run in exchanges.items()} for _ in range(WARM_UP + args.repeats)]
     rows = []

@@ -46,18 +46,13 @@ from clip import CLIP
 from clip.lora import apply_lora, set_dropout
 from clip.model import Attention
 from clip.preprocess import normalize
-from clip.zero_shot import encode_classes, get_autocast, precompute_frozen_text, unit
+from clip.zero_shot import ZeroShotClassifier
 from datasets.transforms import to_device
 from optimizers import SO
-from optimizers.build import POSITIONS, Method, mark_as_trainable
+from optimizers.build import POSITIONS, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
 from runs.environment import get_default_device, set_up_device
-from train import (
-    Adapted,
-    TrainConfig,
-    TrainState,
-    train,
-)
+from train import TrainConfig, TrainState, train
 
 Mark = Callable[[str], None]  # called with a part's name where it ends
 
@@ -110,11 +105,14 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         if method == "sampled":
             row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer, False)
             return row
-    row |= dict(optimizer=optimizer, precision=precision, class_batch_size=args.class_batch_size)
-    with get_autocast(device, precision):
-        first, hidden = precompute_frozen_text(model, row["prompts"])
+    classifier = ZeroShotClassifier(
+        model, row["prompts"], precision=precision, class_batch_size=args.class_batch_size
+    )
+    row |= dict(optimizer=optimizer, classifier=classifier)
+    with classifier.autocast():
+        classifier.precompute_frozen_text()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    row["iterate"] = partial(iteration, row, first, hidden, scaler)
+    row["iterate"] = partial(iteration, row, scaler)
     return row
 
 
@@ -141,23 +139,17 @@ def plain_iteration(
     mark("step")
 
 
-def iteration(
-    row: dict[str, Any], first: int, hidden: Tensor, scaler: torch.amp.GradScaler, mark: Mark
-) -> None:
+def iteration(row: dict[str, Any], scaler: torch.amp.GradScaler, mark: Mark) -> None:
     """One iteration of `train.train`, whatever is trained by whatever optimizer."""
-    model, optimizer, prompts = row["model"], row["optimizer"], row["prompts"]
-    device = prompts.device
-    images, labels = to_device(row["batch"], device)
-    with get_autocast(device, row["precision"]):
-        images = normalize(images, model.image_mean, model.image_std)
-        mark("input")
-        classes = hidden
-        if first < len(model.transformer.resblocks):
-            classes = encode_classes(model, prompts, row["class_batch_size"], hidden, first)
+    classifier, optimizer = row["classifier"], row["optimizer"]
+    images, labels = to_device(row["batch"], classifier.device)
+    mark("input")
+    with classifier.autocast():
+        text_features = classifier.encode_classes()
         mark("text")
-        features = unit(model.encode_image(images))
+        image_features = classifier.encode_images(images)
         mark("image")
-        loss = F.cross_entropy(100.0 * features @ classes.T, labels)
+        loss = F.cross_entropy(100.0 * image_features @ text_features.T, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     mark("backward")
@@ -175,11 +167,9 @@ def count_kernels(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     batches = ((row["batch"], False) for _ in range(PROFILED))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        train(
-            Adapted(row["model"], row["prompts"], Method(row["optimizer"])), batches,
-            TrainState(PROFILED),
-            TrainConfig(precision=row["precision"], class_batch_size=row["class_batch_size"]),
-        )  # fmt: skip
+        state = TrainState(PROFILED, device, row["classifier"].precision)
+        for _ in train(row["classifier"], row["optimizer"], batches, state, TrainConfig(LR)):
+            pass
         synchronise(device)
     events = sorted(profiler.events(), key=lambda event: event.time_range.start)
     kernels, longest = launches(event.name for event in events)
@@ -231,7 +221,7 @@ def timed(iterate: Callable[[Mark], None], device: torch.device) -> dict[str, fl
 
 def work(name: str, args: argparse.Namespace) -> None:
     """Do what the parent asks for on standard input, a word at a time; answer in lines of JSON."""
-    device = set_up_device(args.device, args.threads, seed=0)
+    device = set_up_device(args.device, args.threads)
     cuda = device.type == "cuda"
     row = prepare(name, args, device)
     shape = row["model"], args.batch, row["prompts"]
@@ -322,7 +312,7 @@ def main() -> None:
     args = arguments()
     if args.worker:
         return work(args.worker, args)
-    about = machine(set_up_device(args.device, args.threads, seed=0))
+    about = machine(set_up_device(args.device, args.threads))
     floor = "floor:fp32" in args.rows
     names = [name for name in args.rows if name != "floor:fp32"]
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]

@@ -1,190 +1,145 @@
-"""CLIP as a classifier: features of prompts and of images, and its predictions.
+"""CLIP as a zero-shot classifier: class prompts, text and image features, logits.
 
-A class is the mean of its prompts' features, an image belongs to the class of the largest cosine.
+A class is the mean of its prompts' features; an image is assigned to the class of the largest
+cosine.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clip import CLIP
-from clip.lora import rows_of
+from clip.model import CLIP
 from clip.preprocess import normalize
-from datasets.transforms import Batch, to_device
-from runs.distributed import SINGLE_PROCESS, DistInfo, Shard
-from utils import Predictions, Progress
 
-TEXT_BATCH = 256  # prompts encoded at once where no gradient is needed
+TEXT_BATCH_SIZE = 256  # prompts encoded at once where no gradient is needed
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ZeroShotClassifier:
+    """A CLIP and the prompts of C classes.
+
+    Args:
+        model: The CLIP.
+        text_tokens: Of P prompts of each class, (P, C, L), from `tokenize_class_prompts`;
+            the features of a class's prompts are averaged.
+        logit_scale: Factor of the cosines; "checkpoint" is the one that the weights carry.
+        precision: Of the matrix products, "fp32", "bf16" or "fp16"; weights stay as they are.
+        class_batch_size: Classes encoded at once where gradients are needed; each batch is encoded
+            again when its gradient comes, so that activations of one batch are held. 0 for all.
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        text_tokens: Tensor,
+        *,
+        logit_scale: float | str = 100.0,
+        precision: str = "fp32",
+        class_batch_size: int = 0,
+    ) -> None:
+        self.model, self.precision, self.class_batch_size = model, precision, class_batch_size
+        self.text_tokens, self.num_classes = text_tokens, text_tokens.shape[1]
+        if logit_scale == "checkpoint":
+            logit_scale = model.logit_scale.detach().exp()
+        self.logit_scale = logit_scale
+        self._frozen_text: tuple[int, Tensor | None] = 0, None  # see `precompute_frozen_text`
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_tokens.device
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which matrix products have this classifier's precision."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, AUTOCAST_DTYPES[self.precision])
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit features (B, D) of uint8 images (B, 3, R, R)."""
+        images = normalize(images, self.model.image_mean, self.model.image_std)
+        return l2_normalize(self.model.encode_image(images))
+
+    def encode_classes(self, classes: slice = slice(None)) -> Tensor:
+        """Unit text features (c, D) of some classes, averaged over the prompts.
+
+        After `precompute_frozen_text` only with the classes that were given there.
+        """
+        start_block, hidden = self._frozen_text
+        if hidden is not None and start_block == len(self.model.transformer.resblocks):
+            return hidden  # (c, D): nothing of the text tower is trained
+        tokens = self.text_tokens[:, classes]  # (P, c, L)
+        size = self.class_batch_size
+        needs_grad = torch.is_grad_enabled()
+        if not needs_grad:
+            hidden = None  # computed by the weights as they are now
+            size = min(size or self.num_classes, max(TEXT_BATCH_SIZE // len(tokens), 1))
+        features = []
+        size = size or max(tokens.shape[1], 1)
+        chunks = tokens.split(size, dim=1)
+        hiddens = hidden.split(size, dim=1) if hidden is not None else [None] * len(chunks)
+        for chunk, x in zip(chunks, hiddens, strict=True):
+            if needs_grad and self.class_batch_size:
+                features.append(checkpoint(self._encode_prompts, chunk, x, use_reentrant=False))
+            else:
+                features.append(self._encode_prompts(chunk, x))
+        return l2_normalize(torch.cat(features))
+
+    def _encode_prompts(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """Sum of the unit features of each class's prompts: (P, c, L) -> (c, D)."""
+        flat = tokens.flatten(0, 1)  # (P c, L)
+        if hidden is None:
+            features = self.model.encode_text(flat)
+        else:
+            start_block, _ = self._frozen_text
+            features = self.model.forward_text_suffix(hidden.flatten(0, 1), flat, start_block)
+        return l2_normalize(features).unflatten(0, tokens.shape[:2]).sum(dim=0)
+
+    @torch.no_grad()
+    def precompute_frozen_text(self, classes: slice = slice(None)) -> None:
+        """Run the text tower of some classes up to its first trained block, once for a training.
+
+        What enters that block, (P, c, L, W), is kept for `encode_classes` with gradients; where
+        nothing is trained, the features themselves are.
+        """
+        blocks = self.model.transformer.resblocks
+        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        if not any(trained):
+            self._frozen_text = len(blocks), self.encode_classes(classes)
+            return
+        start_block, tokens = trained.index(True), self.text_tokens[:, classes]
+        parts = tokens.flatten(0, 1).split(TEXT_BATCH_SIZE)
+        hidden = torch.cat([self.model.forward_text_prefix(part, start_block) for part in parts])
+        self._frozen_text = start_block, hidden.unflatten(0, tokens.shape[:2])
 
 
 def tokenize_class_prompts(
-    model: CLIP, classnames: Sequence[str], template: Sequence[str]
+    model: CLIP, classnames: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Tokens of each class's prompts, as long as the longest of them: (P, C, L) int64.
+    """Tokens of each class's prompts, cut after the longest one's end: (P, C, L) int64.
 
-    Attention is causal, so that nothing behind a prompt's last token changes its feature. A prompt
-    that the model has no room for is cut, with a note on standard error.
+    Attention is causal, so nothing behind a prompt's last token changes its feature. A prompt that
+    is too long for the model is truncated, with a note on standard error.
     """
-    texts = [prompt.format(name.replace("_", " ")) for prompt in template for name in classnames]
+    texts = [t.format(name.replace("_", " ")) for t in templates for name in classnames]
     try:
         tokens = model.tokenize(texts)
     except ValueError:
         tokens = model.tokenize(texts, truncate=True)
         print(
-            f"note: prompts of more than {model.context_length} tokens are cut to that many, "
-            "which is all that this backbone reads",
+            f"note: prompts of more than {model.context_length} tokens, the most that this "
+            "backbone reads, are truncated",
             file=sys.stderr,
         )
-    longest = int(tokens.argmax(dim=-1).max()) + 1  # the token that ends a text has the highest id
-    tokens = tokens[:, :longest].reshape(len(template), len(classnames), longest)
+    length = int(tokens.argmax(dim=-1).max()) + 1  # the end-of-text token has the highest id
+    tokens = tokens[:, :length].reshape(len(templates), len(classnames), length)
     return tokens.to(model.text_projection.device)
 
 
-def encode_classes(
-    model: CLIP,
-    prompts: Tensor,
-    chunk: int = 0,
-    hidden: Tensor | None = None,
-    first: int = 0,
-    processes: DistInfo = SINGLE_PROCESS,
-) -> Tensor:
-    """Features of classes from their prompts' tokens: (P, C, L) -> (C, D), each of length 1.
-
-    Those of several prompts are averaged. Gradients flow where they are asked for.
-
-    Args:
-        model: Whose text tower it is.
-        prompts: The tokens.
-        chunk: Classes encoded at once; where gradients are wanted, each chunk is encoded again
-            when its gradient comes, so that activations of one chunk alone are held. 0 takes all,
-            or TEXT_BATCH prompts where no gradients are wanted.
-        hidden: What enters block `first` of the text tower, (P, own C, L, W), as `precompute_frozen_text`
-            returns it for this chunk; None begins with tokens.
-        first: The first block to run.
-        processes: Those that share the classes of each chunk; all get all features.
-    """  # noqa: E501
-
-    def features(tokens: Tensor, x: Tensor | None, share: Shard) -> Tensor:
-        flat = tokens.flatten(0, 1)  # (P c, L)
-        x = model.forward_text_prefix(flat) if x is None else x.flatten(0, 1)
-        with shared_rows(share, processes, len(prompts)):
-            each = unit(model.forward_text_suffix(x, flat, first))  # (P c, D)
-        return each.unflatten(0, tokens.shape[:2]).sum(dim=0)
-
-    encode = features
-    if torch.is_grad_enabled() and chunk:
-        encode = partial(checkpoint, features, use_reentrant=False)
-    count = prompts.shape[1]
-    size = chunk or count
-    if not torch.is_grad_enabled():
-        size = min(size, max(TEXT_BATCH // len(prompts), 1))
-    shares = processes.shares(count, size)
-    parts = [prompts[:, share.mine] for share in shares]
-    inputs = [None] * len(parts)
-    if hidden is not None:
-        inputs = hidden.split([part.shape[1] for part in parts], dim=1)
-    own = unit(torch.cat([encode(*each) for each in zip(parts, inputs, shares, strict=True)]))
-    return processes.gather(own, processes.own(count, size), count)
-
-
-def shared_rows(share: Shard, processes: DistInfo, repeats: int = 1) -> AbstractContextManager:
-    """The context in which inputs are a share of a batch, which is laid out `repeats` times."""
-    if processes.size == 1:
-        return nullcontext()
-    count, mine = share.rows
-    rows = torch.arange(repeats * count, device="cpu").view(repeats, count)[:, mine].flatten()
-    return rows_of(repeats * count, rows)
-
-
-@torch.no_grad()
-def precompute_frozen_text(
-    model: CLIP, prompts: Tensor, chunk: int = 0, processes: DistInfo = SINGLE_PROCESS
-) -> tuple[int, Tensor]:
-    """Run the text tower up to the first block that is trained: once is enough.
-
-    Arguments are those of `encode_classes`.
-
-    Returns:
-        That block's number and what enters it, (P, own C, L, W), of the classes that are this
-        process's in each chunk; where nothing is trained the number of blocks, and the features
-        (C, D) of all classes.
-    """
-    blocks = model.transformer.resblocks
-    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-    if not any(trained):
-        return len(blocks), encode_classes(model, prompts, processes=processes)
-    first = trained.index(True)
-    prompts = prompts[:, processes.own(prompts.shape[1], chunk)]
-    parts = [
-        model.forward_text_prefix(part, first) for part in prompts.flatten(0, 1).split(TEXT_BATCH)
-    ]
-    return first, torch.cat(parts).unflatten(0, prompts.shape[:2])
-
-
-def encode_images(model: CLIP, images: Tensor) -> Tensor:
-    """Features of uint8 images (B, 3, R, R), of length 1: (B, D)."""
-    return unit(model.encode_image(normalize(images, model.image_mean, model.image_std)))
-
-
-def unit(features: Tensor) -> Tensor:
+def l2_normalize(features: Tensor) -> Tensor:
     """Scale each row (N, D) to length 1, in float32 at least."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def get_autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which matrix products run at this precision; weights stay as they are."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-def get_logit_scale(model: CLIP, logit_scale: float | str) -> float | Tensor:
-    """The factor of the cosines: a number, or with "checkpoint" the one that the weights carry."""
-    return model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
-
-
-@torch.no_grad()
-def evaluate(
-    model: CLIP,
-    batches: Iterable[Batch],
-    total: int,
-    prompts: Tensor,
-    desc: str = "Evaluation",
-    precision: str = "fp32",
-    logit_scale: float | str = 100.0,
-    processes: DistInfo = SINGLE_PROCESS,
-) -> Predictions:
-    """Classify `total` images by prompts.
-
-    Args:
-        model: The classifier.
-        batches: Images and labels of this process's share.
-        total: Number of all images.
-        prompts: Tokens of the classes' prompts: (P, C, L).
-        desc: What the progress bar says.
-        precision: Precision of the matrix products.
-        logit_scale: Factor of the cosines, on which probabilities depend; or "checkpoint".
-        processes: Those that share the images and the classes; all get all predictions.
-
-    Returns:
-        Labels, predicted labels and their probabilities, in the images' order.
-    """
-    device, answers, own = model.text_projection.device, [], processes.own(total)
-    with get_autocast(device, precision), Progress(len(own), desc, "images") as bar:
-        classes = encode_classes(model, prompts, processes=processes)  # (C, D)
-        for batch in batches:
-            images, labels = to_device(batch, device)
-            cosines = encode_images(model, images) @ classes.T  # (b, C)
-            predicted = cosines.argmax(dim=-1)
-            logits = get_logit_scale(model, logit_scale) * cosines.float()
-            probabilities = logits.softmax(dim=-1).gather(1, predicted[:, None])[:, 0]
-            answers.append((labels, predicted, probabilities))
-            bar.update(len(labels))
-    mine = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    return Predictions(*(processes.gather(each, own, total).cpu() for each in mine))

@@ -76,7 +76,7 @@ class ImageLoader:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         start: int = 0,
-        own: Callable[[int], Sequence[int]] = range,
+        local_slice: Callable[[int], slice] = slice,
     ) -> Iterator[tuple[Batch, bool]]:
         """Yield shuffled, augmented batches for ever, and whether each ends an epoch.
 
@@ -90,14 +90,14 @@ class ImageLoader:
             ratio: Least and largest width / height of the crop.
             flip: Mirror each image with probability 1/2.
             start: Number of batches to leave out at the beginning.
-            own: Numbers of this process's images in a batch of so many; all by default.
+            local_slice: This process's part of a batch of so many images; all by default.
         """
         change = partial(
             train_transform, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip
         )
         order = shuffled(len(items), batch_size, seed, start)
         return self._ahead(
-            partial(self._train_batch, items, seed, change, own, *at) for at in order
+            partial(self._train_batch, items, seed, change, local_slice, *at) for at in order
         )
 
     def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
@@ -110,7 +110,7 @@ class ImageLoader:
         items: Sequence[Datum],
         seed: int,
         change: Callable,
-        own: Callable[[int], Sequence[int]],
+        local_slice: Callable[[int], slice],
         epoch: int,
         chosen: dict[int, int],
     ) -> tuple[Batch, bool]:
@@ -118,7 +118,7 @@ class ImageLoader:
         places = list(chosen.items())
         images = [
             change(self._decoded(items[index].impath), rng=random.Random(f"{seed} {epoch} {at}"))
-            for at, index in (places[number] for number in own(len(places)))
+            for at, index in places[local_slice(len(places))]
         ]
         labels = [items[index].label for index in chosen.values()]
         batch = collate(images, labels, self.resolution)

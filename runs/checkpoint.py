@@ -1,100 +1,118 @@
-"""All that continues an interrupted run: checkpoint.pt, written and read.
+"""checkpoint.pt: all that an interrupted run is continued from.
 
-It holds how the trained tensors differ from the backbone's, the optimizer's state, how far
-training is, and the generators' states; and the configuration and the images that it belongs to.
+It has how the trained weights differ from the pretrained ones, the optimizer's state and the
+training's state; and the configuration, the images and the pretrained weights that it belongs to.
+It is read with weights_only=True.
 """
 
+import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from clip.archive import safe_load
-from optimizers.delta import apply_state_diff, diff_state_dict
-from run_utils import Config
+from optimizers.delta import diff_state_dict
+from runs.distributed import is_main_process
 from runs.output_dir import diff_configs, get_hparams
-from train import Adapted, TrainState
+from runs.weights import PretrainedModel
 from utils import atomic_write, sha256_of_tree
 
-VERSION = 3  # of checkpoint.pt
+VERSION = 4
 DISCARD_HINT = "remove it, or give --overwrite, to start anew"
 
 
 class CheckpointSaver:
-    """checkpoint.pt in a run's folder.
+    """Saves and loads the checkpoint of a run.
 
     Args:
-        folder: The run's folder.
-        config: Its configuration.
-        data: Its images, as FewShotDataset.data.
-        base: Digest of the weights that it begins with.
+        output_dir: The run's directory.
+        args: Its arguments.
+        data: Its images, as FewShotDataset.fingerprint.
+        pretrained: The weights that training starts from.
+
+    Attributes:
+        note: What a later run can resume from; "" until a checkpoint has been saved.
     """
 
-    def __init__(self, folder: Path, config: Config, data: dict[str, Any], base: str) -> None:
-        self.path = folder / "checkpoint.pt"
-        self.config, self.data, self.base = config, data, base
-        self.kept = ""  # what a later run would go on from, in words
+    def __init__(
+        self,
+        output_dir: Path,
+        args: argparse.Namespace,
+        data: dict[str, Any],
+        pretrained: PretrainedModel,
+    ) -> None:
+        self.path = output_dir / "checkpoint.pt"
+        self.args, self.pretrained, self.note = args, pretrained, ""
+        self.header = {
+            "version": VERSION,
+            "config": get_hparams(args),
+            "data": data,
+            "base": pretrained.sha256,
+        }
 
-    def save(self, adapted: Adapted, course: TrainState) -> None:
-        """Write it: plain values and tensors, which need no trust to be read.
+    def save(self, trained: Mapping[str, Tensor], optimizer: Optimizer, state: Any) -> None:
+        """Write a checkpoint, on rank 0.
 
-        Where that fails, as on a full disk, a note says so: the run is worth more, and the
-        checkpoint before stays.
+        Where that fails, as on a full disk, a note says so: the training is worth more, and the
+        previous checkpoint stays.
+
+        Args:
+            trained: The trained weights by name.
+            optimizer: Has a state_dict.
+            state: The training's; it has a state_dict too.
         """
-        device = adapted.model.text_projection.device
+        if not is_main_process():
+            return
+        content = {**self.header, "optimizer": optimizer.state_dict(), "state": state.state_dict()}
         try:
-            content = {
-                "version": VERSION,
-                "config": get_hparams(self.config),
-                "data": self.data,
-                "base": self.base,
-                "trained": diff_state_dict(
-                    adapted.method.trained, adapted.base.reload_state_dict()
-                ),
-                "optimizer": adapted.method.optimizer.state_dict(),
-                "course": course.state(),
-                "generators": get_rng_state(device),
-            }
+            content["trained"] = diff_state_dict(trained, self.pretrained.reload_state_dict())
             content["digest"] = sha256_of_tree(content)
             atomic_write(self.path, lambda file: torch.save(content, file))
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of full disks
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             print(f"note: {self.path} could not be written ({reason})", file=sys.stderr)
         else:
-            self.kept = f"--resume goes on from iteration {course.count}, kept in {self.path}"
+            self.note = f"--resume continues from iteration {state.iteration}, saved in {self.path}"
 
-    def read(self) -> dict[str, Any] | None:
-        """Read it, where --resume asks for that and there is one.
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint to resume from, with --resume and if there is one.
 
         Raises:
             ValueError: It is damaged, or belongs to another version, configuration, data or
-                backbone; or it is this very run's, and --resume was not given.
+                backbone; or it belongs to this very run, and --resume was not given.
         """
-        config = self.config
-        if not self.path.exists() or (config.overwrite and not config.resume):
+        if not self.path.exists() or (self.args.overwrite and not self.args.resume):
             return None
         try:
-            content = self._checked()
+            content = self._load_and_verify()
         except ValueError:
-            if config.overwrite:
+            if self.args.overwrite:
                 return None
             raise
-        if not config.resume:
+        if not self.args.resume:
+            state = content["state"]
             raise ValueError(
-                f"{self.path} holds this run at iteration {content['course']['count']} of "
-                f"{content['course']['iterations']}: --resume goes on from there, --overwrite "
-                "starts anew"
+                f"{self.path} has this run at iteration {state['iteration']} of "
+                f"{state['total_iters']}: --resume continues from there, --overwrite starts anew"
             )
         return content
 
-    def _checked(self) -> dict[str, Any]:
-        """What the file holds, if that belongs to this very run."""
+    def remove(self) -> None:
+        """Remove the checkpoint of a run that has its result."""
+        if is_main_process():
+            self.path.unlink(missing_ok=True)
+
+    def _load_and_verify(self) -> dict[str, Any]:
+        """Read the checkpoint; refuse one that is not this run's."""
         try:
-            content = safe_load(self.path)  # as torch.load with weights_only, but safe in old ones
+            content = safe_load(self.path)
             version = content["version"]
-            whole = content.pop("digest") == sha256_of_tree(content)
+            intact = content.pop("digest") == sha256_of_tree(content)
         except Exception as error:  # damage shows in many ways
             reason = (str(error).splitlines() or [repr(error)])[0][:160]
             raise ValueError(f"{self.path} is damaged ({reason}); {DISCARD_HINT}") from None
@@ -103,39 +121,20 @@ class CheckpointSaver:
                 f"{self.path} was written by another version of this software (its format is "
                 f"{version!r}, not {VERSION}); {DISCARD_HINT}"
             )
-        if not whole:
+        if not intact:
             raise ValueError(f"{self.path} is damaged (its digest does not match); {DISCARD_HINT}")
-        if changes := diff_configs(content["config"], content["data"], self.config, self.data):
+        current = self.header
+        changes = diff_configs(
+            content["config"], content["data"], current["config"], current["data"]
+        )
+        if changes:
             raise ValueError(
-                f"{self.path} belongs to another run ({changes}); give another --save_path, or "
+                f"{self.path} belongs to another run ({changes}); use another --save_path, or "
                 "--overwrite to replace it"
             )
-        if content["base"] != self.base:
+        if content["base"] != current["base"]:
             raise ValueError(
-                f"{self.path} belongs to other weights than {self.config.backbone} has now; "
+                f"{self.path} belongs to other weights than {self.args.backbone} has now; "
                 f"{DISCARD_HINT}"
             )
         return content
-
-    def resume(self, content: dict[str, Any], adapted: Adapted, course: TrainState) -> None:
-        """Bring a run that has just begun to where `read` found the interrupted one."""
-        base = adapted.model.state_dict()  # as long as nothing is trained
-        apply_state_diff(content["trained"], adapted.method.trained, base)
-        adapted.method.optimizer.load_state_dict(content["optimizer"])
-        course.load(content["course"])
-        set_rng_state(content["generators"], adapted.model.text_projection.device)
-
-
-def get_rng_state(device: torch.device) -> list[Tensor]:
-    """States of torch's generators that a run may draw from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def set_rng_state(states: list[Tensor], device: torch.device) -> None:
-    """Restore the states that `get_rng_state` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

@@ -1,55 +1,128 @@
-"""How a program ends: what the user can mend is one sentence and status 2."""
+"""What a program prints, and how it ends: errors that the user can mend are one line, status 2."""
 
+import argparse
 import io
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from runs.distributed import PeerExited, is_first_to_report_error
+from datasets import FewShotDataset, dataset_name
+from run_utils import SPLIT_TITLES
+from runs.distributed import PeerExited, get_world_size, is_first_to_report_error
+from runs.environment import device_name
+from runs.output_dir import remove_stale_files, weights_path
 from runs.signals import Preempted
 from utils import format_error, one_line
 
+# Accuracies by their keys in result.json, and the lines that users parse.
+ACCURACY_LINES = {
+    "zero_shot_accuracy": "Zero-shot CLIP's {} accuracy",
+    "zero_shot_new_accuracy": "Zero-shot CLIP's {} accuracy on new classes",
+    "final_accuracy": "Final {} accuracy",
+    "new_accuracy": "Final {} accuracy on new classes",
+    "accuracy": "{} accuracy",
+}
+
 
 def run_cli(main: Callable[[], None], prog: str = "main.py") -> int:
-    """Run main; turn what the user can mend into one sentence of `prog` and status 2.
+    """Run a program's main function and return the exit status.
 
-    The environment variable SO_TRACEBACK brings the traceback back.
+    The environment variable SO_TRACEBACK=1 brings tracebacks back.
     """
-    # Pillow's complaints about an image's metadata do not matter here.
+    # Pillow's warnings about an image's metadata do not matter here.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.formatwarning = lambda message, *_, **__: one_line(f"note: {message}") + "\n"
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
+    show_traceback = bool(os.environ.get("SO_TRACEBACK"))
     try:
         main()
         return 0
     except (KeyboardInterrupt, Preempted) as stop:
-        number, kept = getattr(stop, "number", signal.SIGINT), getattr(stop, "kept", "")
-        cause = signal.Signals(number).name
-        if lost := isinstance(stop, PeerExited):
-            if os.environ.get("SO_TRACEBACK"):
-                raise
-            cause = "the loss of another process"
-        if is_first_to_report_error(together=True):
-            print(f"\n{prog}: ended by {cause}{kept and f'; {kept}'}", file=sys.stderr)
-        return 2 if lost else 128 + number
-    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        full = full or "can't allocate memory" in str(error)  # torch's, on a CPU
-        if os.environ.get("SO_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
+        peer_exited = isinstance(stop, PeerExited)
+        if show_traceback and peer_exited:
             raise
-        sentence = format_error(error)
-        if full:
-            reason = sentence.partition("\n")[0] or "out of memory"
-            sentence = (
-                f"{reason}: lower --batch_size, or use --grad_accum_steps or --precision bf16"
-            )
+        signum, note = getattr(stop, "signum", signal.SIGINT), getattr(stop, "checkpoint_note", "")
+        cause = "the loss of another process" if peer_exited else signal.Signals(signum).name
+        if is_first_to_report_error(together=True):
+            print(f"\n{prog}: ended by {cause}{note and f'; {note}'}", file=sys.stderr)
+        return 2 if peer_exited else 128 + signum
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        out_of_memory |= "can't allocate memory" in str(error)  # torch's, on a CPU
+        if show_traceback or (isinstance(error, RuntimeError) and not out_of_memory):
+            raise
+        message = format_error(error)
+        if out_of_memory:
+            reason = message.partition("\n")[0] or "out of memory"
+            message = f"{reason}: lower --batch_size, or use --grad_accum_steps or --precision bf16"
         if is_first_to_report_error():
-            print(one_line(f"{prog}: error: {sentence}"), file=sys.stderr)
+            print(one_line(f"{prog}: error: {message}"), file=sys.stderr)
         return 2
+
+
+def print_accuracy(kind: str, value: float, split: str, target: str = "") -> None:
+    """Print an accuracy on a line of the form that users of few-shot CLIP code parse.
+
+    Args:
+        kind: A key of ACCURACY_LINES.
+        value: The accuracy in percent.
+        split: "test" or "val".
+        target: Name of another dataset than the run's own.
+    """
+    line = ACCURACY_LINES[kind].format(SPLIT_TITLES[split]) + (f" on {target}" if target else "")
+    print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
+
+
+def print_accuracies(accuracies: Mapping[str, Any], split: str) -> None:
+    """Print the accuracies among the values of a result."""
+    for kind in ACCURACY_LINES:
+        if kind in accuracies:
+            print_accuracy(kind, accuracies[kind], split)
+
+
+def print_run_summary(
+    args: argparse.Namespace, dataset: FewShotDataset, method: str, device: torch.device
+) -> None:
+    """Print what is about to be trained; `method` describes that in words."""
+    evaluated = f"{len(dataset.test)} to test"
+    if args.eval_split == "val":
+        evaluated = f"{len(dataset.val)} to validate"
+    processes = f"{get_world_size()} x " if get_world_size() > 1 else ""
+    subsample = "" if args.subsample == "all" else f"{args.subsample} "
+    print(
+        f"{dataset_name(args.dataset)}: {len(dataset.classnames)} {subsample}classes, "
+        f"{len(dataset.train_x)} images to adapt with "
+        f"({args.shots} per class, seed {args.seed}), {evaluated}\n"
+        f"{args.backbone} on {processes}{device_name(device)}, {args.precision}: {method}",
+        flush=True,
+    )
+
+
+def print_finished_run(result: dict[str, Any], output_dir: Path, args: argparse.Namespace) -> None:
+    """Print a finished run's accuracies, and remove what it may have left behind."""
+    remove_stale_files(output_dir)
+    print(f"This run is finished: {output_dir}")
+    print_accuracies(result, args.eval_split)
+    weights = weights_path(output_dir, args)
+    if args.save_weights and not weights.exists():
+        print(f"note: it saved no {weights.name}; --overwrite runs it again", file=sys.stderr)
+
+
+def print_output_dir(args: argparse.Namespace, output_dir: Path) -> None:
+    """Print where the results are, and after the demo how to go on from it."""
+    print(f"\nResults: {output_dir}")
+    if args.dataset == "digits" and args.backbone == "ViT-Tiny/8":
+        method = "" if args.method == "so" else f" --method {args.method}"
+        print(
+            "The same with OpenAI's ViT-B/16 (downloaded once) on EuroSAT (see DATASETS.md):\n"
+            f"    python main.py --root_path $DATA --dataset eurosat --shots 16{method}"
+        )

@@ -1,20 +1,22 @@
-"""The machine that a run is on: device, threads, seed, memory, commit."""
+"""The machine that a run is on: device, seed, memory, versions."""
 
 import ctypes
 import platform
 import random
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
+
+from utils import REPO_ROOT
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and values in glibc's malloc.h
 
 
@@ -25,10 +27,8 @@ def get_default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def set_up_device(name: str, threads: int | None, seed: int) -> torch.device:
-    """Set torch's threads and seed, and return the device.
-
-    Python's `random` is seeded for the few shots alone: nothing else here draws from it.
+def set_up_device(name: str, threads: int | None) -> torch.device:
+    """Set torch's number of threads, and return the device.
 
     Raises:
         ValueError: There is no such device.
@@ -36,11 +36,9 @@ def set_up_device(name: str, threads: int | None, seed: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    torch.manual_seed(seed)
-    random.seed(seed)
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers to compute with
+        torch.zeros(1, device=device).item()  # the device "meta" has no values to compute with
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
@@ -49,11 +47,16 @@ def set_up_device(name: str, threads: int | None, seed: int) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
-    """Have glibc, where it is the C library, keep what is freed instead of giving it back.
+def set_random_seed(seed: int) -> None:
+    """Seed torch, and Python's `random`, from which only the few shots are drawn."""
+    torch.manual_seed(seed)
+    random.seed(seed)
 
-    Otherwise each large tensor is new pages from the system, which have to be filled with zeros:
-    on two cores a fifth of an iteration over ViT-B/16. It costs some 5 % of memory.
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep freed memory instead of returning it to the system.
+
+    Otherwise each large tensor is new pages, which the system fills with zeros.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -64,10 +67,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory used so far, in MB: torch's on a CUDA device, else the whole process's.
-
-    0 on Windows, which does not say.
-    """
+    """Peak memory in MB: torch's on a CUDA device, else the process's; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
@@ -77,10 +77,25 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its maker calls it, where that can be told."""
+    """The name of the GPU, or the processor's architecture and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def describe_machine(device: torch.device, world_size: int) -> dict[str, float | str]:
+    """What result.json says of the machine."""
+    return {
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
+        "device": device_name(device),
+        "processes": world_size,
+    }
+
+
+def get_versions() -> dict[str, str]:
+    """Versions of Python and the packages that numbers depend on."""
+    packages = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    return {"python": platform.python_version(), **packages}
 
 
 def get_git_sha() -> str | None:
@@ -88,8 +103,8 @@ def get_git_sha() -> str | None:
     try:
         git = ["git", "-C", str(REPO_ROOT)]
         options = dict(capture_output=True, text=True, check=True, timeout=10)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        sha = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
         status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        return commit + ("+" if subprocess.run(status, **options).stdout else "")
+        return sha + ("+" if subprocess.run(status, **options).stdout else "")
     except (OSError, subprocess.SubprocessError):
         return None

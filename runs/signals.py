@@ -9,66 +9,72 @@ from typing import Any
 
 
 class Preempted(BaseException):
-    """A signal asks to end.
+    """A signal asks the process to end.
 
     Args:
-        number: The signal.
+        signum: The signal.
+
+    Attributes:
+        checkpoint_note: What a later run can resume from; set where the checkpoint is written.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number, self.kept = number, ""  # `kept` says what a later run goes on from
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum, self.checkpoint_note = signum, ""
 
 
 class SignalHandler:
-    """SIGINT and SIGTERM as Interrupted: raised at once, or where `check` is called if deferred.
+    """Turns SIGINT and SIGTERM into Preempted: at once, or in `raise_if_pending` while deferred.
 
-    One is dealt with at a time: while a checkpoint is written, repeats change nothing, since job
-    schedulers signal every process, and sweeps pass on what they get. SIGINT (Ctrl-C) that comes
-    again after `patience` seconds ends the process at once.
+    Only the first signal counts: while a checkpoint is written, repeats change nothing, since job
+    schedulers signal every process of a job, and sweeps pass on what they get. A second SIGINT
+    (Ctrl-C) after `force_quit_after_s` seconds ends the process at once.
     """
 
-    def __init__(self, patience: float = 3.0) -> None:
-        self.deferring, self.pending, self.patience = False, 0, patience
-        self.before: dict[int, Any] = {}
+    def __init__(self, force_quit_after_s: float = 3.0) -> None:
+        self.force_quit_after_s = force_quit_after_s
+        self.is_deferring, self.pending, self.received_at = False, 0, 0.0
+        self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._handle)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.previous_handlers[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():  # a late repeat must not change the status
-            signal.signal(number, signal.SIG_IGN if self.pending else handler)
+        for signum, handler in self.previous_handlers.items():
+            # A repeat while the process ends must not change its exit status.
+            signal.signal(signum, signal.SIG_IGN if self.pending else handler)
 
-    def _handle(self, number: int, _: object) -> None:
+    def _handle(self, signum: int, _: object) -> None:
         if self.pending:
-            if number == signal.SIGINT and time.monotonic() - self.since >= self.patience:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
+            waited = time.monotonic() - self.received_at
+            if signum == signal.SIGINT and waited >= self.force_quit_after_s:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
             return
-        self.pending, self.since = number, time.monotonic()
-        if not self.deferring:
-            raise Preempted(number)
+        self.pending, self.received_at = signum, time.monotonic()
+        if not self.is_deferring:
+            raise Preempted(signum)
 
-    def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+    def raise_if_pending(self) -> None:
+        """Raise Preempted if a signal has come."""
         if self.pending:
             raise Preempted(self.pending)
 
     @contextmanager
-    def deferred(self, deferring: bool = True) -> Iterator[None]:
-        """For a while, have signals wait for `check`."""
-        before, self.deferring = self.deferring, deferring
+    def defer(self, deferring: bool = True) -> Iterator[None]:
+        """Within this context, signals wait for `raise_if_pending`."""
+        before, self.is_deferring = self.is_deferring, deferring
         try:
             yield
         finally:
-            self.deferring = before
+            self.is_deferring = before
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within such a while, have them raise at once."""
-        with self.deferred(False):
-            self.check()
+    def allow(self) -> Iterator[None]:
+        """Within this context, signals raise at once, also inside `defer`."""
+        with self.defer(False):
+            self.raise_if_pending()
             yield

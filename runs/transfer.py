@@ -1,83 +1,78 @@
-"""--test_on: tests of a run on other datasets, and transfer.json beside its result.
+"""--test_on: accuracies of a run on other datasets, in transfer.json beside its result."""
 
-Each dataset keeps its own classes and images; nothing is trained on it.
-"""
-
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import FewShotDataset, build_test_dataset, dataset_name
-from run_utils import Config
-from runs.output_dir import not_writable_error, print_accuracy
+from runs.cli import print_accuracy
+from runs.output_dir import not_writable_error
 from runs.records import read_transfer
 from utils import atomic_write
 
 TRANSFER_FILENAME = "transfer.json"
 
 
-def build_target_datasets(config: Config) -> dict[str, FewShotDataset]:
-    """The datasets that --test_on names, by the names that results give them.
+def build_target_datasets(args: argparse.Namespace) -> dict[str, FewShotDataset]:
+    """The datasets that --test_on names, by their names in results.
 
     Raises:
         ValueError: One of them cannot be read, or two have one name.
     """
     targets: dict[str, FewShotDataset] = {}
-    for path in config.test_on or ():
+    for path in args.test_on or ():
         name = dataset_name(path)
         if name in targets:
-            raise ValueError(f"--test_on names {name!r} twice, for which there is one entry")
-        targets[name] = build_test_dataset(path, config.root_path, template=config.template)
+            raise ValueError(f"--test_on names {name!r} twice")
+        targets[name] = build_test_dataset(path, args.root_path, template=args.template)
     return targets
 
 
 def load_known_targets(
-    folder: Path, data: Mapping[str, dict[str, Any]]
+    output_dir: Path, fingerprints: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """What a run's folder already says of datasets, if their images are still the same.
+    """The entries of transfer.json whose images are still the same.
 
     Args:
-        folder: The run's.
-        data: By name, as FewShotDataset.data.
+        output_dir: The run's directory.
+        fingerprints: FewShotDataset.fingerprint of each target, by name.
     """
-    try:
-        entries = read_transfer(folder / TRANSFER_FILENAME)
-    except (ValueError, OSError):
-        return {}
-    same = [n for n in data if n in entries and entries[n]["data"] == data[n]]
-    return {name: entries[name] for name in same}
+    entries = _read_entries(output_dir)
+    return {
+        name: entries[name]
+        for name, data in fingerprints.items()
+        if name in entries and entries[name]["data"] == data
+    }
 
 
-def print_known_targets(folder: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
-    """Print what a finished run's folder already says of targets; name those that it does not."""
-    entries = load_known_targets(
-        folder, {name: dataset.fingerprint for name, dataset in targets.items()}
+def print_known_targets(output_dir: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
+    """Print what transfer.json has of the targets; return the names of the others."""
+    known = load_known_targets(
+        output_dir, {name: task.fingerprint for name, task in targets.items()}
     )
-    for name, entry in entries.items():
+    for name, entry in known.items():
         for kind in ("zero_shot_accuracy", "final_accuracy"):
             print_accuracy(kind, entry[kind], "test", name)
-    return [name for name in targets if name not in entries]
+    return [name for name in targets if name not in known]
 
 
 def save_transfer(
-    folder: Path,
+    output_dir: Path,
     targets: Mapping[str, FewShotDataset],
     zero_shot: Mapping[str, float],
     final: Mapping[str, float],
 ) -> None:
-    """Write accuracies in percent into transfer.json, where entries of other targets stay.
+    """Write accuracies in percent into transfer.json; entries of other targets stay.
 
     Args:
-        folder: The run's.
+        output_dir: The run's directory.
         targets: By name.
-        zero_shot: Before training, by name of some of the targets.
-        final: After it.
+        zero_shot: Accuracies before training, by name.
+        final: Accuracies after training, by name.
     """
-    try:
-        entries = read_transfer(folder / TRANSFER_FILENAME)
-    except (ValueError, OSError):
-        entries = {}
+    entries = _read_entries(output_dir)
     for name, dataset in targets.items():
         if name not in final:
             continue
@@ -89,6 +84,14 @@ def save_transfer(
             "data": dataset.fingerprint,
         }
     try:
-        atomic_write(folder / TRANSFER_FILENAME, json.dumps(entries, indent=2) + "\n")
+        atomic_write(output_dir / TRANSFER_FILENAME, json.dumps(entries, indent=2) + "\n")
     except OSError as error:
-        raise not_writable_error(folder, error) from error
+        raise not_writable_error(output_dir, error) from error
+
+
+def _read_entries(output_dir: Path) -> dict[str, dict[str, Any]]:
+    """transfer.json's entries; none where it is missing or damaged."""
+    try:
+        return read_transfer(output_dir / TRANSFER_FILENAME)
+    except (ValueError, OSError):
+        return {}

@@ -1,20 +1,23 @@
-"""The weights that a run begins with, and those that it saved."""
+"""The weights of a run: pretrained, trained, interpolated between the two, saved."""
 
 import io
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import clip
 from clip import CLIP
 from clip.loading import resolve_checkpoint
+from clip.lora import merged_lora
 from optimizers.delta import (
     Delta,
     apply_delta,
     interpolate_weights_,
+    interpolated_weights,
     read_delta,
     state_dict_sha256,
 )
@@ -157,3 +160,26 @@ def save_state_dict(path: Path, state: dict[str, Tensor]) -> None:
     if path.suffix.lower() == ".safetensors":
         return atomic_write(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     atomic_write(path, lambda file: torch.save(tensors, file))
+
+
+@contextmanager
+def evaluation_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], pretrained: PretrainedModel, alpha: float
+) -> Iterator[None]:
+    """Within this context, the model has the weights that are evaluated and saved.
+
+    LoRA's adapters are merged, and what was learned is scaled by alpha (--wise).
+    """
+    with merged_lora(model):
+        if alpha == 1:
+            yield
+        else:
+            with interpolated_weights(weights, pretrained.reload_state_dict(), alpha):
+                yield
+
+
+@torch.no_grad()
+def restore_pretrained(trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Undo a training: copy the pretrained weights back; LoRA's adapters become zero."""
+    for name, parameter in trained.items():
+        parameter.copy_(base[name]) if name in base else parameter.zero_()

@@ -28,7 +28,7 @@ from optimizers.delta import (
     save_delta,
     state_dict_sha256,
 )
-from run_utils import OneLineErrorParser, backbone, bounded_number
+from run_utils import OneLineErrorParser, backbone_arg, bounded_number
 from runs.cli import run_cli
 from runs.weights import merge_delta, resolve_base, save_state_dict
 from utils import print_quietly
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if out:
             command.add_argument("--out", type=Path, required=True, metavar=out, help="to write")
             command.add_argument(
-                "--base", type=backbone, help="name or path of the base (the backbone in FILE)"
+                "--base", type=backbone_arg, help="name or path of the base (the backbone in FILE)"
             )
         return command
 

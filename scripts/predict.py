@@ -18,13 +18,7 @@ import reporting  # noqa: F401  (puts the repository on the path)
 import torch
 from torch import Tensor
 
-from clip.zero_shot import (
-    encode_classes,
-    encode_images,
-    get_autocast,
-    get_logit_scale,
-    tokenize_class_prompts,
-)
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from datasets import Datum
 from datasets.base import list_images, list_subdirs
 from datasets.loader import ImageLoader
@@ -76,19 +70,23 @@ def predict(
     run: Run, weights: Path, images: Sequence[Path], device: str, log_error: Callable[[str], None]
 ) -> Iterator[tuple[Path, Tensor]]:
     """Yield each image's path and the probabilities (C,) of the run's classes."""
-    device = set_up_device(device, None, run.seed)
+    device = set_up_device(device, None)
     model = load_run_model(run, weights, device)
-    precision = run.settings.get("precision", "fp32")
-    scale = get_logit_scale(model, run.settings.get("logit_scale", 100.0))
-    with get_autocast(device, precision):
-        classes = encode_classes(model, tokenize_class_prompts(model, run.classnames, run.template))
+    text_tokens = tokenize_class_prompts(model, run.classnames, run.template)
+    settings = {
+        key: run.settings[key] for key in ("precision", "logit_scale") if key in run.settings
+    }
+    classifier = ZeroShotClassifier(model, text_tokens, **settings)
+    with classifier.autocast():
+        text_features = classifier.encode_classes()  # (C, D)
     loader = ImageLoader(model.visual.input_resolution)
     readable = read_images(find_images(images, log_error), loader, log_error)
     while batch := list(islice(readable, BATCH_SIZE)):
         paths, pixels = zip(*batch, strict=True)
-        with get_autocast(device, precision):
-            cosines = encode_images(model, torch.cat(pixels).to(device)) @ classes.T  # (b, C)
-        yield from zip(paths, (scale * cosines.float()).softmax(dim=-1).cpu(), strict=True)
+        with classifier.autocast():
+            cosines = classifier.encode_images(torch.cat(pixels).to(device)) @ text_features.T
+        probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1).cpu()  # (b, C)
+        yield from zip(paths, probs, strict=True)
 
 
 def find_images(paths: Sequence[Path], log_error: Callable[[str], None]) -> Iterator[Path]:

@@ -19,7 +19,7 @@ def test_accuracies_are_shares_of_all_images_and_of_each_class():
     assert accuracy(LABELS, PREDICTED) == Predictions(LABELS, PREDICTED, None).accuracy
     assert accuracy(LABELS, PREDICTED) == pytest.approx(400 / 6)
     expected = [pytest.approx(200 / 3), 50.0, None, 100.0, None]
-    assert per_class_accuracy(LABELS, PREDICTED, classes=5) == expected
+    assert per_class_accuracy(LABELS, PREDICTED, num_classes=5) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def test_calibration_compares_confidence_and_accuracy_bin_by_bin(correct, probab
 
 def test_other_numbers_of_bins_are_possible():
     correct, probabilities = torch.tensor([True, False]), torch.tensor([0.2, 0.9])
-    assert expected_calibration_error(correct, probabilities, bins=1) == pytest.approx(
+    assert expected_calibration_error(correct, probabilities, n_bins=1) == pytest.approx(
         5.0, abs=1e-5
     )
-    assert expected_calibration_error(correct, probabilities, bins=2) == pytest.approx(
+    assert expected_calibration_error(correct, probabilities, n_bins=2) == pytest.approx(
         85.0, abs=1e-5
     )
 

@@ -11,6 +11,7 @@ An experiment file says:
 
 import itertools
 import math
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,8 +21,8 @@ import yaml
 
 from optimizers.build import ABLATION_DEFAULTS, METHODS
 from reporting.numbers import settings_of
-from run_utils import Config, default_settings, get_arguments
-from runs.output_dir import diff_configs, get_output_dir
+from run_utils import default_settings, get_arguments
+from runs.output_dir import diff_configs, get_hparams, get_output_dir
 from runs.records import Run, read_run
 from utils import plural
 
@@ -44,7 +45,7 @@ class Planned(NamedTuple):
     """One run of an experiment."""
 
     arguments: list[str]  # of main.py
-    config: Config
+    config: Namespace
 
     @property
     def folder(self) -> Path:
@@ -174,7 +175,7 @@ def read_done(planned: Iterable[Planned], *free: str) -> list[Run]:
             try:
                 run = read_run(plan.folder)
                 images = run.data or {"digest": None}  # whichever they are: main.py looks at them
-                if changes := diff_configs(run.settings, images, plan.config, images):
+                if changes := diff_configs(run.settings, images, get_hparams(plan.config), images):
                     raise ValueError(f"the result is another run's ({changes})")
             except ValueError as error:
                 raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error

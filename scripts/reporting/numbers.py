@@ -156,7 +156,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
     A flag that is younger than the run has its default.
     """
-    left_out = NON_HPARAMS | PATH_KEYS | UNREAD.get(run.method, set()) | {"subsample"}
+    left_out = NON_HPARAMS | set(PATH_KEYS) | UNREAD.get(run.method, set()) | {"subsample"}
     if run.backbone not in clip.available_models():
         left_out = left_out - {"backbone"}  # many checkpoints are called model.safetensors
     settings = defaults() | run.settings

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import clip
-from clip.zero_shot import evaluate, tokenize_class_prompts
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from datasets import build_dataset
 from datasets.loader import ImageLoader
 from optimizers.delta import apply_delta, interpolated_weights, read_delta
@@ -19,6 +19,7 @@ from reporting.forgetting import printed_signs, remembered
 from reporting.markdown import markdown
 from reporting.numbers import METHODS, interval
 from reporting.tables import with_spread
+from train import evaluate
 from utils import plural
 
 ALPHAS = [step / 10 for step in range(11)]
@@ -34,11 +35,12 @@ def measure(planned: Sequence[Planned]) -> Paths:
     signs = printed_signs()
     dataset = build_dataset("digits", None, 1)
     model, _ = clip.load("ViT-Tiny/8", "cpu")
-    batches = list(ImageLoader(model.visual.input_resolution, 0).test_batches(dataset.test, 256))
-    prompts = tokenize_class_prompts(model, dataset.classnames, dataset.template)
+    loader = ImageLoader(model.visual.input_resolution, cache_mb=100)
+    text_tokens = tokenize_class_prompts(model, dataset.classnames, dataset.template)
+    classifier = ZeroShotClassifier(model, text_tokens)
 
     def point() -> Point:
-        found = evaluate(model, batches, len(dataset.test), prompts)
+        found = evaluate(classifier, loader, dataset.test)
         return found.accuracy, remembered(model, *signs)
 
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}

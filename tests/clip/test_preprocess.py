@@ -9,7 +9,7 @@ from clip_helpers import TINY_VIT, random_state_dict
 from PIL import Image
 
 import clip
-from clip.zero_shot import encode_images
+from clip.zero_shot import ZeroShotClassifier
 
 
 def test_preprocessing_resizes_crops_and_normalises():
@@ -32,7 +32,8 @@ def test_batches_are_normalised_as_their_model_says():
     model.image_mean, model.image_std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     inputs = clip.image_transform(32, model.image_mean, model.image_std)(Image.fromarray(pixels))
-    features = encode_images(model, torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    classifier = ZeroShotClassifier(model, model.tokenize(["a"])[None])
+    features = classifier.encode_images(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     expected = torch.nn.functional.normalize(model.encode_image(inputs[None]), dim=-1)
     torch.testing.assert_close(features, expected)
 

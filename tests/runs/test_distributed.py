@@ -12,13 +12,13 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from commands import call_main
 from process_helpers import in_processes, main_in_processes
 
-import job
+import main
 from clip import build_model
-from clip.lora import merged_lora
-from clip.zero_shot import evaluate, tokenize_class_prompts
-from optimizers.build import build_optimizer, mark_as_trainable
+from clip.lora import set_dropout
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
+from optimizers.build import build_optimizer, mark_as_trainable, trainable_parameters
 from runs import distributed
-from train import Adapted, TrainConfig, TrainState, own_images, train
+from train import TrainConfig, TrainState, encode_all_classes, train
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
@@ -30,48 +30,48 @@ SIZES = [5, 5, 2, 1]  # of the batches of an epoch
 SHORT = ["--shots", 1, "--n_iters", 6, "--num_workers", 0, "--batch_size", 7, "--device", "cpu"]
 
 
-def batches(group, grad_accum_steps, side):
-    """Random batches for ever, of which a process has its share of the images."""
+def batches(side):
+    """Random batches for ever, of which a process has its slice of the images."""
     generator = torch.Generator().manual_seed(1)
     while True:
         for size in SIZES:
-            images = torch.randint(256, (size, 3, side, side), generator=generator)
+            images = torch.randint(256, (size, 3, side, side), generator=generator).byte()
             labels = torch.randint(len(NAMES), (size,), generator=generator)
-            yield (
-                (images[own_images(grad_accum_steps, group, size)].byte(), labels),
-                size == SIZES[-1],
-            )
+            yield (images[distributed.local_slice(size)], labels), size == SIZES[-1]
 
 
-def adapt(group, method="so", config=TINY_VIT, encoder="both", dtype=torch.float64, **settings):
-    """A few iterations: weights, losses, predictions for 7 images, generator's next number."""
-    torch.manual_seed(5)
+def fit(config=TINY_VIT, encoder="both", method="so", dtype=torch.float64, **options):
+    """A few iterations: weights, losses, cosines of 7 images."""
     model = build_model(random_state_dict(config)).to(dtype)
-    matrices = mark_as_trainable(model, encoder, "all")
-    made = build_optimizer(
-        method, model, matrices, lr=1e-2, density=0.02, T=3, rank=2, seed=1,
-        sampled=settings.pop("sampled", True),
+    weights = mark_as_trainable(model, encoder, "all", method)
+    optimizer = build_optimizer(
+        method, model, weights, lr=1e-2, density=0.02, T=3, rank=2, seed=1,
+        sparse_grad=options.pop("sparse_grad", True),
     )  # fmt: skip
-    prompts = tokenize_class_prompts(model, NAMES, ["a {}.", "the {}."])
-    course, settings = TrainState(9), TrainConfig(**settings)
-    side = model.visual.input_resolution
-    stream = batches(group, settings.grad_accum_steps, side)
-    train(Adapted(model, prompts, made), stream, course, settings, processes=group)
-    images = torch.randint(256, (7, 3, side, side)).byte()[group.own(7)]
-    mine = [(images, torch.arange(7)[group.own(7)])]
-    with merged_lora(model):
-        answers = evaluate(model, mine, 7, prompts, processes=group)
-    weights = {name: p.detach() for name, p in made.trained.items()}
-    return weights, course.losses, tuple(answers), torch.rand(())
+    if method == "lora":  # each rank's own noise, which no other number of ranks has
+        set_dropout(model, False)
+    tokens = tokenize_class_prompts(model, NAMES, ["a {}.", "the {}."])
+    config = TrainConfig(1e-2, grad_accum_steps=options.pop("grad_accum_steps", 1))
+    classifier = ZeroShotClassifier(model, tokens, **options)
+    state, side = TrainState(9), model.visual.input_resolution
+    for _ in train(classifier, optimizer, batches(side), state, config):
+        pass
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (7, 3, side, side), generator=generator).byte()
+    with torch.no_grad():
+        local = classifier.encode_images(images[distributed.local_slice(7)])
+        cosines = distributed.all_gather_rows(local, 7) @ encode_all_classes(classifier).T
+    trained = {name: p.detach() for name, p in trainable_parameters(model).items()}
+    return trained, state.losses, cosines
 
 
 def connected(work):
-    """What a process does with the group of all."""
+    """What a process does within the group of all."""
 
     def run(_):
-        group = distributed.init_store()
-        distributed.init_distributed(group, "cpu")
-        return work(group)
+        distributed.init_store()
+        distributed.init_distributed("cpu")
+        return work()
 
     return run
 
@@ -82,7 +82,7 @@ CASES = [
     (4, dict(encoder="text", class_batch_size=3)),
     (2, dict(encoder="vision", grad_accum_steps=3)),
     (2, dict(config=TINY_RESNET)),
-    (2, dict(sampled=False)),
+    (2, dict(sparse_grad=False)),
     (3, dict(method="lora", grad_accum_steps=2, class_batch_size=2)),
     (2, dict(method="lora")),
     (2, dict(method="adam")),
@@ -94,21 +94,16 @@ BOUNDS = {torch.float64: 1e-10, "fp32": 1e-3, "bf16": 0.1}  # Adam divides tiny 
 
 @pytest.mark.parametrize("count, case", CASES)
 def test_several_processes_compute_what_one_computes(count, case, tmp_path):
-    alone = adapt(distributed.SINGLE_PROCESS, **case)
-    several = in_processes(count, connected(lambda group: adapt(group, **case)), tmp_path)
-    exact = "dtype" not in case
-    bound = BOUNDS[torch.float64 if exact else case.get("precision", "fp32")]
-    for one in several:
-        for (name, weight), expected in zip(one[0].items(), alone[0].values(), strict=True):
+    one = fit(**case)
+    several = in_processes(count, connected(lambda: fit(**case)), tmp_path)
+    bound = BOUNDS[case.get("precision", "fp32") if "dtype" in case else torch.float64]
+    for weights, losses, cosines in several:
+        for (name, weight), expected in zip(weights.items(), one[0].values(), strict=True):
             assert torch.equal(weight, several[0][0][name])
             torch.testing.assert_close(weight, expected, rtol=bound, atol=bound)
-        assert torch.equal(one[1], several[0][1])
-        torch.testing.assert_close(one[1], alone[1], rtol=max(bound, 1e-6), atol=0)
-        assert torch.equal(one[2][0], alone[2][0])
-        assert torch.equal(one[2][2], several[0][2][2])
-        if exact:
-            assert torch.equal(one[2][1], alone[2][1])
-        assert one[3] == alone[3]  # as many random numbers were drawn
+        assert torch.equal(losses, several[0][1]) and torch.equal(cosines, several[0][2])
+        torch.testing.assert_close(losses, one[1], rtol=max(bound, 1e-6), atol=0)
+        torch.testing.assert_close(cosines, one[2], rtol=bound, atol=bound)
 
 
 def curve(folder):
@@ -135,16 +130,17 @@ def test_a_run_of_three_processes_has_one_writer_and_the_losses_of_one_process(t
 
 def interrupt(rank, victim, number, iteration=3):
     """Send a signal to one process after some iterations."""
-    seen = []
+    if rank != victim:
+        return
+    check, calls = main.raise_if_any_preempted, []
 
-    def counted(self, signals):
-        seen.append(signals)
-        if rank == victim and len(seen) == iteration:
+    def counted(signals):
+        calls.append(signals)
+        if len(calls) == iteration:
             os.kill(os.getpid(), number)
-        return check(self, signals)
+        return check(signals)
 
-    check = distributed.DistInfo.check
-    distributed.DistInfo.check = counted
+    main.raise_if_any_preempted = counted
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -155,9 +151,9 @@ def test_a_signal_to_one_process_ends_all_at_one_iteration_and_one_process_goes_
     prepare = lambda rank: interrupt(rank, victim, signal.SIGTERM)  # noqa: E731
     first, second = main_in_processes(2, tmp_path, *argv, prepare=prepare)
     assert first[0] == second[0] == 143 and second[2] == ""
-    assert "ended by SIGTERM; --resume goes on from iteration" in first[2]
+    assert "ended by SIGTERM; --resume continues from iteration" in first[2]
     status, out, err = call_main(*argv, "--resume")
-    assert status == 0 and "Going on from iteration" in out, err
+    assert status == 0 and "Resuming from iteration" in out, err
     call_main(*SHORT, "--save_path", tmp_path / "one")
     assert curve(run_of(tmp_path / "runs")) == pytest.approx(
         curve(run_of(tmp_path / "one")), rel=1e-3
@@ -169,9 +165,9 @@ def test_a_process_that_is_killed_ends_the_other_which_keeps_what_was_done(tmp_p
     prepare = lambda rank: interrupt(rank, 1, signal.SIGKILL)  # noqa: E731
     first, second = main_in_processes(2, tmp_path, *argv, prepare=prepare)
     assert second == -signal.SIGKILL and first[0] == 2
-    assert "ended by the loss of another process; --resume goes on from iteration" in first[2]
+    assert "ended by the loss of another process; --resume continues from iteration" in first[2]
     status, out, _ = call_main(*argv, "--resume")
-    assert status == 0 and "Going on from iteration" in out
+    assert status == 0 and "Resuming from iteration" in out
 
 
 def unreadable(rank):
@@ -181,7 +177,7 @@ def unreadable(rank):
         def fail(*_, **__):
             raise ValueError("the image 7.png cannot be read: replace it")
 
-        job.build_dataset = fail
+        main.build_dataset = fail
 
 
 def of_rank(one):

@@ -14,7 +14,6 @@ import torch
 from commands import refused, result_of, run, run_folder
 from dataset_helpers import ELEVEN, LAYOUTS, make_dataset
 
-import job
 import main
 from optimizers.build import METHODS
 from optimizers.delta import read_delta
@@ -84,12 +83,12 @@ def test_the_iterate_may_be_chosen_on_validation_images_alone(
 ):
     validation, test = iter([1, 5, 4]), iter([1, 2, 3, 6])  # hits of six
 
-    def evaluate(model, batches, total, prompts, title, **how):
-        hits = next(validation if title == "Validation" else test)
+    def evaluate(classifier, loader, items, desc):
+        hits = next(validation if desc == "Validation" else test)
         labels = (torch.arange(6) < hits).long()
         return Predictions(labels, torch.ones(6).long(), torch.full((6,), hits / 8))
 
-    monkeypatch.setattr(job, "evaluate", evaluate)
+    monkeypatch.setattr(main, "evaluate", evaluate)
     command += ["--method", method, "--early_stop_loss", 0, "--lr", 0.01]
     select = [*command, "--n_iters", 3, "--eval_every", 2, "--final_model", "best_val"]
     assert "Final test accuracy: 50.00" in run(*select)
@@ -140,7 +139,7 @@ def test_every_dataset_runs_in_both_conventions(name, convention, command, tmp_p
 
 def test_python_random_is_used_for_the_few_shots_alone(command, monkeypatch):
     states = []
-    build = job.build_dataset
+    build = main.build_dataset
 
     def watched(*args, **own):
         assert random.getstate() == random.Random(3).getstate()
@@ -148,7 +147,7 @@ def test_python_random_is_used_for_the_few_shots_alone(command, monkeypatch):
         states.append(random.getstate())
         return dataset
 
-    monkeypatch.setattr(job, "build_dataset", watched)
+    monkeypatch.setattr(main, "build_dataset", watched)
     run(*command, "--n_iters", 1)
     assert random.getstate() == states[0]
 
@@ -222,10 +221,9 @@ def test_a_backbone_that_changes_during_the_run_is_noticed(command, data, tmp_pa
     backbone.write_bytes((data / "tiny vit.pt").read_bytes())
     train = main.train
 
-    def change(*args, **options):
-        rows = train(*args, **options)
+    def change(*args):
+        yield from train(*args)
         backbone.unlink()
-        return rows
 
     monkeypatch.setattr(main, "train", change)
     assert "tiny.pt changed during this run" in refused(*command, "--backbone", backbone)

@@ -49,19 +49,20 @@ ROOT = Path(__file__).parents[2]
             "--config configs/so_paper.yaml --lr 1e-3 --t 10",
             "so/ViT-B-16/dtd/1shots/seed3-so_paper-lr_0.001",
         ),
-        ("--dataset digits --backbone ViT-Tiny/8", "so/ViT-Tiny-8/digits/16shots/seed3"),
+        ("--config configs/digits.yaml", "so/ViT-Tiny-8/digits/16shots/seed3-digits"),
+        ("DEMO", "so/ViT-Tiny-8/digits/16shots/seed3"),
         (
-            "--dataset digits --backbone ViT-Tiny/8 --method lora --lr 0.005 --n_iters 50",
+            "DEMO --method lora --lr 0.005 --n_iters 50",
             "lora/ViT-Tiny-8/digits/16shots/seed3-lr_0.005",
         ),
     ],
 )  # fmt: skip
 def test_a_folders_name_says_what_the_command_line_changed(argv, name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    argv = argv.split() if "--dataset" in argv else ["--dataset", "dtd", *argv.split()]
-    config = get_arguments([*argv, "--save_path", "out"])
-    assert str(get_output_dir(config)) == f"out/{name}"
-    assert "baseline" not in vars(config)
+    first, *rest = argv.split() or [""]
+    argv = rest if first == "DEMO" else ["--root_path", ".", *argv.split()]
+    args = get_arguments([*argv, "--save_path", "out"])
+    assert str(get_output_dir(args)) == f"out/{name}"
 
 
 def test_a_path_gives_its_files_stem(data):
@@ -147,7 +148,7 @@ def test_a_finished_run_is_told_not_repeated(command, tmp_path):
     status, second, err = call_main(*command)
     assert status == 0 and "This run is finished" in second
     assert first.split("****")[1:4:2] == second.split("****")[1:4:2]
-    assert "note: it kept no weights.safetensors" in err
+    assert "note: it saved no weights.safetensors" in err
     assert (only_folder(tmp_path) / "result.json").stat().st_mtime_ns == before
 
 
@@ -186,7 +187,7 @@ def test_another_runs_result_is_refused_unless_overwritten(command, tmp_path):
     assert "the images differ: 7 train" in told()
     path.write_text(whole)
     spoil(path, data=None)
-    assert "does not say which images it used" in told()
+    assert "did not record its images" in told()
     path.write_text('{"final_accuracy": ')
     assert "is not a run's result" in told()
     run(*command, "--overwrite")

@@ -12,7 +12,7 @@ from dataset_helpers import ROOT, make_dataset
 from PIL import Image
 
 import clip
-import job
+import main
 
 ACCURACY = re.compile(r"\*\*\*\* (.+): (\d+\.\d\d)\. \*\*\*\*")
 
@@ -140,13 +140,13 @@ def test_a_run_is_tested_on_other_datasets_once_its_result_is_written(method, co
 
 def test_what_is_known_of_a_dataset_is_not_measured_again(command, tmp_path, monkeypatch):
     run(*command, "--test_on", "eurosat")
-    titles, usual = [], job.evaluate
+    titles, usual = [], main.evaluate
 
-    def evaluate(model, batches, total, prompts, title, **how):
-        titles.append(title)
-        return usual(model, batches, total, prompts, title, **how)
+    def evaluate(classifier, loader, items, desc):
+        titles.append(desc)
+        return usual(classifier, loader, items, desc)
 
-    monkeypatch.setattr(job, "evaluate", evaluate)
+    monkeypatch.setattr(main, "evaluate", evaluate)
     found = told(run(*command, "--test_on", "eurosat", "imagenet_r"))
     assert titles == ["imagenet_r", "imagenet_r"] and len(found) == 6
     arguments = [str(argument) for argument in command]

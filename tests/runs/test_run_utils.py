@@ -8,15 +8,16 @@ import torch
 import yaml
 from commands import call_main, refused
 
-from run_utils import DEMO_LR, get_arguments
+from run_utils import DEMO_CONFIG, get_arguments
 from runs.cli import run_cli
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "seed device root_path dataset shots backbone position encoder lr n_iters early_stop_loss "
     "batch_size s sparsity t save_path filename eval_only num_workers precision logit_scale "
-    "threads save_weights overwrite dense_grad config method rank eval_every final_model class_batch_size "  # noqa: E501
-    "compile activation heads"
+    "threads save_weights overwrite dense_grad config method rank eval_every final_model "
+    "class_batch_size "
+    "activation heads"
 ).split()
 
 
@@ -73,38 +74,34 @@ def test_flags_of_the_authors_scripts_mean_what_they_mean_there(argv, expected):
 
 
 @pytest.mark.parametrize(
-    "argv, dataset, backbone",
+    "argv, is_demo",
     [
-        ([], "digits", "ViT-Tiny/8"),
-        (["--shots", "4"], "digits", "ViT-Tiny/8"),
-        (["--dataset", "digits", "--root_path", "."], "digits", "ViT-Tiny/8"),
-        (["--backbone", "ViT-Tiny/8"], "digits", "ViT-Tiny/8"),
-        (["--config", "configs/digits.yaml"], "digits", "ViT-Tiny/8"),
-        (["--config", "configs/digits.yaml", "--root_path", "."], "digits", "ViT-Tiny/8"),
-        (["--root_path", ".", "--shots", "4"], "dtd", "ViT-B/16"),
-        (["--root_path", ".", "--backbone", "ViT-Tiny/8"], "dtd", "ViT-Tiny/8"),
-        (["--dataset", "eurosat"], "eurosat", "ViT-B/16"),
-        (["--dataset", "digits", "--backbone", "ViT-B/16"], "digits", "ViT-B/16"),
-        (["--dataset", "eurosat", "--backbone", "ViT-Tiny/8"], "eurosat", "ViT-Tiny/8"),
+        ([], True),
+        (["--shots", "4", "--method", "lora"], True),
+        (["--config", "configs/so_paper.yaml"], False),
+        (["--root_path", "."], False),
+        (["--backbone", "ViT-Tiny/8"], False),
+        (["--dataset", "digits"], False),
     ],
 )
-def test_the_embedded_default_is_left_by_naming_something_else(
-    argv, dataset, backbone, monkeypatch
-):
+def test_demo_is_left_by_naming_a_task(argv, is_demo, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = get_arguments(argv)
-    assert (config.dataset, config.backbone) == (dataset, backbone)
-    embedded = (dataset, backbone) == ("digits", "ViT-Tiny/8")
-    assert (config.config is not None) == (config.logit_scale == "checkpoint") == embedded
-    assert config.lr == (DEMO_LR["so"] if embedded else 2e-4)
+    args = get_arguments(argv)
+    assert (args.dataset == "digits" and args.backbone == "ViT-Tiny/8") == is_demo or argv[1:] == [
+        "digits"
+    ]
+    assert (args.logit_scale == "checkpoint") == is_demo and (args.n_iters == 50) == is_demo
+    assert is_demo or argv[0] == "--dataset" or args.dataset == "dtd"
 
 
-def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
+def test_demo_methods_have_the_studys_rates():
     table = (ROOT / "docs/digits/rates/table.md").read_text()
     chosen = re.findall(r"^\| (\w+) .*?(\S+): \S+ \(chosen\)", table, re.MULTILINE)
-    assert {name.lower(): float(lr) for name, lr in chosen} == DEMO_LR
-    for method, lr in DEMO_LR.items():
-        assert get_arguments(["--method", method]).lr == lr
+    assert {name.lower() for name, _ in chosen} == {"so", "lora", "adam"}
+    for method, lr in chosen:
+        method = method.lower()
+        assert get_arguments(["--method", method]).lr == float(lr)
+        assert get_arguments(["--config", DEMO_CONFIG, "--method", method]).lr == float(lr)
         assert get_arguments(["--method", method, "--lr", "0.3"]).lr == 0.3
         assert get_arguments(["--method", method, "--dataset", "dtd"]).lr == 2e-4
 
@@ -137,7 +134,6 @@ def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
         (["--method", "lora", "--grad_support", "magnitude"], ["--grad_support", "--method so"]),
         (["--method", "adam", "--moments", "none"], ["--moments", "--method so"]),
         (["--config", "no such.yaml"], ["no such.yaml"]),
-        (["--backbone", "ViT-B/32"], ["--dataset"]),
         (["--precision=--"], ["--precision", "expected a value"]),
         (["--method", "9" * 5000], ["valid: so, lora, adam"]),
     ],
@@ -145,11 +141,6 @@ def test_methods_on_the_embedded_default_have_the_rates_that_the_study_chose():
 def test_bad_flags_end_in_one_sentence(argv, words):
     message = refused(*argv)
     assert all(word in message for word in words) and len(message) < 2100, message
-
-
-LAUGHS = "a0: &a0 [x]\n" + "\n".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
-)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +151,8 @@ LAUGHS = "a0: &a0 [x]\n" + "\n".join(
         ("shots: many", ["shots", "whole number", "many"]),
         ("position: botom", ["botom", "did you mean 'bottom'"]),
         ("flip: 3", ["flip", "true or false"]),
-        ("lr: true", ["lr", "True"]),
-        ("lr: {a: 1}", ["lr"]),
+        ("lr: true", ["lr", "plain values"]),
+        ("lr: {a: 1}", ["lr", "plain values"]),
         ("crop_scale: [0.1]", ["crop_scale", "2 values"]),
         ("crop_scale: [0.1, [1]]", ["crop_scale"]),
         ("- a list", ["key: value"]),
@@ -171,10 +162,9 @@ LAUGHS = "a0: &a0 [x]\n" + "\n".join(
         ("[" * 3000, ["not YAML"]),
         ("lr: !!bool x", ["not YAML"]),
         ("lr: 2001-99-99", ["not YAML"]),
-        (LAUGHS, ["not YAML", "alias"]),
         ("!!python/object/apply:os.system ['touch hacked']", ["not YAML"]),
     ],
-    ids=range(18),
+    ids=range(17),
 )
 def test_a_bad_file_of_settings_is_named_with_its_fault(text, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -12,16 +12,11 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from benchmarks import plain
 from clip import build_model
 from clip.preprocess import normalize
-from clip.zero_shot import (
-    encode_classes,
-    encode_images,
-    precompute_frozen_text,
-    tokenize_class_prompts,
-)
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers import SO, SampledGradients
-from optimizers.build import POSITIONS, Method, mark_as_trainable
+from optimizers.build import POSITIONS, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
-from train import Adapted, TrainConfig, TrainState, compile_blocks, get_lr, train
+from train import TrainConfig, TrainState, get_lr, train
 
 # What checkpoint of torch 2.4 says of its own autocast.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -36,6 +31,10 @@ def make(config=TINY_VIT, encoder="both", position="all"):
     """A model in float64 and the matrices of it that are to be adapted."""
     model = build_model(random_state_dict(config)).double()
     return model, mark_as_trainable(model, encoder, position)
+
+
+def make_classifier(model, templates=("a {}.",), **options):
+    return ZeroShotClassifier(model, tokenize_class_prompts(model, NAMES, templates), **options)
 
 
 def batches(resolution, seed=0):
@@ -94,19 +93,14 @@ def test_training_equals_the_plain_computation(
 
     optimizer = SO(matrices.values(), **SETTINGS)
     sample_gradients(ours, optimizer)
-    prompts = tokenize_class_prompts(ours, NAMES, templates)
-    assert prompts.shape[-1] < ours.context_length
+    classifier = make_classifier(ours, templates, class_batch_size=chunk)
+    assert classifier.text_tokens.shape[-1] < ours.context_length
+    state = TrainState(STEPS)
     stream = batches(ours.visual.input_resolution)
-    course = TrainState(STEPS)
-    train(
-        Adapted(ours, prompts, Method(optimizer)),
-        stream,
-        course,
-        TrainConfig(class_batch_size=chunk),
-    )
-    curve = course.curve()
+    for _ in train(classifier, optimizer, stream, state, TrainConfig(SETTINGS["lr"])):
+        pass
 
-    assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)  # kept in float32
+    assert state.losses.tolist() == pytest.approx(losses, rel=1e-6)  # kept in float32
     for (name, p), q in zip(matrices.items(), their_matrices.values(), strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), **CLOSE, msg=name)
         at = optimizer.state[p]["grad_indices"]
@@ -120,12 +114,12 @@ def test_micro_batches_of_the_whole_model_add_up():
     (theirs, their_matrices), (ours, matrices) = make(), make()
     optimizer = SO(matrices.values(), **SETTINGS)
     sample_gradients(ours, optimizer)
-    prompts = tokenize_class_prompts(ours, NAMES, ["a {}."])
-    first, hidden = precompute_frozen_text(ours, prompts)
+    classifier = make_classifier(ours, class_batch_size=2)
+    classifier.precompute_frozen_text()
     for _, ((images, labels), _) in zip(range(3), batches(32), strict=False):
         plain_loss(theirs, images, labels, ["a {}."]).backward()
-        classes = encode_classes(ours, prompts, 2, hidden, first)
-        F.cross_entropy(100 * encode_images(ours, images) @ classes.T, labels).backward()
+        text_features = classifier.encode_classes()
+        F.cross_entropy(100 * classifier.encode_images(images) @ text_features.T, labels).backward()
     for p, q in zip(matrices.values(), their_matrices.values(), strict=True):
         at = optimizer.state[p]["grad_indices"]
         torch.testing.assert_close(p.grad.to_dense().take(at), q.grad.take(at), **CLOSE)
@@ -136,14 +130,17 @@ def test_what_lies_below_the_first_trained_block_of_the_text_tower_runs_once():
     calls = [0, 0]
     for number, block in enumerate(model.transformer.resblocks):
         block.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
-    prompts = tokenize_class_prompts(model, NAMES, ["a {}."])
-    train(Adapted(model, prompts, Method(SO(matrices.values()))), batches(32), TrainState(5))
+    optimizer = SO(matrices.values())
+    for _ in train(
+        make_classifier(model), optimizer, batches(32), TrainState(5), TrainConfig(1e-3)
+    ):
+        pass
     assert calls == [1, 5]
 
 
 def test_chunks_are_encoded_one_by_one_and_their_activations_not_kept():
     model, _ = make(encoder="text")
-    prompts = tokenize_class_prompts(model, [f"no {n}" for n in range(40)], ["a {}."])
+    tokens = tokenize_class_prompts(model, [f"no {n}" for n in range(40)], ["a {}."])
     texts, kept = [], []
     model.transformer.resblocks[1].register_forward_hook(lambda m, i, o: texts.append(len(o)))
 
@@ -154,7 +151,7 @@ def test_chunks_are_encoded_one_by_one_and_their_activations_not_kept():
     def bytes_kept(chunk):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            features = encode_classes(model, prompts, chunk)
+            features = ZeroShotClassifier(model, tokens, class_batch_size=chunk).encode_classes()
         features.sum().backward()
         return sum(kept)
 
@@ -174,19 +171,3 @@ def test_the_last_block_computes_the_token_that_is_read_alone():
             "transformer.resblocks.1"
         )
         assert shape[1] == 1 if last else shape[1] > 1, name
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.4's own doing
-def test_compiled_blocks_train_as_plain_ones():
-    (theirs, their_matrices), (ours, matrices) = make(), make()
-    losses, _ = train_plainly(theirs, their_matrices, ["a {}."])
-    compile_blocks(ours, backend="aot_eager")
-    prompts = tokenize_class_prompts(ours, NAMES, ["a {}."])
-    optimizer = SO(matrices.values(), **SETTINGS)
-    course = TrainState(STEPS)
-    train(Adapted(ours, prompts, Method(optimizer)), batches(32), course)
-    curve = course.curve()
-    assert [row[1] for row in curve] == pytest.approx(losses, rel=1e-6)
-    for p, q in zip(matrices.values(), their_matrices.values(), strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), **CLOSE)

@@ -12,8 +12,10 @@ import list_pending
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
-from commands import calls, wait_for
+from commands import call, calls, wait_for
 from dataset_helpers import make_dataset
+
+from runs.cli import run_cli
 
 SWEEP = Path(__file__).parents[2] / "scripts/sweep.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -60,10 +62,8 @@ def test_sweep_continues_after_failures(tmp_path):
 @pytest.mark.parametrize("flag, status, words", [("--shotss=4", 2, "--shotss"), ("--help", 0, "")])
 def test_wrong_flag_ends_sweep(flag, status, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("--dataset dtd\n"))
-    with pytest.raises(SystemExit) as end:
-        list_pending.main([flag])
-    out, err = capsys.readouterr()
-    assert end.value.code == status and out == "" and words in err
+    ended, out, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)), flag)
+    assert ended == status and out == "" and words in err
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM to all"])

@@ -2,7 +2,6 @@
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +11,13 @@ from PIL import Image
 
 import clip
 from clip import build_model
-from clip.zero_shot import encode_classes, evaluate, tokenize_class_prompts
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from datasets import Datum
 from datasets.loader import ImageLoader
 from optimizers import SO
-from optimizers.build import POSITIONS, TRAINABLE_WEIGHTS, Method, layer_indices, mark_as_trainable
-from optimizers.delta import apply_state_diff
+from optimizers.build import POSITIONS, TRAINABLE_WEIGHTS, layer_indices, mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
-from train import Adapted, NonFiniteLoss, TrainConfig, TrainState, get_lr, train
+from train import NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
 
 NAMES = ["red_one", "green", "blue"]
 TEMPLATE = ["a {}."]
@@ -46,18 +44,21 @@ def tiny(config=TINY_VIT):
     return build_model(random_state_dict(config))
 
 
-def prompts(model, template=TEMPLATE):
-    return tokenize_class_prompts(model, NAMES, template)
+def make_classifier(model, templates=TEMPLATE, **options):
+    return ZeroShotClassifier(model, tokenize_class_prompts(model, NAMES, templates), **options)
 
 
-def adapt(model, items, optimizer, iterations=6, workers=0, **options):
+def fit(model, items, optimizer, state=6, workers=0, logit_scale=100.0, precision="fp32", **config):
+    """Train for some iterations, or a state; return the rows of the log."""
     loader = ImageLoader(model.visual.input_resolution, workers, cache_mb=10)
     batches = loader.train_batches(items, 5, seed=1)
-    course = TrainState(iterations)
-    train(
-        Adapted(model, prompts(model), Method(optimizer)), batches, course, TrainConfig(**options)
-    )
-    return course.curve()
+    classifier = make_classifier(model, logit_scale=logit_scale, precision=precision)
+    if not isinstance(state, TrainState):
+        state = TrainState(state, precision=precision)
+    config = TrainConfig(optimizer.param_groups[0]["lr"], **config)
+    for _ in train(classifier, optimizer, batches, state, config):
+        pass
+    return state.log_rows(config.lr)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +112,17 @@ def test_a_resnet_adapts_its_text_tower_and_refuses_vision_alone():
 
 def test_the_classifier_is_the_normalised_text_of_each_prompt():
     model = tiny()
-    features = encode_classes(model, prompts(model))
+    features = make_classifier(model).encode_classes()
     expected = model.encode_text(model.tokenize(["a red one.", "a green.", "a blue."]))
     torch.testing.assert_close(features, F.normalize(expected, dim=-1))
-    both = encode_classes(model, prompts(model, ["a {}.", "the {}."]))
-    other = encode_classes(model, prompts(model, ["the {}."]))
+    both = make_classifier(model, ["a {}.", "the {}."]).encode_classes()
+    other = make_classifier(model, ["the {}."]).encode_classes()
     torch.testing.assert_close(both, F.normalize(features + other, dim=-1))
 
 
 def test_prompts_are_as_long_as_the_longest_and_cut_to_the_context(capsys):
     model = tiny()
-    assert prompts(model).shape == (1, 3, 10)  # start, a, r e d, o n e, ., end
+    assert make_classifier(model).text_tokens.shape == (1, 3, 10)  # start, a, r e d, o n e, ., end
     assert capsys.readouterr().err == ""
     tokens = tokenize_class_prompts(model, ["x" * 50, "y"], TEMPLATE)
     assert tokens.shape == (1, 2, 16) and tokens.max() == tokens[0, 0, -1]
@@ -137,8 +138,8 @@ def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
         predicted = model(images, tokens)[0].argmax(dim=-1)
     expected = 100 * sum(int(p == i.label) for p, i in zip(predicted, items, strict=True)) / 12
     for workers in (0, 2):
-        batches = ImageLoader(32, workers).test_batches(items, 5)
-        assert evaluate(model, batches, 12, prompts(model)).accuracy == pytest.approx(expected)
+        found = evaluate(make_classifier(model), ImageLoader(32, workers), items)
+        assert found.accuracy == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -147,7 +148,7 @@ def test_workers_do_not_change_a_run(items, workers):
     for count in (0, workers):
         model = tiny()
         optimizer = SO(mark_as_trainable(model, "both", "top").values(), lr=1e-3, seed=1)
-        curves.append(adapt(model, items, optimizer, workers=count))
+        curves.append(fit(model, items, optimizer, workers=count))
     assert curves[0] == curves[1]
 
 
@@ -157,7 +158,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(items, encoder):
         model = tiny().double()
         optimizer = SO(mark_as_trainable(model, encoder, "top").values(), lr=1e-3, seed=1)
         sample_gradients(model, optimizer)
-        curve = adapt(model, items, optimizer, **options)
+        curve = fit(model, items, optimizer, **options)
         return [row[1] for row in curve], model.visual.transformer.resblocks[-1].mlp.c_fc.weight
 
     losses, weight = run()
@@ -174,7 +175,7 @@ def test_half_precision_follows_float32_with_float32_weights(items, precision):
         model = tiny()
         chosen = mark_as_trainable(model, "both", "all")
         optimizer = SO(chosen.values(), lr=1e-4, density_ratio=0.1, seed=1)
-        curves.append(adapt(model, items, optimizer, logit_scale=10.0, precision=name))
+        curves.append(fit(model, items, optimizer, logit_scale=10.0, precision=name))
         assert {p.dtype for p in chosen.values()} == {torch.float32}
     full, half = [torch.tensor([row[1] for row in curve]) for curve in curves]
     torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
@@ -185,39 +186,24 @@ def test_the_checkpoints_own_logit_scale_can_be_used(items):
     for scale in ("checkpoint", 100.0, 1.0):
         model = tiny()  # whose own scale is 100
         optimizer = SO(mark_as_trainable(model, "text", "top").values(), seed=1)
-        losses.append(adapt(model, items, optimizer, 1, logit_scale=scale)[0][1])
+        losses.append(fit(model, items, optimizer, 1, logit_scale=scale)[0][1])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != losses[2]
 
 
 def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
     model = tiny()
     optimizer = SO(mark_as_trainable(model, "text", "top").values(), seed=1)
-    curve = adapt(model, items, optimizer, 20, early_stop_loss=1e9)
+    curve = fit(model, items, optimizer, 20, early_stop_loss=1e9)
     assert [row[0] for row in curve] == [1, 2, 3]  # twelve images, five to a batch
-
-
-def test_the_best_iterate_is_the_first_of_equals_and_comes_back():
-    tensors = {"w": torch.zeros(30), "new": torch.zeros(2)}
-    base, course = {"w": torch.zeros(30)}, TrainState(9)
-    adapted = Adapted(None, None, Method(None, tensors), SimpleNamespace(read=lambda: base))
-    for count, score in enumerate([10.0, 30.0, 30.0, 20.0]):
-        course.count = count
-        tensors["w"][count], tensors["new"][0] = 1, count
-        course.offer(score, adapted)
-    apply_state_diff(course.best[2], tensors, base)
-    assert course.best[:2] == (1, 30.0)
-    assert tensors["w"].tolist() == [1, 1] + [0] * 28 and tensors["new"].tolist() == [1, 0]
-    assert len(course.best[2]["w"][0]) == 2  # kept as what changed
 
 
 def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):
     model = tiny()
     optimizer = SO(mark_as_trainable(model, "text", "top").values(), lr=1e38, seed=1)
-    course = TrainState(9)
-    batches = ImageLoader(32).train_batches(items, 5, seed=1)
+    state = TrainState(9)
     with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
-        train(Adapted(model, prompts(model), Method(optimizer)), batches, course)
-    assert [math.isfinite(row[1]) for row in course.curve()] == [True, False]
+        fit(model, items, optimizer, state)
+    assert [math.isfinite(row[1]) for row in state.log_rows(1e38)] == [True, False]
 
 
 def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
@@ -231,7 +217,9 @@ def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
 def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precision):
     model = tiny().cuda()
     optimizer = SO(mark_as_trainable(model, "both", "all").values(), density_ratio=0.05, seed=1)
-    adapt(model, items, optimizer, 3, precision=precision)
+    fit(
+        model, items, optimizer, TrainState(3, torch.device("cuda"), precision), precision=precision
+    )
     modes = []
 
     def watched(batches):
@@ -240,10 +228,12 @@ def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precisi
             torch.cuda.set_sync_debug_mode(modes[-1])
             yield batch, ends_epoch
 
+    batches = watched(ImageLoader(32).train_batches(items, 5, seed=1))
+    state = TrainState(40, torch.device("cuda"), precision)
     try:
-        batches = watched(ImageLoader(32).train_batches(items, 5, seed=1))
-        adapted = Adapted(model, prompts(model), Method(optimizer))
-        train(adapted, batches, TrainState(40), TrainConfig(precision=precision))
+        classifier = make_classifier(model, precision=precision)
+        for _ in train(classifier, optimizer, batches, state, TrainConfig(2e-4)):
+            pass
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert modes.count("error") == 26  # two of three batches
