@@ -1,9 +1,12 @@
-"""SO's settings by the size of the matrices: test accuracy of two MLPs on scikit-learn's digits.
+"""Which lr and density SO needs: accuracy by reach, steps x density x lr, on scikit-learn's digits.
 
-    python benchmarks/settings.py [--epochs 20] [--json FILE]
+    python benchmarks/settings.py [--steps 400 2000] [--seeds 1 2 3] [--json FILE]
 
-SO moves floor(n * density) entries of a matrix of n, one at least: settings for matrices of
-millions of entries barely train one of thousands. The head may be in a dense group.
+In `steps` steps an entry is read steps x density times on average, and moves by lr at most each
+time, so reach bounds how far an average entry can go. Two tasks of one MLP (64-256-256-10, no
+weight decay): "scratch" trains it from random weights; "shifted" starts from one that Adam has
+trained on the digits and adapts it to images that are shifted by a pixel. Adam has one row a task
+and number of steps.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import warnings
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,95 +27,116 @@ from benchmarks.common import machine, print_table, write_json
 from optimizers import SO
 from utils import progress
 
-WIDTHS = (256, 1024)  # of two hidden layers
-BATCH, TRAINED = 64, 1347  # images of a step, and of the training part; 450 are for testing
-FEW, ADAM_LR = 10, 1e-3  # entries of a tensor below which SO warns
+TASKS = ("scratch", "shifted")
+DENSITIES = (1e-3, 1e-2, 0.1)
+LRS = (3e-4, 1e-3, 3e-3, 1e-2)
+WIDTH, BATCH, TRAIN_IMAGES = 256, 64, 1347  # 450 images are for testing
+ADAM_LR, ADAM_STEPS = 1e-3, 400  # of Adam's rows and of the model to adapt
 
 
-class Setting(NamedTuple):
-    """A row of the table."""
-
-    name: str
-    lr: float
-    density: float | None = None  # None: Adam
-
-
-SETTINGS = (
-    Setting("Adam", ADAM_LR),
-    Setting("SO, its defaults", 2e-4, 5e-5),
-    Setting("SO", 3e-4, 5e-4),
-    Setting("SO", 1e-2, 1e-3),
-    Setting("SO, head dense", 1e-2, 1e-3),
-    Setting("SO", 1e-2, 1e-2),
-    Setting("SO, head dense", 1e-2, 1e-2),
-    Setting("SO", 3e-3, 0.1),
-)
+def load_data() -> tuple[list[Tensor], list[Tensor]]:
+    """Images and labels to train on and to test on: the digits, and the same shifted by a pixel."""
+    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    pixels, labels = pixels[order].float() / 16, labels[order]
+    shifted = pixels.view(-1, 8, 8).roll((1, 1), (1, 2)).flatten(1)
+    split = slice(None, TRAIN_IMAGES), slice(TRAIN_IMAGES, None)
+    return tuple([t[part] for part in split for t in (x, labels)] for x in (pixels, shifted))
 
 
-def make_optimizer(model: nn.Sequential, setting: Setting, seed: int) -> torch.optim.Optimizer:
-    """Adam, or SO with the head among the others or in a dense group at Adam's rate."""
-    if setting.density is None:
-        return torch.optim.Adam(model.parameters(), lr=setting.lr)
-    groups = [{"params": model[:-1].parameters()}, {"params": model[-1].parameters()}]
-    if setting.name.endswith("head dense"):
-        groups[1] |= {"dense": True, "lr": ADAM_LR}
-    return SO(groups, lr=setting.lr, density_ratio=setting.density, seed=seed)
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Tensor], steps: int
+) -> None:
+    """Take steps on batches in random order."""
+    images, labels = data[:2]
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.randperm(len(images))
+        batch, order = order[:BATCH], order[BATCH:]
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
 
 
-def accuracy_of(setting: Setting, width: int, seed: int, epochs: int, data: list[Tensor]) -> float:
-    """Train from a seed, and return the accuracy on the test part in percent."""
+@torch.no_grad()
+def accuracy(model: nn.Module, data: list[Tensor]) -> float:
+    """Accuracy on the test part, in percent."""
+    images, labels = data[2:]
+    return 100 * (model(images).argmax(1) == labels).double().mean().item()
+
+
+def make_model(task: str, seed: int, digits: list[Tensor], steps: int) -> nn.Module:
+    """An MLP of random weights, or one that Adam has trained on the digits."""
     torch.manual_seed(seed)
-    images, labels, test_images, test_labels = data
-    first, second, head = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, 10)
-    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), head)
-    optimizer = make_optimizer(model, setting, seed)
-    for _ in range(epochs):
-        for part in torch.randperm(len(images)).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[part]), labels[part]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        return 100 * (model(test_images).argmax(1) == test_labels).double().mean().item()
+    layers = nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+    if task == "shifted":
+        train(model, torch.optim.Adam(model.parameters(), lr=ADAM_LR), digits, steps)
+    return model
 
 
-def few_entries(setting: Setting, width: int) -> tuple[int, int]:
-    """How many of the matrices that SO moves keep fewer than FEW entries, and of how many."""
-    sizes = [64 * width, width * width, 10 * width][: 2 if "head" in setting.name else 3]
-    return sum(max(1, int(size * setting.density)) < FEW for size in sizes), len(sizes)
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's, of values that may repeat."""
+
+    def ranks(values: list[float]) -> Tensor:
+        t = torch.tensor(values, dtype=torch.float64)
+        return (t[:, None] > t).sum(1) + ((t[:, None] == t).sum(1) - 1) / 2
+
+    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--steps", type=int, nargs="+", default=[400, 2000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--adam_steps", type=int, default=ADAM_STEPS, help="of the model to adapt")
     parser.add_argument("--json", help="write the figures to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=UserWarning)  # SO's, of too few entries
+    warnings.filterwarnings("ignore", "SO keeps fewer than ten", UserWarning)
 
-    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    pixels, labels = pixels[order].float() / 16, labels[order]
-    data = [pixels[:TRAINED], labels[:TRAINED], pixels[TRAINED:], labels[TRAINED:]]
+    digits, shifted = load_data()
+    data = {"scratch": digits, "shifted": shifted}
+    settings = [(None, ADAM_LR), *product(DENSITIES, LRS)]  # density None: Adam
     rows: list[dict[str, Any]] = []
-    for width, setting in progress([*product(args.widths, SETTINGS)], desc="Settings", unit="row"):
-        found = [accuracy_of(setting, width, seed, args.epochs, data) for seed in args.seeds]
-        rows.append({"width": width, **setting._asdict(), "accuracies": found})
-        if setting.density is not None:
-            rows[-1]["few"] = few_entries(setting, width)
+    todo = [*product(TASKS, args.steps, settings)]
+    for task, steps, (density, lr) in progress(todo, desc="Settings", unit="row"):
+        before, after = [], []
+        for seed in args.seeds:
+            model = make_model(task, seed, digits, args.adam_steps)
+            before.append(accuracy(model, data[task]))
+            if density is None:
+                optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+            else:
+                optimizer = SO(model.parameters(), lr=lr, density_ratio=density, seed=seed)
+            train(model, optimizer, data[task], steps)
+            after.append(accuracy(model, data[task]))
+        row = dict(task=task, steps=steps, density=density, lr=lr, before=before, accuracies=after)
+        rows.append(row | {"reach": steps * (density or 1) * lr, "reads": steps * (density or 1)})
+    rows.sort(key=lambda row: (row["task"], row["reach"]))
     columns = {
-        "MLP": lambda row: f"64-{row['width']}-{row['width']}-10",
-        "optimizer": lambda row: row["name"],
-        "lr": lambda row: f"{row['lr']:g}",
+        "task": lambda row: row["task"],
+        "optimizer": lambda row: "SO" if row["density"] else "Adam",
+        "steps": lambda row: f"{row['steps']}",
         "density": lambda row: f"{row['density']:g}" if row["density"] else "",
-        f"matrices that keep fewer than {FEW} entries": lambda row: "{} of {}".format(*row["few"]),
+        "lr": lambda row: f"{row['lr']:g}",
+        "reach": lambda row: f"{row['reach']:.2g}",
+        "reads": lambda row: f"{row['reads']:g}",
+        "before, %": lambda row: f"{fmean(row['before']):.1f}",
         "accuracy, %": lambda row: f"{fmean(row['accuracies']):.1f}",
         "seeds": lambda row: f"{min(row['accuracies']):.1f} to {max(row['accuracies']):.1f}",
     }
     about = machine(torch.device("cpu"))
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}\n")
     print_table(columns, rows)
+    print("\nSpearman's correlation of SO's accuracy with:")
+    for task in TASKS:
+        of_so = [row for row in rows if row["task"] == task and row["density"]]
+        scores = [fmean(row["accuracies"]) for row in of_so]
+        for name in ("reach", "reads", "density", "lr", "steps"):
+            value = rank_correlation([row[name] for row in of_so], scores)
+            print(f"* {task}, {name}: {value:.2f}")
     write_json(args, machine=about, rows=rows)
 
 

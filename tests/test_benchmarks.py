@@ -184,12 +184,17 @@ def test_exchange_counts_the_bytes_exchanged_and_computes_the_time_of_others(run
 
 
 def test_settings_prints_and_writes(run):
-    text, result = run(settings_of_so, "--epochs=1", "--widths=8", "--seeds", "1", "2")
+    text, result = run(settings_of_so, "--steps", "2", "--seeds", "1", "2", "--adam_steps=2")
     rows = result["rows"]
-    assert len(rows) == len(settings_of_so.SETTINGS) and text.count("| 64-8-8-10 |") == len(rows)
+    assert len(rows) == 2 * (1 + len(settings_of_so.DENSITIES) * len(settings_of_so.LRS))
     assert all(0 <= value <= 100 for row in rows for value in row["accuracies"])
-    defaults = next(row for row in rows if row["name"] == "SO, its defaults")
-    assert defaults["few"] == [3, 3] and "| 3 of 3 |" in text
+    assert all(row["reach"] == row["reads"] * row["lr"] for row in rows)
+    assert text.count("| Adam |") == 2 and "* shifted, reach:" in text
+
+
+def test_rank_correlation_of_repeated_values():
+    assert settings_of_so.rank_correlation([1, 1, 2, 3], [5, 5, 7, 9]) == pytest.approx(1)
+    assert settings_of_so.rank_correlation([1, 2, 3], [9, 7, 5]) == pytest.approx(-1)
 
 
 @pytest.mark.gpu

@@ -9,12 +9,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import no_wait_for_the_gpu, through_a_file
 from torch import nn
 from twin import Twin, mask
 
+from optimizers import SparseOptimizer
 from optimizers.SparseOptimizer import SO, draw_support
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +43,7 @@ def run(optimizer, params, steps, seed=0):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("density, T", [(0.01, 1), (0.1, 5), (0.3, 2), (0.7, 3), (1.0, 4)])
 @pytest.mark.parametrize("foreach", [None, False])
-def test_every_step_equals_the_plain_twin(shape, density, T, foreach):
+def test_every_step_equals_the_twin(shape, density, T, foreach):
     w = parameter(*shape)
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     twin = Twin(w, **settings)
@@ -58,6 +60,89 @@ def test_every_step_equals_the_plain_twin(shape, density, T, foreach):
         at = state["indices"]
         torch.testing.assert_close(state["exp_avg"], twin.m.flatten()[at], rtol=1e-12, atol=0)
         torch.testing.assert_close(state["exp_avg_sq"], twin.v.flatten()[at], rtol=1e-12, atol=0)
+
+
+OPTIONS = [
+    dict(maximize=True, weight_decay=0.1),
+    dict(decoupled_weight_decay=True, weight_decay=0.1),
+    dict(bias_correction="entry"),
+    dict(bias_correction="entry", betas=(0.0, 0.95)),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("large", [False, True])
+def test_options_equal_the_twins(options, foreach, large, monkeypatch):
+    if large:  # what a density of 1/32 and more is computed by; it takes float32 only
+        monkeypatch.setattr(SparseOptimizer, "LARGE", 1)
+    dtype, close = (torch.float32, 1e-5) if large else (torch.float64, 1e-12)
+    params = [parameter(9, 11, dtype=dtype), parameter(6, 7, dtype=dtype)]
+    twins = [Twin(p, lr=1e-2, eps=1e-6, **options) for p in params]
+    settings = dict(lr=1e-2, eps=1e-6, density_ratio=0.1, T=3, seed=3, foreach=foreach)
+    optimizer = SO(params, **settings, **options)
+    for _ in range(12):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for p, twin in zip(params, twins, strict=True):
+            state = optimizer.state[p]
+            twin.step(p.grad, mask(state["grad_indices"], p.shape))
+            torch.testing.assert_close(p.detach(), twin.W, rtol=close, atol=close)
+            assert torch.equal(mask(state["indices"], p.shape), twin.S_m)
+            if "bias_correction" in options:
+                counts = twin.t.flatten()[state["indices"]]
+                assert torch.equal(state["entry_steps"].to(dtype), counts)
+                assert state["entry_steps"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("density", [0.04, 0.3, 1.0])
+def test_large_tensors_equal_small_ones(density, monkeypatch):
+    """Merged by a table and selected by a count, or sorted: the same bits."""
+
+    def train(limit):
+        monkeypatch.setattr(SparseOptimizer, "LARGE", limit)
+        torch.manual_seed(0)
+        params = [parameter(40, 50, dtype=torch.float32), parameter(30, 20, dtype=torch.float32)]
+        optimizer = SO(params, lr=1e-2, density_ratio=density, T=2, seed=1)
+        run(optimizer, params, 7)
+        states = [optimizer.state[p] for p in params]
+        order = [state["indices"].sort().indices for state in states]
+        rows = [
+            s[name][o]
+            for s, o in zip(states, order, strict=True)
+            for name in SPARSE_STATE - {"step"}
+        ]
+        return [*(p.detach() for p in params), *rows]
+
+    assert all(map(torch.equal, train(1), train(10**9)))
+
+
+def test_count_selects_as_topk_does():
+    for values in (
+        torch.rand(1000),
+        torch.rand(1000) * 1e-30,
+        torch.zeros(1000),
+        torch.randint(3, (1000,)),
+    ):
+        score = values.float()
+        score[::7] = -1.0  # void slots
+        for k in (1, 400, 857):
+            positions = SparseOptimizer._topk_large(k, score)
+            assert len(positions.unique()) == k
+            assert torch.equal(score[positions].sort().values, score.topk(k).values.flip(0))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    def train(limit):
+        monkeypatch.setattr(SparseOptimizer, "CHUNK", limit)
+        torch.manual_seed(0)
+        params = [parameter(20 + i, 30) for i in range(6)]
+        run(SO(params, lr=1e-2, density_ratio=0.1, T=2, seed=1), params, 5)
+        return params
+
+    for limit in (1, 300):
+        assert all(map(torch.equal, train(limit), train(10**9)))
 
 
 def test_many_tensors_at_once_equal_each_on_its_own():
@@ -77,24 +162,34 @@ def test_many_tensors_at_once_equal_each_on_its_own():
         torch.testing.assert_close(p.detach(), twin.W, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_density_one_equals_adam(weight_decay):
+@pytest.mark.parametrize("correction", ["tensor", "entry"])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}], ids=str
+)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_density_one_equals_adam(correction, options, decoupled):
     ours, theirs = [[parameter(30, 20), parameter(5, 4, 3)] for _ in range(2)]
     for a, b in zip(ours, theirs, strict=True):
         b.data.copy_(a.data)
-    settings = dict(lr=1e-2, weight_decay=weight_decay)
-    run(SO(ours, **settings, density_ratio=1.0, T=3), ours, 30)
-    run(torch.optim.Adam(theirs, **settings), theirs, 30)
+    settings = dict(lr=1e-2, decoupled_weight_decay=decoupled)
+    so = SO(ours, **settings, density_ratio=1.0, T=3, bias_correction=correction, **options)
+    run(so, ours, 30)
+    adam = torch.optim.AdamW if decoupled else torch.optim.Adam
+    run(adam(theirs, **{"lr": 1e-2, "weight_decay": 0.0, **options}), theirs, 30)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dense_tensors_are_exactly_adam(dtype):
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_dense_tensors_are_exactly_adam(dtype, decoupled, maximize, foreach):
     ours = [parameter(9, dtype=dtype), parameter(4, 5, dtype=dtype)]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    a = SO([{"params": ours, "dense": True}], lr=1e-2, weight_decay=0.01)
-    b = torch.optim.Adam(theirs, lr=1e-2, weight_decay=0.01)
+    settings = dict(lr=1e-2, weight_decay=0.01, maximize=maximize, foreach=foreach)
+    a = SO([{"params": ours, "dense": True}], decoupled_weight_decay=decoupled, **settings)
+    b = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **settings)
     run(a, ours, 20)
     run(b, theirs, 20)
     for p, q in zip(ours, theirs, strict=True):
@@ -161,6 +256,30 @@ def test_half_precision_follows_float32_and_keeps_its_moments_there(dtype, dense
     assert a.state[half]["exp_avg"].dtype == a.state[half]["exp_avg_sq"].dtype == torch.float32
     assert torch.allclose(half.float(), full, atol=0.1)
     assert torch.equal(a.state[half]["exp_avg"], b.state[full]["exp_avg"])
+
+
+def test_a_late_entry_first_moves_by_lr():
+    w = nn.Parameter(torch.zeros(30, 30, dtype=torch.float64))
+    optimizer = SO([w], lr=1e-2, density_ratio=0.1, T=1, eps=0.0, seed=5, bias_correction="entry")
+    run(optimizer, [w], 3)
+    old, before = optimizer.state[w]["indices"], w.detach().clone()
+    w.grad = torch.logspace(-9, 3, w.numel(), dtype=torch.float64).view_as(w)
+    optimizer.step()
+    new = optimizer.state[w]["grad_indices"]
+    new = new[~torch.isin(new, old)]
+    moved = (before - w.detach()).flatten()[new]
+    assert len(new) > 70
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=1e-9, atol=0)
+
+
+def test_decay_reaches_only_the_union():
+    w = nn.Parameter(torch.ones(20, 20))
+    settings = dict(lr=0.1, weight_decay=0.5, decoupled_weight_decay=True)
+    optimizer = SO([w], density_ratio=0.1, seed=1, **settings)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    at = mask(optimizer.state[w]["grad_indices"], w.shape)
+    torch.testing.assert_close(w.detach(), torch.where(at, 0.95, 1.0))
 
 
 # Supports
@@ -386,13 +505,80 @@ def test_what_is_not_a_state_dict_is_refused(state):
         SO([parameter(3, 3)]).load_state_dict(state)
 
 
+def test_state_of_other_programs_is_left_as_it_is():
+    params = [parameter(20, 20, dtype=torch.float32), parameter(20, dtype=torch.float32)]
+    optimizer = SO(params, density_ratio=0.1, seed=1)
+    foreign = dict(slow=torch.randn(3), mask=torch.rand(4) > 0.5, note=3, name="w", tags=["a"])
+    for p in params:  # before the first step, as schedule_free's wrapper does
+        optimizer.state[p].update(foreign)
+    run(optimizer, params, 2)
+    saved = through_a_file(optimizer.state_dict())
+    again = SO(params, density_ratio=0.1)
+    again.load_state_dict(saved)
+    for p in params:
+        state = again.state[p]
+        assert "exp_avg" in state and state["note"] == 3 and state["name"] == "w"
+        for name in ("slow", "mask"):
+            assert (
+                torch.equal(state[name], foreign[name]) and state[name].dtype == foreign[name].dtype
+            )
+        assert state["tags"] == ["a"]
+    run(again, params, 2)
+
+
+def test_foreign_state_loads_before_a_step():
+    w = parameter(20, 20)
+    optimizer = SO([w], density_ratio=0.1)
+    optimizer.state[w]["mask"] = torch.ones(3, dtype=torch.bool)
+    again = SO([w], density_ratio=0.1)
+    again.load_state_dict(optimizer.state_dict())
+    run(again, [w], 1)
+    assert again.state[w]["mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_resized_parameter_starts_anew(dense):
+    w = parameter(20, 20)
+    optimizer = SO([{"params": [w], "dense": dense}], lr=1e-2, density_ratio=0.2, T=5)
+    optimizer.state[w]["note"] = 1
+    run(optimizer, [w], 3)
+    for shape in ((30, 20), (10, 20)):
+        w.grad, w.data = None, torch.randn(shape, dtype=w.dtype)
+        with pytest.warns(UserWarning, match="now has shape .* start anew"):
+            run(optimizer, [w], 1)
+        run(optimizer, [w], 1)
+        assert int(optimizer.state[w]["step"]) == 2 and optimizer.state[w]["note"] == 1
+
+
+def test_a_parameter_may_change_its_precision():
+    model = nn.Linear(20, 20)
+    optimizer = SO(model.parameters(), density_ratio=0.2)
+    run(optimizer, list(model.parameters()), 3)
+    model.double()
+    run(optimizer, list(model.parameters()), 3)
+    assert all(state["exp_avg"].dtype == torch.float64 for state in optimizer.state.values())
+
+
+def test_states_of_version_one_load():
+    w = parameter(20, 20)
+    optimizer = SO([w], density_ratio=0.1)
+    run(optimizer, [w], 3)
+    saved = optimizer.state_dict()
+    for name in SparseOptimizer.LATER:
+        del saved["param_groups"][0][name]
+    again = SO([w], maximize=True)
+    again.load_state_dict(saved)
+    run(again, [w], 1)
+    assert again.param_groups[0]["maximize"] is False
+
+
 def test_indices_beyond_float32_survive_loading():
     w = nn.Parameter(torch.zeros(1, 2**24 + 10))
-    a = SO([w], density_ratio=1e-7, seed=0)
+    a = SO([{"params": [w], "dense": False}], density_ratio=1e-7, seed=0)
     w.grad = torch.sparse_coo_tensor(size=w.shape, check_invariants=True)
     a.step()
     a.state[w]["indices"] = torch.tensor([2**24 + 1])
-    b = SO([w])
+    b = SO([{"params": [w], "dense": False}])
     b.load_state_dict(a.state_dict())
     assert b.state[w]["indices"].tolist() == [2**24 + 1]
 
@@ -555,20 +741,39 @@ def test_a_scalar_may_be_sparse_and_a_matrix_dense():
     assert optimizer.state[matrix]["exp_avg"].shape == (3, 3)
 
 
-def test_most_tensors_with_few_entries_bring_one_warning_that_names_the_remedies():
-    def messages(*shapes):
-        params = [parameter(*shape) for shape in shapes]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            optimizer = SO(params, density_ratio=0.01)
-            run(optimizer, params[:1], 1)
-            run(optimizer, params, 11)
-        assert all(warning.category is UserWarning for warning in caught)
-        return [str(warning.message) for warning in caught]
+def messages_of(optimizer, params, steps=1):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(optimizer, params, steps)
+    return caught
 
-    (message,) = messages((30, 30), (40, 40), (3,))
-    assert "density_ratio" in message and "dense=True" in message and "1 of 1" in message
-    assert not messages((40, 40), (50, 50), (3, 3))
+
+def test_few_entries_bring_one_warning():
+    shapes = [(400, 400), (2, 300), (5, 100), (3, 100), (4, 100), (3, 3), (30,)]
+    params = [parameter(*shape) for shape in shapes]
+    optimizer = SO(params, density_ratio=0.01)
+    (warning,) = messages_of(optimizer, params, 7)
+    message = str(warning.message)
+    assert warning.category is UserWarning and warning.filename == __file__
+    assert "4 of 6 sparse tensors" in message and "(2, 300), (5, 100), (3, 100), ..." in message
+    assert "density_ratio" in message and "dense=True" in message
+    assert not messages_of(SO(params[:1], density_ratio=0.01), params)
+
+
+def test_a_warning_points_past_a_scheduler():
+    params = [parameter(20, 20)]
+    optimizer = SO(params, density_ratio=0.01)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    (warning,) = messages_of(optimizer, params)
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("shape", [(1, 768), (1, 1, 768), (1, 768, 1, 1), (5,), (), (1, 1)])
+def test_one_larger_dimension_is_dense(shape):
+    p, matrix = parameter(*shape), parameter(40, 40)
+    optimizer = SO([p, matrix], density_ratio=0.5)
+    run(optimizer, [p, matrix], 1)
+    assert "indices" not in optimizer.state[p] and "indices" in optimizer.state[matrix]
 
 
 def test_a_default_device_changes_nothing():
@@ -632,6 +837,10 @@ def test_the_file_can_be_read_by_python_3_9():
         {"dense": torch.ones(2)},
         {"dense": 1},
         {"seed": "x"},
+        {"lr": "1e-3"},
+        {"T": np.int64(5)},
+        {"density_ratio": "0.1"},
+        {"stochastic_rounding": "no"},
     ],
 )
 def test_settings_outside_their_range_are_refused_by_name(wrong):
@@ -645,6 +854,31 @@ def test_settings_outside_their_range_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=name):
         optimizer.add_param_group({"params": [parameter(3, 3)], **wrong})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "key, name", [("densty_ratio", "density_ratio"), ("density", "density_ratio"), ("t", "T")]
+)
+def test_misspelt_group_keys_are_refused(key, name):
+    with pytest.raises(ValueError, match=f"unknown key '{key}': write '{name}'"):
+        SO([{"params": [parameter(3, 3)], key: 0.1}])
+
+
+def test_keys_of_other_programs_are_left():
+    keys = dict(initial_lr=0.1, lr_scale=0.5, name="head", swa_lr=1.0, max_lr=1.0, lr_mult=2)
+    group = SO([{"params": [parameter(3, 3)], **keys}]).param_groups[0]
+    assert keys.items() <= group.items()
+
+
+def test_frozen_complex_parameters_are_left():
+    frozen = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64), requires_grad=False)
+    w = parameter(5, 5)
+    optimizer = SO([frozen, w], density_ratio=0.5)
+    run(optimizer, [w], 2)
+    assert frozen not in optimizer.state
+    frozen.requires_grad_().grad = torch.ones_like(frozen)
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.step()
 
 
 def test_no_parameters_and_complex_ones_are_refused():
