@@ -1,7 +1,8 @@
-"""Image datasets as few-shot tasks: the field's eleven, four variants of ImageNet, the digits.
+"""Image datasets as few-shot tasks: the field's eleven, others of ImageNet's classes, the digits.
 
-`build_dataset("eurosat", root, shots=16)` reads one and draws its few shots. DATASETS.md says where
-to get the datasets and how their folders look; `python -m datasets --root_path ROOT` checks them.
+`build_dataset("eurosat", root, shots=16)` reads one, `describe_data("eurosat", root)` says which
+data that is; `python -m datasets --root_path ROOT` checks what is on the disk; DATASETS.md says
+where to get it and how it must lie.
 """
 
 from datasets.base import SUBSAMPLES, DatasetInfo, Datum, FewShotDataset
@@ -11,6 +12,7 @@ from datasets.build import (
     dataset_fingerprint,
     dataset_name,
     get_dataset_info,
+    validate_dataset_name,
 )
 from datasets.catalog import DATASETS
 from datasets.fewshot import dump_fewshot_split
@@ -19,12 +21,13 @@ __all__ = [
     "DATASETS",
     "SUBSAMPLES",
     "DatasetInfo",
-    "Datum",
     "FewShotDataset",
+    "Datum",
     "build_dataset",
     "build_test_dataset",
-    "dataset_fingerprint",
+    "validate_dataset_name",
     "dataset_name",
+    "dataset_fingerprint",
     "dump_fewshot_split",
     "get_dataset_info",
 ]

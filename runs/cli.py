@@ -31,7 +31,7 @@ ACCURACY_LINES = {
 }
 
 
-def run_cli(main: Callable[[], None], prog: str = "main.py") -> int:
+def run_cli(main: Callable[[], int | None], prog: str = "main.py") -> int:
     """Run a program's main function and return the exit status.
 
     The environment variable SO_TRACEBACK=1 brings tracebacks back.
@@ -44,8 +44,7 @@ def run_cli(main: Callable[[], None], prog: str = "main.py") -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     show_traceback = bool(os.environ.get("SO_TRACEBACK"))
     try:
-        main()
-        return 0
+        return main() or 0
     except (KeyboardInterrupt, Preempted) as stop:
         peer_exited = isinstance(stop, PeerExited)
         if show_traceback and peer_exited:

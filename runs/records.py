@@ -1,11 +1,13 @@
-"""Finished runs, read from their folders: their JSON and CSV files."""
+"""Read finished runs from their folders: result.json, curve.csv, predictions.csv, transfer.json."""
 
 import csv
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,216 +15,203 @@ import clip
 
 LOG_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
 PREDICTION_COLUMNS = ["path", "label", "predicted", "probability"]  # of predictions.csv
-RESULT_SCHEMA = {  # of result.json: type, then a number's range or a text's pattern
+PERCENT = (int | float, 0, 100)
+# The fields of the files: the type, then a number's range, a text's pattern or the type of a list's
+# elements. Those of result.json are fields of Run.
+RESULT_SCHEMA = {
     "method": (str, r"\w[\w.+-]*"),
     "backbone": (str, r".*\w.*"),
-    "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # a folder's name, where the images are one's own
+    "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # own images have their folder's name
     "shots": (int, 1, 10**6),
     "seed": (int, 0, 10**18),
-    "zero_shot_accuracy": (int | float, 0, 100),
-    "final_accuracy": (int | float, 0, 100),
+    "zero_shot_accuracy": PERCENT,
+    "final_accuracy": PERCENT,
     "iterations": (int, 1, 10**9),
     "wall_seconds": (int | float, 0, 10**9),
     "peak_memory_mb": (int | float, 0, 10**9),
     "config": (dict,),
+    "data": (dict,),
+    "classnames": (list, str),
+    "template": (list, str),
+    "ece": PERCENT,
 }
-CLASS_SCHEMA = {  # of result.json, which older ones lack
-    "classnames": (list,),
-    "template": (list,),
-    "per_class": (dict,),
-    "ece": (int | float, 0, 100),
-}
-NEW_CLASS_SCHEMA = {  # of result.json, which only runs on base classes have
-    "new_accuracy": (int | float, 0, 100),
-    "zero_shot_new_accuracy": (int | float, 0, 100),
-}
+BASE_TO_NEW_SCHEMA = {"new_accuracy": PERCENT, "zero_shot_new_accuracy": PERCENT}
 TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
-    "zero_shot_accuracy": (int | float, 0, 100),
-    "final_accuracy": (int | float, 0, 100),
+    "zero_shot_accuracy": PERCENT,
+    "final_accuracy": PERCENT,
     "classes": (int, 1, 10**9),
     "images": (int, 1, 10**9),
     "data": (dict,),
 }
 
 
-class Run(NamedTuple):
-    """A finished run."""
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run. Accuracies are in percent, on test images unless config says otherwise."""
 
     method: str
     backbone: str
     dataset: str
     shots: int
     seed: int
-    zero_shot: float  # accuracies in percent
-    accuracy: float
-    seconds: float
-    memory: float  # MB
-    loss: np.ndarray  # (iterations,)
-    evaluated: np.ndarray  # (E, 2): iteration, test accuracy; zero-shot at iteration 0 first
-    settings: dict[str, Any]
-    made_by: tuple[str, str, str]  # commit, torch's version, device
-    data: dict[str, Any]  # its images: split, digest and counts; {} in older results
+    zero_shot_accuracy: float
+    final_accuracy: float
+    iterations: int
+    wall_seconds: float
+    peak_memory_mb: float
+    config: dict[str, Any]
+    data: dict[str, Any]  # split, digest and numbers of the images
+    classnames: list[str]  # by label
+    template: list[str]  # prompts with {} for the class name
+    ece: float  # expected calibration error in percent
+    new_accuracy: float | None  # of a run on base classes, on the new ones
+    zero_shot_new_accuracy: float | None
+    transfer: dict[str, dict[str, Any]]  # TRANSFER_SCHEMA by target dataset
+    loss_curve: np.ndarray  # (iterations,)
+    eval_curve: np.ndarray  # (E, 2): iteration, accuracy; begins with iteration 0, zero-shot
+    provenance: tuple[str, str, str]  # commit, version of torch, device
     folder: Path
-    classnames: list[str]  # by label; [] in older results, as the two that follow
-    template: list[str]  # prompts with {} for the class's name
-    per_class: dict[str, float | None]  # accuracy by class; None where no image is of it
-    ece: float | None  # expected calibration error in percent; None in older results
-    new: float | None  # accuracies of a run on base classes on the new ones; None of other runs
-    zero_shot_new: float | None
-    transfer: dict[str, dict[str, Any]]  # by dataset: ON_TARGET; {} where --test_on named none
 
 
 def read_run(folder: Path) -> Run:
     """Read a run's files.
 
     Raises:
-        ValueError: One of them is not what a finished run leaves; the sentence says why.
-        OSError, csv.Error, RecursionError: It cannot be read at all.
+        ValueError: A file is missing or malformed; the sentence says which and why.
+        OSError: A file cannot be read.
     """
-    path = folder / "result.json"
-    if path.exists() and not path.is_file():  # reading a pipe would never end
-        raise ValueError("result.json is not a file")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"result.json is not JSON ({error})") from error
-    check_result(result)
-    loss, evaluated = read_curve(folder / "curve.csv", result["iterations"])
-    zero_shot, versions, data = map(result.get, ("zero_shot_accuracy", "versions", "data"))
-    torch = versions.get("torch") if isinstance(versions, dict) else None
-    made_by = (result.get("git_commit"), torch, result.get("device"))
+    result = _read_json(folder / "result.json")
+    _validate(result, RESULT_SCHEMA, "result.json")
+    on_base_classes = result["config"].get("subsample") == "base"
+    if on_base_classes:
+        _validate(result, BASE_TO_NEW_SCHEMA, "result.json")
+    losses, evaluated = _read_curve(folder / "curve.csv", result["iterations"])
+    versions = result.get("versions")
+    torch_version = versions.get("torch") if isinstance(versions, dict) else None
+    provenance = (result.get("git_commit"), torch_version, result.get("device"))
+    fields = {key: result[key] for key in RESULT_SCHEMA}
+    fields |= {key: result[key] if on_base_classes else None for key in BASE_TO_NEW_SCHEMA}
+    fields["backbone"] = canonical_backbone(result["backbone"])
     return Run(
-        result["method"], canonical_backbone(result["backbone"]), result["dataset"], result["shots"],  # noqa: E501
-        result["seed"], zero_shot, result["final_accuracy"], result["wall_seconds"],
-        result["peak_memory_mb"], loss, np.array([(0, zero_shot), *evaluated], float),
-        result["config"], tuple(str(value or "unknown") for value in made_by),
-        data if isinstance(data, dict) else {}, folder, result.get("classnames", []),
-        result.get("template", []), result.get("per_class", {}), result.get("ece"),
-        *map(result.get, NEW_CLASS_SCHEMA), read_transfer(folder / "transfer.json"),
-    )  # fmt: skip
-
-
-def check_result(result: Any) -> None:
-    """Raise a ValueError that says what is wrong with the contents of a result.json."""
-    if not isinstance(result, dict):
-        raise ValueError("result.json does not hold an object")
-    check_fields("result.json", result, RESULT_SCHEMA)
-    if any(key in result for key in NEW_CLASS_SCHEMA):
-        check_fields("result.json", result, NEW_CLASS_SCHEMA)
-    new = {key: kind for key, kind in CLASS_SCHEMA.items() if key in result}
-    if new:
-        check_fields("result.json", result, new)
-        check_classes(*(result.get(key) for key in CLASS_SCHEMA))
-
-
-def check_fields(file: str, values: dict[str, Any], fields: dict[str, tuple]) -> None:
-    """Raise a ValueError that names the first field of a file that is missing or out of range."""
-    for key, (kind, *limits) in fields.items():
-        if key not in values:
-            raise ValueError(f"{file} has no {key}")
-        value = values[key]
-        good = isinstance(value, kind) and not isinstance(value, bool)
-        if good and kind is str:
-            good = re.fullmatch(limits[0], value) is not None and value.isprintable()
-        elif good and limits:
-            good = limits[0] <= value <= limits[1]  # NaN is not
-        if not good:
-            raise ValueError(f"{file}: {key} cannot be {str(value)[:50]!r}")
+        **fields,
+        transfer=read_transfer(folder / "transfer.json"),
+        loss_curve=np.array(losses),
+        eval_curve=np.array([(0, result["zero_shot_accuracy"]), *evaluated], float),
+        provenance=tuple(str(value or "unknown") for value in provenance),
+        folder=folder,
+    )
 
 
 def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
-    """What a run reached on other datasets, by their names; {} where it was tested on none.
+    """Return the accuracies on other datasets by dataset; {} where there is no such file.
 
     Raises:
-        ValueError: The file is not what --test_on leaves; the sentence says why.
+        ValueError: The file is not what --test_on writes; the sentence says why.
     """
     if not path.is_file():
         return {}
-    try:
-        targets = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"transfer.json is not JSON ({error})") from error
-    if not isinstance(targets, dict) or not all(isinstance(v, dict) for v in targets.values()):
-        raise ValueError("transfer.json does not hold an object for each dataset")
+    targets = _read_json(path)
     for values in targets.values():
-        check_fields("transfer.json", values, TRANSFER_SCHEMA)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path.name} does not hold an object for each dataset")
+        _validate(values, TRANSFER_SCHEMA, path.name)
     return targets
 
 
-def check_classes(names: Any, template: Any, accuracies: Any, ece: Any) -> None:
-    """Raise a ValueError that says what is wrong with what a result.json says of its classes."""
-    if any(value is None for value in (names, template, accuracies, ece)):
-        raise ValueError(f"result.json has some of {', '.join(CLASS_SCHEMA)}, and not all")
-    if not all(isinstance(text, str) for text in [*names, *template]):
-        raise ValueError("result.json: classnames and template must be texts")
-    values = [value for value in accuracies.values() if value is not None]
-    good = all(isinstance(value, int | float) and 0 <= value <= 100 for value in values)
-    if not names or not template or len(accuracies) != len(names) or not good:
-        raise ValueError("result.json: per_class must hold an accuracy for each of classnames")
-
-
 def load_confusion_matrix(run: Run) -> np.ndarray:
-    """How often each class of a run's was taken for each: (C, C) int64, true class first.
+    """Count how often each class of a run was predicted as each: (C, C) int64, true class first.
 
     Raises:
-        ValueError, OSError, csv.Error: There is no predictions.csv, or it is malformed.
+        ValueError: predictions.csv is missing or malformed.
+        OSError: It cannot be read.
     """
-    path, classes = run.folder / "predictions.csv", len(run.classnames)
-    if not path.is_file():
-        raise ValueError("there is no predictions.csv")
-    counts = np.zeros((classes, classes), int)
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if next(reader, None) != PREDICTION_COLUMNS:
-            raise ValueError(f"predictions.csv does not begin with {','.join(PREDICTION_COLUMNS)}")
-        for row in reader:
-            try:
-                _, label, predicted, _ = row
-                pair = int(label), int(predicted)
-                good = min(pair) >= 0 and max(pair) < classes
-            except ValueError:
-                good = False
-            if not good:
-                raise ValueError(f"predictions.csv is malformed at line {reader.line_num}")
-            counts[pair] += 1
+    counts = np.zeros((len(run.classnames), len(run.classnames)), int)
+
+    def add(path: str, label: str, predicted: str, probability: str) -> None:
+        if min(int(label), int(predicted)) < 0:
+            raise ValueError
+        counts[int(label), int(predicted)] += 1
+
+    _read_csv(run.folder / "predictions.csv", PREDICTION_COLUMNS, add)
     if not counts.any():
         raise ValueError("predictions.csv has 0 rows")
     return counts
 
 
-def read_curve(path: Path, iterations: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
-    """The loss of each iteration, and (iteration, test accuracy) where it was measured."""
-    if not path.is_file():
-        raise ValueError("there is no curve.csv")
-    losses, evaluated = [], []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if next(reader, None) != LOG_COLUMNS:
-            raise ValueError(f"curve.csv does not begin with the columns {','.join(LOG_COLUMNS)}")
-        for count, row in enumerate(reader, start=1):
-            try:
-                iteration, loss, lr, accuracy = row
-                numbers = [float(loss), float(lr), float(accuracy or 0)]
-                good = int(iteration) == count and all(map(math.isfinite, numbers))
-            except ValueError:
-                good = False
-            if not good or not 0 <= numbers[2] <= 100:
-                raise ValueError(f"curve.csv is malformed at line {count + 1}")
-            losses.append(numbers[0])
-            if accuracy:
-                evaluated.append((count, numbers[2]))
-    if len(losses) != iterations:
-        raise ValueError(f"curve.csv has {len(losses)} of {iterations} iterations")
-    return np.array(losses), evaluated
-
-
 def slugify(backbone: str) -> str:
-    """A backbone's name as a folder's, as in a run's path."""
+    """Return a backbone's name as a run's path has it."""
     return re.sub(r"[^\w.-]", "-", backbone).lstrip(".") or "-"
 
 
 def canonical_backbone(name: str) -> str:
-    """A model's name; for a checkpoint's path its stem, or the model that this stem stands for."""
+    """Return a model's name; of a checkpoint's path the stem, or the model with that stem."""
     known = {slugify(model): model for model in clip.available_models()}
     stem = slugify(name if name in known.values() else Path(name).stem)
     return known.get(stem, stem)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object."""
+    if path.exists() and not path.is_file():  # reading a pipe would never end
+        raise ValueError(f"{path.name} is not a file")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} does not hold an object")
+    return values
+
+
+def _validate(values: dict[str, Any], schema: dict[str, tuple], file: str) -> None:
+    """Raise a ValueError that names the first field that is missing or out of range."""
+    for key, (kind, *limits) in schema.items():
+        if key not in values:
+            raise ValueError(
+                f"{file} has no {key}: another version of this program wrote it, or it is damaged;"
+                " main.py with --overwrite makes it again"
+            )
+        value = values[key]
+        valid = isinstance(value, kind) and not isinstance(value, bool)
+        if valid and kind is str:
+            valid = re.fullmatch(limits[0], value) is not None and value.isprintable()
+        elif valid and kind is list:
+            valid = bool(value) and all(isinstance(element, limits[0]) for element in value)
+        elif valid and limits:
+            valid = limits[0] <= value <= limits[1]  # False for NaN
+        if not valid:
+            raise ValueError(f"{file}: {key} cannot be {str(value)[:50]!r}")
+
+
+def _read_curve(path: Path, iterations: int) -> tuple[list[float], list[tuple[int, float]]]:
+    """Return the loss of each iteration, and (iteration, accuracy) where it was evaluated."""
+    losses, evaluated = [], []
+
+    def add(iteration: str, loss: str, lr: str, accuracy: str) -> None:
+        losses.append(float(loss))
+        if int(iteration) != len(losses) or not math.isfinite(float(loss) + float(lr)):
+            raise ValueError
+        if accuracy:
+            evaluated.append((int(iteration), float(accuracy)))
+            if not 0 <= float(accuracy) <= 100:
+                raise ValueError
+
+    _read_csv(path, LOG_COLUMNS, add)
+    if len(losses) != iterations:
+        raise ValueError(f"curve.csv has {len(losses)} of {iterations} iterations")
+    return losses, evaluated
+
+
+def _read_csv(path: Path, columns: Sequence[str], add: Callable[..., None]) -> None:
+    """Call add with the fields of each line; it raises an error where they are malformed."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name}")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        try:
+            if next(reader, None) != columns:
+                raise ValueError
+            for row in reader:
+                add(*row)
+        except (ValueError, TypeError, IndexError, csv.Error):
+            raise ValueError(f"{path.name} is malformed at line {reader.line_num}") from None

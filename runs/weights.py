@@ -96,8 +96,6 @@ def find_saved_run(folder: Path) -> tuple[Run, Path]:
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} has no result.json: name the folder that main.py printed")
     run, default = read_run(folder), folder / "weights.safetensors"
-    if not run.classnames:
-        raise ValueError(f"{folder} is of an earlier version, without names: --overwrite it")
     weights = [default] if default.is_file() else sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(
@@ -108,8 +106,8 @@ def find_saved_run(folder: Path) -> tuple[Run, Path]:
 
 def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
     """Load the backbone of a run with the weights that it saved."""
-    settings = run.settings
-    base = PretrainedModel(settings["backbone"], settings.get("activation"), settings.get("heads"))
+    config = run.config
+    base = PretrainedModel(config["backbone"], config.get("activation"), config.get("heads"))
     model = base.load(device)
     load_weights(model, weights, base.name)
     return model

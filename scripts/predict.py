@@ -73,9 +73,7 @@ def predict(
     device = set_up_device(device, None)
     model = load_run_model(run, weights, device)
     text_tokens = tokenize_class_prompts(model, run.classnames, run.template)
-    settings = {
-        key: run.settings[key] for key in ("precision", "logit_scale") if key in run.settings
-    }
+    settings = {key: run.config[key] for key in ("precision", "logit_scale") if key in run.config}
     classifier = ZeroShotClassifier(model, text_tokens, **settings)
     with classifier.autocast():
         text_features = classifier.encode_classes()  # (C, D)

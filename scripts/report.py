@@ -1,4 +1,4 @@
-"""Tables and figures of finished runs, from the files in their folders alone.
+"""Make tables and figures of finished runs, from the files in their folders.
 
     python scripts/report.py results                        # writes results/report/
     python scripts/report.py results more --out docs/study
@@ -6,24 +6,24 @@
 Per backbone: accuracy by dataset, method and shots as mean and standard deviation over seeds,
 beside published figures (reporting/published.yaml); base and new classes with their harmonic mean,
 for runs with --subsample base; other datasets and their average, for runs with --test_on; memory
-and time; accuracy by shots; curves; the confusion matrix and the accuracies of the classes, worst
-first, over all seeds of a cell. Runs that differ in any other setting than the seed are never
-averaged: the method's name is followed by what differs. tables.md is for reading. tables.csv holds
-the same numbers, one line per cell and published figure, classes.csv one line per cell and class,
-base_to_new.csv and transfer.csv what their names say, where there are such runs. Runs that are
-broken or unfinished are named on standard error and left out, as are from what is said of classes
-those of earlier versions, without predictions.csv. Figures need matplotlib; without it there are
-tables alone.
+and time; accuracy by shots; curves; the confusion matrix and the accuracy of each class, worst
+first, over all seeds of a cell. Runs that differ in another setting than the seed are never
+averaged: what differs follows the method's name. tables.md is for reading. tables.csv has the same
+numbers, one line for each cell and published figure, classes.csv one line for each cell and class,
+protocols.csv base and new classes and other datasets. Broken and unfinished runs are named on
+standard error and left out.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from reporting.aggregate import find_runs
 from reporting.report import write_report
 
 from run_utils import OneLineErrorParser
-from utils import format_error, one_line
+from runs.cli import run_cli
+from utils import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,22 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="the report's folder (report/ in the first one)")
     args = parser.parse_args(argv)
+    return run_cli(
+        lambda: report(args.results, args.out or args.results[0] / "report"), parser.prog
+    )
 
-    def complain(sentence: str) -> None:
-        print(one_line(f"report.py: {sentence}"), file=sys.stderr, flush=True)
 
-    try:
-        write_report(args.results, args.out or args.results[0] / "report", complain)
-        return 0
-    except (ValueError, OSError) as error:
-        complain(f"error: {format_error(error)}")
-        return 2
-    except KeyboardInterrupt:
-        complain("interrupted; the same command starts it again")
-        return 130
+def report(folders: Sequence[Path], out: Path) -> None:
+    """Read the runs and write the report; a ValueError where there are none."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+    runs = find_runs(folders, warn)
+    if not runs:
+        raise ValueError(f"there is no finished run below {', '.join(map(str, folders))}")
+    write_report(runs, out, warn)
+
+
+def warn(sentence: str) -> None:
+    """Print a sentence to standard error."""
+    print(one_line(f"report.py: {sentence}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # for terminals without ±
     sys.exit(main())

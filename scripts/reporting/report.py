@@ -1,81 +1,61 @@
-"""A whole report: runs read, tables and figures written into one folder."""
+"""Write a whole report, tables and figures, into one folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reporting.classes import class_figures, classes_csv, classes_text, find_classes
-from reporting.figures import can_draw, figures, png
-from reporting.numbers import find_runs, inconsistencies, read_published, studies
-from reporting.protocols import (
-    ToNew,
-    Transferred,
-    base_to_new,
-    base_to_new_text,
-    transfer,
-    transfer_text,
-)
-from reporting.tables import csv_text, study_text, table_rows
+from reporting.aggregate import group_by_backbone, warnings_for
+from reporting.classes import classes_csv, classes_section, confusion_cells, plan_class_figures
+from reporting.figures import plan_figures, render_png
+from reporting.protocols import ProtocolRow, base_to_new, protocol_sections, transfer
+from reporting.tables import Row, backbone_section, table_rows
+from runs.records import Run
 from utils import atomic_write, plural, print_quietly, to_csv
 
 FIGURES = """## Figures
 
-Bands in curves go from the lowest seed to the highest; a run that ended early is carried on at its
+Bands in curves go from the lowest seed to the highest. A run that ended early is continued at its
 last value.
 """
 
 
-def write_report(folders: Sequence[Path], out: Path, complain: Callable[[str], None]) -> None:
-    """Read the runs, write the tables and print them, then draw.
+def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) -> None:
+    """Write and print the tables of some runs, then draw their figures.
 
     Args:
-        folders: Where to look for runs.
+        runs: At least one.
         out: The report's folder.
-        complain: Gets a sentence for each run that is left out, and for each oddity.
+        warn: Is called with a sentence for each oddity.
 
     Raises:
-        ValueError: A folder is not there, or no folder holds a finished run.
         OSError: The report cannot be written.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
-    runs = find_runs(folders, complain)
-    if not runs:
-        raise ValueError(f"there is no finished run below {', '.join(map(str, folders))}")
-    published, sources = read_published()
-    rows, texts, plan, classes = [], ["# Report\n"], {}, []
-    halves, targets = [], []
-    for study in studies(runs):
-        for oddity in inconsistencies(study):
-            complain(f"note: {oddity}")
-        rows.append(table_rows(study, published))
-        texts.append(study_text(study, rows[-1], sources))
-        halves += (own := base_to_new(study))
-        texts.append(base_to_new_text(own))
-        targets += (own := transfer(study))
-        texts.append(transfer_text(own))
-        cells = find_classes(study, complain)
-        texts.append(classes_text(cells))
-        classes += cells
-        plan.update(figures(study, published) | class_figures(cells))
-    if not can_draw():
-        complain("no figures: matplotlib is missing; `pip install matplotlib` brings it")
-        plan = {}
+    sections, plan = ["# Report\n"], {}
+    rows, protocol_rows, cells = [], [], []
+    for results in group_by_backbone(runs):
+        for sentence in warnings_for(results):
+            warn(f"note: {sentence}")
+        own_rows = table_rows(results)
+        own_protocols = base_to_new(results) + transfer(results)
+        own_cells = confusion_cells(results, warn)
+        sections.append(backbone_section(results, own_rows))
+        sections += filter(None, [protocol_sections(own_protocols), classes_section(own_cells)])
+        plan |= plan_figures(results) | plan_class_figures(own_cells)
+        rows, protocol_rows, cells = (
+            rows + own_rows,
+            protocol_rows + own_protocols,
+            cells + own_cells,
+        )
     links = "\n".join(f"* [{name}]({name})" for name in plan)
 
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "tables.csv", csv_text(row for part in rows for row in part))
-    atomic_write(out / "classes.csv", classes_csv(classes))
-    if halves:
-        atomic_write(out / "base_to_new.csv", to_csv(ToNew._fields, halves))
-    if targets:
-        atomic_write(out / "transfer.csv", to_csv(Transferred._fields, targets))
-    texts = [text for text in texts if text]
-    tables = "\n".join([*texts, f"{FIGURES}\n{links}\n"] if plan else texts)
-    atomic_write(out / "tables.md", tables)
-    print_quietly("\n".join(texts))
+    atomic_write(out / "tables.csv", to_csv(Row._fields, rows))
+    atomic_write(out / "classes.csv", classes_csv(cells))
+    if protocol_rows:
+        atomic_write(out / "protocols.csv", to_csv(ProtocolRow._fields, protocol_rows))
+    atomic_write(out / "tables.md", "\n".join([*sections, f"{FIGURES}\n{links}\n"]))
+    print_quietly("\n".join(sections))
     for name, draw in plan.items():
         (out / name).parent.mkdir(exist_ok=True)
-        atomic_write(out / name, png(draw))
-    drawn = f" and {plural(len(plan), 'figure')}" if plan else ""
-    print_quietly(f"{plural(len(runs), 'run')}: tables{drawn} in {out}")
+        atomic_write(out / name, render_png(draw))
+    count = plural(len(runs), "run")
+    print_quietly(f"{count}: tables and {plural(len(plan), 'figure')} in {out}")

@@ -1,28 +1,41 @@
 """The report's tables, in Markdown for reading and in CSV with the same values unrounded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from reporting.markdown import markdown
-from reporting.numbers import (
+from reporting.aggregate import (
     LABELS,
-    METHODS,
-    Pairs,
-    Published,
-    Stat,
-    Study,
+    PUBLISHED,
+    BackboneResults,
+    MeanStd,
+    PairedTest,
     Variant,
-    complete,
-    mean_and_std,
-    mean_over,
-    pairs,
-    published_for,
-    title_of,
-    zero_shot,
+    common_datasets_and_seeds,
+    confidence_interval,
+    display_name,
+    mean_over_seeds,
+    paired_test,
+    published_figures,
+    seed_means,
+    table_lines,
+    zero_shot_mean,
 )
-from utils import plural, to_csv
+from reporting.markdown import markdown
+from utils import plural
 
 ZERO_SHOT = Variant("zero_shot")
+ACCURACIES = (
+    "Test accuracy in percent: mean ± standard deviation over seeds (number of seeds). Where a "
+    "method ran with several settings, those that differ follow its name; a flag at its default is "
+    "not named. Beside ours are figures that others published, by the numbers of their sources: in "
+    "brackets ours minus theirs, and whether that is within our standard deviation. They belong to "
+    "a method, not to one of its settings, and stand beside the first; tables.csv compares all."
+)
+PAIRED_DIFFERENCES = (
+    "Mean differences in points on the same datasets and seeds, ± half of their 95 % confidence "
+    "intervals (Student's, over seeds). In brackets: how often the first is better/equal/worse, "
+    "and p of the two-sided sign test, which takes all pairs as independent."
+)
 
 
 class Row(NamedTuple):
@@ -48,41 +61,29 @@ class Row(NamedTuple):
         return Variant(self.method, self.settings)
 
 
-# Rows
+def table_rows(results: BackboneResults) -> list[Row]:
+    """Return all lines of tables.csv for a backbone: by shots, dataset (the mean last), variant.
 
-
-def table_rows(study: Study, published: Sequence[Published]) -> list[Row]:
-    """All lines of tables.csv for a backbone: by shots, dataset (the mean last) and variant.
-
-    Methods that are published alone come last, where there are figures of theirs.
+    Methods that only others ran come last, where figures of theirs are published.
     """
     rows = []
-    others = [Variant(m) for m in dict.fromkeys(p.method for p in published) if m not in LABELS]
-    for shots in study.shots:
-        whole, seeds = complete(study, shots)
-        lines = [(name, [name]) for name in study.datasets]
-        if len(lines) > 1:
-            lines.append((f"mean over {len(whole)} of {len(lines)}", whole))
-        for name, datasets in lines:
-            base = zero_shot(study, datasets)
-            for variant in [ZERO_SHOT, *study.variants, *others]:
-                if variant == ZERO_SHOT:
-                    ours = None if base is None else Stat(base, None, None)
-                elif variant in others:
-                    ours = None
-                else:
-                    own = None if name in study.datasets else seeds
-                    ours = mean_over(study, datasets, own, shots, variant)
-                theirs = published_for(published, study, variant.method, datasets)
-                theirs = [(row.source, x) for row, x in theirs if row.shots in (None, shots)]
-                for source, figure in theirs or [(None, None)] * (variant not in others):
-                    mine = study.backbone, name, shots, *variant, *(ours or (None, None, 0)), base
-                    rows.append(Row(*mine, figure, source, *compare(ours, figure)))
+    others = {row["method"]: None for row in PUBLISHED["figures"] if row["method"] not in LABELS}
+    for shots in results.shots:
+        for name, datasets, seeds in table_lines(results, shots):
+            zero_shot = zero_shot_mean(results, datasets)
+            for variant in [ZERO_SHOT, *results.variants, *map(Variant, others)]:
+                ours = mean_over_seeds(results, datasets, seeds, shots, variant)
+                if variant == ZERO_SHOT and zero_shot is not None:
+                    ours = MeanStd(zero_shot, None, None)
+                figures = published_figures(results, variant.method, shots, datasets)
+                for source, figure in figures or [(None, None)] * (variant.method not in others):
+                    cell = results.name, name, shots, *variant, *(ours or (None, None, 0))
+                    rows.append(Row(*cell, zero_shot, figure, source, *compare(ours, figure)))
     return rows
 
 
-def compare(ours: Stat | None, figure: float | None) -> tuple[float | None, str | None]:
-    """Ours minus a published figure, and whether that is within our standard deviation."""
+def compare(ours: MeanStd | None, figure: float | None) -> tuple[float | None, str | None]:
+    """Return ours minus a published figure, and whether that is within our standard deviation."""
     if ours is None or figure is None:
         return None, None
     difference = ours.mean - figure
@@ -91,33 +92,139 @@ def compare(ours: Stat | None, figure: float | None) -> tuple[float | None, str 
     return difference, "yes" if abs(difference) <= ours.std + 1e-9 else "no"
 
 
-def csv_text(rows: Iterable[Row]) -> str:
-    """The contents of tables.csv."""
-    return to_csv(Row._fields, rows)
+def backbone_section(results: BackboneResults, rows: Sequence[Row]) -> str:
+    """Return the Markdown section of a backbone."""
+    sources = [s for s in PUBLISHED["sources"] if any(row.published_source == s for row in rows)]
+    footnotes = {source: number for number, source in enumerate(sources, start=1)}
+    parts = [f"## {results.name}", provenance_line(results), ACCURACIES]
+    if sources:
+        lines = [
+            f"* [{n}] {source}: {PUBLISHED['sources'][source]}." for source, n in footnotes.items()
+        ]
+        parts.append("\n".join(lines))
+    for shots in results.shots:
+        own = [row for row in rows if row.shots == shots]
+        parts += [f"### {plural(shots, 'shot')}", accuracy_table(results, own, footnotes)]
+        if len(results.datasets) > 1:
+            common, seeds = common_datasets_and_seeds(results, shots)
+            parts.append(
+                f"The mean, also of published figures, is over the {len(common)} of "
+                f"{len(results.datasets)} datasets on which every method ran with "
+                f"{plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}). Its standard "
+                "deviation is that of each seed's mean."
+            )
+        if others := [row for row in own if row.method not in LABELS]:
+            figures = [
+                f"{r.method} {r.published:.2f} [{footnotes[r.published_source]}]" for r in others
+            ]
+            parts.append(f"Published means of other methods: {', '.join(figures)}.")
+    if table := paired_differences_table(results):
+        parts += [
+            "### Paired differences",
+            PAIRED_DIFFERENCES,
+            table,
+        ]
+    parts += [
+        "### Memory and time",
+        "Peak memory and time of a whole run, evaluations included: means over the datasets and "
+        "seeds with which every method ran.",
+        cost_table(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance_line(results: BackboneResults) -> str:
+    """Return how many runs there are, of which commits and versions, on which devices."""
+    columns = zip(*(run.provenance for run in results.runs()), strict=True)
+    texts = [", ".join(sorted(set(column))) for column in columns]
+    count = plural(len(results.runs()), "run")
+    return "{}. Commit: {}. PyTorch: {}. Device: {}.".format(count, *texts)
+
+
+def accuracy_table(results: BackboneResults, rows: Sequence[Row], footnotes: dict[str, int]) -> str:
+    """Return the table of one number of shots: datasets down, variants across.
+
+    The published figures of a method stand once, behind the first of its variants.
+    """
+    cells, headers = {}, {}  # by column: (variant's number, source's number)
+    variants = [ZERO_SHOT, *results.variants]
+    with_published = [ZERO_SHOT, *results.default_variants()]
+    for row in (row for row in rows if row.variant in variants):
+        column = variants.index(row.variant), 0
+        if row.mean is not None or row.variant in with_published:  # others ran with other shots
+            headers[column] = row.variant.label
+        cells[row.dataset, column] = format_mean(row.mean, row.std, row.seeds)
+        if row.published is not None and row.variant in with_published:
+            column = column[0], footnotes[row.published_source]
+            headers[column] = f"{row.published_source} [{column[1]}]"
+            cells[row.dataset, column] = format_published(row)
+    lines = (
+        [display_name(name), *(cells.get((name, column), "-") for column in sorted(headers))]
+        for name in dict.fromkeys(row.dataset for row in rows)
+    )
+    return markdown(["dataset", *(headers[column] for column in sorted(headers))], lines)
+
+
+def paired_differences_table(results: BackboneResults, key: str = "final_accuracy") -> str | None:
+    """Return how the first variant differs from each other one, by shots and over all of them."""
+    first, *others = results.variants
+    columns = {plural(n, "shot"): [n] for n in results.shots}
+    if len(results.shots) > 1:
+        columns["all"] = results.shots
+    lines = []
+    for other in others:
+        tests = [paired_test(results, first, other, shots, key) for shots in columns.values()]
+        lines.append([other.label, *map(format_paired, tests)])
+    return markdown([f"{first.label} minus", *columns], lines) if lines else None
+
+
+def shots_table(results: BackboneResults, key: str = "final_accuracy") -> str:
+    """Return means on the first dataset, ± half of their 95 % confidence intervals, by shots."""
+    lines = []
+    for variant in results.variants:
+        cells = [
+            seed_means(results, results.datasets[:1], None, n, variant, key) for n in results.shots
+        ]
+        texts = [format_spread(*confidence_interval(v), ".1f") if v else "-" for v in cells]
+        lines.append([variant.label, *texts])
+    return markdown(["", *(plural(n, "shot") for n in results.shots)], lines)
+
+
+def cost_table(results: BackboneResults) -> str:
+    """Return memory and time by shots and variant, over the datasets that all methods have."""
+    lines = []
+    for shots in results.shots:
+        common, seeds = common_datasets_and_seeds(results, shots)
+        line = [str(shots), str(len(common))]
+        for variant in results.variants:
+            cost = [
+                mean_over_seeds(results, common, seeds, shots, variant, key)
+                for key in ("peak_memory_mb", "wall_seconds")
+            ]
+            line.append(
+                "{:,.0f} MB, {:,.1f} s".format(*(c.mean for c in cost)) if all(cost) else "-"
+            )
+        lines.append(line)
+    return markdown(["shots", "datasets", *(v.label for v in results.variants)], lines)
 
 
 # Cells
 
 
-def with_spread(mean: float, spread: float | None, form: str = ".2f") -> str:
-    """Such as "63.00 ± 3.61"; without the latter where there is none."""
+def format_mean(mean: float | None, spread: float | None = None, seeds: int | None = None) -> str:
+    """Return "63.00 ± 3.61 (2)"; without the parts that are None, "-" without a mean."""
+    if mean is None:
+        return "-"
+    return format_spread(mean, spread) + ("" if seeds is None else f" ({seeds})")
+
+
+def format_spread(mean: float, spread: float | None, form: str = ".2f") -> str:
+    """Return "63.00 ± 3.61"; without the latter where there is none."""
     return f"{mean:{form}}" + ("" if spread is None else f" ± {spread:{form.lstrip('+')}}")
 
 
-def mean_text(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, to one decimal."""
-    return with_spread(*mean_and_std(values), ".1f")
-
-
-def ours_text(row: Row) -> str:
-    """Our cell: mean ± standard deviation (number of seeds)."""
-    if row.mean is None:
-        return "-"
-    return with_spread(row.mean, row.std) + ("" if row.seeds is None else f" ({row.seeds})")
-
-
-def published_text(row: Row) -> str:
-    """A published cell: figure (our difference, whether within the spread)."""
+def format_published(row: Row) -> str:
+    """Return a published cell: figure (our difference, whether within the spread)."""
     figure = str(round(row.published, 2))
     if row.difference is None:
         return figure
@@ -125,156 +232,9 @@ def published_text(row: Row) -> str:
     return f"{figure} ({row.difference:+.2f}{verdict})"
 
 
-def pairs_text(found: Pairs | None) -> tuple[str, str, str]:
-    """Three cells of the table of pairs."""
-    if found is None:
-        return "-", "-", "-"
-    counts = f"{found.better} / {found.equal} / {found.worse}"
-    return with_spread(found.mean, found.half, "+.2f"), counts, f"{found.p:.2g}"
-
-
-# Tables
-
-
-def accuracy_table(study: Study, rows: Sequence[Row], marks: dict[str, int]) -> str:
-    """The table of one shot count: datasets down, variants with published figures across.
-
-    A published figure belongs to a method, whatever its settings: it stands once, behind the
-    first of them.
-    """
-    cells, columns = {}, {}
-    rows = [row for row in rows if row.variant in [ZERO_SHOT, *study.variants]]
-    for row in rows:
-        variant, source = row.variant, row.published_source
-        usual = variant in study.firsts() and row.method in METHODS
-        if usual or row.mean is not None or variant == ZERO_SHOT:  # others of these shots alone
-            columns[variant, None] = variant.label
-        cells[row.dataset, variant, None] = ours_text(row)
-        if row.published is not None and variant in [ZERO_SHOT, *study.firsts()]:
-            columns[variant, source] = f"{source} [{marks[source]}]"
-            cells[row.dataset, variant, source] = published_text(row)
-    variants = list(dict.fromkeys(row.variant for row in rows))
-    order = sorted(columns, key=lambda c: (variants.index(c[0]), marks.get(c[1], 0)))
-    lines = (
-        [title_of(name), *(cells.get((name, *column), "-") for column in order)]
-        for name in dict.fromkeys(row.dataset for row in rows)
-    )
-    return markdown(["dataset", *(columns[column] for column in order)], lines)
-
-
-def means_table(study: Study, rows: Sequence[Row], marks: dict[str, int]) -> str | None:
-    """Means over the datasets of the published ones: methods down, ours first, shots across.
-
-    None where ours are never over all of these datasets.
-    """
-    mine = [ZERO_SHOT, *study.variants]
-    shots = sorted({row.shots for row in rows if row.variant not in mine})
-    rows = [row for row in rows if row.dataset not in study.datasets and row.shots in shots]
-    cells: dict[str, dict[int, str]] = {}
-    for row in rows:
-        if row.mean is not None:
-            cells.setdefault(row.variant.label, {})[row.shots] = ours_text(row)
-    for row in sorted(rows, key=lambda row: marks.get(row.published_source, 0)):
-        if row.published is not None:
-            label = f"{Variant(row.method).label} [{marks[row.published_source]}]"
-            cells.setdefault(label, {})[row.shots] = f"{row.published:.2f}"
-    lines = [[label, *(line.get(n, "-") for n in shots)] for label, line in cells.items()]
-    return markdown(["", *(plural(n, "shot") for n in shots)], lines) if shots else None
-
-
-def cost_table(study: Study) -> str:
-    """Memory and time by shots and variant, over complete datasets."""
-    lines = []
-    for shots in study.shots:
-        whole, seeds = complete(study, shots)
-        lines.append([str(shots), str(len(whole))])
-        for variant in study.variants:
-            memory = mean_over(study, whole, seeds, shots, variant, "memory")
-            time = mean_over(study, whole, seeds, shots, variant, "seconds")
-            lines[-1].append(f"{memory.mean:,.0f} MB, {time.mean:,.1f} s" if memory else "-")
-    return markdown(["shots", "datasets", *(v.label for v in study.variants)], lines)
-
-
-def pairs_table(study: Study) -> str | None:
-    """How the first variant differs from each other one, by shots and over all of them."""
-    first, *others = [v for v in study.variants if v.method in METHODS] or [None]
-    lines = []
-    for label, shots in [*((str(n), [n]) for n in study.shots), ("all", study.shots)]:
-        found = [pairs(study, first, other, shots) for other in others]
-        if any(found) and (label != "all" or len(study.shots) > 1):
-            lines.append([label, *(text for one in found for text in pairs_text(one))])
-    if not lines:
-        return None
-    header = ["shots"]
-    for other in others:
-        header += [f"{first.label} - {other.label}", "better / equal / worse", "p"]
-    return markdown(header, lines)
-
-
-# A backbone's section
-
-
-def study_text(study: Study, rows: Sequence[Row], sources: dict[str, str]) -> str:
-    """The Markdown section of a backbone."""
-    used = [source for source in sources if any(row.published_source == source for row in rows)]
-    marks = {source: number for number, source in enumerate(used, start=1)}
-    parts = [f"## {study.backbone}", made_by(study), introduction(study, bool(used))]
-    if used:
-        parts.append("\n".join(f"* [{marks[s]}] {s}: {sources[s]}." for s in used))
-    for shots in study.shots:
-        here = [row for row in rows if row.shots == shots]
-        parts += [f"### {plural(shots, 'shot')}", accuracy_table(study, here, marks)]
-        whole, seeds = complete(study, shots)
-        if len(study.datasets) > 1:
-            parts.append(
-                f"The mean, published ones too, is over the {len(whole)} of {len(study.datasets)} "
-                f"datasets on which every method ran with {plural(len(seeds), 'seed')} "
-                f"({', '.join(map(str, seeds))}); its spread is that of each seed's mean."
-            )
-    if table := means_table(study, rows, marks):
-        parts += [
-            "### Means beside published ones",
-            "Over the eleven datasets: ours, then figures of others, by the numbers of their "
-            "sources above.",
-            table,
-        ]
-    if table := pairs_table(study):
-        parts += [
-            "### Paired differences",
-            "Mean difference in points over the same datasets and seeds, ± half of its 95 % "
-            "confidence interval (Student's, over seeds); the number of datasets and seeds on "
-            "which the first is better, equal and worse; p of the two-sided sign test over these.",
-            table,
-        ]
-    parts += [
-        "### Memory and time",
-        "Peak memory and time of a whole run, its evaluations included: means over the datasets "
-        "and seeds with which every method ran.",
-        cost_table(study),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def made_by(study: Study) -> str:
-    """How many runs there are, and by which versions on which devices they were made."""
-    runs = study.runs()
-    columns = zip(*(run.made_by for run in runs), strict=True)
-    told = [", ".join(sorted(set(column))) for column in columns]
-    return "{}. Commit: {}. PyTorch: {}. Device: {}.".format(plural(len(runs), "run"), *told)
-
-
-def introduction(study: Study, with_published: bool) -> str:
-    """How to read the tables of accuracies."""
-    text = "Test accuracy in percent: mean ± standard deviation over seeds (number of seeds)."
-    if any(variant.settings for variant in study.variants):
-        text += (
-            " Where a method ran with several settings, those that differ follow its name; a flag "
-            "at its default is not named."
-        )
-    if with_published:
-        text += (
-            " Beside ours published figures: in brackets ours minus theirs, and whether that is "
-            "within our standard deviation. They belong to a method, not to one of its settings, "
-            "and stand beside the first; tables.csv compares all."
-        )
-    return text
+def format_paired(test: PairedTest | None) -> str:
+    """Return "+2.69 ± 0.92 (24/0/1, p 1.5e-06)"."""
+    if test is None:
+        return "-"
+    counts = f"{test.wins}/{test.ties}/{test.losses}"
+    return f"{format_spread(test.mean, test.half_width, '+.2f')} ({counts}, p {test.p_value:.2g})"

@@ -1,6 +1,8 @@
 """Experiment files: the runs they list, what is chosen from them, their tables and figures."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,41 +11,54 @@ from pathlib import Path
 
 import experiment
 import pytest
-from reporting import experiments, kinds
-from reporting.experiments import best_rates, read_experiment
+from report_helpers import read_lines, read_table
+from reporting.experiment_reports import REPORTS, method_and_ablation, write_experiment
+from reporting.experiments import read_experiment
 
 from runs.output_dir import get_hparams
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
-BASE = "kind: {kind}\nsave_path: runs\nout: docs\n"
 
 
-def write(folder, name, kind, text):
-    path = folder / f"{name}.yaml"
-    path.write_text(BASE.format(kind=kind) + text)
-    return path
+@pytest.fixture
+def write(tmp_path):
+    """Write an experiment file; return its path."""
+
+    def write(text, report="grid", name="experiment"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(f"report: {report}\nsave_path: {name}\nout: docs\n{text}")
+        return path
+
+    return write
 
 
 def finish(plan, accuracy):
-    """The files of a made-up result."""
+    """Write the files of a made-up result."""
     plan.folder.mkdir(parents=True)
     (plan.folder / "curve.csv").write_text(
         f"iteration,loss,lr,test_accuracy\n1,0.5,0.1,{accuracy}\n"
     )
+    (plan.folder / "predictions.csv").write_text("path,label,predicted,probability\na,0,0,0.9\n")
     keys = ("method", "backbone", "dataset", "shots", "seed")
     result = {key: getattr(plan.config, key) for key in keys} | {"config": get_hparams(plan.config)}
-    result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "iterations": 1}
-    result |= {"wall_seconds": 1.0, "peak_memory_mb": 100.0}
+    result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "iterations": 1, "ece": 1.0}
+    result |= {"wall_seconds": 1.0, "peak_memory_mb": 100.0, "data": {"digest": "d"}}
+    result |= {"classnames": ["a"], "template": ["{}"]}
     (plan.folder / "result.json").write_text(json.dumps(result))
 
 
+def write_and_read(path, folder):
+    """Write an experiment's report; return its text."""
+    write_experiment(read_experiment(path, root=folder))
+    assert (folder / "docs" / "figure.png").stat().st_size > 5000
+    return (folder / "docs" / "table.md").read_text()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_files_that_we_ship_list_runs_in_folders_of_their_own(path, tmp_path, monkeypatch):
-    moments = ("so, moments none", "so, moments per_entry", "so, moment_support reset")
-    rates = dict.fromkeys(("so", "lora", "adam", *moments), 1e-3)
-    monkeypatch.setattr(experiments, "best_rates", lambda runs: rates)
+def test_experiment_files_list_runs(path, tmp_path):
     found = read_experiment(path, root=tmp_path)
+    assert found.report in REPORTS
     assert len(found.runs) >= 9 and len({run.folder for run in found.runs}) == len(found.runs)
     assert all(tmp_path in run.folder.parents for run in found.runs)
     assert f"python scripts/experiment.py configs/experiments/{path.name}" in path.read_text()
@@ -52,10 +67,18 @@ def test_files_that_we_ship_list_runs_in_folders_of_their_own(path, tmp_path, mo
     }
 
 
-def test_runs_are_the_product_of_their_values(tmp_path):
-    text = "common: {config: configs/digits.yaml, seed: [1, 2], shots: 4}\nsettings:\n"
+def test_learning_rates_are_the_best():
+    (best,) = re.findall(r"Best: (.*)\.\n", (ROOT / "docs/digits/README.md").read_text())
+    lrs = {name: float(lr) for name, lr in (text.rsplit(" ", 1) for text in best.split("; "))}
+    for name in ("digits_compare", "digits_overfitting", "digits_moments"):
+        for run in read_experiment(ROOT / f"configs/experiments/{name}.yaml").runs:
+            assert run.config.lr == lrs[method_and_ablation(run.config.method, vars(run.config))]
+
+
+def test_runs_are_product_of_values(write, tmp_path):
+    text = "common: {config: configs/digits.yaml, seed: [1, 2], shots: 4}\nruns:\n"
     text += "  - {t: [5, 9]}\n  - {method: adam, lr: 1.0e-4}\n"
-    found = read_experiment(write(tmp_path, "a", "compare", text), root=tmp_path)
+    found = read_experiment(write(text), root=tmp_path)
     configs = [run.config for run in found.runs]
     assert found.out == tmp_path / "docs"
     assert sorted((c.method, c.t, c.seed) for c in configs) == [
@@ -64,132 +87,71 @@ def test_runs_are_the_product_of_their_values(tmp_path):
     assert {config.lr for config in configs if config.method == "adam"} == {1e-4}
 
 
-@pytest.mark.parametrize(
-    "text, complaint",
-    [
-        ("common: {}\nsettings: [{}]\nmore: 1\n", "must have the keys"),
-        ("common: {}\nsettings: []\n", "settings a list"),
-        ("common: {shot: 1}\nsettings: [{}]\n", "no flag 'shot'"),
-        ("common: {filename: a b}\nsettings: [{}]\n", "has spaces"),
-        ("common: {}\nsettings: [{}, {}]\n", "lists 1 run twice"),
-        ("common: [\n", "is not YAML"),
-        ("common: {}\nsettings: [{}]\nkind: graph\n", "unknown kind 'graph'"),
-    ],
-)
-def test_bad_files_are_refused_in_one_sentence(text, complaint, tmp_path, capsys):
-    path = write(tmp_path, "bad", "grid", text)
+@pytest.mark.parametrize("text, words", [
+    ("common: {}\nruns: [{}]\nmore: 1\n", "must have the keys"),
+    ("common: {}\nruns: []\n", "runs a list"),
+    ("common: {shot: 1}\nruns: [{}]\n", "no flag 'shot'"),
+    ("common: {filename: a b}\nruns: [{}]\n", "has spaces"),
+    ("common: {}\nruns: [{}, {}]\n", "lists 1 run twice"),
+    ("common: [\n", "is not YAML"),
+    ("common: {}\nruns: [{}]\nreport: graph\n", "unknown report 'graph'"),
+])  # fmt: skip
+def test_bad_files_are_one_sentence(text, words, write, capsys):
+    path = write(text)
     assert experiment.main([str(path), "--dry-run"]) == 2
     err = capsys.readouterr().err
-    assert complaint in err and str(path) in err and err.count("\n") == 1
+    assert words in err and str(path) in err and err.count("\n") == 1
 
 
-def test_results_of_other_runs_and_means_over_more_than_the_kind_has_are_refused(tmp_path):
-    text = "common: {config: configs/digits.yaml, t: [1, 5], seed: 1, shots: [1, 2]}\n"
-    runs = read_experiment(
-        write(tmp_path, "g", "grid", text + "settings: [{}]\n"), root=tmp_path
-    ).runs
+def test_reports_refuse_other_settings(write, tmp_path):
+    path = write(
+        "common: {config: configs/digits.yaml, t: [1, 5], lr: [1, 2], seed: 1}\nruns: [{}]\n"
+    )
+    found = read_experiment(path, root=tmp_path)
     with pytest.raises(ValueError, match="no run of this experiment is finished"):
-        kinds.grid(runs, tmp_path)
-    for run in runs:
+        write_experiment(found)
+    for run in found.runs:
         finish(run, 60.0)
-    with pytest.raises(ValueError, match="no place for several shots"):
-        kinds.grid(runs, tmp_path)
-    path = runs[0].folder / "result.json"
+    with pytest.raises(ValueError, match="differs in its settings from others of 1 and 0.01"):
+        write_experiment(found)
+    path = found.runs[0].folder / "result.json"
     result = json.loads(path.read_text())
     result["config"]["lr"] = 7.0
     path.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="another run's .lr 7.0 there"):
-        kinds.grid(runs, tmp_path)
+        write_experiment(found)
 
 
-RATES = """common: {config: configs/digits.yaml, eval_split: val, seed: [1, 2]}
-settings:
-  - {method: so, lr: [0.001, 0.01]}
-  - {method: adam, lr: [0.001, 0.01]}
-"""
-
-
-def test_the_chosen_rates_are_the_best_on_average_and_the_lower_of_equals(tmp_path, capsys):
-    path = write(tmp_path, "rates", "rates", RATES)
-    runs = read_experiment(path, root=tmp_path).runs
-    accuracy = {("so", 0.001): (50, 61), ("so", 0.01): (60, 50)}
-    accuracy |= {("adam", 0.001): (70, 70), ("adam", 0.01): (80, 60)}
-    for run in runs[:-1]:
-        finish(run, accuracy[run.config.method, run.config.lr][run.config.seed - 1])
-    with pytest.raises(ValueError, match="1 run of the learning rates"):
-        best_rates(runs)
-    finish(runs[-1], accuracy[runs[-1].config.method, runs[-1].config.lr][runs[-1].config.seed - 1])
-    assert best_rates(runs) == {"so": 0.001, "adam": 0.001}
-    kinds.rates(runs, tmp_path / "docs")
-    table = (tmp_path / "docs" / "table.md").read_text()
-    assert "0.001: 55.5 (chosen)" in table and "0.01: 55.0" in table
-    assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
-
-    text = "rates: rates.yaml\ncommon: {config: configs/digits.yaml, method: [so, adam]}\n"
-    text += "settings: [{}]\n"
-    second = read_experiment(write(tmp_path, "b", "compare", text), root=tmp_path)
-    assert {run.config.lr for run in second.runs} == {0.001}
-
-
-def test_a_grid_shows_means_and_what_is_missing(tmp_path, capsys):
-    text = "common: {config: configs/digits.yaml, s: [0.9, 0.99], t: [1, 5], seed: [1, 2]}\n"
-    path = write(tmp_path, "grid", "grid", text + "settings: [{}]\n")
-    runs = read_experiment(path, root=tmp_path).runs
-    for run in runs:
-        if (run.config.s, run.config.t) != (0.99, 5):
-            finish(run, 60 + run.config.t + run.config.seed)
-    kinds.grid(runs, tmp_path / "docs")
-    table = (tmp_path / "docs" / "table.md").read_text()
-    assert "| 0.1     | 62.5 ± 0.7 | 66.5 ± 0.7 |" in table
-    assert "| 0.01    | 62.5 ± 0.7 |          - |" in table
-    assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
-
-
-def test_an_ablation_is_paired_with_so_by_seed(tmp_path, capsys):
-    text = "common: {config: configs/digits.yaml, shots: 4, seed: [1, 2]}\nsettings:\n"
-    text += "  - {grad_support: [random, magnitude], moment_support: [magnitude, fixed], t: 5}\n"
-    text += "  - {t: 1000000}\n"
-    runs = read_experiment(write(tmp_path, "a", "ablation", text), root=tmp_path).runs
-    for run in runs:
-        loss = {"random": 0, "magnitude": 3}[run.config.grad_support] + (run.config.t > 5)
-        finish(run, 70 + 10 * run.config.seed - loss)
-    kinds.ablation(runs, tmp_path / "docs")
-    lines = (tmp_path / "docs" / "table.md").read_text().splitlines()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line][2:]
-    assert table[0] == ["random", "largest m", "yes", "85.0 ± 7.1", "-", "2"]  # SO itself
-    assert len(table) == 5
-    assert ["largest g", "first S_g", "yes", "82.0 ± 7.1", "-3.0 ± 0.0", "2"] in table
-    assert ["random", "the same entries", "no", "84.0 ± 7.1", "-1.0 ± 0.0", "2"] in table
-    assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
-
-
-def test_other_moments_have_rates_of_their_own_and_are_paired_with_so(tmp_path, capsys):
-    text = "common: {config: configs/digits.yaml, shots: 2, seed: 9, lr: [0.001, 0.002]}\n"
-    for name, settings in (("one", "[{}]"), ("two", "[{moments: [none, per_entry]}]")):
-        rates = write(tmp_path, name, "rates", text + f"settings: {settings}\n")
-        for run in read_experiment(rates, root=tmp_path).runs:
-            best = {"adam": 0.002, "none": 0.001, "per_entry": 0.002}[run.config.moments]
-            finish(run, 60.0 if run.config.lr == best else 50.0)
-    text = "rates: [one.yaml, two.yaml]\n"
-    text += "common: {config: configs/digits.yaml, shots: [1, 4], seed: [1, 2, 3]}\n"
-    text += "settings: [{}, {moments: [none, per_entry]}]\n"
-    path = write(tmp_path, "moments", "moments", text)
-    runs = read_experiment(path, root=tmp_path).runs
-    assert {(run.config.moments, run.config.lr) for run in runs} == {
-        ("adam", 0.002), ("none", 0.001), ("per_entry", 0.002),
+def test_lr_sweep_names_best_mean(write, tmp_path):
+    path = write(
+        "common: {config: configs/digits.yaml, eval_split: val, seed: [1, 2]}\n"
+        "runs: [{method: [so, adam], lr: [0.001, 0.01]}, {moments: none, lr: [0.01, 0.1]}]\n",
+        "lr_sweep",
+    )  # fmt: skip
+    accuracies = {("so", 0.001): (50, 61), ("so", 0.01): (60, 50), ("so", 0.1): (70, 1)}
+    accuracies |= {("adam", 0.001): (70, 70), ("adam", 0.01): (80, 60)}
+    for run in read_experiment(path, root=tmp_path).runs:
+        finish(run, accuracies[run.config.method, run.config.lr][run.config.seed - 1])
+    text = write_and_read(path, tmp_path)
+    assert {name: list(line.values())[1:] for name, line in read_lines(text).items()} == {
+        "SO": ["55.5", "55.0", "-"], "Adam": ["70.0", "70.0", "-"],
+        "SO, moments none": ["-", "55.0", "35.5"],
     }  # fmt: skip
-    for run in runs:
-        gain = {"adam": 0, "none": run.config.seed, "per_entry": -1}[run.config.moments]
-        finish(run, 70 + run.config.shots + gain)
-    kinds.moments(runs, tmp_path / "docs")
-    lines = (tmp_path / "docs" / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-    assert ["4", "74.0 ± 0.0", "76.0 ± 2.5", "73.0 ± 0.0"] in rows
-    assert ["all", "+2.00 ± 2.48", "3 / 0 / 0", "-1.00 ± 0.00", "0 / 0 / 3"] in rows
-    assert (tmp_path / "docs" / "figure.png").stat().st_size > 5000
-    path.write_text(path.read_text().replace("[one.yaml, two.yaml]", "one.yaml"))
-    with pytest.raises(ValueError, match="no learning rate was chosen for so, moments none"):
-        read_experiment(path, root=tmp_path)
+    assert "Best: SO 0.001; Adam 0.001; SO, moments none 0.01." in text  # the lower of equals
+
+
+def test_grid_shows_missing_cells(write, tmp_path):
+    path = write(
+        "common: {config: configs/digits.yaml, s: [0.9, 0.99], t: [5, 1000000], seed: [1, 2]}\n"
+        "runs: [{}]\n"
+    )
+    for run in read_experiment(path, root=tmp_path).runs:
+        if (run.config.s, run.config.t) != (0.99, 5):
+            finish(run, 60 + (run.config.t > 5) + run.config.seed)
+    assert read_table(write_and_read(path, tmp_path)) == [
+        ["", "0.01", "0.1"], ["5", "-", "61.5 ± 0.7"],
+        ["never refreshed", "62.5 ± 0.7", "62.5 ± 0.7"],
+    ]  # fmt: skip
 
 
 PYTHON = """#!/usr/bin/env bash
@@ -199,23 +161,24 @@ touch {folder}/started
 """
 
 
-def test_an_experiment_runs_stops_cleanly_and_reports(tmp_path, monkeypatch, capfd):
+def test_experiment_stops_and_reports(write, tmp_path, monkeypatch, capfd):
     """With a script in the place of Python, and results made up: main.py has tests of its own."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(PYTHON.format(folder=tmp_path))
-    stand_in.chmod(0o755)
-    for key, value in {"JOBS": "2", "LOGS": tmp_path / "logs", "PYTHON": stand_in}.items():
+    python = tmp_path / "python"
+    python.write_text(PYTHON.format(folder=tmp_path))
+    python.chmod(0o755)
+    for key, value in {"JOBS": "2", "LOGS": tmp_path / "logs", "PYTHON": python}.items():
         monkeypatch.setenv(key, str(value))
     text = "common: {config: configs/digits.yaml, shots: 1, seed: [1, 2]}\n"
-    text += "settings: [{method: so}, {method: adam}]\n"
-    path = write(tmp_path, "real", "compare", text)
+    path = write(text + "runs: [{method: [so, adam]}]\n", "comparison")
     (tmp_path / "wait").touch()
     command = [sys.executable, "scripts/experiment.py", str(path), "--root", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True
+    )
     while not (tmp_path / "started").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "continues from here" in err
     (tmp_path / "wait").unlink()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The study on the embedded digits: learning rates chosen on validation images, three methods at 1 to
+# 16 shots, overfitting, the grid over density and T, ablations of supports and moments, forgetting,
+# and interpolation. Writes docs/digits/; runs are in results/digits_study/. It takes some 80 minutes
+# on two cores, an estimate from its parts. Stop and restart it at any time; JOBS (2) runs go at once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. scripts/environment.sh
+
+make_environment requirements.txt
+export JOBS=${JOBS:-2} LOGS=${LOGS:-results/digits_study/logs}
+for part in lr compare overfitting grid ablation moments; do
+    .venv/bin/python scripts/experiment.py "configs/experiments/digits_$part.yaml" "$@"
+done
+.venv/bin/python scripts/digits/study.py "$@"

@@ -1,0 +1,88 @@
+"""A run's files: what is read of them, and what is refused."""
+
+import json
+
+import pytest
+from report_helpers import make_run
+
+from runs.records import RESULT_SCHEMA, load_confusion_matrix, read_run
+
+HEADER = "iteration,loss,lr,test_accuracy\n"
+
+
+def test_read_run_returns_fields(tmp_path):
+    folder = make_run(tmp_path, accuracy=70.0, iterations=4, eval_every=2, backbone="/m/RN50.pt")
+    run = read_run(folder)
+    assert (run.final_accuracy, run.zero_shot_accuracy, run.backbone) == (70.0, 44.0, "RN50")
+    assert run.provenance == ("abc", "2.4", "cpu") and run.new_accuracy is None
+    assert run.loss_curve.shape == (4,)
+    assert run.eval_curve[:, 0].tolist() == [0, 2, 4]
+    assert run.eval_curve[[0, -1], 1].tolist() == [44.0, 70.0]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("method", 3), ("method", "a/b"), ("dataset", "a | b"), ("dataset", "a\nb"), ("backbone", "/"),
+    ("dataset", "../up"), ("shots", 0), ("shots", True), ("shots", 4.0), ("seed", 10**400),
+    ("zero_shot_accuracy", float("nan")), ("final_accuracy", 101), ("final_accuracy", "60"),
+    ("wall_seconds", -1), ("peak_memory_mb", None), ("config", None), ("data", []), ("ece", "1"),
+    ("classnames", []), ("classnames", [1]), ("template", "x"),
+])  # fmt: skip
+def test_read_run_refuses_values(tmp_path, key, value):
+    folder = make_run(tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {key: value}))
+    with pytest.raises(ValueError, match=f"result.json: {key} cannot be"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("key", RESULT_SCHEMA)
+def test_read_run_requires_fields(tmp_path, key):
+    folder = make_run(tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    del result[key]
+    (folder / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=f"result.json has no {key}: .* --overwrite"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("result.json", "", "not JSON"), ("result.json", "\x00\xff", "not JSON"),
+    ("result.json", "[" * 100_000, "not JSON"), ("result.json", "[1]", "does not hold an object"),
+    ("curve.csv", None, "there is no curve.csv"), ("curve.csv", "", "malformed at line 0"),
+    ("curve.csv", "a,b\n1,2\n", "malformed at line 1"),
+    ("curve.csv", HEADER + "1,2.0,0.1,\n", "1 of 2 iterations"),
+    ("curve.csv", HEADER + "1,2.0,0.1,\n2,1.0", "malformed at line 3"),
+    ("curve.csv", HEADER + "1,nan,0.1,\n", "malformed at line 2"),
+    ("curve.csv", HEADER + "1,2.0,0.1,101\n", "malformed at line 2"),
+    ("curve.csv", HEADER + "2,2.0,0.1,\n", "malformed at line 2"),
+    ("curve.csv", HEADER + "1,2.0,0.1,,\n", "malformed at line 2"),
+    ("curve.csv", HEADER + '"' + "x" * 200_000, "malformed at line 2"),
+    ("curve.csv", "\x00\xff", "malformed"),
+    ("transfer.json", "{", "transfer.json is not JSON"),
+    ("transfer.json", '{"dtd": 3}', "an object for each dataset"),
+    ("transfer.json", '{"dtd": {"zero_shot_accuracy": 101}}', "zero_shot_accuracy cannot be '101'"),
+])  # fmt: skip
+def test_read_run_refuses_files(tmp_path, name, text, reason):
+    folder = make_run(tmp_path, iterations=2)
+    (folder / name).unlink(missing_ok=True)
+    if text is not None:
+        (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=reason):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("text, reason", [
+    (None, "there is no predictions.csv"),
+    ("a,b\n", "malformed at line 1"),
+    ("path,label,predicted,probability\na,0,0,1\nb,4,0,1\n", "malformed at line 3"),
+    ("path,label,predicted,probability\na,0,-1,1\n", "malformed at line 2"),
+    ("path,label,predicted,probability\na,0\n", "malformed at line 2"),
+    ("path,label,predicted,probability\n", "has 0 rows"),
+])  # fmt: skip
+def test_confusion_matrix_refuses_predictions(tmp_path, text, reason):
+    path = make_run(tmp_path) / "predictions.csv"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_confusion_matrix(read_run(path.parent))
