@@ -1,4 +1,4 @@
-"""Weight gradients at SO's support alone: exact, and nearly for nothing.
+"""Weight gradients at SO's support only: exact, and nearly for nothing.
 
 SO reads k entries of each weight's gradient, and draws them at random, before the forward pass.
 Entry (i, j) of the gradient of W in y = x W^T + b is a product of two columns,
@@ -41,8 +41,10 @@ CHUNK_ELSEWHERE = 2**23
 # from an H100's bandwidth and arithmetic, and were not.
 PRODUCT_FROM = 1 / 150
 EARLIER = {("cpu", False): 1, ("cpu", True): 1.4, ("cuda", False): 1.3, ("cuda", True): 10}
-TORCHS_OWN = (nn.MultiheadAttention, nn.RNNBase)  # use their matrices otherwise than by F.linear
-WITHOUT_DDP = (
+# Modules that use their matrices otherwise than by F.linear.
+FUSED_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+DDP_ERROR = (
     "DistributedDataParallel cannot reduce sampled gradients: use the model itself and give "
     "sample_gradients a process_group, or leave sample_gradients out"
 )
@@ -58,7 +60,7 @@ class _Plan(NamedTuple):
     in_features: int
 
 
-_owners = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
+_handles = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
 
 
 def sample_gradients(
@@ -75,7 +77,8 @@ def sample_gradients(
 
     Supports are drawn by the first forward pass with gradients after a step, and stay until the
     next step, however many passes are accumulated; gradients must be zeroed between steps. The
-    norm that `clip_grad_norm_` sees is that of the k entries, the only ones that exist.
+    norm that `clip_grad_norm_` sees is that of the k entries, the only ones that exist. There are
+    no second derivatives. Call it before wrappers such as `accelerator.prepare`.
 
     Args:
         model: The module. Its values and attributes stay as they are; the class of the parameters
@@ -87,12 +90,12 @@ def sample_gradients(
             processes make as many passes.
 
     Returns:
-        A handle, which prints what is sampled and what stays whole; `remove()` ends it. It is also
-        a context manager, and need not be kept.
+        A handle. It prints what is expected to be sampled and, after a backward pass, what was;
+        `remove()` ends sampling. It is also a context manager, and need not be kept.
 
     Raises:
         ValueError: The optimizer is not an SO or has no sparse matrix of the model's, sampling is
-            already active, or the model is in DistributedDataParallel.
+            already active, the model is in DistributedDataParallel, or a parameter is sharded.
     """
     return SampledGradients(model, optimizer, process_group)
 
@@ -100,7 +103,7 @@ def sample_gradients(
 def sampled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, rows: slice = slice(None)
 ) -> Tensor:
-    """Compute `F.linear(x, weight[rows], bias)`, with a gradient of weight at some entries alone.
+    """Compute `F.linear(x, weight[rows], bias)`, with a gradient of weight at some entries only.
 
     Without gradients, or for a frozen weight, it is `F.linear`. Under `torch.autocast` products
     are of its dtype, as there; those of the gradient are summed in float32 at least.
@@ -134,9 +137,9 @@ class SampledGradients:
     """What `sample_gradients` returns.
 
     Attributes:
-        params: The matrices that get sampled gradients.
+        params: The matrices that get sampled gradients wherever F.linear uses them.
         whole: The optimizer's other sparse tensors of the model, by name, and why their gradients
-            stay whole.
+            stay whole. A backward pass adds those that it gave whole gradients.
     """
 
     def __init__(
@@ -148,9 +151,12 @@ class SampledGradients:
         if not hasattr(optimizer, "draw_supports"):
             raise ValueError(f"sampled gradients need an SO, not {type(optimizer).__name__}")
         if isinstance(model, DistributedDataParallel):
-            raise ValueError(WITHOUT_DDP)
-        self.params, self.whole = _sort(model, optimizer.param_groups)
-        if any(_owner(p) is not None for p in self.params):
+            raise ValueError(DDP_ERROR)
+        _refuse_shards(optimizer)
+        names, self.whole = _partition_params(model, optimizer.param_groups)
+        self._names, self.params = {id(p): name for name, p in names.items()}, list(names.values())
+        self._is_sampled: dict[int, bool] = {}  # by id, whether the last gradient was
+        if any(_handle_of(p) is not None for p in self.params):
             raise ValueError("sampling is already active for this model: remove() it first")
         if not self.params:
             raise ValueError(
@@ -160,30 +166,46 @@ class SampledGradients:
         self._optimizer = optimizer
         self._plans: dict[int, _Plan] = {}  # by id of the parameter, for the coming step
         self._hooks = [
-            optimizer.register_step_post_hook(self._forget),
+            optimizer.register_step_pre_hook(lambda *_: _refuse_shards(optimizer)),
+            optimizer.register_step_post_hook(self._post_step),
             optimizer.register_load_state_dict_post_hook(lambda *_: self._ready.clear()),
             *(p.register_post_accumulate_grad_hook(_coalesce) for p in self.params),
         ]
         self._ready: set[int] = set()  # ids of those with a support for the coming step
         for p in self.params:
             p.__class__ = _SampledParameter
-            _owners[p] = weakref.ref(self)  # the optimizer's hooks keep it alive
+            _handles[p] = weakref.ref(self)  # the optimizer's hooks keep it alive
         self._group, self._queued, self._averaged = process_group, False, False
         if process_group is not None:
             self._replicate(model)
 
     def __repr__(self) -> str:
-        ids, kept, entries = set(map(id, self.params)), 0, 0
+        """What the last backward pass did, or, before the first one, what is expected."""
+        expected = not self._is_sampled
+        sampled = [p for p in self.params if expected or self._is_sampled.get(id(p))]
+        ids, k, entries = set(map(id, sampled)), 0, 0
         for group in self._optimizer.param_groups:
             sizes = [p.numel() for p in group["params"] if id(p) in ids]
             entries += sum(sizes)
-            kept += sum(max(1, int(n * group["density_ratio"])) for n in sizes)
+            k += sum(max(1, int(n * group["density_ratio"])) for n in sizes)
+        missing = len(self.params) - len(self._is_sampled)
         lines = [
-            f"sampled gradients in {len(self.params)} matrices, {kept:,} of {entries:,} entries; "
-            f"whole in {len(self.whole)} others",
+            f"{'expected: ' * expected}sampled gradients in {len(sampled)} matrices, {k:,} of "
+            f"{entries:,} entries; whole in {len(self.whole)} others",
             *(f"    whole: {name} ({reason})" for name, reason in self.whole.items()),
         ]
+        if missing and not expected:
+            lines.append(f"    without a gradient so far: {missing}")
         return "\n".join(lines)
+
+    def _record(self, p: Tensor) -> None:
+        """Note whether p's new gradient is sampled."""
+        name, sampled = self._names[id(p)], p.grad.layout == torch.sparse_coo
+        self._is_sampled[id(p)] = sampled
+        if sampled:
+            self.whole.pop(name, None)
+        else:
+            self.whole[name] = "not used by F.linear only, or compiled"
 
     def _replicate(self, model: nn.Module) -> None:
         """Give all processes the first one's model, and average what they add to its gradients."""
@@ -218,7 +240,7 @@ class SampledGradients:
         self._queued, self._averaged = False, True
         sum_gradients(self._replicated, self._group, average=True)
 
-    def _forget(self, *_: Any) -> None:
+    def _post_step(self, *_: Any) -> None:
         """After a step, what was true of it is over."""
         self._ready.clear()
         self._averaged = False
@@ -227,7 +249,7 @@ class SampledGradients:
         """End sampling: later gradients are whole; weights stay as trained. May be repeated."""
         for p in self.params:
             p.__class__ = nn.Parameter
-            del _owners[p]
+            del _handles[p]
         for hook in self._hooks:
             hook.remove()
         self.params, self._hooks, self._plans = [], [], {}
@@ -242,7 +264,7 @@ class SampledGradients:
         """Where p's gradient is read in the coming step, drawn where due; None for everywhere."""
         if id(p) not in self._ready:
             if DistributedDataParallel._active_ddp_module is not None:
-                raise RuntimeError(WITHOUT_DDP)
+                raise RuntimeError(DDP_ERROR)
             self._optimizer.draw_supports()
             self._ready.update(id(q) for q in self.params if q.requires_grad)
             stale, supports = [], []
@@ -277,7 +299,7 @@ def sum_gradients(
     """
     rows = defaultdict(list)
     for p in (p for p in params if p.requires_grad):
-        plan = None if _owner(p) is None else _owner(p).plan(p)
+        plan = None if _handle_of(p) is None else _handle_of(p).plan(p)
         if p.grad is None:
             values = p.new_zeros(p.shape if plan is None else plan.support.shape)
             p.grad = values if plan is None else _sparse(plan, values, p.shape)
@@ -298,31 +320,46 @@ def sum_gradients(
         )
 
 
-def _sort(model: nn.Module, groups: list[dict]) -> tuple[list[Tensor], dict[str, str]]:
-    """Tell the sparse tensors to sample from those that stay whole, these by name and reason."""
-    sparse = {id(p) for group in groups if not group["dense"] for p in group["params"]}
+def _refuse_shards(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where a parameter is sharded."""
+    for group in optimizer.param_groups:
+        if any(hasattr(p, "device_mesh") for p in group["params"]):
+            raise ValueError(
+                "sampled gradients and shards (DTensor, fully_shard) do not go together: leave "
+                "sample_gradients out, or keep the matrices whole"
+            )
+
+
+def _is_sparse(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether SO takes p for a sparse tensor."""
+    return sum(size > 1 for size in p.shape) >= 2 if group["dense"] is None else not group["dense"]
+
+
+def _partition_params(
+    model: nn.Module, groups: list[dict]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split the sparse tensors, by name, into those to sample and those whole for a reason."""
+    sparse = {id(p) for group in groups for p in group["params"] if _is_sparse(p, group)}
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        mine = (
-            module.parameters() if isinstance(module, TORCHS_OWN) else module._parameters.values()
-        )
-        for p in mine:
+        fused = isinstance(module, FUSED_MODULES)
+        for p in module.parameters() if fused else module._parameters.values():
             users.setdefault(id(p), []).append(module)
-    sampled, whole = [], {}
+    sampled, whole = {}, {}
     for name, p in model.named_parameters():
-        by = [type(module).__name__ for module in users[id(p)] if isinstance(module, TORCHS_OWN)]
+        fused = [type(m).__name__ for m in users[id(p)] if isinstance(m, FUSED_MODULES)]
         if id(p) not in sparse or p.dim() < 2:
             continue
         if p.dim() != 2:
             whole[name] = f"{p.dim()} dimensions"
-        elif by:
-            whole[name] = f"used by torch's own {by[0]}"
-        elif all(isinstance(module, nn.Embedding) for module in users[id(p)]):
+        elif fused:
+            whole[name] = f"used by torch's own {fused[0]}"
+        elif all(isinstance(module, EMBEDDINGS) for module in users[id(p)]):
             whole[name] = "an embedding"
         elif type(p) not in (nn.Parameter, _SampledParameter):
             whole[name] = f"of class {type(p).__name__}"
         else:
-            sampled.append(p)
+            sampled[name] = p
     return sampled, whole
 
 
@@ -360,9 +397,9 @@ class _SampledRows(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def _owner(p: Tensor) -> SampledGradients | None:
-    """Who samples p's gradients; a deep copy of p keeps p's class, but has no owner."""
-    return _owners[p]() if p in _owners else None
+def _handle_of(p: Tensor) -> SampledGradients | None:
+    """Who samples p's gradients; a deep copy of p keeps p's class, but has no handle."""
+    return _handles[p]() if p in _handles else None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -370,8 +407,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     whole, rows = weight, slice(None)
     if isinstance(weight, _SampledRows):
         whole, rows = weight.parent, weight.rows
-    owner = _owner(whole) if isinstance(whole, _SampledParameter) else None
-    plan = owner.plan(whole) if owner is not None and whole.requires_grad else None
+    handle = _handle_of(whole) if isinstance(whole, _SampledParameter) else None
+    plan = handle.plan(whole) if handle is not None and whole.requires_grad else None
     if plan is None:
         return F.linear(input, weight, bias)
     return _apply(input, whole, bias, plan, rows)
@@ -383,10 +420,13 @@ def _coalesce(p: Tensor) -> None:
     autograd drops the mark, and appends the entries of each use and pass to those before. Without
     it `clip_grad_norm_` would sort the entries of each matrix.
     """
-    owner, grad = _owner(p), p.grad
-    if owner is None or grad is None or grad.layout != torch.sparse_coo:
+    handle, grad = _handle_of(p), p.grad
+    if handle is None or grad is None:
         return
-    plan, values = owner._plans[id(p)], grad._values()
+    handle._record(p)
+    if grad.layout != torch.sparse_coo:
+        return
+    plan, values = handle._plans[id(p)], grad._values()
     k = len(plan.support)
     if len(values) % k == 0 and len(values) > 0:
         values = values.view(-1, k).sum(dim=0) if len(values) > k else values

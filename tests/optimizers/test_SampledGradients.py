@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from clip_helpers import TINY_VIT, random_state_dict
 from helpers import needs_sparse_clipping, no_wait_for_the_gpu, through_a_file
 from torch import nn
@@ -490,7 +491,7 @@ def test_dense_groups_and_other_tensors_are_left_alone():
     handle = sample_gradients(model, SO(groups, density_ratio=0.1))
     assert [id(p) for p in handle.params] == [id(model[1].weight)]
     assert repr(handle).splitlines() == [
-        "sampled gradients in 1 matrices, 6 of 64 entries; whole in 1 others",
+        "expected: sampled gradients in 1 matrices, 6 of 64 entries; whole in 1 others",
         "    whole: 2.weight (3 dimensions)",
     ]
 
@@ -542,3 +543,50 @@ def test_a_gpu_gives_the_cpus_gradients_without_a_synchronisation(precision):
     tolerance = 1e-4 if precision == torch.float32 else 5e-2
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q.cpu(), rtol=tolerance, atol=tolerance)
+
+
+class Product(nn.Module):
+    """x @ W, as in GPT-2's Conv1D, beside a Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.W, self.linear = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x) @ self.W
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_handle_reports_what_was_sampled(pruned):
+    model = Product()
+    if pruned:  # the parameter is another one, and F.linear is given a product with its mask
+        nn.utils.prune.l1_unstructured(model.linear, "weight", 0.5)
+    optimizer = SO(model.parameters(), density_ratio=0.1)
+    handle = sample_gradients(model, optimizer)
+    expected = "sampled gradients in 2 matrices, 12 of 128 entries; whole in 0 others"
+    assert repr(handle) == f"expected: {expected}"
+    model(torch.randn(5, 8)).sum().backward()
+    name = "linear.weight_orig" if pruned else "linear.weight"
+    head, *lines = repr(handle).splitlines()
+    sampled = dict(model.named_parameters())[name].grad.is_sparse
+    assert sampled is not pruned and not model.W.grad.is_sparse
+    if pruned:
+        assert head == "sampled gradients in 0 matrices, 0 of 0 entries; whole in 2 others"
+    else:
+        assert head == "sampled gradients in 1 matrices, 6 of 64 entries; whole in 1 others"
+    assert "    whole: W (not used by F.linear only, or compiled)" in lines
+    optimizer.step()
+
+
+@pytest.mark.parametrize("layer", [nn.LSTMCell(8, 8), nn.GRUCell(8, 8), nn.EmbeddingBag(9, 8)])
+def test_fused_modules_are_expected_whole(layer):
+    model = nn.ModuleList([layer, nn.Linear(8, 8)])
+    handle = sample_gradients(model, SO(model.parameters(), density_ratio=0.1))
+    assert [id(p) for p in handle.params] == [id(model[1].weight)]
+
+
+def test_a_matrix_of_one_row_is_dense():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    handle = sample_gradients(model, SO(model.parameters(), density_ratio=0.1))
+    assert [id(p) for p in handle.params] == [id(model[0].weight)]
+    assert "whole in 0 others" in repr(handle)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from process_helpers import in_processes
 from torch import nn
 
+from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO
 
 checkpoint = pytest.importorskip("torch.distributed.checkpoint")
@@ -217,6 +218,16 @@ def check_refusals(ranks):
     partial = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
     with pytest.raises(ValueError, match="Partial placement"):
         SO([nn.Parameter(partial)])
+    model = sharded_model(ranks)
+    with pytest.raises(ValueError, match="sampled gradients and shards .* do not go together"):
+        sample_gradients(model, SO(model.parameters()))
+    model = make_model()
+    optimizer = SO(model.parameters(), **SETTINGS)
+    sample_gradients(model, optimizer)
+    fully_shard(model, mesh=mesh)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(ValueError, match="do not go together"):
+        optimizer.step()
     return True
 
 
@@ -305,5 +316,5 @@ def test_checkpoint_loads_without_ranks(results):
     torch.testing.assert_close(loaded, trained_alone(8), **CLOSE)
 
 
-def test_partial_placements_are_refused(results):
+def test_unfit_shards_are_refused(results):
     assert all(found["refusals"] for found in results(2))
