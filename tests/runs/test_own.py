@@ -1,4 +1,4 @@
-"""The five commands of docs/own.md, run as they are, with ViT-Tiny/8 in place of ViT-B/16."""
+"""The five commands of docs/custom_datasets.md, run as they are, on ViT-Tiny/8."""
 
 import csv
 import random
@@ -13,7 +13,7 @@ from PIL import Image
 
 import datasets.__main__ as checker
 
-PAGE = (Path(__file__).parents[2] / "docs/own.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/custom_datasets.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^ +```bash\n +(.*)\n +```$", PAGE, re.MULTILINE)
 CLASSES = ["Great Tit", "Zaunkönig", "no. 3", "a_b", "f (old)", "Œuvre d'art", "100 %", "x & y"]
 SUFFIXES = ["png", "PNG", "Jpg", "JPEG", "webp", "WebP"]
