@@ -1,4 +1,4 @@
-"""Parts that the benchmarks share: sizes of CLIPs, prompts, timing, the machine's name, tables."""
+"""What the benchmarks share: sizes of CLIPs, made-up prompts, timing, memory, tables, JSON."""
 
 import argparse
 import ctypes
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runs.environment import peak_memory_mb
 
-T = 5  # steps between two draws
+T = 5  # steps between two refreshes of SO's supports
 VIT_B_16 = {
     "embed_dim": 512,
     "image_resolution": 224,
@@ -43,14 +43,11 @@ BACKBONES = {  # arguments of `CLIP`
 }
 
 
-def random_tokens(classes: int, vocabulary: int, context: int = 77) -> Tensor:
-    """Made-up tokens, as many as "a photo of a {}." has for names of one to seven tokens: (C, L).
-
-    Real ones would need the tokenizer's merges file; what a token is costs nothing.
-    """
+def random_tokens(classes: int, vocab_size: int, context_length: int = 77) -> Tensor:
+    """Random prompts (C, L) as long as "a photo of a {}." with names of one to seven tokens."""
     generator = torch.Generator().manual_seed(0)
-    start, end = vocabulary - 2, vocabulary - 1  # the end has the highest id
-    tokens = torch.zeros(classes, context, dtype=torch.int64)
+    start, end = vocab_size - 2, vocab_size - 1
+    tokens = torch.zeros(classes, context_length, dtype=torch.int64)
     for row in tokens:
         length = int(torch.randint(6, 13, (), generator=generator))
         row[0], row[length + 1] = start, end
@@ -58,29 +55,29 @@ def random_tokens(classes: int, vocabulary: int, context: int = 77) -> Tensor:
     return tokens
 
 
-def cut(tokens: Tensor) -> Tensor:
-    """Tokens as main.py would have them, without what lies behind the longest text: (1, C, L)."""
+def trim_padding(tokens: Tensor) -> Tensor:
+    """Prompts (C, L) up to the end of the longest one, as main.py has them: (1, C, l)."""
     return tokens[None, :, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device has been given to do."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Give the system what this process keeps for its next tensors."""
+def release_memory(device: torch.device) -> None:
+    """Give cached memory back to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif hasattr(c := ctypes.CDLL(None), "malloc_trim"):
-        c.malloc_trim(0)
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def peak_mb(device: torch.device) -> float:
-    """The most memory used so far, in MB: torch's on a CUDA device, else this process's.
+    """Peak memory in MB: torch's on a CUDA device, else this process's.
 
-    Of a process just started ru_maxrss tells its parent's peak, where that is higher.
+    The ru_maxrss of a new process may be its parent's, so /proc is read if it is there.
     """
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
@@ -88,23 +85,23 @@ def peak_mb(device: torch.device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
 
 
-def per_step(values: Sequence[float], steps: Sequence[int]) -> float:
-    """Time of a step, draws shared out: medians of the steps that draw and of those that do not.
+def amortized_step_time(times: Sequence[float], steps: Sequence[int]) -> float:
+    """Mean over T steps of the median step that refreshes supports and T - 1 median others.
 
     Args:
-        values: One for each step.
-        steps: Their numbers, counted from 1; steps 1, T + 1, 2 T + 1, ... draw.
+        times: Time of each step.
+        steps: Number of each step, from 1; steps 1, T + 1, 2 T + 1, ... refresh.
     """
-    drawing, usual = [], []
-    for value, step in zip(values, steps, strict=True):
-        (usual if (step - 1) % T else drawing).append(value)
-    if not (drawing and usual):
-        return statistics.median(values)
-    return (statistics.median(drawing) + (T - 1) * statistics.median(usual)) / T
+    refreshing, usual = [], []
+    for time, step in zip(times, steps, strict=True):
+        (usual if (step - 1) % T else refreshing).append(time)
+    if not (refreshing and usual):
+        return statistics.median(times)
+    return (statistics.median(refreshing) + (T - 1) * statistics.median(usual)) / T
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What figures depend on: processor or GPU, threads, torch."""
+    """Names of the processor or GPU and of torch's version, and the number of threads."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -115,11 +112,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def print_table(columns: dict[str, Callable[[dict], Any]], rows: Sequence[dict]) -> None:
-    """Print a Markdown table; a column that a row knows nothing of stays empty.
+    """Print a Markdown table. A cell is empty if its row lacks the key.
 
     Args:
-        columns: By heading, what makes a cell from a row.
-        rows: What was measured.
+        columns: By heading, the function that makes a cell from a row.
+        rows: The measurements.
     """
     print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}")
     for row in rows:
@@ -133,8 +130,8 @@ def print_table(columns: dict[str, Callable[[dict], Any]], rows: Sequence[dict])
 
 
 def write_json(args: argparse.Namespace, **result: Any) -> None:
-    """Write settings and result to the file that --json names, if it names one."""
+    """Write settings and result to --json's file, if there is one."""
     if args.json:
-        settings = {k: v for k, v in vars(args).items() if k not in ("json", "worker", "folder")}
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
         text = json.dumps({"settings": settings, **result}, indent=2)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
