@@ -16,31 +16,17 @@ from torch import Tensor
 from runs.environment import peak_memory_mb
 
 T = 5  # steps between two refreshes of SO's supports
-VIT_B_16 = {
-    "embed_dim": 512,
-    "image_resolution": 224,
-    "vision_layers": 12,
-    "vision_width": 768,
-    "vision_patch_size": 16,
-    "context_length": 77,
-    "vocab_size": 49408,
-    "transformer_width": 512,
-    "transformer_layers": 12,
-}
-VIT_L_14 = dict(
-    VIT_B_16, embed_dim=768, vision_layers=24, vision_width=1024, vision_patch_size=14,
-    transformer_width=768,
+BACKBONES = {"ViT-B/16": dict(  # arguments of `CLIP`
+    embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16,
+    context_length=77, vocab_size=49408, transformer_width=512, transformer_layers=12,
+)}  # fmt: skip
+BACKBONES["ViT-L/14"] = BACKBONES["ViT-B/16"] | dict(
+    embed_dim=768, vision_layers=24, vision_width=1024, vision_patch_size=14, transformer_width=768
+)
+BACKBONES["tiny"] = BACKBONES["ViT-B/16"] | dict(
+    embed_dim=64, image_resolution=32, vision_layers=4, vision_width=128, vision_patch_size=8,
+    vocab_size=514, transformer_width=64, transformer_layers=2,
 )  # fmt: skip
-TINY = dict(
-    VIT_B_16, embed_dim=64, image_resolution=32, vision_layers=4, vision_width=128,
-    vision_patch_size=8, vocab_size=514, transformer_width=64, transformer_layers=2,
-)  # fmt: skip
-BACKBONES = {  # arguments of `CLIP`
-    "ViT-B/32": {**VIT_B_16, "vision_patch_size": 32},
-    "ViT-B/16": VIT_B_16,
-    "ViT-L/14": VIT_L_14,
-    "tiny": TINY,
-}
 
 
 def random_tokens(classes: int, vocab_size: int, context_length: int = 77) -> Tensor:

@@ -5,9 +5,9 @@
 Rows: `plain`, SO as the authors compute it (plain.py); `short`, `last` and `sampled`, the same with
 one of our savings: short texts, one token in the last block, sparse weight gradients; `lora`, rank
 2 on q, k and v of both towers; `adam`, torch's on SO's matrices; `so`, what main.py does;
-`roofline`, the matrix products of `so` at the rate that products reach beside it. `so:bf16` is a row
-in another precision than --precision. Each row is a process of its own. They take turns; medians
-are printed. Weights, images and prompts are random.
+`roofline`, the matrix products of `so` at the rate that products reach beside it. `so:bf16` is
+`so` in bf16. Each row is a process of its own. They take turns; medians are printed. Weights,
+images and prompts are random.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,15 @@ from benchmarks.common import (
     write_json,
 )
 from clip import CLIP
-from clip.lora import apply_lora, set_dropout
-from clip.model import Attention
 from clip.preprocess import normalize
-from clip.zero_shot import encode_classes, get_autocast, precompute_frozen_text, unit
+from clip.zero_shot import ZeroShotClassifier
 from datasets.transforms import to_device
 from optimizers import SO
-from optimizers.build import POSITIONS, mark_as_trainable
-from optimizers.SampledGradients import sample_gradients
+from optimizers.build import POSITIONS, build_optimizer, mark_as_trainable
 from runs.environment import get_default_device, set_up_device
+from train import TrainConfig, TrainState, train_step
 
 Mark = Callable[[str], None]  # called with a part's name where it ends
-Row = dict[str, Any]
 
 PARTS = ("input", "text", "image", "backward", "step")
 METHODS = {
@@ -67,99 +64,97 @@ METHODS = {
     "so": "SO",
     "roofline": "roofline",
 }
-PRECISIONS = ("fp32", "bf16", "fp16")
-LR = 2e-4
+ROWS = [*METHODS, *(f"{name}:{p}" for name in ("lora", "adam", "so") for p in ("bf16", "fp16"))]
+LR, RANK = 2e-4, 2
+MAX_ITERATIONS = 10**6  # of a training, of which a row is the start
 
 
-# A row
+# Rows
 
 
-def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Row:
-    """Make a row's model, batch and optimizer, and `iterate`, which runs one iteration."""
+def prepare(name: str, args: argparse.Namespace, device: torch.device) -> "Plain | Ours":
+    """Make a row's model, batch and optimizer."""
     method, _, precision = name.partition(":")
     model = CLIP(**BACKBONES[args.backbone]).eval().to(device)
-    params = list(mark_as_trainable(model, args.encoder, args.position).values())
+    kind = method if method in ("lora", "adam") else "so"
+    weights = mark_as_trainable(model, args.encoder, args.position, kind)
     tokens = random_tokens(args.classes, model.vocab_size, model.context_length).to(device)
     side = model.visual.input_resolution
     images = torch.randint(256, (args.batch, side, side, 3), dtype=torch.uint8)
     batch = images.permute(0, 3, 1, 2), torch.randint(args.classes, (args.batch,))
-    row = dict(model=model, batch=batch, prompts=trim_padding(tokens))
     if method in ("plain", "short", "last"):
-        optimizer = plain.PlainSO(params, args.density, LR, T)
-        tokens = row["prompts"][0] if method == "short" else tokens
-        one_token = method == "last"
-        row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer, one_token)
-        return row
-
-    if method == "lora":
-        layers = [name for name, m in model.named_modules() if isinstance(m, Attention)]
-        adapters = apply_lora(model, layers)
-        set_dropout(model, True)
-        optimizer = torch.optim.AdamW(adapters.values(), lr=LR, weight_decay=1e-2)
-    elif method == "adam":
-        optimizer = torch.optim.Adam(params, lr=LR)
+        optimizer = plain.PlainSO(list(weights.values()), args.density, LR, T)
     else:
-        optimizer = SO(params, lr=LR, density_ratio=args.density, T=T, seed=0)
-        sample_gradients(model, optimizer)
-        if method == "sampled":
-            row["iterate"] = partial(plain_iteration, model, batch, tokens, optimizer, False)
-            return row
-    row |= dict(optimizer=optimizer, precision=precision, class_batch_size=args.class_batch_size)
-    with get_autocast(device, precision):
-        start_block, hidden = precompute_frozen_text(model, row["prompts"])
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    row["iterate"] = partial(iteration, row, start_block, hidden, scaler)
-    return row
+        settings = dict(lr=LR, density=args.density, T=T, rank=RANK, seed=0)
+        optimizer = build_optimizer(kind, model, weights, **settings)
+    if method == kind:
+        settings = dict(precision=precision or "fp32", class_batch_size=args.class_batch_size)
+        return Ours(batch, optimizer, model, trim_padding(tokens), **settings)
+    tokens = trim_padding(tokens)[0] if method == "short" else tokens
+    return Plain(batch, optimizer, model, tokens, one_token=method == "last")
 
 
-def plain_iteration(
-    model: CLIP,
-    batch: tuple[Tensor, Tensor],
-    tokens: Tensor,
-    optimizer: plain.PlainSO | SO,
-    one_token: bool,
-    mark: Mark,
-) -> None:
-    """One iteration as in the authors' code, or with `one_token` in its last blocks."""
-    images, labels = to_device(batch, tokens.device)
-    images = normalize(images, model.image_mean, model.image_std)
-    mark("input")
-    texts = plain.encode_text(model, tokens, one_token)
-    mark("text")
-    features = plain.encode_image(model, images, one_token)
-    mark("image")
-    model.zero_grad()
-    plain.cosine_loss(features, texts, labels).backward()
-    mark("backward")
-    optimizer.step()
-    mark("step")
+@dataclass
+class Plain:
+    """Iterations as in the authors' code, or with `one_token` in the last blocks."""
 
+    batch: tuple[Tensor, Tensor]
+    optimizer: plain.PlainSO | SO
+    model: CLIP
+    tokens: Tensor
+    one_token: bool
 
-def iteration(
-    row: Row, start_block: int, hidden: Tensor, scaler: torch.amp.GradScaler, mark: Mark
-) -> None:
-    """One iteration as in `train.train`."""
-    model, optimizer, prompts = row["model"], row["optimizer"], row["prompts"]
-    images, labels = to_device(row["batch"], prompts.device)
-    with get_autocast(prompts.device, row["precision"]):
+    def iterate(self, mark: Mark) -> None:
+        model = self.model
+        images, labels = to_device(self.batch, self.tokens.device)
         images = normalize(images, model.image_mean, model.image_std)
         mark("input")
-        classes = hidden
-        if start_block < len(model.transformer.resblocks):
-            classes = encode_classes(model, prompts, row["class_batch_size"], hidden, start_block)
+        text_features = plain.encode_text(model, self.tokens, self.one_token)
         mark("text")
-        features = unit(model.encode_image(images))
+        image_features = plain.encode_image(model, images, self.one_token)
         mark("image")
-        loss = F.cross_entropy(100.0 * features @ classes.T, labels)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    mark("backward")
-    scaler.step(optimizer)
-    scaler.update()
-    mark("step")
+        model.zero_grad()
+        plain.cosine_loss(image_features, text_features, labels).backward()
+        mark("backward")
+        self.optimizer.step()
+        mark("step")
 
 
-def timed(iterate: Callable[[Mark], None], device: torch.device) -> dict[str, float]:
+class Ours(ZeroShotClassifier):
+    """Iterations of main.py, `train.train_step`; it ends parts where that calls this classifier."""
+
+    mark: Mark = staticmethod(lambda part: None)
+
+    def __init__(self, batch: tuple[Tensor, Tensor], optimizer: Any, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.batch, self.optimizer = batch, optimizer
+        self.state = TrainState(MAX_ITERATIONS, self.device, self.precision)
+        with self.autocast():
+            self.precompute_frozen_text()
+        step = self.state.scaler.step  # called after the backward pass, in all precisions
+        self.state.scaler.step = lambda optimizer: (self.mark("backward"), step(optimizer))
+
+    def iterate(self, mark: Mark) -> None:
+        self.mark = mark
+        train_step(self, self.optimizer, self.batch, self.state, TrainConfig(LR))
+        mark("step")
+
+    def encode_classes(self, classes: slice = slice(None)) -> Tensor:
+        self.mark("input")
+        text_features = super().encode_classes(classes)
+        self.mark("text")
+        return text_features
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        image_features = super().encode_images(images)
+        self.mark("image")
+        return image_features
+
+
+Row = Plain | Ours
+
+
+def timed(row: Row, device: torch.device) -> dict[str, float]:
     """Seconds of one iteration, `all`, and of each of its parts."""
     cuda, marks = device.type == "cuda", []
 
@@ -174,7 +169,7 @@ def timed(iterate: Callable[[Mark], None], device: torch.device) -> dict[str, fl
     synchronize(device)
     start = time.perf_counter()
     mark("start")
-    iterate(mark)
+    row.iterate(mark)
     synchronize(device)
     seconds = {"all": time.perf_counter() - start}
     for (_, before), (part, after) in pairwise(marks):
@@ -185,11 +180,11 @@ def timed(iterate: Callable[[Mark], None], device: torch.device) -> dict[str, fl
 # The roofline
 
 
-def count_flops(iterate: Callable[[Mark], None]) -> int:
+def count_flops(row: Row) -> int:
     """Operations of all matrix products of an iteration, causal attention counted in full."""
     # The fused kernels of attention are not all counted.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        iterate(lambda part: None)
+        row.iterate(lambda part: None)
     return counter.get_total_flops()
 
 
@@ -217,7 +212,7 @@ class Worker:
     """A process that runs one row and answers questions."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        spawn, self.name = multiprocessing.get_context("spawn"), name
         self.pipe, pipe = spawn.Pipe()
         spawn.Process(target=serve, args=(name, args, pipe), daemon=True).start()
         pipe.close()
@@ -233,7 +228,8 @@ class Worker:
 
 def serve(name: str, args: argparse.Namespace, pipe: Any) -> None:
     """Answer a parent's questions about a row."""
-    device = set_up_device(args.device, args.threads, seed=0)
+    device = set_up_device(args.device, args.threads)
+    torch.manual_seed(0)
     row, steps = prepare(name, args, device), 0
 
     def turn() -> list[dict[str, float]]:
@@ -243,18 +239,18 @@ def serve(name: str, args: argparse.Namespace, pipe: Any) -> None:
         count = T if device.type == "cuda" else 1
         for _ in range(2 * count):
             steps += 1
-            records.append({"number": steps, **timed(row["iterate"], device)})
+            records.append({"number": steps, **timed(row, device)})
         release_memory(device)  # the other rows need it
         return records[-count:]
 
     answers = {
         "turn": turn,
         "memory": lambda: peak_mb(device),
-        "flops": lambda: count_flops(row["iterate"]),
-        "rate": lambda: product_rate(row["model"], args.batch, device),
+        "flops": lambda: count_flops(row),
+        "rate": lambda: product_rate(row.model, args.batch, device),
     }
-    while True:
-        pipe.send(answers[pipe.recv()]())
+    while (question := pipe.recv()) != "end":
+        pipe.send(answers[question]())
 
 
 def interleave(
@@ -282,11 +278,10 @@ def interleave(
 # The table
 
 
-def summarize(name: str, worker: Worker, records: list[dict[str, float]]) -> Row:
+def summarize(name: str, worker: Worker, records: list[dict[str, float]]) -> dict[str, Any]:
     """A row of the table, from the records of its iterations."""
     method, _, precision = name.partition(":")
-    label = METHODS[method] + ("" if precision == "fp32" else f", {precision}")
-    row: Row = {"row": label, "method": method, "precision": precision}
+    row: dict[str, Any] = {"row": METHODS[method] + (precision and f", {precision}"), "name": name}
     if memory := worker.ask("memory"):
         steps = [record["number"] for record in records]
         mean = {
@@ -300,14 +295,11 @@ def summarize(name: str, worker: Worker, records: list[dict[str, float]]) -> Row
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line, and give each row its precision."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "--rows", nargs="+", default=["plain", "lora", "adam", "so", "so:bf16", "roofline"],
-        help=f"of {', '.join(METHODS)}; lora, adam and so may have a precision, as so:bf16",
-    )  # fmt: skip
-    add("--precision", choices=PRECISIONS, default="fp32", help="of rows without one")
+    usual = ["plain", "lora", "adam", "so", "so:bf16", "roofline"]
+    add("--rows", nargs="+", choices=ROWS, default=usual, metavar="ROW", help=", ".join(ROWS))
     add("--backbone", choices=list(BACKBONES), default="ViT-B/16")
     add("--encoder", choices=["text", "vision", "both"], default="both")
     add("--position", choices=list(POSITIONS), default="all")
@@ -319,45 +311,35 @@ def arguments() -> argparse.Namespace:
     add("--threads", type=int, help="torch's threads on the CPU")
     add("--device", default=get_default_device())
     add("--json", help="write the figures to this file, too")
-    args = parser.parse_args()
-    rows = []
-    for name in args.rows:
-        method, _, precision = name.partition(":")
-        choices = PRECISIONS if method in ("lora", "adam", "so") else ("fp32",)
-        precision = precision or (args.precision if len(choices) > 1 else "fp32")
-        if method not in METHODS or precision not in choices:
-            parser.error(f"unknown row {name!r}")
-        rows.append(f"{method}:{precision}")
-    args.rows = list(dict.fromkeys(rows))
-    if "roofline:fp32" in args.rows and "so:fp32" not in args.rows:
-        parser.error("--rows: the roofline needs the row so")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    about = machine(set_up_device(args.device, args.threads, seed=0))
-    workers = {name: Worker(name, args) for name in args.rows if name != "roofline:fp32"}
-    reference = workers["so:fp32"] if "roofline:fp32" in args.rows else None
+    about = machine(set_up_device(args.device, args.threads))
+    workers = {name: Worker(name, args) for name in args.rows if name != "roofline"}
+    reference = workers.get("so") if "roofline" in args.rows else None
     records, rates = interleave(workers, args.repeats, reference)
     rows = [summarize(name, worker, records[name]) for name, worker in workers.items()]
     if rates:
         flops, rate = reference.ask("flops"), statistics.median(rates)
         label = f"roofline: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s"
-        rows.append({"row": label, "method": "roofline", "ms": 1e3 * flops / rate})
+        rows.append({"row": label, "name": "roofline", "ms": 1e3 * flops / rate})
+    for worker in workers.values():
+        worker.ask("end")
     for row in rows:
         if "ms" in row and "ms" in rows[0]:
             row["speedup"] = rows[0]["ms"] / row["ms"]
         if "peak_mb" in row and "peak_mb" in rows[0]:
             row["memory_ratio"] = row["peak_mb"] / rows[0]["peak_mb"]
-        if rates and "ms" in row and row.get("precision") == "fp32":
+        if rates and "ms" in row and ":" not in row["name"]:
             row["roofline_ratio"] = row["ms"] / rows[-1]["ms"]
     print(
         f"{args.backbone}, {args.classes} classes, batches of {args.batch}, encoder "
         f"{args.encoder}, position {args.position}, density {args.density:g}; {about['device']}, "
         f"{about['threads']} threads, torch {about['torch']}\n"
     )
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: dict[str, Callable[[dict], str]] = {
         "": lambda row: row["row"],
         "ms": lambda row: f"{row['ms']:.1f}" if "ms" in row else "failed",
         "times as fast": lambda row: f"{row['speedup']:.2f}",

@@ -1,11 +1,65 @@
-"""What the sources must not hold."""
+"""The root has four modules, imports point downwards, and sources run nothing that they read."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LAYERS = [  # from the bottom up: each may import those before it
+    "utils", "clip", "optimizers", "datasets", "run_utils", "runs", "train", "main", "scripts",
+    "benchmarks",
+]  # fmt: skip
+INSTALLED = {"SparseOptimizer": "optimizers", "SampledGradients": "optimizers"}
+SCRIPTS = {path.stem: "scripts" for path in (ROOT / "scripts").iterdir()}
+LAYER_OF = {**SCRIPTS, **INSTALLED, **{name: name for name in LAYERS}}
+
+
+def find_modules(layer):
+    """The files of a layer: one module of the root, or a folder."""
+    file = ROOT / f"{layer}.py"
+    return [file] if file.exists() else sorted((ROOT / layer).rglob("*.py"))
+
+
+def imported_layers(path):
+    """The layers that a module imports, wherever in it; relative imports stay in their own."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for name in names:
+            if layer := LAYER_OF.get(name.partition(".")[0]):
+                yield node.lineno, layer
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_downwards(layer):
+    modules = find_modules(layer)
+    assert modules
+    upward = [
+        f"{path.relative_to(ROOT)}:{line} imports {imported}"
+        for path in modules
+        for line, imported in imported_layers(path)
+        if LAYERS.index(imported) > LAYERS.index(layer)
+    ]
+    assert upward == []
+
+
+def test_root_has_four_modules():
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    assert modules == {"main", "train", "run_utils", "utils"}
+
+
+def test_shell_scripts_keep_line_ends():
+    rules = (ROOT / ".gitattributes").read_text().splitlines()
+    assert {"*.sh text eol=lf", ".ci/run text eol=lf"} <= set(rules)
+    scripts = [*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]
+    assert not any(b"\r" in path.read_bytes() for path in scripts)
+
+
 FORBIDDEN = {  # what no line may hold, since it runs what it reads: a line that does
     r"torch\.load\((?!.*weights_only=True)": "torch.load(path)",
     r"\byaml\.(?!safe_|YAMLError|(Safe|Base)Loader|Alias"

@@ -136,15 +136,11 @@ SLOW = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), 
 SLOW |= {"threads": ("2", "7", "٣")}  # more threads than free cores are many times slower
 
 
-def settings() -> list[argparse.Action]:
-    return [action for action in get_parser()._actions if action.dest != "compile"]
-
-
 def flags(rng: random.Random) -> Read:
     """A command line, in one of five cases for a finished run."""
     argv = []
     for _ in range(rng.randint(1, 6)):
-        action = rng.choice(settings())
+        action = rng.choice(get_parser()._actions)
         usual = WORDS.get(action.dest, ["1", "0.5", "2"])
         words = [*ODD, *usual * len(ODD)]
         words = [word for word in words if word not in SLOW.get(action.dest, ())]
@@ -164,7 +160,7 @@ SCALARS = [
 
 def yaml_file(rng: random.Random) -> Read:
     """A configuration file."""
-    keys = [action.dest for action in settings()]
+    keys = [action.dest for action in get_parser()._actions]
     lines = [f"{rng.choice(keys)}: {rng.choice(SCALARS)}" for _ in range(rng.randint(1, 4))]
     good = rng.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes()
     data = "\n".join(lines).encode() if rng.random() < 0.6 else corrupt(rng, good)
