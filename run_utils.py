@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 import clip
-from datasets import DATASETS, SUBSAMPLES, get_dataset_info, validate_dataset_name
+from datasets import DATASETS, SUBSAMPLES, get_dataset_info
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, MOMENTS
 from optimizers.build import ABLATION_DEFAULTS, METHODS, POSITIONS
 from utils import REPO_ROOT, did_you_mean, one_line
@@ -359,7 +359,7 @@ def backbone_arg(name: str) -> str:
 def dataset_arg(name: str) -> str:
     """A parser type: a known dataset's name, or the path of one's own images."""
     try:
-        validate_dataset_name(name)
+        get_dataset_info(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return name

@@ -1,8 +1,7 @@
-"""Image datasets as few-shot tasks: the field's eleven, others of ImageNet's classes, the digits.
+"""Image datasets as few-shot tasks: the field's eleven, four variants of ImageNet, the digits.
 
-`build_dataset("eurosat", root, shots=16)` reads one, `describe_data("eurosat", root)` says which
-data that is; `python -m datasets --root_path ROOT` checks what is on the disk; DATASETS.md says
-where to get it and how it must lie.
+`build_dataset("eurosat", root, shots=16)` reads one and draws its few shots. DATASETS.md says where
+to get the datasets and how their folders look; `python -m datasets --root_path ROOT` checks them.
 """
 
 from datasets.base import SUBSAMPLES, DatasetInfo, Datum, FewShotDataset
@@ -12,7 +11,6 @@ from datasets.build import (
     dataset_fingerprint,
     dataset_name,
     get_dataset_info,
-    validate_dataset_name,
 )
 from datasets.catalog import DATASETS
 from datasets.fewshot import dump_fewshot_split
@@ -21,13 +19,12 @@ __all__ = [
     "DATASETS",
     "SUBSAMPLES",
     "DatasetInfo",
-    "FewShotDataset",
     "Datum",
+    "FewShotDataset",
     "build_dataset",
     "build_test_dataset",
-    "validate_dataset_name",
-    "dataset_name",
     "dataset_fingerprint",
+    "dataset_name",
     "dump_fewshot_split",
     "get_dataset_info",
 ]

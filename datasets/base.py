@@ -1,24 +1,27 @@
-"""What all datasets share: their records, the way to their folder, the listing of folders."""
+"""What all datasets share: their records, how their folder is found, how files are read."""
 
 import hashlib
+import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from utils import detect_placeholder_file
+from utils import detect_placeholder_file, format_error
 
 RawSample = tuple[str, int, str]  # path below the image folder with "/", label, class name
 
 SPLITS = ("train", "val", "test")
-SUBSAMPLES = ("all", "base", "new")  # classes of a task (see `Split.half`)
-TEMPLATE = ["a photo of a {}."]
-DEFAULT_ROOT = "~/.cache/so"  # holds the datasets that are made, not downloaded
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+SUBSAMPLES = ("all", "base", "new")  # halves of the classes (see `Split.subsample_classes`)
+DEFAULT_TEMPLATE = "a photo of a {}."
+DEFAULT_ROOT = "~/.cache/so"  # for the dataset that is made, not downloaded
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Folders that archives and file servers leave behind, besides hidden ones; in lower case.
 IGNORED_DIRS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
 IGNORED_DIRS += ("#snapshot", "system volume information")
@@ -26,7 +29,7 @@ IGNORED_DIRS += ("#snapshot", "system volume information")
 
 @dataclass(frozen=True)
 class Datum:
-    """One image: where it is (root_path joined with the path below it), its label and class."""
+    """One image: its path on this disk, its label and its class name."""
 
     impath: str
     label: int
@@ -35,233 +38,180 @@ class Datum:
 
 @dataclass(frozen=True)
 class FewShotDataset:
-    """The few images to adapt with, and all images to test on.
-
-    Attributes:
-        classnames: By label.
-        template: Prompts with {} for the class name.
-        fingerprint: What the few were drawn from (see `Split.fingerprint`).
-        image_dir: The image folder, where the paths of all items begin.
-        new_classes: The other half of the classes, where this is the base half.
-    """
+    """The few images to adapt with, and all images to test on."""
 
     name: str
     train_x: list[Datum]
     val: list[Datum]
     test: list[Datum]
-    classnames: list[str]
-    template: list[str]
-    fingerprint: dict[str, str | int]
-    image_dir: str
-    new_classes: "FewShotDataset | None" = None
+    classnames: list[str]  # by label
+    template: list[str]  # prompts with {} for the class name
+    fingerprint: dict[str, str | int]  # of the data that the few were drawn from
+    image_dir: str  # what all paths begin with
+    new_classes: "FewShotDataset | None" = None  # the other half, if this is the base half
 
 
 @dataclass(frozen=True)
 class Split:
-    """All entries of a dataset as they were read, checked by nobody yet.
+    """All samples of a dataset as they were read; `splits.check_split` checks them."""
 
-    Attributes:
-        where: The file or folder that they were read from, for messages.
-        names: Class name of each label.
-        kind: "published", "made" here from the raw download, or "own" for a user's images.
-        listed: The paths come from listing their folders, so that the files are there.
-    """
-
-    where: str
+    source_path: str  # the file or folder that they were read from, for messages
     train: list[RawSample]
     val: list[RawSample]
     test: list[RawSample]
-    names: dict[int, str]
-    kind: str = "published"
-    listed: bool = False
+    lab2cname: dict[int, str]  # label to class name
+    origin: str = "published"  # or "made" here from the raw download, or "own" for a user's images
+    files_exist: bool = False  # whether the paths come from listing their folders
 
-    def entries(self) -> Iterator[RawSample]:
-        """All entries, in the order of PARTS."""
+    def samples(self) -> Iterator[RawSample]:
+        """Yield all samples, in the order of SPLITS."""
         return chain(self.train, self.val, self.test)
 
-    def half(self, subsample: str) -> "Split":
-        """The base or the new half of the classes, labelled from 0; with "all" all of them.
+    def subsample_classes(self, subsample: str) -> "Split":
+        """Return the base or the new half of the classes, labeled from 0, or all of them.
 
         The base classes are the first half in the order of labels, rounded up (Zhou et al. 2022,
         "Conditional Prompt Learning for Vision-Language Models", arXiv 2203.05557).
         """
         if subsample == "all":
             return self
-        middle = math.ceil(len(self.names) / 2)
-        labels = range(middle) if subsample == "base" else range(middle, len(self.names))
+        middle = math.ceil(len(self.lab2cname) / 2)
+        labels = range(middle) if subsample == "base" else range(middle, len(self.lab2cname))
+        lab2cname = {label - labels.start: self.lab2cname[label] for label in labels}
+        splits = {
+            split: [(p, label - labels.start, c) for p, label, c in samples if label in labels]
+            for split, samples in ((split, getattr(self, split)) for split in SPLITS)
+        }
+        return replace(self, **splits, lab2cname=lab2cname)
 
-        def some(entries: list[RawSample]) -> list[RawSample]:
-            return [(path, i - labels.start, name) for path, i, name in entries if i in labels]
+    def num_images(self) -> dict[str, int]:
+        """Return the number of training, validation and test images."""
+        return {split: len(getattr(self, split)) for split in SPLITS}
 
-        names = {label - labels.start: self.names[label] for label in labels}
-        return replace(self, **{p: some(getattr(self, p)) for p in SPLITS}, names=names)
-
-    def counts(self) -> dict[str, int]:
-        """Number of images in each part."""
-        return {part: len(getattr(self, part)) for part in SPLITS}
-
-    def digest(self) -> str:
-        """SHA-256 of all entries in their order: the same wherever the same data lies."""
-        sha = hashlib.sha256(repr(self.counts()).encode())
-        for path, label, name in self.entries():
+    def sha256(self) -> str:
+        """Return the SHA-256 of all samples in their order, which no folder's place changes."""
+        sha = hashlib.sha256(repr(self.num_images()).encode())
+        for path, label, name in self.samples():
             sha.update(f"{path}\0{label}\0{name}\0".encode(errors="surrogateescape"))
         return sha.hexdigest()
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What a result says of its data: kind of split, digest, images in each part."""
-        return {"split": self.kind, "digest": self.digest(), **self.counts()}
+        """Return what a result says of its data: origin, SHA-256, number of images."""
+        return {"split": self.origin, "digest": self.sha256(), **self.num_images()}
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One row of the table: where a dataset lies, how it is read, what is to be expected.
+    """One row of the catalog: where a dataset is, how it is read, what it should hold.
 
-    Attributes:
-        title: Its section in DATASETS.md.
-        folders: Names of its folder below the root, in order of preference.
-        images: The folder that paths start from, below the dataset's; "." for that one itself.
-        split: The published split file; None where the download has lists of its own.
-        read: Makes a split from the download, where there is no split file.
-        classes: Published number of classes.
-        counts: Published number of training, validation and test images; None for no such part,
-            0 where a set that is for testing alone has none.
-        url: Official page.
-        holds: Folders below `images` that tell the dataset's folder from others.
-        aliases: Names that archives, torchvision and Kaggle give the dataset's folder.
-        image_aliases: Names that they give the image folder.
-        others: Folders of another release that people have instead, and what to say of each.
-        together: Training and validation images are drawn at once (see `generate_fewshot_dataset`).
-        prepare: Makes the dataset's folder, if it is not there yet, instead of a download.
-        template: The prompt that CoOp has for it.
-        place: The folder of a user's own images, which need not be below the root.
+    Numbers are the published ones: None if there is none, or no such part; a dataset that is only
+    for testing has 0 training images.
     """
 
-    title: str
-    folders: tuple[str, ...]
-    images: str
-    split: str | None
-    read: Callable[["DatasetDir"], Split]
-    classes: int | None
-    counts: tuple[int | None, int | None, int | None]
-    url: str
-    holds: tuple[str, ...] = (".",)
-    aliases: tuple[str, ...] = ()
-    image_aliases: tuple[str, ...] = ()
-    others: tuple[tuple[str, str], ...] = ()
-    together: bool = False
-    prepare: Callable[[Path], None] | None = None
-    template: str = TEMPLATE[0]
-    place: Path | None = None
+    title: str  # as people write it; the name of its section in DATASETS.md
+    dataset_dirs: tuple[str, ...]  # names of its folder below the root, in order of preference
+    image_dir: str  # in that folder, what the samples' paths start from; "." for the folder itself
+    num_classes: int | None
+    num_images: tuple[int | None, int | None, int | None]  # for training, validation, testing
+    split_file: str | None = None  # None if the download has lists of its own
+    read_data: Callable[["DatasetDir"], Split] | None = None  # used if there is no split file
+    required_subdirs: tuple[str, ...] = (".",)  # of image_dir, to recognize the dataset's folder
+    aliases: tuple[str, ...] = ()  # what archives, torchvision and Kaggle call the dataset's folder
+    image_aliases: tuple[str, ...] = ()  # what they call the image folder
+    val_from_train: bool = False  # validation images are drawn from the training images
+    prepare: Callable[[Path], None] | None = None  # makes the folder, if it is not downloaded
+    template: str = DEFAULT_TEMPLATE  # CoOp's prompt
+    custom_path: Path | None = None  # the folder of a user's own images
 
     @property
     def needs_root(self) -> bool:
-        """Whether its folder is looked for below the folder of all datasets."""
-        return not self.prepare and not self.place
+        """Whether its folder is below the root of all datasets."""
+        return not self.prepare and not self.custom_path
 
     @property
     def test_only(self) -> bool:
         """Whether it has neither training nor validation images."""
-        return self.counts[0] == 0
+        return self.num_images[0] == 0
 
-    def image_folders(self, folder: Path) -> list[Path]:
-        """The folders of images, where the dataset's own folder is this one."""
-        return [folder / self.images / name for name in self.holds]
+    def image_dirs(self, path: Path) -> list[Path]:
+        """Return the folders of images in a dataset's folder."""
+        return [path / self.image_dir / name for name in self.required_subdirs]
 
-    def lies_in(self, folder: Path) -> bool:
-        """Whether a folder has the folders of images."""
-        return all(os.path.isdir(path) for path in self.image_folders(folder))
+    def is_complete(self, path: Path) -> bool:
+        """Return whether a folder has the dataset's folders of images."""
+        return all(map(os.path.isdir, self.image_dirs(path)))
 
 
 @dataclass(frozen=True)
 class DatasetDir:
-    """A dataset's folder on this disk."""
+    """A dataset's folder on this disk: `path`, below `root`."""
 
     name: str
-    spec: DatasetInfo
+    info: DatasetInfo
     root: Path
-    folder: Path
+    path: Path
 
     @property
-    def images(self) -> Path:
-        """The folder that the entries' paths start from."""
-        return self.folder / self.spec.images
+    def image_dir(self) -> Path:
+        """The folder that the samples' paths start from."""
+        return self.path / self.info.image_dir
 
-    def locate(self, path: str) -> str:
-        """Where an entry's image is on this disk."""
-        return os.path.join(self.images, path)
+    def image_path(self, path: str) -> str:
+        """Return the path of a sample's image on this disk."""
+        return os.path.join(self.image_dir, path)
 
-    def error(self, text: str, kind: type[Exception] = ValueError) -> Exception:
-        """An exception in one form: dataset, fault and remedy, section of DATASETS.md."""
-        return kind(f"{self.name}: {text}; see DATASETS.md, section {self.spec.title}")
-
-    def remedy(self, download: str, own: str = "correct it") -> str:
-        """What helps with faulty data: another for a download than for a user's own images."""
-        return own if self.spec.place else download
-
-    def missing(
-        self, text: str, remedy: str = "", kind: type[Exception] = FileNotFoundError
-    ) -> Exception:
-        """An exception for data that is not there: the remedy is to move it, if it is near."""
-        with suppress(OSError):  # of folders that may not be read
-            remedy = suggest_fix(self) or remedy
-        return self.error(f"{text}; {remedy}" if remedy else text, kind)
-
-    def unreadable(self, path: Path, fault: str) -> Exception:
-        """An exception for a file whose content is not what it should be, by its first bytes."""
-        words = (
-            detect_placeholder_file(path) if path.is_file() else None
-        )  # a pipe would be waited for
-        return self.error(f"{path} is {words}" if words else f"{path} {fault}")
+    def to_posix_path(self, path: str) -> str:
+        """Return a path written on Windows with "/", if there is such a file."""
+        posix = path.replace("\\", "/")
+        return posix if posix != path and os.path.isfile(self.image_path(posix)) else path
 
 
 def find_dataset_dir(
-    name: str, spec: DatasetInfo, root_path: str | os.PathLike | None, prepare: bool = True
+    name: str, info: DatasetInfo, root_path: str | os.PathLike | None
 ) -> DatasetDir:
-    """Find a dataset's folder: the first of its names that has most of what it should hold.
+    """Find a dataset's folder: the first of its names, unless another is more complete.
+
+    A dataset that is made, not downloaded, is made if it does not exist.
 
     Args:
-        name: The dataset's name in the table.
-        spec: Its row.
-        root_path: The folder of all datasets; needed where the row says so.
-        prepare: Make the folder where it is missing and the row says how. Without it, such a
-            row's folder need not be there.
+        name: The dataset's name in the catalog.
+        info: Its row.
+        root_path: The folder of all datasets; only needed for downloads.
 
     Raises:
         ValueError: No root_path, or the folder could not be made.
-        FileNotFoundError: The root or the dataset's folder is not there.
+        FileNotFoundError: The root or the dataset's folder does not exist.
     """
-    if spec.place:
-        return DatasetDir(name, spec, spec.place.parent, spec.place)
-    names, section = " or ".join(spec.folders), f"see DATASETS.md, section {spec.title}"
-    if not root_path and spec.needs_root:
-        raise ValueError(f"{name} needs --root_path, the folder with {names} in it; {section}")
+    if info.custom_path:
+        return DatasetDir(name, info, info.custom_path.parent, info.custom_path)
+    names = " or ".join(info.dataset_dirs)
+    if not root_path and info.needs_root:
+        raise ValueError(
+            f"{name} needs --root_path, the folder with {names} in it; see DATASETS.md, section "
+            f"{info.title}"
+        )
     root = resolve_root(root_path)
-    if root_path and not os.path.isdir(root):
-        raise FileNotFoundError(f"--root_path {root} is not a folder; {section}")
-    preferred = DatasetDir(name, spec, root, root / spec.folders[0])
-    if spec.prepare:
-        try:
-            if prepare:
-                spec.prepare(preferred.folder)
-        except OSError as error:
-            raise preferred.error(str(error)) from error
-        return preferred
-    folders = [root / folder for folder in spec.folders if os.path.isdir(root / folder)]
-    if not folders:
-        remedy = "put the dataset there or correct --root_path"
-        raise preferred.missing(f"there is no {names} in {root}", remedy)
+    preferred = DatasetDir(name, info, root, root / info.dataset_dirs[0])
+    with dataset_errors(preferred):
+        if root_path and not os.path.isdir(root):
+            raise FileNotFoundError(f"--root_path {root} is not a folder")
+        if info.prepare:
+            info.prepare(preferred.path)
+        paths = [root / folder for folder in info.dataset_dirs if os.path.isdir(root / folder)]
+        if not paths:
+            raise FileNotFoundError(f"there is no {names} in {root}")
 
-    def completeness(folder: Path) -> tuple[bool, bool]:  # `max` keeps the first of equals
-        return spec.lies_in(folder), bool(spec.split) and os.path.isfile(folder / spec.split)
+    def completeness(path: Path) -> tuple[bool, bool]:  # `max` keeps the first of equals
+        return info.is_complete(path), os.path.isfile(path / (info.split_file or ""))
 
-    return DatasetDir(name, spec, root, max(folders, key=completeness))
+    return replace(preferred, path=max(paths, key=completeness))
 
 
 def resolve_root(root_path: str | os.PathLike | None) -> Path:
-    """The folder of all datasets, or of those that are made.
+    """Return the folder of all datasets, or DEFAULT_ROOT if none is given.
 
     Raises:
-        ValueError: None is named, and this user has no home.
+        ValueError: None is given, and this user has no home.
     """
     root = os.path.expanduser(os.fspath(root_path or DEFAULT_ROOT))
     if not root_path and not os.path.isabs(root):
@@ -269,87 +219,127 @@ def resolve_root(root_path: str | os.PathLike | None) -> Path:
     return Path(root)
 
 
-def suggest_fix(source: DatasetDir) -> str:
-    """What to move or rename where the data lies deeper or under another name, or ""."""
-    spec, root, home = source.spec, source.root, source.folder
-    if not spec.lies_in(home):
-        if root.name in spec.folders and spec.lies_in(root):
-            return f"name the folder above, {root.parent}, as --root_path"
-        for name in (*spec.folders, *spec.aliases):
-            for folder in _three_levels(root / name):
-                if spec.lies_in(folder):
-                    return _move(folder, home)
-    hints = []
-    for wanted in spec.image_folders(home):
-        nested = wanted / wanted.name
-        if wanted != home and os.path.isdir(nested):  # cars_train/cars_train
-            hints.append(_move(nested, wanted))
-        for place in [] if os.path.isdir(wanted) else [home, root]:
-            for found in [place / alias for alias in spec.image_aliases]:
-                if os.path.isdir(found) and list_subdirs(found):
-                    # torchvision's $DATA/SUN397/a is the image folder, not the dataset's.
-                    home = root / spec.folders[0] if found == home else home
-                    return _move(found, home / spec.images)
-    for name, remedy in spec.others:
-        hints += [f"{p / name} is {remedy}" for p in (home, root) if os.path.isdir(p / name)]
-    return "; ".join(hints)
+@contextmanager
+def dataset_errors(dataset_dir: DatasetDir) -> Iterator[None]:
+    """Add to errors: the dataset's name, what to move or rename, and a section of DATASETS.md."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        parts = [f"{dataset_dir.name}: {format_error(error)}"]
+        with suppress(OSError):  # of folders that cannot be read
+            parts += suggest_fix(dataset_dir)
+        parts.append(f"see DATASETS.md, section {dataset_dir.info.title}")
+        missing = isinstance(error, FileNotFoundError)
+        raise (FileNotFoundError if missing else ValueError)("; ".join(parts)) from error
+
+
+def suggest_fix(dataset_dir: DatasetDir) -> list[str]:
+    """Return what to move or rename if the data is one level deeper or has another name."""
+    info, root, path = dataset_dir.info, dataset_dir.root, dataset_dir.path
+    if not info.is_complete(path):
+        if root.name in info.dataset_dirs and info.is_complete(root):
+            return [f"name the folder above, {root.parent}, as --root_path"]
+        for name in (*info.dataset_dirs, *info.aliases):
+            for found in filter(info.is_complete, _walk(root / name)):
+                return [_move(found, path)]
+        for found in (parent / name for parent in (path, root) for name in info.image_aliases):
+            if os.path.isdir(found) and list_subdirs(found):
+                # torchvision's root/SUN397/a is the image folder, not the dataset's.
+                home = root / info.dataset_dirs[0] if found == path else path
+                return [_move(found, home / info.image_dir)]
+    nested = [(folder / folder.name, folder) for folder in info.image_dirs(path) if folder != path]
+    return [_move(found, wanted) for found, wanted in nested if os.path.isdir(found)]
 
 
 def _move(found: Path, wanted: Path) -> str:
-    """The instruction that brings a folder to where it is looked for."""
+    """Return the instruction that brings a folder to its place."""
     if os.path.isdir(wanted):
         return f"move all that is in {found} to {wanted}"
     return f"{'rename' if found.parent == wanted.parent else 'move'} {found} to {wanted}"
 
 
-def _three_levels(folder: Path) -> Iterator[Path]:
-    """A folder, the folders in it, and the folders in those."""
+def _walk(folder: Path, max_depth: int = 2) -> Iterator[Path]:
+    """Yield a folder, the folders in it, and so on down to max_depth."""
     level = [folder] if os.path.isdir(folder) else []
-    for _ in range(3):
+    for _ in range(max_depth + 1):
         yield from level
         level = [path / name for path in level for name in list_subdirs(path)]
 
 
-def group_by_label(entries: Iterable[RawSample]) -> list[list[RawSample]]:
-    """Entries of each class, the classes in order of first appearance."""
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted names of a folder's images; hidden files are left out."""
+    return [name for name in list_files(folder) if name.lower().endswith(IMAGE_EXTENSIONS)]
+
+
+def list_subdirs(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted names of a folder's subfolders, without hidden and ignored ones."""
+    names = _list_entries(folder, os.DirEntry.is_dir)
+    return [name for name in names if name.lower() not in IGNORED_DIRS]
+
+
+def list_files(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted names of a folder's files; hidden ones are left out."""
+    return _list_entries(folder, os.DirEntry.is_file)
+
+
+def _list_entries(
+    folder: str | os.PathLike, is_kind: Callable[[os.DirEntry[str]], bool]
+) -> list[str]:
+    """Return the sorted names of a folder's entries of one kind; links are followed."""
+    names = []
+    for entry in os.scandir(folder):
+        with suppress(OSError):  # a link to itself
+            if not entry.name.startswith(".") and is_kind(entry):
+                names.append(entry.name)
+    return sorted(names)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        ValueError: It is not a text file (see `check_file`).
+        OSError: It cannot be read.
+    """
+    check_file(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): get the file again") from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file. Errors are those of `read_text`; a ValueError says that it is not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): get the file again") from error
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Refuse what is in a file's place: a pipe, a Git LFS pointer, a web page.
+
+    Raises:
+        ValueError: It is one of these.
+        OSError: There is no such file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file")  # reading a pipe would never end
+    if placeholder := detect_placeholder_file(path):
+        raise ValueError(f"{path} is {placeholder}")
+
+
+def group_by_label(samples: Iterable[RawSample]) -> list[list[RawSample]]:
+    """Return the samples of each class, the classes in order of first appearance."""
     groups: dict[int, list[RawSample]] = {}
-    for entry in entries:
-        groups.setdefault(entry[1], []).append(entry)
+    for sample in samples:
+        groups.setdefault(sample[1], []).append(sample)
     return list(groups.values())
 
 
 def natural_sort(names: Iterable[str]) -> list[str]:
-    """Distinct names, sorted; by value where all of them are numbers."""
+    """Return distinct names, sorted; by value if all of them are numbers."""
     names = sorted(set(names))
-    numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    return sorted(names, key=float) if numbers else names
-
-
-def list_images(folder: str | os.PathLike) -> list[str]:
-    """Sorted names of a folder's images; hidden files and other types are left out."""
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith(IMAGE_TYPES)
-        and not entry.name.startswith(".")
-        and exists(entry.is_file)
-    )
-
-
-def list_subdirs(folder: str | os.PathLike) -> list[str]:
-    """Sorted names of a folder's sub-folders, without hidden ones and left-overs."""
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if not entry.name.startswith(".")
-        and entry.name.lower() not in IGNORED_DIRS
-        and exists(entry.is_dir)
-    )
-
-
-def exists(kind: Callable[[], bool]) -> bool:
-    """Whether an entry of a folder is of a kind, its link followed; a link to itself is of none."""
-    try:
-        return kind()
-    except OSError:
-        return False
+    all_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
+    return sorted(names, key=float) if all_numbers else names

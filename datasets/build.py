@@ -1,8 +1,7 @@
-"""`build_dataset`: from a row of the table to a few-shot task."""
+"""From a dataset's name to a few-shot task: `build_dataset`."""
 
 import os
 import random
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,48 +12,16 @@ from datasets.base import (
     DatasetInfo,
     Datum,
     FewShotDataset,
-    RawSample,
     Split,
+    dataset_errors,
     find_dataset_dir,
 )
 from datasets.catalog import DATASETS
-from datasets.checks import count_mismatch
 from datasets.fewshot import generate_fewshot_dataset, load_fewshot_split
 from datasets.image_folder import custom_dataset_info, dataset_stem, is_path
 from datasets.prompts import rename_classes, resolve_templates
-from datasets.splits import read_split
+from datasets.splits import check_split, count_mismatch, read_split, save_generated_split
 from utils import did_you_mean
-
-
-def get_dataset_info(name: str) -> DatasetInfo:
-    """The row of a dataset: of the table, or made for the path of a user's own images.
-
-    Raises:
-        ValueError: It is neither a name of the table nor such a path.
-    """
-    name = os.fspath(name)
-    if name in DATASETS:
-        return DATASETS[name]
-    if is_path(name):
-        return custom_dataset_info(name)
-    raise ValueError(
-        f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; valid: {', '.join(DATASETS)}, or the "  # noqa: E501
-        "path of your own images: a folder, a .csv or a .json"
-    )
-
-
-def validate_dataset_name(name: str) -> None:
-    """Check that a dataset is in the table or an existing path; no image is looked at.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    get_dataset_info(name)
-
-
-def dataset_name(name: str) -> str:
-    """What results call a dataset: its name in the table, or its folder's or its file's stem."""
-    return name if name in DATASETS else dataset_stem(name)
 
 
 def build_dataset(
@@ -69,60 +36,50 @@ def build_dataset(
 ) -> FewShotDataset:
     """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
 
-    Numbers of classes and images that differ from the published ones are said on standard error,
-    and so is a split that is not the published one.
+    Notes on standard error say where numbers of classes or images differ from the published ones,
+    and where a split is not the published one.
 
     Args:
-        name: A name of the table `DATASETS`, or the path of own images.
-        root_path: The folder of all datasets; None for those that are made on first use, and for
-            own images.
+        name: A name of the catalog `DATASETS`, or the path of own images.
+        root_path: The folder of all datasets; None for own images and the digits.
         shots: Training images per class; min(shots, 4) are drawn for validation.
-        classnames: YAML file with the names that prompts give the classes (see `rename`).
+        classnames: YAML file with the names that prompts give the classes (see `rename_classes`).
         template: Prompts with {}, or "dataset" or "clip" (see `resolve_templates`).
-        fewshot_split: JSON file of images to take in place of the draw (see `load_fewshot_split`).
-        subsample: "base" or "new" for this half of the classes (see `Split.half`); the few are
-            drawn for all of them first, so that a seed means the same images. "base" has the other
-            half as `new_classes`.
+        fewshot_split: List of images to take instead of the draw (see `load_fewshot_split`).
+        subsample: "base" or "new" for one half of the classes (see `Split.subsample_classes`). The
+            few are drawn for all classes first, so that a seed means the same images.
 
     Raises:
         ValueError: An unknown name, shots below 1, no root_path, broken data, or names, a template
             or a list that do not fit the data.
         FileNotFoundError: A folder, list or image is missing.
     """
-    spec = get_dataset_info(name)
+    info = get_dataset_info(name)
     if not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
-    prompts = resolve_templates(template, spec)
-    source, original = _read(name, root_path, save=True)
+    templates = resolve_templates(template, info)
+    dataset_dir, original = _read_dataset(name, root_path)
+    _print_notes(dataset_dir, original)
     split = rename_classes(original, classnames)
-    if missing := count_mismatch(source, split):
-        print(f"note: {missing}", file=sys.stderr)
-    if spec.test_only:
-        print(
-            f"note: {name} has test images alone, for the zero-shot accuracy; `--dataset imagenet "
-            f"--test_on {name}` tests on it what was learnt on imagenet",
-            file=sys.stderr,
-        )
     if fewshot_split:
         train, val = load_fewshot_split(fewshot_split, original, split, subsample)
     else:
-        try:
-            train, val = generate_fewshot_dataset(split, shots, spec.together)
-        except ValueError as error:
-            raise source.error(str(error)) from error
+        with dataset_errors(dataset_dir):
+            train, val = generate_fewshot_dataset(split, shots, info.val_from_train)
     few = replace(split, train=train, val=val)
-    task = few.half(subsample)
-    if fewshot_split and len(task.train) != shots * len(task.names):
+    task = few.subsample_classes(subsample)
+    if fewshot_split and len(task.train) != shots * len(task.lab2cname):
         print(
-            f"note: {fewshot_split} has {len(task.train)} training images for {len(task.names)} "
-            f"classes, not {shots} for each, which the results are filed under",
+            f"note: {fewshot_split} has {len(task.train)} training images for "
+            f"{len(task.lab2cname)} classes, not {shots} for each, as the results' folder says",
             file=sys.stderr,
         )
-    dataset = _items(source, task, prompts, _data(split, subsample))
-    if subsample == "base":
-        new = _items(source, few.half("new"), prompts, _data(split, "new"))
-        return replace(dataset, new_classes=new)
-    return dataset
+    dataset = _make_dataset(dataset_dir, task, templates, _fingerprint(split, subsample))
+    if subsample != "base":
+        return dataset
+    new_fingerprint = _fingerprint(split, "new")
+    new = _make_dataset(dataset_dir, few.subsample_classes("new"), templates, new_fingerprint)
+    return replace(dataset, new_classes=new)
 
 
 def build_test_dataset(
@@ -131,15 +88,16 @@ def build_test_dataset(
     *,
     template: str | Sequence[str] | None = None,
 ) -> FewShotDataset:
-    """Read a dataset to test on: nothing is drawn, and there are test images alone.
+    """Read a dataset that is only tested on: it has no other images.
 
     Arguments and errors are those of `build_dataset`.
     """
-    prompts = resolve_templates(template, get_dataset_info(name))
-    source, split = _read(name, root_path, save=True)
-    if missing := count_mismatch(source, split):
-        print(f"note: {missing}", file=sys.stderr)
-    return _items(source, replace(split, train=[], val=[]), prompts, split.fingerprint())
+    templates = resolve_templates(template, get_dataset_info(name))
+    dataset_dir, split = _read_dataset(name, root_path)
+    _print_notes(dataset_dir, split, test_only=True)
+    return _make_dataset(
+        dataset_dir, replace(split, train=[], val=[]), templates, split.fingerprint()
+    )
 
 
 def dataset_fingerprint(
@@ -148,46 +106,77 @@ def dataset_fingerprint(
     classnames: str | os.PathLike | None = None,
     subsample: str = "all",
 ) -> dict[str, str | int]:
-    """Say which data `build_dataset` would use: what it gives as `fingerprint`.
+    """Return the fingerprint of the data that `build_dataset` would use, without a draw.
 
-    Nothing is drawn, printed or written. Arguments and errors are those of `build_dataset`.
+    Arguments and errors are those of `build_dataset`.
     """
-    return _data(rename_classes(_read(name, root_path, save=False)[1], classnames), subsample)
+    _, split = _read_dataset(name, root_path)
+    return _fingerprint(rename_classes(split, classnames), subsample)
 
 
-def _data(split: Split, subsample: str) -> dict[str, str | int]:
-    """What a result says of its data. A run on base classes tests on all of them."""
-    half = split.half(subsample)
-    tested = replace(half, test=split.test) if subsample == "base" else half
-    return half.fingerprint() | {"digest": tested.digest()}
+def get_dataset_info(name: str) -> DatasetInfo:
+    """Return the row of a dataset: of the catalog, or made for a path of own images.
+
+    Raises:
+        ValueError: It is neither a name of the catalog nor such a path.
+    """
+    name = os.fspath(name)
+    if name in DATASETS:
+        return DATASETS[name]
+    if is_path(name):
+        return custom_dataset_info(name)
+    raise ValueError(
+        f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; valid: {', '.join(DATASETS)}, or "
+        "the path of your own images: a folder, a .csv or a .json"
+    )
 
 
-def _items(
-    source: DatasetDir, task: Split, prompts: list[str], data: dict[str, str | int]
-) -> FewShotDataset:
-    """A dataset of all entries of a split."""
-
-    def items(entries: list[RawSample]) -> list[Datum]:
-        return [Datum(source.locate(path), label, name) for path, label, name in entries]
-
-    parts = (items(getattr(task, part)) for part in SPLITS)
-    names = list(task.names.values())
-    return FewShotDataset(source.name, *parts, names, prompts, data, str(source.images))
+def dataset_name(name: str) -> str:
+    """Return what results call a dataset: its name, or the stem of its folder or file."""
+    return name if name in DATASETS else dataset_stem(name)
 
 
-def _read(name: str, root_path: str | os.PathLike | None, save: bool) -> tuple[DatasetDir, Split]:
-    """Read and check all entries, leaving Python's global generator as it was."""
-    spec, state = get_dataset_info(name), random.getstate()
+def _read_dataset(name: str, root_path: str | os.PathLike | None) -> tuple[DatasetDir, Split]:
+    """Read and check all samples, leaving Python's global `random` as it was."""
+    info, state = get_dataset_info(name), random.getstate()
     try:
-        source = find_dataset_dir(dataset_name(name), spec, root_path, prepare=save)
-        split, problems = read_split(source, save)
+        dataset_dir = find_dataset_dir(dataset_name(name), info, root_path)
+        with dataset_errors(dataset_dir):
+            split = read_split(dataset_dir)
+            check_split(dataset_dir, split)
     finally:
-        random.setstate(state)  # importing what a reader needs may draw: scikit-learn does
-    if problems:
-        first, more = problems[0], len(problems) - 1
-        if more:
-            root = f" --root_path {root_path}" if spec.needs_root else ""
-            command = f"python -m datasets{root} --dataset {shlex.quote(name)}"
-            raise type(first)(f"{first} (`{command}` lists this and {more} more)")
-        raise first
-    return source, split
+        random.setstate(state)  # importing scikit-learn for the digits draws from it
+    return dataset_dir, split
+
+
+def _print_notes(dataset_dir: DatasetDir, split: Split, test_only: bool = False) -> None:
+    """Print what a user should know of the data on standard error; save a split made here."""
+    if split.origin == "made":
+        save_generated_split(dataset_dir, split)
+    if mismatch := count_mismatch(dataset_dir, split):
+        print(f"note: {mismatch}", file=sys.stderr)
+    if dataset_dir.info.test_only and not test_only:
+        print(
+            f"note: {dataset_dir.name} has only test images; `--dataset imagenet --test_on "
+            f"{dataset_dir.name}` trains on imagenet and tests on it",
+            file=sys.stderr,
+        )
+
+
+def _fingerprint(split: Split, subsample: str) -> dict[str, str | int]:
+    """Return the fingerprint of a half's data. A run on base classes tests on all of them."""
+    half = split.subsample_classes(subsample)
+    tested = replace(half, test=split.test) if subsample == "base" else half
+    return half.fingerprint() | {"digest": tested.sha256()}
+
+
+def _make_dataset(
+    dataset_dir: DatasetDir, task: Split, templates: list[str], fingerprint: dict[str, str | int]
+) -> FewShotDataset:
+    """Make a dataset of all samples of a split."""
+    parts = [
+        [Datum(dataset_dir.image_path(path), *sample) for path, *sample in getattr(task, part)]
+        for part in SPLITS
+    ]
+    classnames, image_dir = list(task.lab2cname.values()), str(dataset_dir.image_dir)
+    return FewShotDataset(dataset_dir.name, *parts, classnames, templates, fingerprint, image_dir)

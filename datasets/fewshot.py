@@ -1,153 +1,124 @@
-"""The few-shot draw, how it uses Python's global `random`, and lists in place of it."""
+"""The few-shot draw with Python's global `random`, and lists of images that take its place."""
 
 import json
 import os
 import random
+import re
+from typing import Any
 
-from datasets.base import Datum, FewShotDataset, RawSample, Split, group_by_label
-from datasets.splits import is_valid_entry
-from utils import did_you_mean, truncate_list
+from datasets.base import (
+    Datum,
+    FewShotDataset,
+    RawSample,
+    Split,
+    group_by_label,
+    read_json,
+    read_text,
+)
+from datasets.splits import is_sample
+from utils import truncate_list
+
+FORM = '{"train": [...], "val": [...]} with entries [path, label, class name]'
 
 
 def generate_fewshot_dataset(
-    split: Split, shots: int, together: bool = False
+    split: Split, shots: int, val_from_train: bool = False
 ) -> tuple[list[RawSample], list[RawSample]]:
     """Draw the few training and validation images with Python's global `random`.
 
-    The order of draws is that of CLIP-LoRA's loaders, which SO's authors use as well, so that one
-    seed gives one set of images everywhere: validation (min(shots, 4) a class) before training; in
-    each, the classes in order of first appearance; in each class one `random.sample` of its images
-    as they are listed, or one `random.choices` where there are fewer than wanted. With `together`
-    (ImageNet) one `random.sample` of shots + min(shots, 4) training images a class instead:
-    training images first, validation behind them. Nothing else here uses the global generator.
+    The order of draws is the one of CLIP-LoRA's and SO's loaders, so that a seed gives the same
+    images everywhere: validation (min(shots, 4) of each class) before training; in each, the
+    classes in order of first appearance; for each class one `random.sample` of its images in their
+    order, or one `random.choices` if it has fewer than wanted. With `val_from_train` (ImageNet) it
+    is one `random.sample` of shots + min(shots, 4) training images of each class, training images
+    first. Nothing else here uses the global generator.
 
     Args:
         split: What to draw from.
         shots: Training images per class.
-        together: Draw validation images from the training images, too.
+        val_from_train: Draw validation images from the training images.
 
     Returns:
-        Training and validation entries.
+        Training and validation samples.
 
     Raises:
-        ValueError: `together`, and a class has too few images.
+        ValueError: With `val_from_train`, a class has too few images.
     """
-    few = min(shots, 4)
-    if not together:
-        val = [entry for items in group_by_label(split.val) for entry in _draw(items, few)]
-        return [
-            entry for items in group_by_label(split.train) for entry in _draw(items, shots)
-        ], val
-    groups = group_by_label(split.train)
-    for items in groups:
-        if len(items) < shots + few:
+    num_val = min(shots, 4)
+    if not val_from_train:
+        val = _draw(split.val, num_val)
+        return _draw(split.train, shots), val
+    train, val = [], []
+    for samples in group_by_label(split.train):
+        if len(samples) < shots + num_val:
             raise ValueError(
-                f"class {items[0][2]!r} has {len(items)} training images, but {shots} shots take "
-                f"{shots + few} ({few} of them for validation): lower --shots or complete the class"
+                f"class {samples[0][2]!r} has {len(samples)} training images, but {shots} shots "
+                f"take {shots + num_val} ({num_val} of them for validation): lower --shots or "
+                "complete the class"
             )
-    drawn = [random.sample(items, shots + few) for items in groups]
-    train = [entry for items in drawn for entry in items[:shots]]
-    return train, [entry for items in drawn for entry in items[shots:]]
+        drawn = random.sample(samples, shots + num_val)
+        train += drawn[:shots]
+        val += drawn[shots:]
+    return train, val
 
 
-def _draw(items: list[RawSample], count: int) -> list[RawSample]:
-    """One draw of one class."""
-    return random.sample(items, count) if len(items) >= count else random.choices(items, k=count)
+def _draw(samples: list[RawSample], count: int) -> list[RawSample]:
+    """Draw so many samples of each class."""
+    drawn = []
+    for group in group_by_label(samples):
+        enough = len(group) >= count
+        drawn += random.sample(group, count) if enough else random.choices(group, k=count)
+    return drawn
 
 
 def load_fewshot_split(
     path: str | os.PathLike, original: Split, split: Split, subsample: str = "all"
 ) -> tuple[list[RawSample], list[RawSample]]:
-    """Take the few images from a list in place of the draw, which is left alone.
+    """Take the few images from a list instead of a draw.
 
-    The list is {"train": [...], "val": [...]} of {"impath", "label", "classname"}, as the code of
-    cross-modal adaptation writes it, or of [path, label, class name], as `dump_fewshot_split` does. An
-    image is found by its path below the image folder, with any number of folders before it or
-    the first ones left out.
+    The list is a JSON file, {"train": [...], "val": [...]}, with entries [path, label, class name],
+    as `dump_fewshot_split` writes it, or {"impath", "label", "classname"}, as the code of
+    cross-modal adaptation does. Or it is one of 2SFS's two files, `shot_{K}-seed_{S}_train.jsonl`
+    and `..._val.jsonl`, with one such entry a line. An image is found by its path below the image
+    folder: more folders before it do not matter, nor do its first ones.
 
     Args:
-        path: The list, a JSON file.
-        original: The dataset, with its own class names.
-        split: The same, with those that the user gives the classes.
-        subsample: The half of the classes that labels in the list may be counted within, as a run
-            on that half has them in its own list.
+        path: The list.
+        original: The dataset with its own class names.
+        split: The same with the class names that prompts have.
+        subsample: The half of the classes in which the list's labels may be counted.
+
+    Returns:
+        Training and validation samples of `split`.
 
     Raises:
         ValueError: The file is not such a list, or has an image, a class or a label that the
             dataset does not have.
-    """  # noqa: E501
-    listed = _load_list(path)
-    first = len(split.names) - len(split.half("new").names) if subsample == "new" else 0
-    known = {image: (image, label, name) for image, label, name in split.entries()}
-    few = {image for part in (split.train, split.val) for image, _, _ in part}
-    names = [*original.names.values(), *split.names.values()]
-    by_file: dict[str, list[str]] = {}
-    for image in known:
-        by_file.setdefault(image.rsplit("/", 1)[-1], []).append(image)
-
-    def find(given: str) -> RawSample:
-        if given in known:
-            return known[given]
-        given = given.replace("\\", "/")
-        alike = by_file.get(given.rsplit("/", 1)[-1], [])
-        found = [image for image in alike if given.endswith(f"/{image}")]
-        found = [max(found, key=len)] if found else [i for i in alike if i.endswith(f"/{given}")]
-        if len(found) != 1:
-            kind = "several images have" if found else f"{split.where} does not have"
-            raise ValueError(f"{path} names the image {given}, which {kind}")
-        return known[found[0]]
-
-    def entry(image: str, label: int, name: str) -> RawSample:
-        if all(_spaced(name) != _spaced(other) for other in names):
-            hint = did_you_mean(name, names)
-            raise ValueError(
-                f"{path} names the class {name!r}{hint}, which {split.where} does not have"
-            )
-        found = find(image)
-        own = original.names[found[1]]
-        if found[1] not in (label, label + first) or _spaced(name) not in (
-            _spaced(own),
-            _spaced(found[2]),
-        ):
-            raise ValueError(
-                f"{path} gives {image} the label {label} and the class {name!r}, which are "
-                f"{found[1]} and {own!r} in {split.where}"
-            )
-        if found[0] not in few:
-            raise ValueError(f"{path} names {image}, a test image in {split.where}: take it out")
-        return found
-
-    train, val = ([entry(*item) for item in listed[part]] for part in ("train", "val"))
-    return train, val
-
-
-def _load_list(path: str | os.PathLike) -> dict[str, list[list]]:
-    """The content of a list of images."""
+    """
     path = os.path.expanduser(path)
-    form = '{"train": [...], "val": [...]} with entries [path, label, class name]'
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}: --fewshot_split takes one of the form {form}")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            data = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-    parts: dict[str, list[list]] = {}
-    for part in ("train", "val"):
-        entries = data.get(part) if isinstance(data, dict) else None
-        if not isinstance(entries, list) or not entries and part == "train":
-            raise ValueError(f"{path} has no list of images named {part}: it must be {form}")
-        keys = ("impath", "label", "classname")
-        parts[part] = [[e.get(key) for key in keys] if isinstance(e, dict) else e for e in entries]
-        if bad := [repr(e)[:60] for e in parts[part] if not is_valid_entry(e)]:
-            raise ValueError(
-                f"{path} has entries in {part} that are not {form}: {truncate_list(bad)}"
-            )
-    return parts
+    finder = _ImageFinder([*split.train, *split.val])
+    num_new = len(split.subsample_classes("new").lab2cname)
+    offset = len(split.lab2cname) - num_new if subsample == "new" else 0
+    few = {"train": [], "val": []}
+    for part, entries in _read_list(path).items():
+        for image, label, name in entries:
+            found = finder.find(image)
+            if len(found) != 1:
+                reason = "which several images have" if found else "which is not a training image"
+                raise ValueError(f"{path} names the image {image}, {reason} in {split.source_path}")
+            _, own_label, prompt_name = found[0]
+            own_names = {n.replace("_", " ") for n in (original.lab2cname[own_label], prompt_name)}
+            if own_label not in (label, label + offset) or name.replace("_", " ") not in own_names:
+                raise ValueError(
+                    f"{path} gives {image} the label {label} and the class {name!r}, which are "
+                    f"{own_label} and {original.lab2cname[own_label]!r} in {split.source_path}"
+                )
+            few[part] += found
+    return few["train"], few["val"]
 
 
 def dump_fewshot_split(dataset: FewShotDataset) -> str:
-    """The text of a list of a dataset's few images, which `load_fewshot_split` takes on any disk."""  # noqa: E501
+    """Return a dataset's few images as the JSON that `load_fewshot_split` reads on any disk."""
 
     def entries(items: list[Datum]) -> list[RawSample]:
         start = os.path.join(dataset.image_dir, "")
@@ -156,6 +127,68 @@ def dump_fewshot_split(dataset: FewShotDataset) -> str:
     return json.dumps({"train": entries(dataset.train_x), "val": entries(dataset.val)})
 
 
-def _spaced(name: str) -> str:
-    """A class name as prompts have it."""
-    return name.replace("_", " ")
+class _ImageFinder:
+    """Finds samples by paths that begin in another folder."""
+
+    def __init__(self, samples: list[RawSample]) -> None:
+        self.by_path = {sample[0]: sample for sample in samples}
+        self.by_filename: dict[str, list[str]] = {}
+        for path in self.by_path:
+            self.by_filename.setdefault(os.path.basename(path), []).append(path)
+
+    def find(self, path: str) -> list[RawSample]:
+        """Return the samples whose path ends as this one does; one is what should be found."""
+        if path in self.by_path:
+            return [self.by_path[path]]
+        path = path.replace("\\", "/")
+        candidates = self.by_filename.get(os.path.basename(path), [])
+        found = [p for p in candidates if path.endswith(f"/{p}")]
+        found = (
+            [max(found, key=len)] if found else [p for p in candidates if p.endswith(f"/{path}")]
+        )
+        return [self.by_path[p] for p in found]
+
+
+def _read_list(path: str) -> dict[str, list[list]]:
+    """Return the entries [path, label, class name] of a list, by part."""
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"there is no file {path}: --fewshot_split takes a list of the form {FORM}"
+        )
+    data = _read_jsonl_pair(path) if path.endswith(".jsonl") else read_json(path)
+    parts = {}
+    for part in ("train", "val"):
+        entries = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(entries, list) or part == "train" and not entries:
+            raise ValueError(f"{path} has no list of images named {part}: it must be {FORM}")
+        keys = ("impath", "label", "classname")
+        parts[part] = [[e.get(key) for key in keys] if isinstance(e, dict) else e for e in entries]
+        if bad := [repr(entry)[:60] for entry in parts[part] if not is_sample(entry)]:
+            raise ValueError(
+                f"{path} has entries in {part} that are not {FORM}: {truncate_list(bad)}"
+            )
+    return parts
+
+
+def _read_jsonl_pair(path: str) -> dict[str, list[Any]]:
+    """Read the pair of JSON-lines files that one of them belongs to."""
+    match = re.fullmatch(r"(.*)_(train|val)\.jsonl", path)
+    if not match:
+        raise ValueError(f"{path} is not one of a pair ..._train.jsonl and ..._val.jsonl")
+    return {part: _read_jsonl(f"{match[1]}_{part}.jsonl") for part in ("train", "val")}
+
+
+def _read_jsonl(path: str) -> list[Any]:
+    """Read a file with one JSON object a line."""
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"there is no file {path}: --fewshot_split reads a pair ..._train.jsonl and "
+            "..._val.jsonl, and needs both"
+        )
+    entries = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        try:
+            entries += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, is not JSON ({error})") from error
+    return entries

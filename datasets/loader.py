@@ -1,7 +1,7 @@
-"""From items to batches. Threads make them ahead, and live as long as the run.
+"""From items to batches, which threads prepare ahead; the threads live as long as the run.
 
-What a training image looks like depends on (seed, epoch, position in the epoch) alone, not on how
-many threads there are.
+What a training image looks like depends only on seed, epoch and position in the epoch, not on the
+number of threads.
 """
 
 import math
@@ -13,41 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
 from PIL import Image
 from torchvision.transforms import Compose
 
-import clip
+from clip.preprocess import image_transform
 from datasets.base import Datum
 from datasets.transforms import MAX_PIXELS, Batch, collate, read_image, train_transform
 
-__all__ = ["ImageCache", "ImageLoader", "shuffled"]
-
 T = TypeVar("T")
-
-
-class ImageCache:
-    """Keeps decoded images, first come first kept, up to a budget of memory.
-
-    Args:
-        megabytes: The budget, over all kinds of images kept.
-    """
-
-    def __init__(self, megabytes: float) -> None:
-        self.left = megabytes * 2**20
-        self.kept: dict[object, object] = {}
-        self.lock = threading.Lock()
-
-    def get(self, key: object, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        """The image kept under the key, or the one `make` returns, kept if its bytes still fit."""
-        if key in self.kept:
-            return self.kept[key]
-        value = make()
-        with self.lock:
-            if key not in self.kept and size(value) <= self.left:
-                self.left -= size(value)
-                self.kept[key] = value
-        return value
 
 
 class ImageLoader:
@@ -55,17 +28,17 @@ class ImageLoader:
 
     Args:
         resolution: Side R of the model's square input, in pixels.
-        workers: Threads that prepare batches ahead; 0 prepares them where they are used.
+        num_workers: Threads that prepare batches ahead; 0 prepares them where they are used.
         cache_mb: Memory for decoded images, in MB.
     """
 
-    def __init__(self, resolution: int, workers: int = 0, cache_mb: float = 0) -> None:
+    def __init__(self, resolution: int, num_workers: int = 0, cache_mb: float = 0) -> None:
         self.resolution = resolution
-        self.workers = workers
+        self.num_workers = num_workers
         self.cache = ImageCache(cache_mb)
-        self.pool = ThreadPoolExecutor(workers, "images") if workers else None
-        # CLIP's resize and crop, without tensor and normalisation
-        self.geometry = Compose(clip.image_transform(resolution).transforms[:-2])
+        self.pool = ThreadPoolExecutor(num_workers, "images") if num_workers else None
+        # CLIP's resize and crop, without tensor and normalization
+        self.test_transform = Compose(image_transform(resolution).transforms[:-2])
 
     def train_batches(
         self,
@@ -78,7 +51,7 @@ class ImageLoader:
         start: int = 0,
         local_slice: Callable[[int], slice] = slice,
     ) -> Iterator[tuple[Batch, bool]]:
-        """Yield shuffled, augmented batches for ever, and whether each ends an epoch.
+        """Yield shuffled, augmented batches for ever, and whether each is the last of its epoch.
 
         Images are those of this process's share of the batch, labels those of the whole batch.
 
@@ -92,90 +65,85 @@ class ImageLoader:
             start: Number of batches to leave out at the beginning.
             local_slice: This process's part of a batch of so many images; all by default.
         """
-        change = partial(
+        transform = partial(
             train_transform, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip
         )
-        order = shuffled(len(items), batch_size, seed, start)
-        return self._ahead(
-            partial(self._train_batch, items, seed, change, local_slice, *at) for at in order
-        )
+
+        def make_batch(epoch: int, order: dict[int, int]) -> tuple[Batch, bool]:
+            images = []
+            for position, index in list(order.items())[local_slice(len(order))]:
+                image = self.cache.get("train", items[index].impath, read_image)
+                rng = random.Random(f"{seed} {epoch} {position}")
+                images.append(transform(image, rng=rng))
+            labels = [items[index].label for index in order.values()]
+            return collate(images, labels, self.resolution), len(items) - 1 in order
+
+        batches = shuffled(len(items), batch_size, seed, start)
+        return self._prefetch(partial(make_batch, *batch) for batch in batches)
 
     def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as CLIP's own images are."""
+
+        def make_batch(start: int) -> Batch:
+            chunk = items[start : start + batch_size]
+            read = self._read_test_image
+            images = [self.cache.get("test", item.impath, read) for item in chunk]
+            return collate(images, [item.label for item in chunk], self.resolution)
+
         starts = range(0, max(len(items), 1), batch_size)  # an empty share is an empty batch
-        return self._ahead(partial(self._test_batch, items[at : at + batch_size]) for at in starts)
+        return self._prefetch(partial(make_batch, start) for start in starts)
 
-    def _train_batch(
-        self,
-        items: Sequence[Datum],
-        seed: int,
-        change: Callable,
-        local_slice: Callable[[int], slice],
-        epoch: int,
-        chosen: dict[int, int],
-    ) -> tuple[Batch, bool]:
-        """The batch of the items chosen by position in the epoch, and whether it ends that."""
-        places = list(chosen.items())
-        images = [
-            change(self._decoded(items[index].impath), rng=random.Random(f"{seed} {epoch} {at}"))
-            for at, index in places[local_slice(len(places))]
-        ]
-        labels = [items[index].label for index in chosen.values()]
-        batch = collate(images, labels, self.resolution)
-        return batch, len(items) - 1 in chosen
-
-    def _test_batch(self, items: Sequence[Datum]) -> Batch:
-        """The batch of these items."""
-        images = [self._input(item.impath) for item in items]
-        return collate(images, [item.label for item in items], self.resolution)
-
-    def _decoded(self, path: str) -> Image.Image:
-        """The whole image in RGB."""
-        return self.cache.get(path, lambda: read_image(path), lambda i: 3 * i.width * i.height)
-
-    def _input(self, path: str) -> np.ndarray:
-        """The image resized and cropped as CLIP does, (R, R, 3) uint8."""
-        return self.cache.get(("input", path), partial(self._resized, path), lambda a: a.nbytes)
-
-    def _resized(self, path: str) -> np.ndarray:
-        """The same, made from the file."""
+    def _read_test_image(self, path: str) -> Image.Image:
+        """Return an image resized and cropped as CLIP does."""
         image = read_image(path)
         if max(image.size) / min(image.size) * self.resolution**2 > MAX_PIXELS:
             raise ValueError(
                 f"the image {path} is too thin ({image.width}x{image.height} pixels): replace it"
             )
-        return np.array(self.geometry(image))
+        return self.test_transform(image)
 
-    def _ahead(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
+    def _prefetch(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """Run jobs in order, the next few of them in threads while the caller works.
 
-        What a job raises is raised when its batch is due, whatever the number of threads, and
-        the jobs behind it are dropped.
+        What a job raises is raised when its batch is due, whatever the number of threads; the jobs
+        behind it are dropped.
         """
         if not self.pool:
             for job in jobs:
                 yield job()
             return
-        waiting: deque[Future[T]] = deque()
+        futures: deque[Future[T]] = deque()
         try:
             for job in jobs:
-                waiting.append(self._submit(job))
-                if len(waiting) > 2 * self.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                futures.append(self.pool.submit(job))
+                if len(futures) > 2 * self.num_workers:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
-            for future in waiting:
+            for future in futures:
                 future.cancel()
 
-    def _submit(self, job: Callable[[], T]) -> Future[T]:
-        """Give a job to the threads."""
-        try:
-            return self.pool.submit(job)
-        except RuntimeError as error:  # the system's limit on threads
-            raise OSError(
-                f"a thread that prepares images cannot be started ({error}): lower --num_workers"
-            ) from error
+
+class ImageCache:
+    """Keeps decoded images, first come first kept, up to a budget of memory in MB."""
+
+    def __init__(self, megabytes: float) -> None:
+        self.bytes_left = megabytes * 2**20
+        self.images: dict[tuple[str, str], Image.Image] = {}
+        self.lock = threading.Lock()
+
+    def get(self, kind: str, path: str, read: Callable[[str], Image.Image]) -> Image.Image:
+        """Return an image from the cache, or what `read` returns, which is kept if it fits."""
+        if (kind, path) in self.images:
+            return self.images[kind, path]
+        image = read(path)
+        num_bytes = 4 * image.width * image.height  # Pillow stores RGB in four bytes
+        with self.lock:
+            if (kind, path) not in self.images and num_bytes <= self.bytes_left:
+                self.bytes_left -= num_bytes
+                self.images[kind, path] = image
+        return image
 
 
 def shuffled(
@@ -190,13 +158,13 @@ def shuffled(
         start: Number of batches to leave out at the beginning.
 
     Yields:
-        The batch's epoch, and the index of the image at each of its positions in that.
+        The batch's epoch, and the index of the image at each of its positions in the epoch.
     """
     epoch, skipped = divmod(start, math.ceil(count / batch_size))
     while True:
         order = list(range(count))
         random.Random(f"{seed} {epoch}").shuffle(order)
-        places = list(enumerate(order))
+        positions = list(enumerate(order))
         for first in range(skipped * batch_size, count, batch_size):
-            yield epoch, dict(places[first : first + batch_size])
+            yield epoch, dict(positions[first : first + batch_size])
         epoch, skipped = epoch + 1, 0

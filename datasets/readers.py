@@ -1,11 +1,11 @@
-"""Splits made from raw downloads, by the lists in them and the published rules.
+"""Splits made from raw downloads, by the lists in them and by CoOp's rules.
 
-The rules are CoOp's; the random numbers come from a generator of this file alone. Two rules divide
-a class: 50 % train, 20 % validation, the rest test; or, where the download says which images are
-for testing, 20 % of the training images become validation. Shares are rounded for each class.
+Where the download does not divide its images, 50 % of each class become training images, 20 %
+validation images and the rest test images; where it names the test images, 20 % of each class's
+training images become validation images. Shares are rounded. The random numbers come from a
+generator that is used for nothing else.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -18,236 +18,282 @@ from datasets.base import (
     DatasetDir,
     RawSample,
     Split,
+    check_file,
     group_by_label,
     list_images,
     list_subdirs,
+    read_json,
+    read_text,
 )
-from utils import truncate_list
+from utils import progress, truncate_list
 
+IMAGENET_CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")
 SEED = 1
 T = TypeVar("T")
 
 
 def read_class_folders(
-    source: DatasetDir, names: Mapping[str, str] | None = None, ignored: Collection[str] = ()
+    dataset_dir: DatasetDir, names: Mapping[str, str] | None = None, ignored: Collection[str] = ()
 ) -> Split:
-    """One folder for each class, in sorted order; the folder's name unless `names` has another."""
-    classes = []
-    for folder in list_subdirs(source.images):
-        if folder not in ignored:
-            classes.append(((names or {}).get(folder, folder), paths_in(source, folder)))
-    return replace(split_trainvaltest(source.images, classes), listed=True)
+    """Read one folder for each class, in sorted order.
+
+    Args:
+        dataset_dir: The dataset's folder.
+        names: Class names of folders that are not called by their class's name.
+        ignored: Folders to leave out.
+    """
+    folders = [name for name in list_subdirs(dataset_dir.image_dir) if name not in ignored]
+    classes = [((names or {}).get(f, f), list_image_paths(dataset_dir, f)) for f in folders]
+    return replace(split_trainvaltest(dataset_dir.image_dir, classes), files_exist=True)
 
 
-def paths_in(source: DatasetDir, folder: str) -> list[str]:
-    """Sorted paths of a folder's images, both below the image folder."""
-    return [f"{folder}/{name}" for name in list_images(source.locate(folder))]
-
-
-def read_fgvc(source: DatasetDir) -> Split:
-    """Lines "0034309 Boeing 707-320" in the lists; labels follow the order in variants.txt."""
-    lists = [source.folder / f"images_variant_{part}.txt" for part in SPLITS]
-    require_files(source, source.folder / "variants.txt", *lists)
-    names = parse_lines(source, source.folder / "variants.txt", "variant", str)
+def read_fgvc(dataset_dir: DatasetDir) -> Split:
+    """Read lists with lines "0034309 Boeing 707-320"; variants.txt has the order of the labels."""
+    variants = dataset_dir.path / "variants.txt"
+    lists = [dataset_dir.path / f"images_variant_{split}.txt" for split in SPLITS]
+    names = parse_lines(variants, "variant", str)
     labels = {name: label for label, name in enumerate(names)}
 
-    def entry(line: str) -> RawSample:
+    def parse(line: str) -> RawSample:
         image, name = line.split(maxsplit=1)
         return f"{image}.jpg", labels[name], name
 
-    form = "image variant, with a variant of variants.txt"
-    parts = [parse_lines(source, path, form, entry) for path in lists]
-    return Split(f"{source.folder}/images_variant_*.txt", *parts, dict(enumerate(names)))
+    splits = [parse_lines(path, "image variant", parse) for path in lists]
+    return Split(f"{dataset_dir.path}/images_variant_*.txt", *splits, dict(enumerate(names)))
 
 
-def read_flowers(source: DatasetDir) -> Split:
-    """Label i of imagelabels.mat belongs to image i; cat_to_name.json names the labels."""
-    where, path = source.folder / "imagelabels.mat", source.folder / "cat_to_name.json"
-    require_files(source, where, path)
-    labels = _column(source, where, "labels", int)
+def read_flowers(dataset_dir: DatasetDir) -> Split:
+    """Read the label of each image from imagelabels.mat, the names from cat_to_name.json."""
+    mat, names_file = dataset_dir.path / "imagelabels.mat", dataset_dir.path / "cat_to_name.json"
+    labels, names = _read_mat(mat, "labels", int), read_json(names_file)
     try:
-        names = {int(k): str(v) for k, v in json.loads(read_text(source, path)).items()}
-    except (ValueError, AttributeError) as error:
-        fault = f"does not map numbers to names ({error}); get it again"
-        raise source.unreadable(path, fault) from error
-    if nameless := [str(label) for label in sorted(set(labels)) if label not in names or label < 1]:
-        raise source.error(f"{path} has no name for the label {truncate_list(nameless)} of {where}")
-    if max(labels, default=0) > len(labels):  # then some classes can have no image
-        raise source.error(f"{where} has labels up to {max(labels)}; get it again")
-    images: dict[int, list[str]] = {label: [] for label in range(1, max(labels, default=0) + 1)}
+        names = {int(label): str(name) for label, name in names.items()}
+        images = {label: (names[label], []) for label in sorted(set(labels))}
+    except (AttributeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"{names_file} does not have a name for each label in {mat} ({error!r}): get it again"
+        ) from error
     for number, label in enumerate(labels, start=1):
-        images[label].append(f"image_{number:05d}.jpg")
-    return split_trainvaltest(
-        where, [(names.get(label, str(label)), images[label]) for label in images]
-    )
+        images[label][1].append(f"image_{number:05d}.jpg")
+    return split_trainvaltest(mat, list(images.values()))
 
 
-def read_cars(source: DatasetDir) -> Split:
-    """Lists and names in .mat files; the year goes to the front of a name."""
-    devkit, tests = source.folder / "devkit", "cars_test_annos_withlabels.mat"
-    tests = devkit / tests if (devkit / tests).is_file() else source.folder / tests
+def read_cars(dataset_dir: DatasetDir) -> Split:
+    """Read lists and names from .mat files; the year goes to the front of a name."""
+    devkit, tests = dataset_dir.path / "devkit", "cars_test_annos_withlabels.mat"
+    tests = devkit / tests if (devkit / tests).is_file() else dataset_dir.path / tests
     meta, training = devkit / "cars_meta.mat", devkit / "cars_train_annos.mat"
-    require_files(source, meta, training, tests)
-    words = [name.rsplit(" ", 1) for name in _column(source, meta, "class_names", str)]
+    words = [name.rsplit(" ", 1) for name in _read_mat(meta, "class_names", str)]
     names = {label: " ".join(reversed(name)) for label, name in enumerate(words)}
 
-    def entries(path: Path, folder: str) -> list[RawSample]:
-        def entry(record: Any) -> RawSample:
+    def read(path: Path, folder: str) -> list[RawSample]:
+        def parse(record: Any) -> RawSample:
             label = int(record["class"]) - 1
             return f"{folder}/{record['fname']}", label, names[label]
 
-        return _column(source, path, "annotations", entry)
+        return _read_mat(path, "annotations", parse)
 
-    train, test = entries(training, "cars_train"), entries(tests, "cars_test")
+    train, test = read(training, "cars_train"), read(tests, "cars_test")
     return split_trainval(devkit, train, test, names)
 
 
-def read_pets(source: DatasetDir) -> Split:
-    """Lines "Abyssinian_100 1 1 1" of image, class from 1, species, breed in annotations/."""
+def read_pets(dataset_dir: DatasetDir) -> Split:
+    """Read lines "Abyssinian_100 1 1 1": image, class from 1, species, breed."""
 
-    def entry(line: str) -> RawSample:
+    def parse(line: str) -> RawSample:
         image, label, _, _ = line.split()
         return f"{image}.jpg", int(label) - 1, image.rsplit("_", 1)[0].lower()
 
-    lists = [source.folder / "annotations" / name for name in ("trainval.txt", "test.txt")]
-    require_files(source, *lists)
-    train, test = (parse_lines(source, path, "image class species breed", entry) for path in lists)
-    names = {label: name for _, label, name in reversed([*train, *test])}
-    return split_trainval(lists[0], train, test, dict(sorted(names.items())))
+    lists = [dataset_dir.path / "annotations" / name for name in ("trainval.txt", "test.txt")]
+    train, test = (parse_lines(path, "image class species breed", parse) for path in lists)
+    return split_trainval(lists[0], train, test, {i: name for _, i, name in [*test, *train]})
 
 
-def read_sun397(source: DatasetDir) -> Split:
-    """Lines "/c/casino/indoor" in ClassName.txt, "/c/casino/indoor/sun_x.jpg" in the lists."""
-    lists = [source.folder / name for name in ("Training_01.txt", "Testing_01.txt")]
-    require_files(source, source.folder / "ClassName.txt", *lists)
-    classes = parse_lines(source, source.folder / "ClassName.txt", "/letter/class", _sun_class)
+def read_sun397(dataset_dir: DatasetDir) -> Split:
+    """Read lines "/c/casino/indoor" in ClassName.txt, "/c/casino/indoor/sun_x.jpg" in the lists."""
+
+    def parse_class(line: str) -> tuple[str, str]:
+        folder = line.lstrip("/")
+        _, word, *more = folder.split("/")
+        return folder, " ".join(reversed([word, *more]))
+
+    files = ("ClassName.txt", "Training_01.txt", "Testing_01.txt")
+    index, *lists = [dataset_dir.path / name for name in files]
+    classes = parse_lines(index, "/letter/class", parse_class)
     labels = {folder: label for label, (folder, _) in enumerate(classes)}
 
-    def entry(line: str) -> RawSample:
+    def parse(line: str) -> RawSample:
         path = line.lstrip("/")
         label = labels[path.rsplit("/", 1)[0]]
         return path, label, classes[label][1]
 
-    form = "/letter/class/image of a class in ClassName.txt"
-    train, test = (parse_lines(source, path, form, entry) for path in lists)
+    train, test = (parse_lines(path, "/letter/class/image", parse) for path in lists)
     return split_trainval(lists[0], train, test, dict(enumerate(name for _, name in classes)))
 
 
-def _sun_class(line: str) -> tuple[str, str]:
-    """Folder and name: "/c/casino/indoor" is "indoor casino"."""
-    _, *words = line.lstrip("/").split("/")
-    if not all(words) or not words:
-        raise ValueError(line)
-    return line.lstrip("/"), " ".join(reversed(words))
+def read_ucf101(dataset_dir: DatasetDir) -> Split:
+    """Read lines "1 ApplyEyeMakeup" in classInd.txt, "ApplyEyeMakeup/v_x.avi" in the lists."""
 
-
-def read_ucf101(source: DatasetDir) -> Split:
-    """Lines "1 ApplyEyeMakeup" in classInd.txt, "ApplyEyeMakeup/v_x.avi" in the lists."""
-
-    def action(line: str) -> tuple[int, str]:
+    def parse_class(line: str) -> tuple[str, int]:
         label, name = line.split()
-        return int(label) - 1, name
+        return name, int(label) - 1
 
-    def rename(name: str) -> str:
+    def classname(name: str) -> str:
         return "_".join(re.findall("[A-Z][^A-Z]*", name))
 
     files = ("classInd.txt", "trainlist01.txt", "testlist01.txt")
-    index, *lists = [source.folder / "ucfTrainTestlist" / file for file in files]
-    require_files(source, index, *lists)
-    classes = parse_lines(source, index, "number class", action)
-    labels = {name: label for label, name in classes}
+    index, *lists = [dataset_dir.path / "ucfTrainTestlist" / file for file in files]
+    labels = dict(parse_lines(index, "number class", parse_class))
 
-    def entry(line: str) -> RawSample:
+    def parse(line: str) -> RawSample:
         folder, video = line.split()[0].split("/")
-        name = rename(folder)
+        name = classname(folder)
         return f"{name}/{video.removesuffix('.avi')}.jpg", labels[folder], name
 
-    form = "class/video of a class in classInd.txt"
-    train, test = (parse_lines(source, path, form, entry) for path in lists)
-    names = {label: rename(name) for label, name in sorted(classes)}
+    train, test = (parse_lines(path, "class/video", parse) for path in lists)
+    names = {label: classname(name) for name, label in labels.items()}
     return split_trainval(lists[0], train, test, names)
 
 
-def split_trainvaltest(where: Path, classes: list[tuple[str, list[str]]]) -> Split:
-    """Divide each class (name, its images) 50 / 20 / 30."""
+def read_imagenet(dataset_dir: DatasetDir) -> Split:
+    """Read train/ and val/; labels follow the sorted WordNet ids of the folders in train/."""
+    wnids, tested = (list_subdirs(dataset_dir.image_dir / split) for split in ("train", "val"))
+    if not wnids or wnids != tested:
+        differing = sorted(set(wnids) ^ set(tested))
+        raise ValueError(
+            f"train/ and val/ in {dataset_dir.image_dir} need the same class folders like "
+            f"n01440764, but only one of them has {truncate_list(differing) or 'any'}: sort the "
+            "images of both into class folders"
+        )
+    names = _wnid_classnames(dataset_dir, wnids)
+    return Split(
+        str(dataset_dir.image_dir),
+        _list_classes(dataset_dir, [f"train/{wnid}" for wnid in wnids], names),
+        [],
+        _list_classes(dataset_dir, [f"val/{wnid}" for wnid in wnids], names),
+        names,
+        files_exist=True,
+    )
+
+
+def read_imagenet_variant(dataset_dir: DatasetDir) -> Split:
+    """Read class folders of test images, named by WordNet ids or by ImageNet's labels.
+
+    Labels follow the sorted WordNet ids of the classes that are there, which makes them ImageNet's
+    own labels if all are.
+    """
+    wnids = sorted(_read_classnames(IMAGENET_CLASSNAMES))
+    by_label = {str(label): wnid for label, wnid in enumerate(wnids)}  # ImageNetV2: 0 to 999
+    folders = {by_label.get(name, name): name for name in list_subdirs(dataset_dir.image_dir)}
+    if not folders:
+        raise ValueError(f"{dataset_dir.image_dir} has no class folders like n01440764")
+    names = _wnid_classnames(dataset_dir, sorted(folders))
+    test = _list_classes(dataset_dir, [folders[wnid] for wnid in sorted(folders)], names)
+    return Split(str(dataset_dir.image_dir), [], [], test, names, files_exist=True)
+
+
+def _list_classes(
+    dataset_dir: DatasetDir, folders: list[str], names: dict[int, str]
+) -> list[RawSample]:
+    """Return the images of class folders, which are in the order of their labels."""
+    return [
+        (path, label, names[label])
+        for label, folder in enumerate(progress(folders, desc=dataset_dir.name, unit="class"))
+        for path in list_image_paths(dataset_dir, folder)
+    ]
+
+
+def _wnid_classnames(dataset_dir: DatasetDir, wnids: list[str]) -> dict[int, str]:
+    """Return the class name of each label.
+
+    Names come from the first classnames.txt in the dataset's own folder, in the one above a folder
+    called images, or in ImageNet's; and from the published list if it does not name a class.
+    """
+    path, imagenet = dataset_dir.path, dataset_dir.root / "imagenet"
+    folders = [path, imagenet, imagenet / "images"]
+    if path.name == "images":
+        folders.insert(0, path.parent)
+    files = [folder / "classnames.txt" for folder in folders]
+    names = _read_classnames(IMAGENET_CLASSNAMES)
+    for path in list(filter(Path.is_file, files))[:1]:
+        names.update(_read_classnames(path))
+    if unnamed := [wnid for wnid in wnids if wnid not in names]:
+        raise ValueError(
+            f"there is no class name for the folder {truncate_list(unnamed)} in "
+            f"{dataset_dir.image_dir}: give it one in {files[0]}, in a line like 'n01440764 tench'"
+        )
+    return {label: names[wnid] for label, wnid in enumerate(wnids)}
+
+
+def _read_classnames(path: Path) -> dict[str, str]:
+    """Read lines of a WordNet id and a class name."""
+
+    def parse(line: str) -> tuple[str, str]:
+        wnid, name = line.split(maxsplit=1)
+        return wnid, name
+
+    return dict(parse_lines(path, "n01440764 tench", parse))
+
+
+def list_image_paths(dataset_dir: DatasetDir, folder: str) -> list[str]:
+    """Return the sorted paths of a folder's images; both are below the image folder."""
+    return [f"{folder}/{name}" for name in list_images(dataset_dir.image_path(folder))]
+
+
+def split_trainvaltest(source_path: Path, classes: list[tuple[str, list[str]]]) -> Split:
+    """Divide each class, a name and its images, 50 / 20 / 30."""
     rng = random.Random(SEED)
     train, val, test = [], [], []
     for label, (name, images) in enumerate(classes):
-        entries = [(path, label, name) for path in images]
-        rng.shuffle(entries)
-        first = round(0.5 * len(entries))
-        second = first + round(0.2 * len(entries))
-        train += entries[:first]
-        val += entries[first:second]
-        test += entries[second:]
-    return Split(str(where), train, val, test, dict(enumerate(name for name, _ in classes)))
+        samples = [(path, label, name) for path in images]
+        rng.shuffle(samples)
+        first = round(0.5 * len(samples))
+        second = first + round(0.2 * len(samples))
+        train += samples[:first]
+        val += samples[first:second]
+        test += samples[second:]
+    return Split(str(source_path), train, val, test, dict(enumerate(name for name, _ in classes)))
 
 
 def split_trainval(
-    where: Path, train: list[RawSample], test: list[RawSample], names: dict[int, str]
+    source_path: Path, trainval: list[RawSample], test: list[RawSample], names: dict[int, str]
 ) -> Split:
-    """Make 20 % of each class's training images validation."""
+    """Make 20 % of each class's training images validation images."""
     rng = random.Random(SEED)
-    rest, val = [], []
-    for entries in sorted(group_by_label(train), key=lambda entries: entries[0][1]):
-        rng.shuffle(entries)
-        count = round(0.2 * len(entries))
-        val += entries[:count]
-        rest += entries[count:]
-    return Split(str(where), rest, val, test, names)
+    train, val = [], []
+    for samples in sorted(group_by_label(trainval), key=lambda samples: samples[0][1]):
+        rng.shuffle(samples)
+        count = round(0.2 * len(samples))
+        val += samples[:count]
+        train += samples[count:]
+    return Split(str(source_path), train, val, test, dict(sorted(names.items())))
 
 
-def parse_lines(source: DatasetDir, path: Path, form: str, parse: Callable[[str], T]) -> list[T]:
-    """Parse each line of a list.
-
-    Raises:
-        ValueError: Lines are of another form; the first few are named.
-    """
-    parsed, bad = [], []
-    for number, line in enumerate(read_text(source, path).splitlines(), start=1):
-        if line.strip():
+def parse_lines(path: Path, form: str, parse: Callable[[str], T]) -> list[T]:
+    """Parse each line of a list that is not blank; a ValueError names one of another form."""
+    parsed = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line := line.strip():
             try:
-                parsed.append(parse(line.strip()))
-            except (ValueError, LookupError):
-                bad.append(f"line {number} ({line.strip()[:60]!r})")
-    if bad:
-        fault = f"has lines that are not '{form}': {truncate_list(bad)}; get the file again"
-        raise source.unreadable(path, fault)
+                parsed.append(parse(line))
+            except (ValueError, LookupError) as error:
+                raise ValueError(
+                    f"line {number} of {path}, {line[:60]!r}, is not '{form}', or its class is "
+                    "unknown: get the file again"
+                ) from error
     return parsed
 
 
-def require_files(source: DatasetDir, *lists: Path) -> None:
-    """Check that all lists of the download are there.
-
-    Raises:
-        FileNotFoundError: At least one is not; all such are named.
-    """
-    if missing := [str(path) for path in lists if not path.is_file()]:
-        lacking = f"the download lacks {truncate_list(missing)}"
-        if source.spec.split:
-            lacking = f"there is no {source.spec.split}, and {lacking} to make a split from"
-        raise source.missing(lacking)
-
-
-def read_text(source: DatasetDir, path: Path) -> str:
-    """The content of a text file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise source.unreadable(path, f"cannot be read ({error}); get the file again") from error
-
-
-def _column(source: DatasetDir, path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
+def _read_mat(path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
     """Parse each element of a vector in a .mat file."""
-    import numpy as np  # these two only where a .mat file must be read
-    from scipy.io import loadmat
+    import numpy as np
+    from scipy.io import loadmat  # only three datasets need it, and without their split file
 
+    check_file(path)
     try:
-        # Objects of MATLAB's classes come as data; v7.3 files, which are HDF5, are refused.
         values = loadmat(path, simplify_cells=True, variable_names=[key])[key]
-        # A vector of one element comes as that element.
-        values = values if isinstance(values, (list, np.ndarray)) else [values]
         return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]
     except Exception as error:  # a damaged file makes the reader fail in any way
-        fault = f"has no readable '{key}' ({type(error).__name__}: {error}); get it again"
-        raise source.unreadable(path, fault) from error
+        raise ValueError(
+            f"{path} has no readable '{key}' ({type(error).__name__}: {error}): get the file again"
+        ) from error

@@ -1,157 +1,226 @@
-"""Split files: the published ones, and those made from a raw download where there is none."""
+"""Splits: published split files, those made from a raw download, and the checks of both."""
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets.base import SPLITS, DatasetDir, RawSample, Split
-from datasets.checks import check_split
-from utils import atomic_write, truncate_list
+from datasets.base import (
+    SPLITS,
+    DatasetDir,
+    DatasetInfo,
+    Split,
+    list_files,
+    read_json,
+)
+from utils import atomic_write, plural, truncate_list
 
-Read = tuple[Split, list[Exception]]
+SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
+NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
+UNSAFE_PATH = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
 
 
-def read_split(source: DatasetDir, save: bool = True) -> Read:
-    """Read all entries of a dataset, and all that is wrong with them.
+def read_split(dataset_dir: DatasetDir) -> Split:
+    """Read all samples of a dataset: from the published split file, or from the raw download.
 
-    The published split file decides when it is there. Otherwise a split is made from the raw
-    download, which leaves Python's global generator alone, and saved beside the data under a name
-    of its own. The saved one is used as long as the download gives the same.
-
-    Args:
-        source: The dataset's folder.
-        save: Save a split that was made, and announce it on standard error.
+    Nothing is written, and Python's global `random` is not used.
 
     Raises:
-        ValueError: A list or split file cannot be read at all.
-        FileNotFoundError: The image folder is missing, or all that a split can be made of.
+        ValueError: A list or split file does not have the expected content.
+        OSError: It cannot be read, or the image folder or a list is missing.
     """
-    spec = source.spec
-    if spec.prepare and not os.path.lexists(source.folder / spec.split):
-        return spec.read(source), []  # as it will be made on first use
-    folders = [str(path) for path in spec.image_folders(source.folder) if not path.is_dir()]
-    if folders:
-        raise source.missing(f"the image folder {truncate_list(folders)} is missing")
-    if spec.split and os.path.lexists(source.folder / spec.split):
-        return read_split_file(source, source.folder / spec.split)
+    info, path = dataset_dir.info, dataset_dir.path
+    if missing := [str(folder) for folder in info.image_dirs(path) if not os.path.isdir(folder)]:
+        raise FileNotFoundError(f"the image folder {truncate_list(missing)} is missing")
+    if info.split_file and os.path.lexists(path / info.split_file):
+        return read_split_file(dataset_dir, path / info.split_file)
     try:
-        split = spec.read(source)
-    except PermissionError as error:
-        raise source.error(f"{error.filename} may not be read; correct its permissions") from error
-    if spec.split and not spec.place:
-        return _made_split(source, replace(split, kind="made"), save)
-    return split, check_split(source, split)
+        split = info.read_data(dataset_dir)
+    except FileNotFoundError as error:
+        without = f"there is no {info.split_file}, and " if info.split_file else ""
+        raise FileNotFoundError(f"{without}the download lacks {error.filename}") from error
+    return replace(split, origin="made") if info.split_file else split
 
 
-def _made_split(source: DatasetDir, fresh: Split, save: bool) -> Read:
-    """The split that an earlier run saved, if it was made of the same data; else the fresh one."""
-    spec, digest = source.spec, fresh.digest()
-    path = source.folder / generated_split_name(spec.split)
-    saved = _load(source, path) if os.path.lexists(path) else None
-    if saved and saved.get("digest") == digest:
-        split, problems = read_split_file(source, path)
-        split, state = replace(split, kind="made"), "made earlier"
-    else:
-        split, problems, state = fresh, check_split(source, fresh), "made now"
-        if saved:
-            state = "made anew: the data has changed since the saved one was made"
-            if "digest" not in saved:
-                state = "made anew: the saved one does not say of which data it was made"
-        if save and not problems:
-            state += _save(path, split, digest)
-    if save and not problems:
-        print(
-            f"note: {source.name}: there is no {spec.split} in {source.folder}; using a split made "
-            f"from the raw data ({path.name}, {state}), not comparable to published figures. "
-            f"DATASETS.md, section {spec.title}, says where to get the published one.",
-            file=sys.stderr,
+def read_split_file(dataset_dir: DatasetDir, path: Path) -> Split:
+    """Read {"train": [[path, label, class name], ...], "val": [...], "test": [...]}."""
+    data = read_json(path)
+    parts = [data.get(part) for part in SPLITS] if isinstance(data, dict) else []
+    if not parts or not all(isinstance(part, list) for part in parts):
+        raise ValueError(f"{path} lacks a list named train, val or test: get the file again")
+    if bad := [repr(sample)[:60] for part in parts for sample in part if not is_sample(sample)]:
+        raise ValueError(
+            f"{path} has entries that are not [path, label, class name]: {truncate_list(bad)}; get "
+            "the file again"
         )
-    return split, problems
+    parts = [[(dataset_dir.to_posix_path(p), *sample) for p, *sample in part] for part in parts]
+    names = {label: name for part in parts for _, label, name in part}
+    origin = "own" if dataset_dir.info.custom_path else "published"
+    return Split(str(path), *parts, dict(sorted(names.items())), origin)
 
 
-def generated_split_name(split: str) -> str:
-    """Name of the split made here in place of a published one."""
-    return split.replace("split_zhou_", "split_so_")
+def is_sample(value: Any) -> bool:
+    """Return whether a value is [path, label, class name]."""
+    if not isinstance(value, list) or list(map(type, value)) != [str, int, str]:
+        return False
+    return bool(value[0] and value[2].strip())
 
 
-def _save(path: Path, split: Split, digest: str) -> str:
-    """Write a split in the published ones' form; return what to say of a failure."""
-    note = "made by datasets/readers.py from the raw download; not comparable to published figures"
-    parts = {part: getattr(split, part) for part in SPLITS}
+def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
+    """Save a split made from the raw download, and print that it is not the published one.
+
+    It is saved beside the data under a name of its own, with the SHA-256 of its samples. An earlier
+    one of other samples is replaced.
+    """
+    split_file, sha256 = dataset_dir.info.split_file, split.sha256()
+    path = dataset_dir.path / generated_split_name(split_file)
+    state = "made earlier"
+    if _saved_sha256(path) != sha256:
+        state = "made again, since the data has changed" if path.exists() else "made now"
+        note = "made from the raw download; not comparable to published figures"
+        parts = {part: getattr(split, part) for part in SPLITS}
+        try:
+            atomic_write(path, json.dumps({"note": note, "digest": sha256, **parts}))
+        except OSError as error:
+            state += f", not saved: {error.strerror or error}"
+    print(
+        f"note: {dataset_dir.name}: there is no {split_file} in {dataset_dir.path}; using a split "
+        f"made from the raw data ({path.name}, {state}), not comparable to published figures; see "
+        f"DATASETS.md, section {dataset_dir.info.title}, for the published one",
+        file=sys.stderr,
+    )
+
+
+def generated_split_name(split_file: str) -> str:
+    """Return the name of the split made here in place of a published one."""
+    return split_file.replace("split_zhou_", "split_so_")
+
+
+def _saved_sha256(path: Path) -> str | None:
+    """Return the SHA-256 that a saved split has of its samples, if there is one."""
     try:
-        atomic_write(path, json.dumps({"note": note, "digest": digest, **parts}))
-    except OSError as error:
-        return f", not saved: {error.strerror or error}"
-    return ""
+        return read_json(path)["digest"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
-def read_split_file(source: DatasetDir, path: Path) -> Read:
-    """Read {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}."""
-    data = _load(source, path)
-    parts: dict[str, list[RawSample]] = {part: [] for part in SPLITS}
-    names: dict[int, str] = {}
-    bad = []
-    for part in SPLITS:
-        for entry in data[part]:
-            if is_valid_entry(entry):
-                image, label, name = entry
-                parts[part].append((to_posix_path(source, image), label, name))
-                names.setdefault(label, name)
-            else:
-                bad.append(f"{part}: {repr(entry)[:60]}")
-    kind = "own" if source.spec.place else "published"
-    split = Split(str(path), **parts, names=dict(sorted(names.items())), kind=kind)
-    problems = check_split(source, split)
-    if bad:
-        form = "entries that are not [path, label, class name]"
-        problems.insert(
-            0, source.unreadable(path, f"has {form}: {truncate_list(bad)}; {_remedy(source, path)}")
+def check_split(dataset_dir: DatasetDir, split: Split) -> None:
+    """Check labels, paths, files and classes; raise the first fault as ValueError or OSError."""
+    for check in CHECKS:
+        check(dataset_dir, split)
+
+
+def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
+    """Check that labels run from 0, and that each stands for one class name."""
+    names = split.lab2cname
+    labels = sorted({*names, *(label for _, label, _ in split.samples())})
+    if not labels:
+        raise FileNotFoundError(f"{split.source_path} has no images: add them or get it again")
+    if dataset_dir.info.custom_path and len(labels) == 1:
+        raise ValueError(
+            f"{split.source_path} has one class, {names[labels[0]]!r}; a task takes two or more"
         )
-    return split, problems
-
-
-def _load(source: DatasetDir, path: Path) -> dict[str, Any]:
-    """The content of a split file, with a list for each part."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")  # reading a pipe would never end
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        fault = f"cannot be read as JSON ({error}); {_remedy(source, path)}"
-        raise source.unreadable(path, fault) from error
-    data = data if isinstance(data, dict) else {}
-    if lacking := [part for part in SPLITS if not isinstance(data.get(part), list)]:
-        raise source.unreadable(
-            path, f"lacks the part {', '.join(lacking)}; {_remedy(source, path)}"
+    if odd := sorted(set(labels) ^ set(range(len(labels)))):
+        raise ValueError(
+            f"labels in {split.source_path} must run from 0 to {len(labels) - 1} without gaps, but "
+            f"{truncate_list(map(str, odd))} is missing or extra: correct it or get it again"
         )
-    return data
+    conflicts = {
+        label: f"label {label} stands for {names[label]!r} and {name!r}"
+        for _, label, name in split.samples()
+        if names.get(label) != name
+    }
+    if conflicts:
+        raise ValueError(
+            f"in {split.source_path}, {truncate_list(conflicts.values())}: correct it or get it "
+            "again"
+        )
 
 
-def _remedy(source: DatasetDir, path: Path) -> str:
-    """What helps with a broken split file."""
-    made = path.name.startswith("split_so_")
-    return "delete it, and it is made again" if made else source.remedy("get the file again")
+def check_paths(dataset_dir: DatasetDir, split: Split) -> None:
+    """Check that paths and class names are text, and that paths stay in the image folder."""
+    paths = dict.fromkeys(path for path, _, _ in split.samples())
+    if bad := [name for name in (*paths, *split.lab2cname.values()) if NOT_UTF_8.search(name)]:
+        raise ValueError(f"{split.source_path} has {truncate_list(bad)}, not UTF-8: rename it")
+    if outside := [path for path in paths if UNSAFE_PATH.search(path)]:
+        raise ValueError(
+            f"{split.source_path} names {truncate_list(outside)}, outside of the image folder "
+            f"{dataset_dir.image_dir}: paths must be relative and without '..'"
+        )
 
 
-def to_posix_path(source: DatasetDir, path: str) -> str:
-    """A path as written on Windows, with "/" where that finds the file."""
-    if "\\" in path and os.path.isfile(source.locate(path.replace("\\", "/"))):
-        return path.replace("\\", "/")
-    return path
+def check_files(dataset_dir: DatasetDir, split: Split) -> None:
+    """Check that all images exist.
+
+    Each folder is listed once: on a network file system that is far cheaper than a question for
+    each image.
+    """
+    if split.files_exist:
+        return
+    by_folder: dict[str, list[str]] = {}
+    paths = dict.fromkeys(path for path, _, _ in split.samples())
+    for path in paths:
+        by_folder.setdefault(os.path.dirname(path), []).append(path)
+    missing = []
+    for folder, images in by_folder.items():
+        try:
+            present = set(list_files(dataset_dir.image_path(folder)))
+        except (OSError, ValueError):  # no such folder, or a name that no folder can have
+            present = set()
+        for path in images:
+            # A file system that ignores case may know a name that is not in its list.
+            if os.path.basename(path) not in present:
+                if not os.path.isfile(dataset_dir.image_path(path)):
+                    missing.append(path)
+    if missing:
+        raise FileNotFoundError(
+            f"{truncate_list(sorted(missing))}: named in {split.source_path}, missing in "
+            f"{dataset_dir.image_dir} ({len(missing)} of {plural(len(paths), 'image')}): correct "
+            "the paths, or complete the download"
+        )
 
 
-def is_valid_entry(entry: Any) -> bool:
-    """Whether an entry is a path, a label and a class name."""
-    if not isinstance(entry, list) or len(entry) != 3:
-        return False
-    path, label, name = entry
-    if not isinstance(path, str) or not isinstance(name, str) or type(label) is not int:
-        return False
-    try:
-        (path + name).encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in path + name and bool(name.strip())
+def check_classes(dataset_dir: DatasetDir, split: Split) -> None:
+    """Check that each class has images to train and to test with."""
+    for part in ("test",) if dataset_dir.info.test_only else ("train", "test"):
+        present = {label for _, label, _ in getattr(split, part)}
+        if lacking := [repr(name) for i, name in split.lab2cname.items() if i not in present]:
+            raise ValueError(
+                f"{split.source_path} has no {SPLIT_TITLES[part]} images of the class "
+                f"{truncate_list(lacking)}: add some, 4 if the class is divided here, or remove "
+                "the class"
+            )
+
+
+CHECKS = (check_labels, check_paths, check_files, check_classes)
+
+
+def format_counts(info: DatasetInfo, split: Split) -> dict[str, str]:
+    """Return the numbers of classes and images: "47", or "12 of 47" if 47 were published.
+
+    They are named "classes" and as in SPLITS; parts that the dataset does not have are left out.
+    """
+    counts = {"classes": len(split.lab2cname), **split.num_images()}
+    published = dict(zip(counts, (info.num_classes, *info.num_images), strict=True))
+    return {
+        key: str(count) if published[key] in (None, count) else f"{count} of {published[key]}"
+        for key, count in counts.items()
+        if count or published[key] is not None
+    }
+
+
+def count_mismatch(dataset_dir: DatasetDir, split: Split) -> str:
+    """Return a sentence on numbers that differ from the published ones, or ""."""
+    nouns = {"classes": "classes", **{part: f"{t} images" for part, t in SPLIT_TITLES.items()}}
+    counts = format_counts(dataset_dir.info, split)
+    differing = [f"{text} {nouns[key]}" for key, text in counts.items() if " of " in text]
+    if not differing:
+        return ""
+    return (
+        f"{dataset_dir.name}: not the published numbers in {dataset_dir.path}: "
+        f"{', '.join(differing)}; the download is incomplete, or this is another split; see "
+        f"DATASETS.md, section {dataset_dir.info.title}"
+    )

@@ -1,6 +1,6 @@
-"""Images: read, cropped, mirrored, stacked, brought to the device.
+"""Images: decoding, augmentation, batches.
 
-Batches are uint8, a quarter of what float images weigh on their way to a GPU, where
+Batches are uint8, a quarter of the size of float images on their way to a GPU, where
 `clip.preprocess.normalize` makes them a model's input.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from clip.preprocess import convert_image_to_rgb
 from utils import detect_placeholder_file
 
-# By content, whatever a file is called. Pillow knows more, of which EPS would run Ghostscript.
+# By content, whatever a file is called. Pillow knows more; for EPS it would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**30 // 4 // 3  # of an image, and of what it is resized to before the crop
 # At this size Pillow would warn and go on.
@@ -29,13 +29,13 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """Decode an image file wholly, into RGB: the first picture where there are several.
+    """Decode an image file completely, into RGB: the first picture if there are several.
 
-    As in CLIP's own preprocessing, the turn that a camera noted in EXIF data is not made.
+    As in CLIP's own preprocessing, the rotation that a camera noted in EXIF data is not applied.
 
     Raises:
-        FileNotFoundError: It is missing; the message names it.
-        ValueError: It cannot be read; the message names it.
+        FileNotFoundError: It is missing.
+        ValueError: It cannot be read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -50,26 +50,12 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # a damaged file makes Pillow fail in any way
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            if words := detect_placeholder_file(path):
-                raise ValueError(f"the image {path} is {words}") from error
-            reason = _many_bands(path) or f"none of {', '.join(FORMATS)}"
+            if placeholder := detect_placeholder_file(path):
+                raise ValueError(f"the image {path} is {placeholder}") from error
+            reason = f"none of {', '.join(FORMATS)}"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise ValueError(f"the image {path} cannot be read ({reason}): replace it") from error
-
-
-def _many_bands(path: str | os.PathLike) -> str:
-    """What to say of a TIFF with more bands than a picture has; "" for other files."""
-    try:
-        with open(path, "rb") as file:
-            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
-            file.seek(tags.next)
-            tags.load(file)
-        bands = tags[TiffImagePlugin.SAMPLESPERPIXEL]
-    except Exception:  # not a TIFF, or a damaged one
-        return ""
-    wanted = "as in EuroSAT's multi-spectral download; wanted is the RGB one, EuroSAT_RGB.zip"
-    return f"a TIFF of {bands} bands, {wanted}" if bands > 4 else ""
 
 
 def train_transform(
@@ -79,13 +65,13 @@ def train_transform(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
-) -> np.ndarray:
-    """Crop at random, resize bicubically, mirror with probability 1/2: (R, R, 3) uint8."""
+) -> Image.Image:
+    """Crop at random, resize bicubically to (R, R), mirror with probability 1/2."""
     image = image.crop(random_resized_crop_params(image.width, image.height, rng, scale, ratio))
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
     if flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+    return image
 
 
 def random_resized_crop_params(
@@ -97,8 +83,8 @@ def random_resized_crop_params(
 ) -> tuple[int, int, int, int]:
     """Draw a crop of random area and shape: (left, top, right, bottom).
 
-    The distribution is that of torchvision's RandomResizedCrop: an area uniform in `scale`, a
-    shape log-uniform in `ratio`, ten tries, then the largest centred box of an allowed shape.
+    The distribution is the one of torchvision's RandomResizedCrop: an area uniform in `scale`, a
+    shape log-uniform in `ratio`, ten tries, then the largest centered box of an allowed shape.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -114,14 +100,16 @@ def random_resized_crop_params(
     return left, top, left + w, top + h
 
 
-def collate(images: Sequence[np.ndarray], labels: Sequence[int], resolution: int) -> Batch:
-    """Stack images (R, R, 3) to (B, 3, R, R), channels last in memory, and labels to (N,)."""
-    pixels = np.stack(images) if images else np.empty((0, resolution, resolution, 3), np.uint8)
+def collate(images: Sequence[Image.Image], labels: Sequence[int], resolution: int) -> Batch:
+    """Stack images (R, R) to (B, 3, R, R), channels last in memory, and labels to (N,)."""
+    pixels = np.empty((len(images), resolution, resolution, 3), np.uint8)
+    for row, image in zip(pixels, images, strict=True):
+        row[:] = np.asarray(image)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Bring a batch to the device, without waiting where that is possible."""
+    """Copy a batch to the device, asynchronously if that is possible."""
     if device.type == "cuda":
         batch = batch[0].pin_memory(), batch[1].pin_memory()
     return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)

@@ -9,16 +9,20 @@ import io
 import json
 import random
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from datasets import build_dataset
+
 ROOT = Path(__file__).parents[1]
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 Parts = dict[str, list[list]]  # part: [[path, label, class name], ...]
+Size = tuple[int, int]
 
 # dataset: its folder in the CoOp layout, in the CLIP-LoRA and SO one, split file
 LAYOUTS = {
@@ -43,7 +47,7 @@ VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 ELEVEN = tuple(name for name in LAYOUTS if name not in (*VARIANTS, "digits"))
 WITH_SPLIT = tuple(name for name, layout in LAYOUTS.items() if layout[2])
 
-# Real class names where there are any so many; names like them beyond.
+# Real class names where there are so many; names like them beyond.
 NAMES = {
     "sun397": ["/a/abbey", "/c/casino/indoor", "/a/airplane_cabin", "/z/zen_garden"],
     "fgvc": ["707-320", "A300B4", "Boeing 717", "F/A-18"],
@@ -76,29 +80,36 @@ def make_dataset(
     split: bool = True,
     classes: int = 3,
     per_class: int = 8,
-    size: tuple[int, int] = (40, 32),
-) -> None:
+    size: Size = (40, 32),
+) -> Path:
     """Write a small copy of a dataset, the raw download's lists always included.
 
     Args:
         name: Its name on the command line.
-        root: Folder of all datasets; its own folder is made below it.
+        root: Folder of all datasets.
         convention: "coop" or "lora", the two sets of folder names.
-        split: Write the published split file, too, where the dataset has one.
+        split: Write the published split file, too, if the dataset has one.
         classes: Number of classes.
         per_class: Images per class, half of them for training, a fifth for validation, the rest
             for testing. ImageNet has per_class training images and half as many for testing; its
             variants have half of per_class, for testing.
         size: Width and height of the images.
+
+    Returns:
+        The dataset's folder.
     """
     folder = Path(root) / LAYOUTS[name][("coop", "lora").index(convention)]
     folder.mkdir(parents=True, exist_ok=True)
     parts = WRITERS[name](folder, class_names(name, classes), per_class, size)
     split_file = LAYOUTS[name][2]
     if split_file and (split or name == "digits"):
-        for part in PARTS:  # so that labels do not appear in order
+        for part in SPLITS:  # so that labels do not appear in order
             random.Random(part).shuffle(parts[part])
         (folder / split_file).write_text(json.dumps(parts))
+    return folder
+
+
+make_small_dataset = partial(make_dataset, size=(8, 8))
 
 
 def change_split(folder: Path, change: Callable[[dict], object]) -> None:
@@ -109,12 +120,8 @@ def change_split(folder: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(split))
 
 
-def refused(name: str, root: Path, message: str = ".") -> str:
-    """Check that a dataset is refused in one sentence, which a pattern fits; return it."""
-    import pytest
-
-    from datasets import build_dataset
-
+def check_refused(name: str, root: Path, message: str = ".") -> str:
+    """Check that a dataset is refused in one sentence that matches a pattern; return it."""
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         build_dataset(name, root, 1)
     assert "\n" not in str(caught.value)
@@ -122,7 +129,7 @@ def refused(name: str, root: Path, message: str = ".") -> str:
 
 
 def class_names(name: str, classes: int) -> list[str]:
-    """Class names as the raw download spells them."""
+    """Return class names as the raw download spells them."""
     if name.startswith("imagenet"):
         lines = (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()
         return lines[:classes]
@@ -137,82 +144,65 @@ def class_names(name: str, classes: int) -> list[str]:
     return names + [more.format(letter) for letter in letters[len(names) :]]
 
 
-def write_image(path: Path, label: int, index: int, size: tuple[int, int]) -> None:
-    """Write one image: its class's colour with some noise of its own."""
+def write_image(path: Path, label: int, index: int, size: Size = (8, 8)) -> None:
+    """Write one image: its class's color with some noise of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded_image(label, index, size, "PNG" if path.suffix == ".png" else "JPEG"))
+    path.write_bytes(encode_image(label, index, size, "PNG" if path.suffix == ".png" else "JPEG"))
 
 
 @lru_cache(maxsize=4096)
-def encoded_image(label: int, index: int, size: tuple[int, int], form: str) -> bytes:
-    """The bytes of such an image's file."""
-    colour = np.random.RandomState(label).randint(40, 216, 3)
+def encode_image(label: int, index: int, size: Size, form: str) -> bytes:
+    """Return the bytes of such an image's file."""
+    color = np.random.RandomState(label).randint(40, 216, 3)
     noise = np.random.RandomState(1000 * label + index).randint(-40, 40, (size[1], size[0], 1))
     file = io.BytesIO()
-    Image.fromarray((colour + noise).astype(np.uint8)).save(file, form)
+    Image.fromarray((color + noise).astype(np.uint8)).save(file, form)
     return file.getvalue()
-
-
-def part_of(index: int, per_class: int) -> str:
-    """The part that a class's image belongs to."""
-    train, val = max(1, per_class // 2), round(per_class / 5)
-    return "train" if index < train else "val" if index < train + val else "test"
 
 
 def _write(
     folder: Path,
     names: list[str],
     per_class: int,
-    size: tuple[int, int],
+    size: Size,
     path_of: Callable[[int, int, int, str], str],
 ) -> Parts:
     """Write all images at path_of(label, index, running number, part); return their entries."""
-    parts: Parts = {part: [] for part in PARTS}
-    number = 0
-    for label, name in enumerate(names):
-        for index in range(per_class):
-            number += 1
-            part = part_of(index, per_class)
-            path = path_of(label, index, number, part)
-            write_image(folder / path, label, index, size)
-            parts[part].append([path, label, name])
+    parts: Parts = {part: [] for part in SPLITS}
+    num_train, num_val = max(1, per_class // 2), round(per_class / 5)
+    for number in range(len(names) * per_class):
+        label, index = divmod(number, per_class)
+        part = "train" if index < num_train else "val" if index < num_train + num_val else "test"
+        path = path_of(label, index, number + 1, part)
+        write_image(folder / path, label, index, size)
+        parts[part].append([path, label, names[label]])
     return parts
 
 
-def _class_folders(images: str, ending: str = "jpg", naming: Callable[[str], str] = str):
-    """A writer of one folder for each class, labelled in sorted order."""
+def _class_folders(images: str, titles: dict[str, str] | None = None, extension: str = "jpg"):
+    """Return a writer of one folder for each class, with other files beside the images."""
 
-    def write(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
-        if ending == "jpg":
-            names = sorted(names)
-
+    def write(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
         def path_of(label: int, index: int, number: int, part: str) -> str:
-            return f"{names[label]}/{names[label]}_{index:04d}.{ending}"
+            return f"{names[label]}/{names[label]}_{index:04d}.{extension}"
 
+        names = names if extension == "png" else sorted(names)  # the digits are not sorted
         (folder / images).mkdir(exist_ok=True)
         (folder / images / ".directory").write_text("hidden")
         (folder / images / "readme.txt").write_text("no image")
-        titles = [naming(name) for name in names]
-        return _write(folder / images, titles, per_class, size, path_of)
+        classnames = [(titles or {}).get(name, name) for name in names]
+        return _write(folder / images, classnames, per_class, size, path_of)
 
     return write
 
 
-def _eurosat_name(folder: str) -> str:
-    return dict(zip(NAMES["eurosat"], EUROSAT_NAMES, strict=True)).get(folder, folder)
-
-
-def _caltech(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _caltech(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     for ignored in ("BACKGROUND_Google", "Faces_easy"):
         write_image(folder / "101_ObjectCategories" / ignored / "image_0001.jpg", 0, 0, size)
-
-    def naming(name: str) -> str:
-        return CALTECH_NAMES.get(name, name)
-
-    return _class_folders("101_ObjectCategories", naming=naming)(folder, names, per_class, size)
+    return _class_folders("101_ObjectCategories", CALTECH_NAMES)(folder, names, per_class, size)
 
 
-def _imagenet(folder: Path, lines: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _imagenet(folder: Path, lines: list[str], per_class: int, size: Size) -> Parts:
     if folder.name == "images":  # CoOp's layout names the classes, the other one does not
         (folder.parent / "classnames.txt").write_text("".join(f"{line}\n" for line in lines))
     for label, wnid in enumerate(line.split()[0] for line in lines):
@@ -225,34 +215,31 @@ def _imagenet(folder: Path, lines: list[str], per_class: int, size: tuple[int, i
     return {}
 
 
-def _variant(images: str, numbered: bool = False, naming: str = "{wnid}_{i}.JPEG"):
-    """A writer of class folders of test images, named by WordNet ids or by ImageNet's labels."""
+def _imagenet_variant(images: str, filename: str, numbered: bool = False):
+    """Return a writer of folders of test images, named by WordNet ids or by ImageNet's labels."""
 
-    def write(folder: Path, lines: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+    def write(folder: Path, lines: list[str], per_class: int, size: Size) -> Parts:
         (folder / images).mkdir()
         (folder / images / "README.txt").write_text("what the images are")
         for label, wnid in enumerate(line.split()[0] for line in lines):
             for i in range(max(1, per_class // 2)):
-                place = str(label) if numbered else wnid
-                path = folder / images / place / naming.format(wnid=wnid, i=i)
-                write_image(path, label, 700 + i, size)
+                name = str(label) if numbered else wnid
+                write_image(folder / images / name / filename.format(i), label, 700 + i, size)
         return {}
 
     return write
 
 
-def _fgvc(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _fgvc(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     (folder / "variants.txt").write_text("".join(f"{name}\n" for name in names))
-    parts = _write(
-        folder / "images", names, per_class, size, lambda label, index, n, part: f"{n:07d}.jpg"
-    )
-    for part in PARTS:
+    parts = _write(folder / "images", names, per_class, size, lambda _, __, n, ___: f"{n:07d}.jpg")
+    for part in SPLITS:
         lines = [f"{path[:-4]} {name}\n" for path, _, name in sorted(parts[part], reverse=True)]
         (folder / f"images_variant_{part}.txt").write_text("".join(lines))
     return parts
 
 
-def _cars(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _cars(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     def path_of(label: int, index: int, number: int, part: str) -> str:
         return f"cars_{'test' if part == 'test' else 'train'}/{number:05d}.jpg"
 
@@ -273,11 +260,11 @@ def _cars(folder: Path, names: list[str], per_class: int, size: tuple[int, int])
     return parts
 
 
-def _flowers(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _flowers(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     parts = _write(
-        folder / "jpg", names, per_class, size, lambda label, index, n, part: f"image_{n:05d}.jpg"
+        folder / "jpg", names, per_class, size, lambda _, __, n, ___: f"image_{n:05d}.jpg"
     )
-    entries = sorted(entry for part in PARTS for entry in parts[part])
+    entries = sorted(entry for part in SPLITS for entry in parts[part])
     labels = np.array([[label + 1 for _, label, _ in entries]], dtype=np.uint8)
     savemat(folder / "imagelabels.mat", {"labels": labels})
     numbers = {str(label + 1): name for label, name in enumerate(names)}
@@ -285,34 +272,32 @@ def _flowers(folder: Path, names: list[str], per_class: int, size: tuple[int, in
     return parts
 
 
-def _pets(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _pets(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     def path_of(label: int, index: int, number: int, part: str) -> str:
         return f"{names[label]}_{index + 1}.jpg"
 
     titles = [name.lower() for name in names]
     parts = _write(folder / "images", titles, per_class, size, path_of)
-    lists = {"trainval.txt": parts["train"] + parts["val"], "test.txt": parts["test"]}
     (folder / "annotations").mkdir(exist_ok=True)
-    for file, entries in lists.items():
+    for file, entries in _two_lists(parts, "trainval.txt", "test.txt"):
         lines = [f"{path[:-4]} {label + 1} 1 {label + 1}\n" for path, label, _ in entries]
         (folder / "annotations" / file).write_text("".join(lines))
     return parts
 
 
-def _sun397(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _sun397(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     def path_of(label: int, index: int, number: int, part: str) -> str:
         return f"{names[label][1:]}/sun_{number:06d}.jpg"
 
     titles = [" ".join(reversed(name.split("/")[2:])) for name in names]
     parts = _write(folder / "SUN397", titles, per_class, size, path_of)
     (folder / "ClassName.txt").write_text("".join(f"{name}\n" for name in names))
-    lists = {"Training": parts["train"] + parts["val"], "Testing": parts["test"]}
-    for file, entries in lists.items():
-        (folder / f"{file}_01.txt").write_text("".join(f"/{path}\n" for path, _, _ in entries))
+    for file, entries in _two_lists(parts, "Training_01.txt", "Testing_01.txt"):
+        (folder / file).write_text("".join(f"/{path}\n" for path, _, _ in entries))
     return parts
 
 
-def _ucf101(folder: Path, names: list[str], per_class: int, size: tuple[int, int]) -> Parts:
+def _ucf101(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
     def title(name: str) -> str:
         words = "".join(f" {letter}" if letter.isupper() else letter for letter in name)
         return "_".join(words.split())
@@ -325,24 +310,24 @@ def _ucf101(folder: Path, names: list[str], per_class: int, size: tuple[int, int
     lists = folder / "ucfTrainTestlist"
     lists.mkdir(exist_ok=True)
     (lists / "classInd.txt").write_text("".join(f"{i + 1} {n}\n" for i, n in enumerate(names)))
-
-    def videos(entries: list[list], labelled: bool) -> str:
-        lines = []
-        for path, label, _ in entries:
-            video = f"{names[label]}/{Path(path).stem}.avi"
-            lines.append(f"{video} {label + 1}\n" if labelled else f"{video}\n")
-        return "".join(lines)
-
-    (lists / "trainlist01.txt").write_text(videos(parts["train"] + parts["val"], True))
-    (lists / "testlist01.txt").write_text(videos(parts["test"], False))
+    for file, entries in _two_lists(parts, "trainlist01.txt", "testlist01.txt"):
+        lines = [f"{names[label]}/{Path(path).stem}.avi" for path, label, _ in entries]
+        if file == "trainlist01.txt":  # only this one has labels
+            lines = [f"{line} {e[1] + 1}" for line, e in zip(lines, entries, strict=True)]
+        (lists / file).write_text("".join(f"{line}\n" for line in lines))
     return parts
 
 
-WRITERS: dict[str, Callable[[Path, list[str], int, tuple[int, int]], Parts]] = {
+def _two_lists(parts: Parts, training: str, testing: str) -> list[tuple[str, list[list]]]:
+    """Return the entries of a download's two lists, which know no validation images."""
+    return [(training, parts["train"] + parts["val"]), (testing, parts["test"])]
+
+
+WRITERS: dict[str, Callable[[Path, list[str], int, Size], Parts]] = {
     "imagenet": _imagenet,
     "sun397": _sun397,
     "fgvc": _fgvc,
-    "eurosat": _class_folders("2750", naming=_eurosat_name),
+    "eurosat": _class_folders("2750", dict(zip(NAMES["eurosat"], EUROSAT_NAMES, strict=True))),
     "stanford_cars": _cars,
     "food101": _class_folders("images"),
     "oxford_pets": _pets,
@@ -350,9 +335,11 @@ WRITERS: dict[str, Callable[[Path, list[str], int, tuple[int, int]], Parts]] = {
     "caltech101": _caltech,
     "dtd": _class_folders("images"),
     "ucf101": _ucf101,
-    "imagenetv2": _variant("imagenetv2-matched-frequency-format-val", True, "{i}f{wnid}.jpeg"),
-    "imagenet_sketch": _variant("images", naming="sketch_{i}.JPEG"),
-    "imagenet_a": _variant("imagenet-a", naming="0.0_fox squirrel _ fox_0.5_{i}.jpg"),
-    "imagenet_r": _variant("imagenet-r", naming="art_{i}.jpg"),
-    "digits": _class_folders("images", ending="png"),
+    "imagenetv2": _imagenet_variant(
+        "imagenetv2-matched-frequency-format-val", "{}f.jpeg", numbered=True
+    ),
+    "imagenet_sketch": _imagenet_variant("images", "sketch_{}.JPEG"),
+    "imagenet_a": _imagenet_variant("imagenet-a", "0.0_fox squirrel _ fox_0.5_{}.jpg"),
+    "imagenet_r": _imagenet_variant("imagenet-r", "art_{}.jpg"),
+    "digits": _class_folders("images", extension="png"),
 }

@@ -1,4 +1,4 @@
-"""The digits: placed the same everywhere, split once and for all, made whole or not at all."""
+"""The digits: drawn the same everywhere, split once and for all, made whole or not at all."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ TOTALS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)  # images of each cl
 def rendered():
     before = np.random.get_state()[1].copy()
     images = digits.render()
-    assert (np.random.get_state()[1] == before).all()  # the global generator is left alone
+    assert (np.random.get_state()[1] == before).all()  # the global generator is not used
     return images
 
 
@@ -42,14 +42,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_pixels_are_the_same_on_every_machine_and_numpy(rendered):
+def test_pixels_are_the_same_everywhere(rendered):
     images, labels = rendered
     assert images.shape == (1797, 32, 32) and images.dtype == np.uint8
     assert hashlib.sha256(images.tobytes()).hexdigest() == PIXELS
     assert Counter(labels.tolist()) == dict(enumerate(TOTALS))
 
 
-def test_the_files_hold_the_rendered_pixels(folder, rendered):
+def test_files_hold_rendered_pixels(folder, rendered):
     images, labels = rendered
     files = sorted((folder / "images").glob("*/*.png"), key=lambda path: int(path.stem))
     assert [int(path.stem) for path in files] == list(range(1797))
@@ -59,7 +59,7 @@ def test_the_files_hold_the_rendered_pixels(folder, rendered):
             assert (np.asarray(opened) == image).all()
 
 
-def test_placing_upright_and_centred_at_a_whole_factor_is_plain_enlargement():
+def test_render_digit_enlarges():
     digit = np.zeros((8, 8))
     digit[2, 5] = 1
     canvas = digits.render_digit(digit, 32, 0, 0, 0)
@@ -68,22 +68,22 @@ def test_placing_upright_and_centred_at_a_whole_factor_is_plain_enlargement():
     assert int(canvas.sum()) == pytest.approx(16 * 255, rel=0.01)
 
 
-def test_placing_shifts_right_and_down_and_turns_counter_clockwise():
+def test_render_digit_shifts_and_turns():
     weights = np.arange(32) - 15.5
 
-    def centre(canvas):
+    def center(canvas):
         return np.array([canvas.sum(0) @ weights, canvas.sum(1) @ weights]) / canvas.sum()
 
     digit = np.zeros((8, 8))
     digit[3:5, 3:5] = 1
-    assert centre(digits.render_digit(digit, 20, 3, -2, 0)) == pytest.approx([3, -2], abs=0.05)
+    assert center(digits.render_digit(digit, 20, 3, -2, 0)) == pytest.approx([3, -2], abs=0.05)
     digit = np.zeros((8, 8))
-    digit[3:5, 6:] = 1  # to the right of the centre; counter-clockwise takes it up
-    x, y = centre(digits.render_digit(digit, 20, 0, 0, 15))
+    digit[3:5, 6:] = 1  # to the right of the center; counter-clockwise takes it up
+    x, y = center(digits.render_digit(digit, 20, 0, 0, 15))
     assert x > 5 and y < -1
 
 
-def test_the_split_never_changes_is_stratified_and_has_every_image_once(folder):
+def test_split_is_fixed_and_stratified(folder):
     content = (folder / digits.SPLIT_FILE).read_bytes()
     assert hashlib.sha256(content).hexdigest() == SPLIT
     split = json.loads(content)
@@ -97,50 +97,21 @@ def test_the_split_never_changes_is_stratified_and_has_every_image_once(folder):
         assert all(abs(counts[label] - share * total) <= 1 for label, total in enumerate(TOTALS))
 
 
-def test_a_whole_folder_stays_untouched_and_alone(folder, monkeypatch):
+def test_build_digits_keeps_whole_folder(folder, monkeypatch):
     monkeypatch.setattr(digits, "render", lambda: pytest.fail("rendered again"))
     digits.build_digits(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["digits"]
 
 
-def test_an_empty_folder_and_missing_parents_will_do(tmp_path, quick, monkeypatch):
-    folder = tmp_path / "data" / "digits"
-    folder.mkdir(parents=True)
-    rename = digits.os.rename
-
-    def as_on_windows(source, target):
-        if Path(target).exists():
-            raise FileExistsError(17, "Cannot create a file when that file already exists")
-        rename(source, target)
-
-    monkeypatch.setattr(digits.os, "rename", as_on_windows)
-    digits.build_digits(folder)
-    assert (folder / digits.SPLIT_FILE).is_file()
-
-
-def test_the_second_of_two_keeps_the_folder_of_the_first(tmp_path, monkeypatch, quick):
-    write, folder = digits._write, tmp_path / "digits"
-
-    def overtaken(draft, images, labels):
-        write(draft, images, labels)
-        write(folder, images, labels)
-        (folder / "first").touch()
-
-    monkeypatch.setattr(digits, "_write", overtaken)
-    digits.build_digits(folder)
-    assert (folder / "first").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
-
-
-def test_several_may_prepare_at_once(tmp_path, quick):
-    folder = tmp_path / "digits"
+def test_build_digits_by_several_processes(tmp_path, quick):
+    folder = tmp_path / "data/digits"
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(digits.build_digits, [folder] * 4))
     assert len(list((folder / "images").glob("*/*.png"))) == quick
-    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+    assert [path.name for path in folder.parent.iterdir()] == ["digits"]
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, quick):
+def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, quick):
     def interrupted(draft, images, labels):
         (draft / "images").mkdir(parents=True)
         raise KeyboardInterrupt
@@ -151,32 +122,25 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch, quick)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path, quick):
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "digits"
-    with pytest.raises(OSError, match="--root_path") as caught:
-        digits.build_digits(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_folder_with_other_content_is_left_alone_and_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OSError, match="--root_path") as caught:
-        digits.build_digits(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+def test_unusable_folder_is_named(tmp_path, quick):
+    (tmp_path / "notes.txt").touch()
+    for folder in (tmp_path, tmp_path / "notes.txt/digits"):  # other content, not writable
+        with pytest.raises(OSError, match=f"{folder} .*--root_path"):
+            digits.build_digits(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "notes.txt").rename(tmp_path / "digits")
+    with pytest.raises(ValueError, match="digits: .*--root_path; see DATASETS.md, section Digits"):
+        build_dataset("digits", tmp_path, 1)
 
 
-def test_a_missing_scikit_learn_is_said_in_a_sentence(tmp_path, monkeypatch):
+def test_missing_scikit_learn_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match="pip install scikit-learn"):
         digits.build_digits(tmp_path / "digits")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_use_makes_what_was_described_before_and_draws_the_same_images(
-    tmp_path, monkeypatch, rendered
-):
+def test_first_use_draws_the_same(tmp_path, monkeypatch, rendered):
     """Importing scikit-learn draws from Python's generator, in the process that makes them."""
 
     def drawing():
@@ -185,20 +149,10 @@ def test_the_first_use_makes_what_was_described_before_and_draws_the_same_images
 
     monkeypatch.setattr(digits, "render", drawing)
     monkeypatch.setenv("HOME", str(tmp_path))
-    data = dataset_fingerprint("digits", None)
-    assert list(tmp_path.iterdir()) == []
     draws = []
     for _ in range(2):
         random.seed(3)
         draws.append(build_dataset("digits", None, 1))
     assert draws[0] == draws[1] and len(draws[0].train_x) == 10
-    assert draws[0].fingerprint == data == dataset_fingerprint("digits", None)
-    (tmp_path / ".cache/so/digits" / digits.SPLIT_FILE).unlink()
-    for use in (
-        lambda: build_dataset("digits", None, 1),
-        lambda: dataset_fingerprint("digits", None),
-    ):
-        with pytest.raises(
-            ValueError, match="digits: .*--root_path; see DATASETS.md, section Digi"
-        ):
-            use()
+    assert (tmp_path / ".cache/so/digits" / digits.SPLIT_FILE).is_file()
+    assert draws[0].fingerprint == dataset_fingerprint("digits", None)

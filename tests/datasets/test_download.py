@@ -1,246 +1,161 @@
-"""`python -m datasets --fetch`: torchvision's downloads, from a server on loopback."""
+"""`python -m datasets --fetch`: torchvision's downloads, of archives like the real ones."""
 
 import io
 import json
 import shutil
 import tarfile
-import threading
-import urllib.request
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torchvision
-from dataset_helpers import make_dataset
+from dataset_helpers import make_small_dataset
 from scipy.io import savemat
 
 from datasets import dataset_fingerprint
 from datasets.__main__ import main
 from datasets.download import DOWNLOADS
 
-BY_HAND = {  # without the split file
+BY_HAND = {  # needed without the split file
     "oxford_flowers": ["cat_to_name.json"],
     "sun397": ["ClassName.txt", "Training_01.txt", "Testing_01.txt"],
 }
 
 
-def archived(folder, name):
-    """The bytes of an archive of all that is in a folder."""
+def archive(name, parts):
+    """The bytes of an archive of files and folders, by their name in it."""
     file = io.BytesIO()
     if name.endswith(".zip"):
-        with zipfile.ZipFile(file, "w") as archive:
-            for path in sorted(folder.rglob("*")):
-                archive.write(path, path.relative_to(folder))
+        with zipfile.ZipFile(file, "w") as writer:
+            for inside, part in parts.items():
+                for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
+                    writer.write(path, Path(inside) / path.relative_to(part))
     else:
-        with tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for path in sorted(folder.iterdir()):
-                archive.add(path, path.name)
+        with tarfile.open(fileobj=file, mode="w:gz") as writer:
+            for inside, part in parts.items():
+                writer.add(part, inside)
     return file.getvalue()
 
 
-def write(path, text=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def real_archives(name, folder, data):
-    """The files that a dataset's page has, of the content of a small copy, `data`."""
-
-    def packed(archive, **parts):
-        """One archive: of these parts of the copy, each under its name in it."""
-        place = folder / archive.replace(".", "-")
-        for below, part in parts.items():
-            target = place / below.replace("__", "/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (data / part).is_dir():
-                shutil.copytree(data / part, target, dirs_exist_ok=True)
-            else:
-                shutil.copy(data / part, target)
-        return place
-
+def real_archives(name, data, tmp_path):
+    """The files that a dataset's page has, made of a small copy in `data`."""
+    extra = tmp_path / "extra"
     if name == "dtd":
-        place = packed("dtd-r1.0.1.tar.gz", dtd__images="images")
-        write(place / "dtd/labels/train1.txt", "banded/banded_0000.jpg\n")
-        return {"dtd-r1.0.1.tar.gz": archived(place, ".tar.gz")}
+        extra.write_text("banded/banded_0000.jpg\n")
+        parts = {"dtd/images": data / "images", "dtd/labels/train1.txt": extra}
+        return {"dtd-r1.0.1.tar.gz": archive(".tar.gz", parts)}
     if name == "eurosat":
-        return {"EuroSAT.zip": archived(packed("EuroSAT", **{"2750": "2750"}), ".zip")}
+        return {"EuroSAT.zip": archive(".zip", {"2750": data / "2750"})}
     if name == "fgvc":
-        place = packed("fgvc", **{"fgvc-aircraft-2013b__data": "."})
-        shutil.copy(
-            data / "images_variant_train.txt",
-            place / "fgvc-aircraft-2013b/data/images_variant_trainval.txt",
-        )
-        return {"fgvc-aircraft-2013b.tar.gz": archived(place, ".tar.gz")}
+        shutil.copy(data / "images_variant_train.txt", data / "images_variant_trainval.txt")
+        return {"fgvc-aircraft-2013b.tar.gz": archive(".gz", {"fgvc-aircraft-2013b/data": data})}
     if name == "oxford_flowers":
-        ids = io.BytesIO()
-        savemat(ids, {key: np.arange(1, 4) for key in ("trnid", "valid", "tstid")})
+        savemat(
+            extra.with_suffix(".mat"), {k: np.arange(1, 4) for k in ("trnid", "valid", "tstid")}
+        )
         return {
-            "102flowers.tgz": archived(packed("jpg", jpg="jpg"), ".tgz"),
+            "102flowers.tgz": archive(".tgz", {"jpg": data / "jpg"}),
             "imagelabels.mat": (data / "imagelabels.mat").read_bytes(),
-            "setid.mat": ids.getvalue(),
+            "setid.mat": extra.with_suffix(".mat").read_bytes(),
         }
     if name == "food101":
-        place = packed("food", **{"food-101__images": "images"})
-        write(place / "food-101/meta/train.json", json.dumps({"apple_pie": []}))
-        return {"food-101.tar.gz": archived(place, ".tar.gz")}
+        extra.write_text(json.dumps({"apple_pie": []}))
+        parts = {"food-101/images": data / "images", "food-101/meta/train.json": extra}
+        return {"food-101.tar.gz": archive(".tar.gz", parts)}
     if name == "oxford_pets":
         return {
-            f"{part}.tar.gz": archived(packed(part, **{part: part}), ".tar.gz")
+            f"{part}.tar.gz": archive(".tar.gz", {part: data / part})
             for part in ("images", "annotations")
         }
     if name == "sun397":
-        place = packed("SUN", SUN397="SUN397", SUN397__ClassName="ClassName.txt")
-        (place / "SUN397/ClassName").rename(place / "SUN397/ClassName.txt")
-        return {"SUN397.tar.gz": archived(place, ".tar.gz")}
-    place = packed("101", **{"101_ObjectCategories": "101_ObjectCategories"})
+        parts = {"SUN397": data / "SUN397", "SUN397/ClassName.txt": data / "ClassName.txt"}
+        return {"SUN397.tar.gz": archive(".tar.gz", parts)}
+    images = data / "101_ObjectCategories"
     for file in (".directory", "readme.txt"):  # torchvision takes all that is there for classes
-        (place / "101_ObjectCategories" / file).unlink()
-    inner = archived(place, ".tar.gz")
-    (folder / "zip/caltech-101").mkdir(parents=True)
-    (folder / "zip/caltech-101/101_ObjectCategories.tar.gz").write_bytes(inner)
-    (folder / "zip/__MACOSX").mkdir()
-    return {"caltech-101.zip": archived(folder / "zip", ".zip")}
+        (images / file).unlink()
+    extra.write_bytes(archive(".tar.gz", {"101_ObjectCategories": images}))
+    return {"caltech-101.zip": archive(".zip", {"caltech-101/101_ObjectCategories.tar.gz": extra})}
 
 
 @pytest.fixture
-def page(monkeypatch):
-    """Serves `files` by name whatever the address before it; `stop` breaks a file's answer off.
+def served(monkeypatch):
+    """Files by name, which torchvision's downloader gets whatever their address and digest."""
+    files = {}
 
-    A digest is good where the content is the one that is served.
-    """
-    page = SimpleNamespace(files={}, stop={}, asked=[], digests=[])
+    def download_url(url, root, filename=None, md5=None, **_):
+        path = Path(root) / (filename or url.rsplit("/", 1)[-1])
+        if path.name not in files:
+            raise RuntimeError(f"{url} is not found")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[path.name])
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            name, start = self.path.rsplit("/", 1)[-1], 0
-            content, asked = page.files.get(name), self.headers["Range"]
-            if content is None:
-                return self.send_error(404)
-            if asked:
-                start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            page.asked.append((name, start))
-            self.send_response(206 if asked else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start : page.stop.get(name)])
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    usual = urllib.request.OpenerDirector.open
-
-    def here(opener, request, *args, **options):
-        name = request.full_url.rsplit("/", 1)[-1]
-        request.full_url = f"http://127.0.0.1:{server.server_port}/{name}"
-        return usual(opener, request, *args, **options)
-
-    def good(path, md5, **_):
-        page.digests.append((Path(path).name, md5))
-        return Path(path).read_bytes() == page.files[Path(path).name]
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", here)
-    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, **_: url)
-    monkeypatch.setattr(torchvision.datasets.utils, "check_md5", good)
-    yield page
-    server.shutdown()
-    server.server_close()
-
-
-def prepared(name, page, tmp_path):
-    """Serve a dataset's files; return the folder of the copy that they were made of."""
-    make_dataset(name, tmp_path / "copy", split=False, size=(8, 8))
-    (data,) = (path for path in (tmp_path / "copy").iterdir())
-    page.files = real_archives(name, tmp_path / "archives", data)
-    (tmp_path / "data").mkdir()
-    return data
+    for module in (torchvision.datasets.utils, torchvision.datasets.flowers102):
+        monkeypatch.setattr(module, "download_url", download_url)
+    monkeypatch.setattr(torchvision.datasets.utils, "check_md5", lambda *_, **__: True)
+    return files
 
 
 def fetch(name, tmp_path):
+    (tmp_path / "data").mkdir(exist_ok=True)
     return main(["--fetch", name, "--root_path", str(tmp_path / "data")])
 
 
-def content(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("name", DOWNLOADS)
-def test_a_fetched_dataset_lies_as_datasets_md_says(name, page, tmp_path, capsys):
-    copy = prepared(name, page, tmp_path)
+def test_download_is_as_documented(served, tmp_path, capsys, name):
+    copy = make_small_dataset(name, tmp_path / "copy", split=False)
+    served.update(real_archives(name, copy, tmp_path))
     status = fetch(name, tmp_path)
-    said = capsys.readouterr()
-    if "gdown" in said.err:
+    printed = capsys.readouterr()
+    if "gdown" in printed.err:
         pytest.skip("this version of torchvision takes it from Google Drive")
-    assert not said.err, said.err
-    said = said.out
+    assert not printed.err, printed.err
     (folder,) = (tmp_path / "data").iterdir()
     assert folder.name == copy.name and not any(folder.glob(".*"))
-    assert name == "fgvc" or {file for file, _ in page.digests} == set(page.files)
-    assert all(len(md5) == 32 for _, md5 in page.digests)
-    by_hand = BY_HAND.get(name, [])
-    assert all(f"{file}" in said for file in by_hand)
-    for file in by_hand:
+    for file in BY_HAND.get(name, []):
         shutil.copy(copy / file, folder)
     assert dataset_fingerprint(name, tmp_path / "data") == dataset_fingerprint(name, copy.parent)
-    assert name == "fgvc" or "is to be fetched by hand, into the same folder, from https://" in said
-    assert status == 1 and f"{name}: fetched into {folder}" in said  # far fewer than published
+    assert name == "fgvc" or "from https://github.com/KaiyangZhou/CoOp" in printed.out
+    assert status == 1 and f"{name}: downloaded to {folder}" in printed.out  # an incomplete one
 
 
-def test_a_download_goes_on_where_it_broke_off(page, tmp_path, capsys):
-    prepared("oxford_pets", page, tmp_path)
-    page.stop = {"annotations.tar.gz": 100}
-    assert fetch("oxford_pets", tmp_path) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "broke off after 100 bytes" in error and "the same command goes on" in error
-    half = tmp_path / "data/oxford_pets/.fetch/oxford-iiit-pet/images/Abyssinian_1.jpg"
-    half.unlink()  # as where the process was killed while it unpacked
-    page.stop, page.asked = {}, []
-    fetch("oxford_pets", tmp_path)
-    assert page.asked == [("annotations.tar.gz", 100)]
-    dataset_fingerprint("oxford_pets", tmp_path / "data")
-    assert sorted(path.name for path in (tmp_path / "data/oxford_pets").iterdir()) == [
-        "annotations", "images",
-    ]  # fmt: skip
-
-
-def test_what_is_there_is_left_alone(page, tmp_path, capsys):
-    prepared("food101", page, tmp_path)
-    home = tmp_path / "data" / "Food101"
-    write(home / "split_zhou_Food101.json", "mine")
-    write(home / "meta/mine.txt", "mine")
+def test_download_keeps_what_exists(served, tmp_path, capsys):
+    copy = make_small_dataset("food101", tmp_path / "copy", split=False)
+    served.update(real_archives("food101", copy, tmp_path))
+    home = tmp_path / "data/Food101"
+    (home / "meta").mkdir(parents=True)
+    for path in (home / "split_zhou_Food101.json", home / "meta/mine.txt"):
+        path.write_text("mine")
     fetch("food101", tmp_path)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["Food101"]
     assert (home / "split_zhou_Food101.json").read_text() == "mine"
     assert [path.name for path in (home / "meta").iterdir()] == ["mine.txt"]
-    assert "by hand" not in capsys.readouterr().out
-    before, page.asked = content(home), []
+    served.clear()
+    capsys.readouterr()
     assert fetch("food101", tmp_path) == 1
-    assert content(home) == before and page.asked == []
-    assert f"is there already, in {home}" in capsys.readouterr().out
-    home.rename(tmp_path / "data" / "food41")  # as Kaggle calls it
-    assert fetch("food101", tmp_path) == 2 and page.asked == []
+    assert f"is already in {home}" in capsys.readouterr().out
+    home.rename(tmp_path / "data/food41")  # as Kaggle calls it
+    assert fetch("food101", tmp_path) == 2
     assert f"rename {tmp_path}/data/food41 to" in capsys.readouterr().err
 
 
-def test_damage_ends_in_one_sentence_and_the_next_attempt_begins_anew(page, tmp_path, capsys):
-    prepared("fgvc", page, tmp_path)  # torchvision knows no digest of it
-    whole, page.files = page.files, dict.fromkeys(page.files, b"<html>moved</html>")
-    assert fetch("fgvc", tmp_path) == 2
-    assert "not a whole archive" in capsys.readouterr().err
-    page.files = {}
-    assert fetch("fgvc", tmp_path) == 2 and "404" in capsys.readouterr().err
-    page.files = whole
+def test_broken_download_starts_again(served, tmp_path, capsys):
+    copy = make_small_dataset("fgvc", tmp_path / "copy")
+    files = real_archives("fgvc", copy, tmp_path)
+    whole = files["fgvc-aircraft-2013b.tar.gz"]
+    for content in (b"<html>moved</html>", whole[: len(whole) // 2], None):
+        served.update({} if content is None else dict.fromkeys(files, content))
+        if content is None:
+            served.clear()
+        assert fetch("fgvc", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert "fgvc could not be downloaded" in error and "section FGVC-Aircraft" in error
+    served.update(files)
     fetch("fgvc", tmp_path)
-    dataset_fingerprint("fgvc", tmp_path / "data")
+    assert dataset_fingerprint("fgvc", tmp_path / "data")["train"] == 12
 
 
-def test_what_torchvision_cannot_download_is_said_with_the_place_that_helps(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
+def test_download_refuses_other_datasets(tmp_path, capsys):
     assert fetch("stanford_cars", tmp_path) == 2
     error = capsys.readouterr().err
     assert "section Stanford Cars" in error and "valid: sun397, fgvc" in error
