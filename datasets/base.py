@@ -169,14 +169,9 @@ class DatasetDir:
 def find_dataset_dir(
     name: str, info: DatasetInfo, root_path: str | os.PathLike | None
 ) -> DatasetDir:
-    """Find a dataset's folder: the first of its names, unless another is more complete.
+    """Find a dataset's folder below the root: by the first of its names, or the most complete one.
 
-    A dataset that is made, not downloaded, is made if it does not exist.
-
-    Args:
-        name: The dataset's name in the catalog.
-        info: Its row.
-        root_path: The folder of all datasets; only needed for downloads.
+    A dataset that is made, not downloaded, is made if it does not exist, and needs no root.
 
     Raises:
         ValueError: No root_path, or the folder could not be made.
@@ -200,11 +195,9 @@ def find_dataset_dir(
         paths = [root / folder for folder in info.dataset_dirs if os.path.isdir(root / folder)]
         if not paths:
             raise FileNotFoundError(f"there is no {names} in {root}")
-
-    def completeness(path: Path) -> tuple[bool, bool]:  # `max` keeps the first of equals
-        return info.is_complete(path), os.path.isfile(path / (info.split_file or ""))
-
-    return replace(preferred, path=max(paths, key=completeness))
+    # `max` returns the first of equals; with a split file is better than without.
+    path = max(paths, key=lambda p: (info.is_complete(p), (p / (info.split_file or "")).is_file()))
+    return replace(preferred, path=path)
 
 
 def resolve_root(root_path: str | os.PathLike | None) -> Path:
@@ -295,12 +288,7 @@ def _list_entries(
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Read a text file in UTF-8.
-
-    Raises:
-        ValueError: It is not a text file (see `check_file`).
-        OSError: It cannot be read.
-    """
+    """Read a text file in UTF-8; a ValueError says what else is in its place."""
     check_file(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -309,7 +297,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file. Errors are those of `read_text`; a ValueError says that it is not JSON."""
+    """Read a JSON file; a ValueError says what else is in its place."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -318,12 +306,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """Refuse what is in a file's place: a pipe, a Git LFS pointer, a web page.
-
-    Raises:
-        ValueError: It is one of these.
-        OSError: There is no such file.
-    """
+    """Raise ValueError if a pipe, a Git LFS pointer or a web page is in a file's place."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is not a regular file")  # reading a pipe would never end
     if placeholder := detect_placeholder_file(path):

@@ -5,17 +5,11 @@ import os
 import re
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasets.base import (
-    SPLITS,
-    DatasetDir,
-    DatasetInfo,
-    Split,
-    list_files,
-    read_json,
-)
+from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split, list_files, read_json
 from utils import atomic_write, plural, truncate_list
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
@@ -48,8 +42,8 @@ def read_split(dataset_dir: DatasetDir) -> Split:
 def read_split_file(dataset_dir: DatasetDir, path: Path) -> Split:
     """Read {"train": [[path, label, class name], ...], "val": [...], "test": [...]}."""
     data = read_json(path)
-    parts = [data.get(part) for part in SPLITS] if isinstance(data, dict) else []
-    if not parts or not all(isinstance(part, list) for part in parts):
+    parts = [data.get(part) for part in SPLITS] if isinstance(data, dict) else [None]
+    if not all(isinstance(part, list) for part in parts):
         raise ValueError(f"{path} lacks a list named train, val or test: get the file again")
     if bad := [repr(sample)[:60] for part in parts for sample in part if not is_sample(sample)]:
         raise ValueError(
@@ -128,16 +122,12 @@ def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
             f"labels in {split.source_path} must run from 0 to {len(labels) - 1} without gaps, but "
             f"{truncate_list(map(str, odd))} is missing or extra: correct it or get it again"
         )
-    conflicts = {
-        label: f"label {label} stands for {names[label]!r} and {name!r}"
-        for _, label, name in split.samples()
-        if names.get(label) != name
-    }
-    if conflicts:
-        raise ValueError(
-            f"in {split.source_path}, {truncate_list(conflicts.values())}: correct it or get it "
-            "again"
-        )
+    for _, label, name in split.samples():
+        if name != names[label]:
+            raise ValueError(
+                f"in {split.source_path}, label {label} stands for {names[label]!r} and {name!r}: "
+                "correct it or get it again"
+            )
 
 
 def check_paths(dataset_dir: DatasetDir, split: Split) -> None:
@@ -160,21 +150,22 @@ def check_files(dataset_dir: DatasetDir, split: Split) -> None:
     """
     if split.files_exist:
         return
-    by_folder: dict[str, list[str]] = {}
-    paths = dict.fromkeys(path for path, _, _ in split.samples())
-    for path in paths:
-        by_folder.setdefault(os.path.dirname(path), []).append(path)
-    missing = []
-    for folder, images in by_folder.items():
+
+    @cache
+    def list_folder(folder: str) -> set[str]:
         try:
-            present = set(list_files(dataset_dir.image_path(folder)))
+            return set(list_files(dataset_dir.image_path(folder)))
         except (OSError, ValueError):  # no such folder, or a name that no folder can have
-            present = set()
-        for path in images:
-            # A file system that ignores case may know a name that is not in its list.
-            if os.path.basename(path) not in present:
-                if not os.path.isfile(dataset_dir.image_path(path)):
-                    missing.append(path)
+            return set()
+
+    paths = dict.fromkeys(path for path, _, _ in split.samples())
+    missing = [
+        path
+        for path in paths
+        if os.path.basename(path) not in list_folder(os.path.dirname(path))
+        # A file system that ignores case may know a name that is not in its list.
+        and not os.path.isfile(dataset_dir.image_path(path))
+    ]
     if missing:
         raise FileNotFoundError(
             f"{truncate_list(sorted(missing))}: named in {split.source_path}, missing in "
