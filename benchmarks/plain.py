@@ -123,7 +123,7 @@ def _attention(attn: Attention, x: Tensor, mask: Tensor | None) -> Tensor:
     x = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = x.unflatten(-1, (3, width)).movedim(-2, 0).contiguous()  # (L, N, W) each
     q, k, v = (
-        t.reshape(length, texts * attn.heads, -1).transpose(0, 1).unflatten(0, (texts, -1))
+        t.reshape(length, texts * attn.num_heads, -1).transpose(0, 1).unflatten(0, (texts, -1))
         for t in (q, k, v)
     )  # (N, heads, L, W / heads)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

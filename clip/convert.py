@@ -1,38 +1,37 @@
-"""State dicts of other makers into OpenAI's layout, and a CLIP from one.
+"""Convert state dicts of other libraries to OpenAI's layout, and build a CLIP from one.
 
-Read are OpenAI's own names, open_clip's (the same, or the text tower's below `text.`) and those of
-transformers' `CLIPModel`; all of them below any prefix and within any dicts that a training script
-leaves. What is built otherwise than OpenAI's CLIP is refused by its name.
+Known are OpenAI's names, open_clip's (the same, or the text tower's below `text.`) and those of
+transformers' `CLIPModel`, all below any prefix and within any dicts that a training script leaves.
+A model that is not built like OpenAI's CLIP is refused, and its kind named.
 """
 
 import math
 import re
 from collections import deque
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clip.model import CLIP, EXTRA_KEYS
 from clip.resnet import TOTAL_STRIDE
+from utils import truncate_list
 
-MAX_BLOCKS = 1000  # in a stack: a file's names alone would have this many made
-
-# One of these is in every layout, and what stands before it in a file is a prefix.
-MARKER_KEYS = (
+MARKER_KEYS = (  # every layout has one; what stands before it in a file is a prefix
     "visual.conv1.weight",
     "vision_model.embeddings.patch_embedding.weight",
     "logit_scale",
 )
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")  # preferred to other dicts
-DEPTH = 4  # dicts within dicts that are looked through
-# Wrappers of single modules, which leave their names in the middle of others.
+MAX_DEPTH = 4  # of dicts within dicts
+FIRST_MLP_BIAS = "transformer.resblocks.0.mlp.c_fc.bias"
+# DataParallel, torch.compile, FSDP and activation checkpointing leave these within names.
 WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 )
 
-UNSUPPORTED_MODELS = (  # what a key betrays
+UNSUPPORTED_MODELS = (  # pattern of a key, the kind of model that has it
     (r"logit_bias$|^vision_model\.head\.", "a SigLIP"),
     (r"^text_decoder\.", "a CoCa"),
     (r"^visual\.trunk\.", "a model with a timm trunk as image tower"),
@@ -44,7 +43,7 @@ UNSUPPORTED_MODELS = (  # what a key betrays
     (r"^(text\.)?text_projection\.bias$", "a model whose text projection has a bias"),
 )  # fmt: skip
 
-HF_TO_OPENAI = (  # parts of names, in transformers and in OpenAI's layout
+HF_TO_OPENAI = (  # parts of names in transformers' and in OpenAI's layout
     ("text_model.embeddings.token_embedding.", "token_embedding."),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.encoder.layers.", "transformer.resblocks."),
@@ -62,96 +61,89 @@ HF_TO_OPENAI = (  # parts of names, in transformers and in OpenAI's layout
 )
 
 
-class ExtractedState(NamedTuple):
-    """A state dict within a file's content."""
-
-    state: dict[str, Any]  # without prefix
-    where: str  # how it was found, in words; empty where it is the content itself
-
-
-def extract_state_dict(content: Any) -> ExtractedState | None:
-    """The state dict of a CLIP in what a training script saved.
+def extract_state_dict(content: Any) -> tuple[dict[str, Any], str]:
+    """Find the state dict of a CLIP in what a training script saved.
 
     Args:
-        content: dicts within dicts, of which one has a CLIP's tensors, under any prefix. It may
-            contain itself.
+        content: Dicts within dicts, of which one has the tensors, under any prefix.
 
     Returns:
-        The first below one of NESTS, or the first there is; None where no dict holds a tensor.
-    """
-    found, plain = [], None
-    waiting, seen = deque([((), content)]), set()
-    while waiting:
-        path, inner = waiting.popleft()
-        if not isinstance(inner, dict) or id(inner) in seen or len(path) > DEPTH:
-            continue
-        seen.add(id(inner))
-        state = {str(key): value for key, value in inner.items()}
-        if prefixes := _prefixes(state):
-            found.append((path, prefixes[0], state))
-            continue
-        if plain is None and any(isinstance(value, Tensor) for value in state.values()):
-            plain = (path, "", state)
-        waiting += [((*path, key), value) for key, value in state.items()]
-    if not found and not plain:
-        return None
-    found.sort(key=lambda one: not one[0] or one[0][-1] not in STATE_DICT_KEYS)
-    (path, prefix, state), *others = found or [plain]
-
-    words = []
-    if path:
-        words.append(f"below {'.'.join(path)!r}")
-    chosen = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    if prefix:
-        words.append(f"without the prefix {prefix!r}")
-    inside = {match[0] for key in chosen for match in WRAPPERS.finditer(key)}
-    if inside:
-        words.append("without " + ", ".join(map(repr, sorted(inside))) + " inside names")
-        chosen = {WRAPPERS.sub("", key): value for key, value in chosen.items()}
-    if left := [key for key in state if not key.startswith(prefix)]:
-        words.append(f"leaving out {_first_few(left)}")
-    if others:
-        words.append("not " + ", ".join(repr(".".join(path)) for path, _, _ in others))
-    return ExtractedState(chosen, ", ".join(words))
-
-
-def _prefixes(state: Mapping[str, Any]) -> list[str]:
-    """What stands before a CLIP's names, shortest first; none where these are of no CLIP."""
-    for keys in (state, {WRAPPERS.sub("", key) for key in state}):
-        for anchor in MARKER_KEYS:
-            ends = [key for key in keys if key == anchor or key.endswith(f".{anchor}")]
-            if ends:
-                return sorted((key.removesuffix(anchor) for key in ends), key=len)
-    return []
-
-
-def convert_to_openai(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict by OpenAI's names, from any of the layouts that are read.
-
-    Args:
-        state: without prefix.
-
-    Returns:
-        The same tensors, but for transformers' queries, keys and values, which are joined, and its
-        projections, which are transposed.
+        The state dict of a CLIP without prefix, preferably one below STATE_DICT_KEYS, or else the
+        first dict with a tensor; and a note on where it was, "" where it is the content itself.
 
     Raises:
-        ValueError: if it is of a model that is built otherwise, which is named.
+        ValueError: No dict has a tensor.
     """
-    state = {str(key): value for key, value in state.items()}
-    for pattern, name in UNSUPPORTED_MODELS:
+    candidates = [
+        (path, state)
+        for path, state in _iter_dicts(content)
+        if any(isinstance(value, Tensor) for value in state.values())
+    ]
+    if not candidates:
+        raise ValueError("it holds no state dict")
+    clips = [(path, state) for path, state in candidates if _find_prefix(state) is not None]
+    clips.sort(key=lambda clip: not clip[0] or clip[0][-1] not in STATE_DICT_KEYS)
+    path, state = (clips or candidates)[0]
+    prefix = _find_prefix(state) or ""
+
+    notes = [f"below {'.'.join(path)!r}"] if path else []
+    if prefix:
+        notes.append(f"without the prefix {prefix!r}")
+    if left_out := [key for key in state if not key.startswith(prefix)]:
+        notes.append(f"leaving out {truncate_list(left_out)}")
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if wrappers := {match[0] for key in state for match in WRAPPERS.finditer(key)}:
+        notes.append(f"without {', '.join(map(repr, sorted(wrappers)))} inside names")
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    if clips[1:]:
+        notes.append(f"not {truncate_list(repr('.'.join(path)) for path, _ in clips[1:])}")
+    return state, ", ".join(notes)
+
+
+def _iter_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """All dicts in some content with the keys that lead to them, the outer ones first."""
+    queue = deque([((), content)])
+    while queue:
+        path, value = queue.popleft()
+        if isinstance(value, dict) and len(path) <= MAX_DEPTH:
+            value = {str(key): inner for key, inner in value.items()}
+            yield path, value
+            queue.extend(((*path, key), inner) for key, inner in value.items())
+
+
+def _find_prefix(state: Mapping[str, Any]) -> str | None:
+    """What stands before the names of a CLIP; None for other names."""
+    for keys in (list(state), [WRAPPERS.sub("", key) for key in state]):
+        for marker in MARKER_KEYS:
+            ends = [key for key in keys if f".{key}".endswith(f".{marker}")]
+            if ends:
+                return min(ends, key=len).removesuffix(marker)
+    return None
+
+
+def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the tensors of any known layout as OpenAI does.
+
+    The same tensors are returned, except that transformers' queries, keys and values are joined
+    and its projections transposed.
+
+    Args:
+        state_dict: Without prefix.
+
+    Raises:
+        ValueError: It belongs to a model that is not built like OpenAI's CLIP; its kind is named.
+    """
+    state = {str(key): value for key, value in state_dict.items()}
+    for pattern, kind in UNSUPPORTED_MODELS:
         if key := next(filter(re.compile(pattern).search, state), None):
-            raise ValueError(f"it is {name} (it has {key}), and not built as OpenAI's CLIP is")
-    blocks = any(key.startswith("visual.transformer.resblocks.") for key in state)
-    if blocks and "visual.class_embedding" not in state:
-        raise ValueError("its image tower has no class token, as OpenAI's CLIP has")
+            raise ValueError(f"it is {kind} (it has {key}), which is not built like OpenAI's CLIP")
     if any(key.startswith("vision_model.") for key in state):
-        state = _from_transformers(state)
+        state = _convert_from_hf(state)
     return {key.removeprefix("text."): value for key, value in state.items()}
 
 
-def _from_transformers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of transformers' CLIPModel by OpenAI's names."""
+def _convert_from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the state dict of transformers' CLIPModel."""
     result = {}
     for key, value in state.items():
         for theirs, ours in HF_TO_OPENAI:
@@ -164,9 +156,9 @@ def _from_transformers(state: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value := result.pop(theirs, None), Tensor) and value.dim() == 2:
             result[ours] = value.T
     for key in [key for key in result if ".attn.q_proj." in key]:
-        parts = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(isinstance(result.get(part), Tensor) for part in parts):
-            joined = torch.cat([result.pop(part) for part in parts])
+        qkv = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+        if all(isinstance(result.get(part), Tensor) for part in qkv):
+            joined = torch.cat([result.pop(part) for part in qkv])
             result[key.replace(".q_proj.", ".in_proj_")] = joined
     return {key: value for key, value in result.items() if not key.endswith(".position_ids")}
 
@@ -176,45 +168,46 @@ def build_model(
     activation: str = "quickgelu",
     heads: tuple[int, int] | None = None,
 ) -> CLIP:
-    """Make the CLIP that a state dict describes, whatever its sizes, and fill it.
+    """Build the CLIP that a state dict describes, and load its weights.
 
     Args:
-        state_dict: tensors in any layout that `convert_to_openai` knows, of any floating type; left
+        state_dict: Tensors of any floating type in any layout that `convert_to_openai` knows; left
             unchanged.
-        activation: that of the MLPs, "quickgelu" or "gelu"; no state dict tells it.
-        heads: attention heads of the image tower (of a ResNet's pool) and of the text tower;
-            OpenAI's, one for every 64 channels, when None. No state dict tells them either.
+        activation: Activation of the MLPs, "quickgelu" or "gelu".
+        heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower; None
+            is OpenAI's rule, one for every 64 channels. A state dict tells neither these nor the
+            activation.
 
     Returns:
-        The model in float32 and in evaluation mode, on the device of the tensors.
+        The model in float32 and evaluation mode, on the device of the tensors.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or wrongly shaped, of which some are named;
-            if the model is built otherwise; or if the heads do not fit.
+        ValueError: Tensors are missing, unexpected or wrongly shaped, of which some are named; the
+            model is not built like OpenAI's CLIP; or the heads do not fit.
     """
     state = {k: v for k, v in convert_to_openai(state_dict).items() if not _is_extra(k)}
     vision_heads, transformer_heads = heads or (None, None)
-    with torch.device("meta"):  # shapes alone: neither memory nor random numbers
+    with torch.device("meta"):  # takes neither memory nor random numbers
         model = CLIP(
-            **infer_model_args(state), vision_heads=vision_heads, transformer_heads=transformer_heads,  # noqa: E501
+            **infer_model_args(state),
+            vision_heads=vision_heads,
+            transformer_heads=transformer_heads,
             activation=activation,
-        ).float()  # fmt: skip
+        ).float()
     expected = model.state_dict()
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # older files lack it, and nothing here reads it
             state[key] = torch.tensor(0, device="cpu")
-    if state.get("logit_scale", expected["logit_scale"]).numel() == 1:
-        state = {k: v.reshape(()) if k == "logit_scale" else v for k, v in state.items()}
-
-    _refuse("lacks", expected.keys() - state.keys())
-    _refuse("holds unexpected", state.keys() - expected.keys())
-    wrong = {
+    _raise_for_keys("lacks", expected.keys() - state.keys())
+    _raise_for_keys("holds unexpected", state.keys() - expected.keys())
+    if state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(())
+    mismatched = {
         f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
         for key, value in expected.items()
         if state[key].shape != value.shape
     }
-    _refuse("holds wrongly shaped", wrong)
-
+    _raise_for_keys("holds wrongly shaped", mismatched)
     state = {
         key: value.detach().to(expected[key].dtype, copy=True).contiguous()
         for key, value in state.items()
@@ -223,76 +216,63 @@ def build_model(
     return model.eval()
 
 
+def infer_model_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Infer the sizes among the arguments of `CLIP` from the shapes in OpenAI's layout.
+
+    Raises:
+        ValueError: Tensors that tell them are missing or wrongly shaped, or a value is no tensor.
+    """
+    not_tensors = {k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)}
+    _raise_for_keys("holds no tensor in", not_tensors)
+    is_vit = "visual.proj" in state
+    positions_key = f"visual.{'' if is_vit else 'attnpool.'}positional_embedding"
+    dims = {
+        "visual.conv1.weight": 4,
+        positions_key: 2,
+        "token_embedding.weight": 2,
+        "positional_embedding": 2,
+        "text_projection": 2,
+        FIRST_MLP_BIAS: 1,
+    }
+    if is_vit:
+        dims[f"visual.{FIRST_MLP_BIAS}"] = 1
+    _raise_for_keys("lacks", dims.keys() - state.keys())
+    mismatched = {k for k, n in dims.items() if state[k].dim() != n or not state[k].numel()}
+    _raise_for_keys("holds wrongly shaped", mismatched)
+
+    width, _, _, patch_size = state["visual.conv1.weight"].shape
+    positions = len(state[positions_key])
+    side = math.isqrt(positions - 1)  # of the grid of patches; the class token has one, too
+    if is_vit:
+        vision_layers = _count_blocks(state, "visual.transformer.resblocks.")
+    else:
+        vision_layers = tuple(_count_blocks(state, f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "image_resolution": side * (patch_size if is_vit else TOTAL_STRIDE),
+        "vision_layers": vision_layers,
+        "vision_width": width if is_vit else 2 * width,
+        "vision_patch_size": patch_size if is_vit else None,
+        "vision_mlp": len(state[f"visual.{FIRST_MLP_BIAS}"]) if is_vit else None,
+        "context_length": len(state["positional_embedding"]),
+        "vocab_size": len(state["token_embedding.weight"]),
+        "transformer_width": state["text_projection"].shape[0],
+        "transformer_layers": _count_blocks(state, "transformer.resblocks."),
+        "transformer_mlp": len(state[FIRST_MLP_BIAS]),
+    }
+
+
+def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
+
+
 def _is_extra(key: str) -> bool:
     return key.rpartition(".")[2] in (*EXTRA_KEYS, "attn_mask")
 
 
-def _first_few(names: list[str]) -> str:
-    """The first three names, in letters alone, and how many more there are."""
-    names = ["".join(filter(str.isprintable, name)) for name in names]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _refuse(complaint: str, keys: set[str]) -> None:
-    """Raise a ValueError that names the first few keys, unless there are none."""
+def _raise_for_keys(problem: str, keys: Iterable[str]) -> None:
+    """Raise a ValueError that names the keys, unless there are none."""
     if keys:
         raise ValueError(
-            f"the state dict is not a CLIP's: it {complaint} {_first_few(sorted(keys))}"
+            f"the state dict is not a CLIP's: it {problem} {truncate_list(sorted(keys))}"
         )
-
-
-def infer_model_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sizes among the arguments of `CLIP`, read from the shapes in OpenAI's layout.
-
-    Raises:
-        ValueError: if tensors that tell them are missing or wrongly shaped, or anything is not a
-            tensor.
-    """
-    odd = {k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)}
-    _refuse("holds no tensor in", odd)
-    vit = "visual.proj" in state
-    place = "visual" if vit else "visual.attnpool"
-    matrices = ("token_embedding.weight", "positional_embedding", "text_projection")
-    dimensions = dict.fromkeys((*matrices, f"{place}.positional_embedding"), 2)
-    dimensions["visual.conv1.weight"] = 4
-    _refuse("lacks", dimensions.keys() - state.keys())
-    wrong = {k for k, n in dimensions.items() if state[k].dim() != n or not state[k].numel()}
-    _refuse("holds wrongly shaped", wrong)
-
-    width, _, _, patch = state["visual.conv1.weight"].shape
-    positions = len(state[f"{place}.positional_embedding"])
-    side = math.isqrt(max(positions - 1, 0))
-    if side < 1 or side**2 + 1 != positions:
-        _refuse("holds wrongly shaped", {f"{place}.positional_embedding"})
-    if vit:
-        layers = _count(state, "visual.transformer.resblocks.")
-    else:
-        layers = tuple(_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-    return {
-        "embed_dim": state["text_projection"].shape[1],
-        "image_resolution": side * (patch if vit else TOTAL_STRIDE),
-        "vision_layers": layers,
-        "vision_width": width if vit else 2 * width,
-        "vision_patch_size": patch if vit else None,
-        "vision_mlp": _mlp(state, "visual.transformer.") if vit else None,
-        "context_length": len(state["positional_embedding"]),
-        "vocab_size": len(state["token_embedding.weight"]),
-        "transformer_width": state["text_projection"].shape[0],
-        "transformer_layers": _count(state, "transformer.resblocks."),
-        "transformer_mlp": _mlp(state, "transformer."),
-    }
-
-
-def _mlp(state: Mapping[str, Tensor], tower: str) -> int | None:
-    """Channels inside a tower's MLPs, where they can be read."""
-    bias = state.get(f"{tower}resblocks.0.mlp.c_fc.bias")
-    return None if bias is None else bias.numel() or None
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many different blocks have parameters below a prefix."""
-    count = len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
-    if count > MAX_BLOCKS:
-        _refuse(f"holds {count} blocks of", {prefix.rstrip(".")})
-    return count

@@ -1,4 +1,4 @@
-"""Downloads from named hosts that are verified, and only then take their name."""
+"""Download files that are verified by their SHA-256 before they take their name."""
 
 import hashlib
 import http.client
@@ -6,26 +6,21 @@ import os
 import ssl
 import sys
 import urllib.error
-import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-# Whom a request or a redirection may address; the scheme is part of it.
-ALLOWED_ORIGINS = {"https://openaipublic.azureedge.net", "https://raw.githubusercontent.com"}
+from tqdm import tqdm
+
 TIMEOUT = 30.0  # seconds without a byte
-MAX_RETRIES = 3  # a download that breaks off is begun anew so often
-CHUNK = 1 << 16  # bytes
+MAX_ATTEMPTS = 3
+CHUNK_SIZE = 1 << 16  # bytes
 
 
 def cache_dir() -> Path:
-    """Where downloads go unless a folder is named: ~/.cache/clip.
-
-    Raises:
-        FileNotFoundError: if this user has no home.
-    """
+    """Where downloads go by default: ~/.cache/clip."""
     home = os.path.expanduser("~")
     if not os.path.isabs(home):
         raise FileNotFoundError("this user has no home folder: set the variable HOME to one")
@@ -33,7 +28,7 @@ def cache_dir() -> Path:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal digits."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -42,42 +37,24 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 
 def download_url(url: str, target: Path, sha256: str) -> Path:
-    """Make sure that a file is there and has its digest, downloading it where it is not.
+    """Download a file unless it is there; return its path.
 
-    A file of another digest under the target's name is downloaded again, and replaced only when
-    that has succeeded. Several processes may do so at once: each has a file of its own until the
-    last moment.
-
-    Args:
-        url: where the file comes from; below one of ORIGINS.
-        target: where it is to lie.
-        sha256: its digest, in hexadecimal digits.
-
-    Returns:
-        The target.
+    A file with another SHA-256 is downloaded again, and replaced once that has succeeded. Several
+    processes may download one file at once.
 
     Raises:
-        ConnectionError: if the file does not arrive whole; the message says which file to place
-            where.
-        OSError: if it cannot be written.
-        ValueError: if what arrived has another digest; it is deleted.
+        ConnectionError: The file did not arrive; the message says which file to place where.
+        OSError: It cannot be written.
+        ValueError: What arrived has another SHA-256; it is deleted.
     """
     if target.is_file():
         if sha256_file(target) == sha256:
             return target
         print(f"note: {target} has a wrong SHA-256: downloading it again", file=sys.stderr)
-    # torch.hub's downloader waits for ever for a silent server and follows it to any host.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, MAX_RETRIES + 1):
-            broken = _download(url, partial, target.name)
-            if not broken:
-                break
-            if attempt < MAX_RETRIES:
-                print(f"note: the download of {url} {broken}: starting again", file=sys.stderr)
-        else:
-            raise ConnectionError(f"it {broken}, {MAX_RETRIES} times")
+        _download_with_retries(url, partial)
         if sha256_file(partial) != sha256:
             raise ValueError(
                 f"what came from {url} has a wrong SHA-256 and was deleted: run the same command "
@@ -85,9 +62,9 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
             )
         os.replace(partial, target)
     except ConnectionError as error:
-        wrong = "has a wrong SHA-256" if target.exists() else "is missing"
+        problem = "has a wrong SHA-256" if target.exists() else "is missing"
         raise ConnectionError(
-            f"{target} {wrong} and cannot be downloaded ({error}): get the file from {url} on a "
+            f"{target} {problem} and cannot be downloaded ({error}): get the file from {url} on a "
             f"machine that can, and place it at {target}"
         ) from None
     except OSError as error:
@@ -101,84 +78,50 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
     return target
 
 
-def _download(url: str, partial: Path, name: str) -> str:
-    """Write what comes from an address to a file; return how it broke off, or nothing.
+def _download_with_retries(url: str, path: Path) -> None:
+    """Download a file, and start again where the connection breaks."""
+    print(f"note: downloading {url}", file=sys.stderr)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return _download(url, path)
+        except ConnectionError as error:
+            if attempt == MAX_ATTEMPTS or not path.exists():  # no answer, or a refusal
+                raise
+            print(f"note: the download of {url} {error}: starting again", file=sys.stderr)
 
-    Raises:
-        ConnectionError: if there is no answer at all, or a refusal.
-        OSError: if the file cannot be written.
-    """
-    # An opener and a context of its own: others in this process may have loosened theirs.
+
+def _download(url: str, path: Path) -> None:
+    """Write what comes from an address to a file; any failure of it is a ConnectionError."""
+    # A context of its own: other code in this process may have switched verification off. And
+    # torch.hub's downloader would wait for a silent server for ever.
     https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    opener = urllib.request.build_opener(https, _Redirects)
     request = urllib.request.Request(url, headers={"User-Agent": "SO"})
     try:
-        _check_origin(url)
-        response = opener.open(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener(https).open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ConnectionError(f"{error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error or type(error).__name__
-        code = ""
-        if isinstance(error, urllib.error.HTTPError):
-            code = f"{error.code} "
-            error.close()
-        raise ConnectionError(f"{code}{reason}") from None
+        raise ConnectionError(f"{getattr(error, 'reason', error)}") from None
 
-    length = response.headers["Content-Length"] or ""
-    total = int(length) if length.isdecimal() else None
-    done, broken = 0, ""
-    with response, open(partial, "wb") as file, _progress(name, total) as advance:
-        while not broken:
-            try:
-                chunk = response.read(CHUNK)
-            except (OSError, http.client.HTTPException) as error:
-                chunk, broken = b"", str(error) or type(error).__name__
-            if not chunk:
-                break
+    total = int(response.headers["Content-Length"] or 0)  # 0: unknown
+    bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None)
+    with response, open(path, "wb") as file, bar:
+        for chunk in _read_chunks(response, total):
             file.write(chunk)
+            bar.update(len(chunk))
+
+
+def _read_chunks(response: http.client.HTTPResponse, total: int) -> Iterator[bytes]:
+    """Yield the body of a response; raise a ConnectionError where it ends early."""
+    done, reason = 0, "the connection closed"
+    try:
+        while chunk := response.read(CHUNK_SIZE):
+            yield chunk
             done += len(chunk)
-            advance(len(chunk))
-    if total is not None and done < total:
-        broken = broken or "the connection closed"
-    of = f" of {total:,}" if total is not None else ""
-    return f"stopped after {done:,}{of} bytes ({broken})" if broken else ""
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections to ORIGINS alone."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: D102
-        try:
-            _check_origin(newurl)
-        except urllib.error.URLError:
-            fp.close()
-            raise
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_origin(url: str) -> None:
-    """Refuse whatever is not one of the named hosts, or is so without TLS."""
-    parts = urllib.parse.urlsplit(url)
-    if f"{parts.scheme}://{parts.netloc}" not in ALLOWED_ORIGINS:
-        raise urllib.error.URLError(f"{url} is none of {', '.join(sorted(ALLOWED_ORIGINS))}")
-
-
-@contextmanager
-def _progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show what arrives: a bar on a terminal, elsewhere a line for every tenth."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(desc=name, total=total, unit="B", unit_scale=True) as bar:
-            yield bar.update
-        return
-    step = total / 10 if total else 50e6  # bytes
-    of = f" of {total / 1e6:.1f}" if total else ""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        if done // step < (done + count) // step:
-            print(f"{name}: {(done + count) / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
-        done += count
-
-    yield advance
+        if done >= total:
+            return
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error)
+    of_total = f" of {total:,}" if total else ""
+    raise ConnectionError(f"stopped after {done:,}{of_total} bytes ({reason})")

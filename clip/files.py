@@ -1,8 +1,7 @@
-"""Reads checkpoints from files without running anything in them, and finds them in folders."""
+"""Read a checkpoint of any format into a state dict, and find it in a folder."""
 
 import re
 import sys
-import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip.archive import check_expansion_ratio, is_archive, read_torchscript_state_dict, safe_load
+from clip.archive import safe_load
 from clip.convert import convert_to_openai, extract_state_dict
-from utils import detect_placeholder_file
+from utils import detect_placeholder_file, one_line, truncate_list
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
-WEIGHT_FILENAMES = (  # what makers call their files, in the order in which a folder's are taken
+WEIGHT_FILENAMES = (  # the names that open_clip and transformers use, the preferred first
     "model.safetensors",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -27,114 +26,84 @@ WEIGHT_FILENAMES = (  # what makers call their files, in the order in which a fo
 )
 
 
-def find_weight_file(folder: Path) -> Path:
-    """The checkpoint in a folder: under a name that makers give it, or the only one.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if there are several, or one that is split into several files.
-    """
-    for name in WEIGHT_FILENAMES:
-        if (folder / name).is_file():
-            return folder / name
-    if split := sorted(folder.glob("*.index.json")):
-        raise ValueError(
-            f"{folder} holds weights that are split into several files ({split[0].name}): save "
-            "them as one, with a larger max_shard_size"
-        )
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
-    if len(files) == 1:
-        return files[0]
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoint: neither {', '.join(WEIGHT_FILENAMES)} nor any other of "
-            f"{', '.join(SUFFIXES)}"
-        )
-    raise ValueError(
-        f"{folder} holds several checkpoints ({', '.join(f.name for f in files[:3])}"
-        f"{' ...' if len(files) > 3 else ''}): name one of them"
-    )
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, in OpenAI's layout, on the CPU, in the precision it was saved in.
+    """Read the state dict of a file, in OpenAI's layout, on the CPU, in the file's precision.
 
-    Where it lies within dicts or below a prefix, standard error says so.
+    Nothing in the file is executed. Standard error names the dict and the prefix, if any, that the
+    state dict was found under.
 
     Args:
-        path: a file written by torch.save, safetensors or TorchScript.
+        path: A file written by torch.save, safetensors or TorchScript.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read as any of these, in which nothing is executed; or if its
-            model is built otherwise than OpenAI's CLIP.
+        FileNotFoundError: There is no such file.
+        ValueError: It has another format, or the model is not built like OpenAI's CLIP.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
-    if what := detect_placeholder_file(path):
-        raise ValueError(f"{path} is {what}")
+    if placeholder := detect_placeholder_file(path):
+        raise ValueError(f"{path} is {placeholder}")
     try:
-        found = extract_state_dict(_read(path))
-        check_expansion_ratio(path, sum(map(_bytes, found.state.values())) if found else 0)
+        state_dict, note = extract_state_dict(_load_file(path))
     except Exception as error:  # damage shows in many ways, deep in zipfile, pickle and torch
         raise ValueError(
-            f"{path} is not a checkpoint that can be read safely ({_reason(path, error)}): get it "
-            "again, or save the model's state_dict() alone with torch.save"
+            f"{path} is not a checkpoint that can be read safely "
+            f"({_format_load_error(error)}): download it again, or save only the model's "
+            "state_dict() with torch.save"
         ) from None
-    if found is None:
-        raise ValueError(
-            f"{path} holds no state dict: save the model's state_dict() with torch.save"
-        )
     try:
-        state = convert_to_openai(found.state)
-    except (ValueError, RuntimeError) as error:  # torch's own, of shapes that cannot be joined
+        state_dict = convert_to_openai(state_dict)
+    except (ValueError, RuntimeError) as error:  # torch's, of shapes that cannot be joined
         raise ValueError(f"{path} cannot be used: {error}") from None
-    if found.where:
-        print(f"note: {path} was read {found.where}", file=sys.stderr)
-    return state
+    if note:
+        print(f"note: {path} was read {note}", file=sys.stderr)
+    return state_dict
 
 
-def _bytes(value: Any) -> int:
-    """Memory of a tensor once it is copied, however little of it is stored; 0 for other things."""
-    if not isinstance(value, Tensor):
-        return 0
-    plain = value.layout == torch.strided and value.device.type == "cpu"
-    if not plain or value.is_quantized or value.is_complex():
-        raise ValueError("it holds a tensor that is not of plain numbers")
-    return value.numel() * value.element_size()
-
-
-def _read(path: Path) -> Any:
-    """What a file holds, by the reader that its format needs."""
+def _load_file(path: Path) -> Any:
+    """Load a file by the reader of its format."""
     if path.suffix.lower() == ".safetensors":
         return load_file(path, device="cpu")
-    if is_archive(path):
-        return read_torchscript_state_dict(path)
     if zipfile.is_zipfile(path):
-        return safe_load(path, placeholders=True)
-    # torch.load would unpack archives of its own accord: a zip file by its beginning, and run it
-    # where it takes it for TorchScript (2.5 and older), or a tar file.
+        return safe_load(path)
     with open(path, "rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            raise ValueError("its end is missing")
-    if tarfile.is_tarfile(path):
-        raise ValueError("it is a tar file")
+        if file.read(2) == b"PK":  # torch.load would try, and before 2.6 run TorchScript
+            raise ValueError("it is a zip file without its end")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations of old formats
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, without torch's advice to read it unsafely."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    if not path.stat().st_size:
-        return "it is empty"
+def _format_load_error(error: Exception) -> str:
+    """Say why a file cannot be read, without torch's advice to load it unsafely."""
+    text = one_line(str(error))
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
-    if named := re.search(r"GLOBAL (\S+)", text):
-        return f"it names {named[1]}, which is not a tensor; nothing was run"
+    if match := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {match[1]}, which is not a tensor; nothing was run"
     known = isinstance(error, (ValueError, RuntimeError, SafetensorError, zipfile.BadZipFile))
     if known and "weights_only" not in text:
         return text.partition(". ")[0].rstrip(".")[:160]
     return "it is not a file that torch.save wrote"
+
+
+def find_weight_file(folder: Path) -> Path:
+    """Find the checkpoint of a folder: under one of the usual names, or the only one."""
+    for name in WEIGHT_FILENAMES:
+        if (folder / name).is_file():
+            return folder / name
+    if shards := sorted(folder.glob("*.index.json")):
+        raise ValueError(
+            f"{folder} holds weights that are split into several files ({shards[0].name}): save "
+            "them as one, with a larger max_shard_size"
+        )
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint: no file ends in {', '.join(SUFFIXES)}"
+        )
+    if len(files) > 1:
+        names = truncate_list(file.name for file in files)
+        raise ValueError(f"{folder} holds several checkpoints ({names}): name one of them")
+    return files[0]

@@ -1,4 +1,4 @@
-"""Turns images of any size and mode into CLIP's input."""
+"""Turn images of any size and mode into CLIP's input."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,20 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-OPENAI_MEAN = (
-    0.48145466,
-    0.4578275,
-    0.40821073,
-)  # of the images that OpenAI trained on, RGB in [0, 1]
+# Of the images that OpenAI trained on, RGB in [0, 1].
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def image_transform(
     input_resolution: int, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
 ) -> transforms.Compose:
-    """CLIP's preprocessing: short side to the resolution, centre crop, normalisation.
+    """CLIP's preprocessing: resize the short side, crop the center, normalize.
 
     Args:
-        input_resolution: side R of the model's square input, in pixels.
-        mean: of the red, green and blue values in [0, 1]; a model's `image_mean`.
-        std: their standard deviation; a model's `image_std`.
+        input_resolution: Side R of the model's square input, in pixels.
+        mean: Mean of red, green and blue in [0, 1]; a model's `image_mean`.
+        std: Their standard deviation; a model's `image_std`.
 
     Returns:
         A transform of PIL images to float32 tensors (3, R, R).
@@ -53,14 +50,14 @@ def normalize(
 
 
 def convert_image_to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, whatever its mode; transparency is dropped.
+    """Convert an image of any mode to RGB; transparency is dropped.
 
-    As Pillow's `convert`, which CLIP's own preprocessing calls, except for grey values that do not
-    fit into eight bits, which `convert` would cut off: sixteen bits are scaled to eight, and so is
-    floating point, by the range that its values are in: [0, 1], [0, 255] or [0, 65535].
+    Pillow's `convert`, which OpenAI's preprocessing uses, would clip gray values of more than eight
+    bits. They are scaled here: sixteen bits to eight, and floating point by the range that holds
+    its values, [0, 1], [0, 255] or [0, 65535].
 
     Raises:
-        ValueError: if floating-point values are in none of these ranges.
+        ValueError: Floating-point values are in none of these ranges.
     """
     if image.mode == "RGB":
         return image
@@ -74,7 +71,7 @@ def convert_image_to_rgb(image: Image.Image) -> Image.Image:
         low, high = values.min(initial=0), values.max(initial=0)
         if not 0 <= low <= high <= 65535:  # NaN is in no range either
             raise ValueError(
-                f"its grey values lie between {low:g} and {high:g}: save it with eight bits"
+                f"its gray values are between {low:g} and {high:g}: save it with eight bits"
             )
         scale = 255 if high <= 1 else 1 if high <= 255 else 1 / 257
         image = Image.fromarray((scale * values + 0.5).astype(np.uint8))

@@ -6,31 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOTAL_STRIDE = (
-    32  # from the image to the last feature map, and from the stem's width to its channels
-)
+TOTAL_STRIDE = 32  # of the image to the last feature map, whose channels are 32 times the stem's
 
 
 class Bottleneck(nn.Module):
     """A residual block that averages before it strides, in both of its branches."""
 
-    def __init__(self, inputs: int, planes: int, stride: int):
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
-        outputs = 4 * planes
-        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        outplanes = 4 * planes
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
         nn.init.zeros_(self.bn3.weight)  # each block starts as the identity
         self.downsample = None
-        if stride > 1 or inputs != outputs:
+        if stride > 1 or inplanes != outplanes:
             self.downsample = nn.Sequential()
             self.downsample.add_module("-1", nn.AvgPool2d(stride))
-            self.downsample.add_module("0", nn.Conv2d(inputs, outputs, 1, bias=False))
-            self.downsample.add_module("1", nn.BatchNorm2d(outputs))
+            self.downsample.add_module("0", nn.Conv2d(inplanes, outplanes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(outplanes))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -43,9 +41,9 @@ class Bottleneck(nn.Module):
 class AttentionPool2d(nn.Module):
     """Pools a feature map by attention, with its mean as the only query."""
 
-    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
+    def __init__(self, side: int, width: int, num_heads: int, embed_dim: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -59,7 +57,7 @@ class AttentionPool2d(nn.Module):
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
         x = x + self.positional_embedding  # (B, 1 + side², W)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, W / heads)
         return self.c_proj(x.flatten(1))  # (B, D)
 
@@ -68,11 +66,11 @@ class ModifiedResNet(nn.Module):
     """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling.
 
     Args:
-        input_resolution: pixels of a side of the square input.
-        width: channels W of the stem.
-        layers: blocks of each of the four stages.
-        embed_dim: dimensions D of the feature.
-        heads: attention heads of the pool, which share 32 W channels evenly.
+        input_resolution: Side of the square input, in pixels.
+        width: Channels W of the stem.
+        layers: Blocks of each of the four stages.
+        embed_dim: Dimensions D of the feature.
+        num_heads: Attention heads of the pool, which share 32 W channels evenly.
     """
 
     def __init__(
@@ -81,8 +79,8 @@ class ModifiedResNet(nn.Module):
         width: int,
         layers: Sequence[int],
         embed_dim: int,
-        heads: int,
-    ):
+        num_heads: int,
+    ) -> None:
         super().__init__()
         self.input_resolution = input_resolution
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
@@ -92,16 +90,16 @@ class ModifiedResNet(nn.Module):
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         self.avgpool = nn.AvgPool2d(2)
-        inputs = width
-        for number, blocks in enumerate(layers, start=1):
-            planes = width * 2 ** (number - 1)
-            stage = nn.Sequential(Bottleneck(inputs, planes, stride=1 if number == 1 else 2))
+        inplanes = width
+        for stage, blocks in enumerate(layers):
+            planes = width * 2**stage
+            layer = nn.Sequential(Bottleneck(inplanes, planes, stride=1 if stage == 0 else 2))
             for _ in range(1, blocks):
-                stage.append(Bottleneck(4 * planes, planes, stride=1))
-            self.add_module(f"layer{number}", stage)
-            inputs = 4 * planes
+                layer.append(Bottleneck(4 * planes, planes, stride=1))
+            self.add_module(f"layer{stage + 1}", layer)
+            inplanes = 4 * planes
         side = input_resolution // TOTAL_STRIDE
-        self.attnpool = AttentionPool2d(side, inputs, heads, embed_dim)
+        self.attnpool = AttentionPool2d(side, inplanes, num_heads, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))

@@ -1,7 +1,6 @@
 """Random CLIPs, open_clip as their reference, a server on loopback."""
 
 import socketserver
-import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
@@ -9,7 +8,7 @@ from http.server import BaseHTTPRequestHandler
 import torch
 from torch import Tensor, nn
 
-from clip import CLIP, download
+from clip import CLIP
 from clip.model import EXTRA_KEYS
 
 SIZES = {  # D, image side, layers and width of the image tower, patch side, width of the text tower
@@ -94,7 +93,7 @@ def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
 
 
 def random_images(model, count=3, seed=1):
-    """Normalised images of the model's input size."""
+    """Normalized images of the model's input size."""
     side = model.visual.input_resolution
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
@@ -119,25 +118,19 @@ def relative_error(ours, theirs):
 class Server:
     """Serves one file at every path on loopback, faithfully or not; a context manager.
 
-    While it runs it is one of the hosts that downloads may come from.
-
     Attributes:
-        content: the file.
-        stop_after: bytes of the body after which each answer's connection is closed, None for
-            none; the last one holds for all that follow.
-        delay: seconds to wait before an answer.
-        stall: seconds to wait before it is closed.
-        chunked: send the body as one chunk, without its length.
-        status: answer with this error instead.
-        location: answer with a redirection to this address instead.
-        tls: a context to speak TLS with; plain HTTP without.
-        requests: how many there have been.
+        content: The file.
+        stop_after: Bytes after which the first, second, ... answer ends, None for all of them; the
+            last one holds for the answers that follow.
+        stall: Seconds to wait before an answer ends.
+        chunked: Send the file as one chunk, without its length.
+        status: Answer with this error instead.
+        requests: Number of requests so far.
     """
 
-    def __init__(self, content: bytes, tls: ssl.SSLContext | None = None):
-        self.content, self.tls, self.location, self.status = content, tls, None, None
-        self.stop_after, self.delay, self.stall, self.chunked = [None], 0, 0, False
-        self.requests = 0
+    def __init__(self, content: bytes) -> None:
+        self.content, self.status, self.requests = content, None, 0
+        self.stop_after, self.stall, self.chunked = [None], 0, False
 
     def __enter__(self) -> "Server":
         class Handler(BaseHTTPRequestHandler):
@@ -145,18 +138,12 @@ class Server:
             log_message = lambda *_: None  # noqa: E731
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        if self.tls:
-            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
-            self._server.handle_error = lambda *_: None  # a client that hangs up
-        scheme = "https" if self.tls else "http"
-        self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
-        download.ALLOWED_ORIGINS.add(self.url)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        download.ALLOWED_ORIGINS.discard(self.url)
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -164,13 +151,8 @@ class Server:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         stop = self.stop_after[min(self.requests, len(self.stop_after) - 1)]
         self.requests += 1
-        time.sleep(self.delay)
         if self.status:
             return handler.send_error(self.status)
-        if self.location:
-            handler.send_response(302)
-            handler.send_header("Location", self.location)
-            return handler.end_headers()
         handler.send_response(200)
         if self.chunked:
             handler.send_header("Transfer-Encoding", "chunked")

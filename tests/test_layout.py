@@ -67,7 +67,7 @@ FORBIDDEN = {  # what no line may hold, since it runs what it reads: a line that
     r"shell=True|os\.(system|popen|spawn|exec)|getoutput": "subprocess.run(line, shell=True)",
     r"\beval\((?!\))|\bexec\(": "eval(text)",  # .eval() is a model's mode
     r"allow_pickle|np\.load\(|joblib|torch\.jit\.load\(": "np.load(path, allow_pickle=True)",
-    r"pickle\.(?!_Unpickler|BUILD|BYTEARRAY8)|import (dill|marshal|shelve)": "pickle.loads(data)",
+    r"\bpickle\.(?!_Unpickler|BUILD)|import (dill|marshal|shelve)": "pickle.loads(data)",
     r"urlopen|requests\.|_unverified_|verify=False|http://": "urllib.request.urlopen(url)",
     r"extractall|\.extract\(|unpack_archive": "archive.extractall(folder)",
     r"Image\.open\((?!path, formats=FORMATS)": "Image.open(path)",

@@ -1,9 +1,7 @@
-"""Adapters: zero-shot at first, then the plain formula and peft's numbers; merged, taken out."""
+"""LoRA against the plain formula and peft; merged and unmerged."""
 
 import copy
 import math
-from collections import Counter
-from itertools import repeat
 
 import pytest
 import torch
@@ -14,13 +12,13 @@ from clip import build_model
 from clip.lora import apply_lora, merged_lora, set_dropout
 from clip.model import Attention
 from clip.zero_shot import ZeroShotClassifier
-from train import TrainConfig, TrainState, train
 
 # torch 2.4's own, when it recomputes a chunk of the text
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 WIDTH = 64
 HEADS = 4
+POOL = [None, torch.tensor([0, 3, 4])]
 
 
 def attentions(model):
@@ -28,7 +26,7 @@ def attentions(model):
 
 
 def tiny(dtype=torch.float64, config=TINY_VIT):
-    """A model, uint8 images and prompts' tokens for it."""
+    """A model, uint8 images and tokens of prompts for it."""
     model = build_model(random_state_dict(config)).to(dtype)
     side = config["image_resolution"]
     images = torch.randint(256, (3, 3, side, side), dtype=torch.uint8)
@@ -38,14 +36,14 @@ def tiny(dtype=torch.float64, config=TINY_VIT):
     return model, images, tokens
 
 
-def move(params):
+def randomize(params):
     """Give A and B values as training might have left them."""
     for p in params.values():
         p.data.normal_(std=0.2)
 
 
-def features(model, images, tokens, chunk=0):
-    classifier = ZeroShotClassifier(model, tokens, class_batch_size=chunk)
+def features(model, images, tokens):
+    classifier = ZeroShotClassifier(model, tokens)
     return classifier.encode_images(images), classifier.encode_classes()
 
 
@@ -53,7 +51,7 @@ def gradients(params, output):
     return torch.autograd.grad(output.square().sum(), list(params))
 
 
-class Separate(nn.Module):
+class PlainAttention(nn.Module):
     """Attention whose q, k and v are three linear maps, in plain operations."""
 
     def __init__(self, attn):
@@ -66,35 +64,31 @@ class Separate(nn.Module):
             setattr(self, name, linear)
         self.out_proj, self.causal = copy.deepcopy(attn.out_proj), attn.causal
 
-    def forward(self, x, read=None):
-        rows = torch.arange(len(x))
-        queries = x if read is None else x[rows, read][:, None]
+    def forward(self, x, pool_idx=None):
+        queries = x if pool_idx is None else x[torch.arange(len(x)), pool_idx][:, None]
         q, k, v = self.q(queries), self.k(x), self.v(x)
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
         scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)
         if self.causal:
-            at = torch.arange(x.shape[1]).expand(len(x), -1) if read is None else read[:, None]
-            unseen = torch.arange(x.shape[1]) > at[:, None, :, None]
-            scores = scores.masked_fill(unseen, -math.inf)
+            keys = torch.arange(x.shape[1])
+            positions = keys.expand(len(x), -1) if pool_idx is None else pool_idx[:, None]
+            scores = scores.masked_fill(keys > positions[:, None, :, None], -math.inf)
         return self.out_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
-def adapted(causal=False, rank=3, alpha=1.5, dropout=0.0):
-    """One attention layer with adapters that have moved, and the model that consists of it."""
+def one_layer(causal=False, dropout=0.0):
+    """A model that is one attention layer with random adapters, and the plain layer without."""
     model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS, causal)}).double()
     nn.init.normal_(model.attn.in_proj_bias)
-    plain = Separate(model.attn)
-    params = apply_lora(model, ["attn"], rank, alpha, dropout)
-    move(params)
+    plain = PlainAttention(model.attn)
+    params = apply_lora(model, ["attn"], rank=3, alpha=1.5, dropout=dropout)
+    randomize(params)
     return model, plain, params
 
 
-# What is computed
-
-
-@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["ViT", "ResNet"])
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
-def test_first_pass_is_zero_shots(precision, config):
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_initial_output_is_zero_shot(precision, config):
     dtype = torch.float64 if precision == "fp64" else torch.float32
     model, *inputs = tiny(dtype, config)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -103,121 +97,104 @@ def test_first_pass_is_zero_shots(precision, config):
         set_dropout(model, True)
         after = features(model, *inputs)
     # Bit for bit, but for products of other widths, which some versions of torch sum otherwise.
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(
-            other, one, rtol=1e-12 if precision == "fp64" else 1e-5, atol=1e-6
-        )
+    rtol = 1e-12 if precision == "fp64" else 1e-5
+    torch.testing.assert_close(after, before, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("read", [None, torch.tensor([0, 3, 4])], ids=["whole", "read"])
-def test_output_is_the_plain_formula(causal, read):
-    rank, alpha = 3, 1.5
-    model, plain, params = adapted(causal, rank, alpha)
+@pytest.mark.parametrize("pool_idx", POOL, ids=["all", "pooled"])
+def test_output_is_plain_formula(causal, pool_idx):
+    model, plain, params = one_layer(causal)
     x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        assert not torch.allclose(model.attn(x, read), plain(x, read))
+        assert not torch.allclose(model.attn(x, pool_idx), plain(x, pool_idx))
         for part in "qkv":
             a, b = params[f"attn.lora_{part}_a"], params[f"attn.lora_{part}_b"]
-            plain.get_submodule(part).weight += alpha / math.sqrt(rank) * b @ a
-        torch.testing.assert_close(model.attn(x, read), plain(x, read), **CLOSE)
+            plain.get_submodule(part).weight += 1.5 / math.sqrt(3) * b @ a
+        torch.testing.assert_close(model.attn(x, pool_idx), plain(x, pool_idx), **CLOSE)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("read", [None, torch.tensor([0, 3, 4])], ids=["whole", "read"])
-def test_outputs_and_gradients_are_pefts(read, dropout):
+@pytest.mark.parametrize("pool_idx", POOL, ids=["all", "pooled"])
+def test_output_and_gradients_equal_peft(pool_idx, dropout):
     peft = pytest.importorskip("peft", reason="needs peft: pip install -r tests/requirements.txt")
-    model, plain, params = adapted(causal=True, dropout=dropout)
+    model, plain, params = one_layer(causal=True, dropout=dropout)
     config = peft.LoraConfig(
         r=3, lora_alpha=1.5, use_rslora=True, lora_dropout=dropout, target_modules=["q", "k", "v"]
     )
-    theirs = peft.inject_adapter_in_model(config, plain)
-    twins = []
+    theirs = peft.inject_adapter_in_model(config, plain).train()
+    their_params = []
     for part in "qkv":
         layer = theirs.get_submodule(part)
-        for kind, linear in (("a", layer.lora_A.default), ("b", layer.lora_B.default)):
-            linear.weight.data.copy_(params[f"attn.lora_{part}_{kind}"])
-            twins.append(linear.weight)
+        for letter, linear in (("a", layer.lora_A.default), ("b", layer.lora_B.default)):
+            linear.weight.data.copy_(params[f"attn.lora_{part}_{letter}"])
+            their_params.append(linear.weight)
     x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
-    theirs.train()
     set_dropout(model, True)
     torch.manual_seed(1)
-    expected = theirs(x, read)
+    expected = theirs(x, pool_idx)
     torch.manual_seed(1)
-    output = model.attn(x, read)
+    output = model.attn(x, pool_idx)
     torch.testing.assert_close(output, expected, **CLOSE)
     torch.testing.assert_close(
-        gradients(params.values(), output), gradients(twins, expected), **CLOSE
+        gradients(params.values(), output), gradients(their_params, expected), **CLOSE
     )
 
 
-def test_a_starts_uniform_and_follows_the_generator():
-    first, second, other = (tiny(torch.float32)[0] for _ in range(3))
-    layers = attentions(first)
-    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    state = torch.get_rng_state()
-    a, b, c = (
-        apply_lora(model, layers, generator=seed)
-        for model, seed in zip((first, second, other), seeds, strict=True)
+def test_initialization_follows_generator():
+    models = [tiny(torch.float32)[0] for _ in range(3)]
+    rng_state = torch.get_rng_state()
+    first, second, other = (
+        apply_lora(model, attentions(model), generator=torch.Generator().manual_seed(seed))
+        for model, seed in zip(models, (1, 1, 2), strict=True)
     )
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len(a) == 6 * 6 and all(torch.equal(a[name], b[name]) for name in a)
-    drawn = [name for name in a if name.endswith("_a")]
-    assert not any(torch.equal(a[name], c[name]) for name in drawn)
-    scaled = torch.cat([(a[name] * a[name].shape[1] ** 0.5).flatten() for name in drawn])
-    assert 0.95 < scaled.abs().max() <= 1
-    assert abs(scaled.std() - 3**-0.5) < 0.03
-    assert not any(a[name].any() for name in a if name.endswith("_b"))
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert len(first) == 6 * 6 and all(torch.equal(first[name], second[name]) for name in first)
+    drawn = [name for name in first if name.endswith("_a")]
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    scaled = torch.cat([(first[name] * first[name].shape[1] ** 0.5).flatten() for name in drawn])
+    assert 0.95 < scaled.abs().max() <= 1 and abs(scaled.std() - 3**-0.5) < 0.03
+    assert not any(first[name].any() for name in first if name.endswith("_b"))
 
 
-# What is trained
-
-
-def test_only_adapters_of_the_named_layers_train():
-    model, images, tokens = tiny()
+def test_only_adapters_are_trainable():
+    model, *_ = tiny()
     layers = attentions(model)[1:4:2]
     params = apply_lora(model, layers, rank=1)
-    named = dict(model.named_parameters())
-    assert {name for name, p in named.items() if p.requires_grad} == params.keys()
-    assert all(named[name] is p for name, p in params.items())
-    shapes = Counter((name.rpartition(".")[0], tuple(p.shape)) for name, p in params.items())
-    widths = {name: model.get_submodule(name).in_proj_weight.shape[1] for name in layers}
-    assert shapes == Counter(
-        {(n, shape): 3 for n, width in widths.items() for shape in ((1, width), (width, 1))}
-    )
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable.keys() == params.keys() and len(params) == 6 * len(layers)
+    for name, p in params.items():
+        width = model.get_submodule(name.rpartition(".")[0]).in_proj_weight.shape[1]
+        assert trainable[name] is p
+        assert p.shape == ((1, width) if name.endswith("_a") else (width, 1))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_training_moves_adapters_alone_and_lowers_the_loss(device, precision):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_training_moves_only_adapters(device, precision):
     model, images, tokens = tiny(torch.float32)
-    model, tokens = model.to(device), tokens.to(device)
+    model, images, tokens = model.to(device), images.to(device), tokens.to(device)
     params = apply_lora(model, attentions(model))
     set_dropout(model, True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch = images, torch.tensor([2, 0, 1])
     optimizer = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=1e-2)
-    classifier = ZeroShotClassifier(
-        model, tokens, logit_scale=10.0, precision=precision, class_batch_size=3
-    )
-    state = TrainState(20, torch.device(device), precision)
-    for _ in train(classifier, optimizer, repeat((batch, True)), state, TrainConfig(1e-2)):
-        pass
-    losses = state.losses.tolist()
+    labels, losses = torch.tensor([2, 0, 1], device=device), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
+            image_features, text_features = features(model, images, tokens)
+            loss = nn.functional.cross_entropy(10 * image_features @ text_features.T, labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     after = model.state_dict()
     assert {name for name in after if not torch.equal(after[name], before[name])} == params.keys()
     assert losses[-1] < losses[0] / 2
-    with merged_lora(model):
-        cosines = classifier.encode_images(images.to(device)) @ classifier.encode_classes().T
-        assert cosines.argmax(dim=-1).tolist() == [2, 0, 1]
 
 
-# Dropout
-
-
-def test_dropout_is_active_only_while_switched_on():
+def test_dropout_is_switched():
     model, *inputs = tiny()
-    move(apply_lora(model, attentions(model)))
+    randomize(apply_lora(model, attentions(model)))
 
     def repeats():
         return all(map(torch.equal, features(model, *inputs), features(model, *inputs)))
@@ -233,53 +210,53 @@ def test_dropout_is_active_only_while_switched_on():
     assert repeats()
 
 
-def test_checkpointed_text_drops_the_same_inputs_again():
+def test_checkpointed_text_repeats_dropout():
     model, _, tokens = tiny()
-    layers = [name for name in attentions(model) if name.startswith("transformer")]
-    params = apply_lora(model, layers)
-    move(params)
+    params = apply_lora(model, [name for name in attentions(model) if name.startswith("trans")])
+    randomize(params)
     set_dropout(model, True)
-    probe = torch.randn(4, 64, dtype=torch.float64)
+    weights = torch.randn(4, 64, dtype=torch.float64)
     results = []
     for chunk in (0, 4):
         torch.manual_seed(1)
         output = ZeroShotClassifier(model, tokens, class_batch_size=chunk).encode_classes()
-        results.append((output, *gradients(params.values(), output * probe)))
+        results.append((output, *gradients(params.values(), output * weights)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-# Merging
-
-
-@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["ViT", "ResNet"])
-def test_merged_forward_is_the_adapters_and_unmerging_restores_bits(config):
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
+def test_merged_output_and_restored_weights(config):
     model, *inputs = tiny(config=config)
-    params = apply_lora(model, attentions(model))
-    move(params)
+    randomize(apply_lora(model, attentions(model)))
     before = copy.deepcopy(model.state_dict())
     storage = {name: p.data_ptr() for name, p in model.named_parameters()}
     with torch.no_grad():
         expected = features(model, *inputs)
-        with merged_lora(model) as matrices:
-            torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
-            with merged_lora(model) as again:
-                torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
-            assert not again
+        with merged_lora(model) as merged:
+            with merged_lora(model) as nested:
+                assert not nested
             torch.testing.assert_close(features(model, *inputs), expected, **CLOSE)
         assert all(map(torch.equal, features(model, *inputs), expected))
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == storage
-    assert matrices.keys() == {f"{name}.in_proj_weight" for name in attentions(model)}
-    assert not any(torch.equal(matrices[name], after[name]) for name in matrices)
+    assert merged.keys() == {f"{name}.in_proj_weight" for name in attentions(model)}
 
-    ordinary, *_ = tiny(config=config)
-    ordinary.load_state_dict(matrices, strict=False)
-    torch.testing.assert_close(features(ordinary, *inputs), expected, **CLOSE)
+    plain, *_ = tiny(config=config)
+    plain.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(features(plain, *inputs), expected, **CLOSE)
 
 
-def test_unmerged_after_an_error():
-    model, _, _ = adapted()
+def test_merging_without_adapters():
+    model, *inputs = tiny()
+    before = features(model, *inputs)
+    set_dropout(model, True)
+    with merged_lora(model) as merged:
+        assert not merged and all(map(torch.equal, features(model, *inputs), before))
+
+
+def test_unmerged_after_error():
+    model, _, _ = one_layer()
     before = model.attn.in_proj_weight.clone()
     with pytest.raises(RuntimeError, match="within"), merged_lora(model):
         raise RuntimeError("within")
@@ -287,30 +264,17 @@ def test_unmerged_after_an_error():
 
 
 def test_merging_is_exact_under_autocast():
-    model, _, _ = adapted()
+    model, _, _ = one_layer()
     model.float()
     with merged_lora(model) as expected:
         pass
-    with torch.autocast("cpu", torch.bfloat16), merged_lora(model) as matrices:
-        assert torch.equal(*matrices.values(), *expected.values())
+    with torch.autocast("cpu", torch.bfloat16), merged_lora(model) as merged:
+        assert torch.equal(*merged.values(), *expected.values())
 
 
-def test_merging_leaves_a_model_without_adapters_alone():
+def test_copied_and_loaded_adapters():
     model, *inputs = tiny()
-    before = features(model, *inputs)
-    set_dropout(model, True)
-    with merged_lora(model) as matrices:
-        assert not matrices
-        assert all(map(torch.equal, features(model, *inputs), before))
-
-
-# Living with the rest
-
-
-def test_copies_and_saved_adapters_compute_the_same():
-    model, *inputs = tiny()
-    params = apply_lora(model, attentions(model))
-    move(params)
+    randomize(apply_lora(model, attentions(model)))
     expected = features(model, *inputs)
     assert all(map(torch.equal, features(copy.deepcopy(model), *inputs), expected))
     fresh, *_ = tiny()
@@ -319,32 +283,13 @@ def test_copies_and_saved_adapters_compute_the_same():
     assert all(map(torch.equal, features(fresh, *inputs), expected))
 
 
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        *(("rank", value) for value in (0, -1, 1.5, True)),
-        *(("alpha", value) for value in (0, -1.0, math.nan, math.inf)),
-        *(("dropout", value) for value in (-0.1, 1, 1.5, math.nan)),
-    ],
-)
-def test_bad_settings_are_refused(name, value):
+def test_invalid_arguments_are_refused():
     model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS)})
-    with pytest.raises(ValueError, match=f"{name} must be .*, not {value!r}"):
-        apply_lora(model, ["attn"], **{name: value})
+    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
+        apply_lora(model, ["attn"], rank=0)
+    with pytest.raises(ValueError, match=r"attn\.out_proj must be an Attention"):
+        apply_lora(model, ["attn.out_proj"])
     assert type(model.attn) is Attention and model.attn.in_proj_weight.requires_grad
-
-
-@pytest.mark.parametrize(
-    "layers, message",
-    [([], "no attention layer"), (["attn.out_proj"], r"attn\.out_proj must be an Attention")],
-)
-def test_bad_layers_are_refused(layers, message):
-    model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS)})
-    with pytest.raises(ValueError, match=message):
-        apply_lora(model, layers)
     apply_lora(model, ["attn"])
     with pytest.raises(ValueError, match="attn must be an Attention without adapters"):
         apply_lora(model, ["attn"])
