@@ -1,4 +1,4 @@
-"""What tests of several folders share: a trip through a file, a GPU that must not be waited for."""
+"""Helpers of several folders of tests: saving and loading, a GPU that must not be synchronized."""
 
 import io
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 
-def through_a_file(content):
-    """What torch reads, as data alone, of what it has saved."""
+def save_and_load(content):
+    """What torch.load with weights_only=True reads of what torch.save has written."""
     file = io.BytesIO()
     torch.save(content, file)
     file.seek(0)
@@ -17,8 +17,8 @@ def through_a_file(content):
 
 
 @contextmanager
-def no_wait_for_the_gpu(mode="error"):
-    """Make every wait of the host for the device an error."""
+def forbid_gpu_sync(mode="error"):
+    """Within this context, an operation that makes the host wait for the GPU raises an error."""
     torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
@@ -26,8 +26,7 @@ def no_wait_for_the_gpu(mode="error"):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def clips_sparse_gradients():
-    """Whether this version of torch clips sparse gradients on a CPU."""
+def _can_clip_sparse_gradients():
     probe = nn.Parameter(torch.zeros(2, 2))
     probe.grad = torch.eye(2).to_sparse()
     try:
@@ -38,6 +37,6 @@ def clips_sparse_gradients():
 
 
 needs_sparse_clipping = pytest.mark.skipif(
-    not clips_sparse_gradients(),
+    not _can_clip_sparse_gradients(),
     reason="this version of torch cannot clip sparse gradients on a CPU",
 )

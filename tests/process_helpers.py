@@ -1,4 +1,4 @@
-"""Several processes as torchrun starts them, but forked from this one, which has torch already."""
+"""Processes as torchrun starts them, but forked from this one, which has imported torch already."""
 
 import multiprocessing
 import os
@@ -12,19 +12,26 @@ from commands import call_main
 
 from runs.signals import Preempted
 
-TIMEOUT = 60  # seconds that processes may take, which end within a few
+TIMEOUT_S = 60  # processes end within a few seconds
 
 
-def in_processes(count, work, folder):
-    """Run work(rank) in processes that can meet; return what each returns, or its exit status."""
+def run_in_processes(world_size, work, folder):
+    """Run work(rank) in processes with torchrun's environment.
+
+    Returns:
+        For each rank what `work` returned, passed through a file in `folder`; the exit status of a
+        process that failed.
+    """
     context = multiprocessing.get_context("fork")
     ports = context.SimpleQueue()
 
     def run(rank):
-        told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1")
-        told.update(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
-        told.update(MASTER_PORT=ports.get())
-        os.environ.update({key: str(value) for key, value in told.items()})
+        env = dict(
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=ports.get(), TORCHELASTIC_USE_AGENT_STORE=True,
+            TORCHELASTIC_RESTART_COUNT=0,
+        )  # fmt: skip
+        os.environ.update({key: str(value) for key, value in env.items()})
         try:
             result = work(rank)
         except (Exception, Preempted):
@@ -32,39 +39,40 @@ def in_processes(count, work, folder):
             os._exit(1)
         torch.save(result, folder / f"{rank}.pt")
         sys.stdout.flush()
-        os._exit(0)  # as what this process has inherited is not its own to tidy
+        os._exit(0)  # without the exit handlers, which belong to the parent
 
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(world_size)]
     for process in processes:
         process.start()
-    # torchrun's part, last: a process that is forked beside its threads may wait for ever.
+    # torchrun's store comes last: a process that is forked beside its threads may hang.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in processes:
         ports.put(store.port)
-    ends = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + TIMEOUT_S
     for process in processes:
-        process.join(max(ends - time.monotonic(), 0))
-    if waiting := [process for process in processes if process.is_alive()]:
-        for process in waiting:
+        process.join(max(deadline - time.monotonic(), 0))
+    if hanging := [process for process in processes if process.is_alive()]:
+        for process in hanging:
             process.kill()
             process.join()
-        raise TimeoutError(f"{len(waiting)} of {count} processes did not end")
+        raise TimeoutError(f"{len(hanging)} of {world_size} processes did not end")
     return [
-        torch.load(folder / f"{rank}.pt", weights_only=False)
-        if process.exitcode == 0
-        else process.exitcode
+        process.exitcode or torch.load(folder / f"{rank}.pt", weights_only=False)
         for rank, process in enumerate(processes)
     ]
 
 
-def main_in_processes(count, folder, *argv, prepare=None):
+def run_main_in_processes(world_size, folder, *argv, prepare=None):
     """main.py in processes: (status, standard output, standard error) of each.
 
-    `prepare(rank)`, if given, is called in each first; it may return other arguments.
+    Args:
+        world_size: Number of processes.
+        folder: For what they return.
+        argv: Arguments of main.py.
+        prepare: Called with the rank in each process first; may return other arguments.
     """
 
     def work(rank):
-        other = prepare(rank) if prepare else None
-        return call_main(*(other or argv))
+        return call_main(*(prepare and prepare(rank) or argv))
 
-    return in_processes(count, work, folder)
+    return run_in_processes(world_size, work, folder)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from clip_helpers import TINY_VIT, random_state_dict
-from helpers import needs_sparse_clipping, no_wait_for_the_gpu, through_a_file
+from helpers import forbid_gpu_sync, needs_sparse_clipping, save_and_load
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -465,7 +465,7 @@ def test_evaluation_copies_and_files_are_plain():
         other(x).sum().backward()
         assert other[0].weight.grad.is_sparse
     for content in (ours.state_dict(), ours[0].weight):
-        through_a_file(content)
+        save_and_load(content)
     assert type(ours.state_dict()["0.weight"]) is torch.Tensor
 
 
@@ -531,7 +531,7 @@ def test_a_gpu_gives_the_cpus_gradients_without_a_synchronisation(precision):
     x = torch.randn(6, 4, 20)
     inputs = x, x.cuda()
     for step in range(5):
-        with no_wait_for_the_gpu("error" if step else "default"):  # the first one warms up
+        with forbid_gpu_sync("error" if step else "default"):  # the first one warms up
             for (model, optimizer), batch in zip(pairs, inputs, strict=True):
                 optimizer.zero_grad()
                 for _ in range(2):

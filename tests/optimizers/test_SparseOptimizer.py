@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import no_wait_for_the_gpu, through_a_file
+from helpers import forbid_gpu_sync, save_and_load
 from torch import nn
 from twin import Twin, mask
 
@@ -371,7 +371,7 @@ def test_draw_supports_tells_what_the_coming_step_reads():
         a.draw_supports()
         told = a.state[drawn]["grad_indices"].clone()
         a.draw_supports()
-        a.load_state_dict(through_a_file(a.state_dict()))  # which brings what was drawn ahead
+        a.load_state_dict(save_and_load(a.state_dict()))  # which brings what was drawn ahead
         a.draw_supports()
         drawn.grad = torch.zeros_like(drawn)
         drawn.grad.view(-1)[told] = 1.0
@@ -395,7 +395,7 @@ def test_a_saved_state_continues_bit_for_bit(at, seed):
     a = SO(unbroken, lr=1e-2, density_ratio=0.05, T=5, seed=seed)
     run(a, unbroken, at)
     resumed = [nn.Parameter(p.detach().clone()) for p in unbroken]
-    state = through_a_file(a.state_dict())
+    state = save_and_load(a.state_dict())
     torch.manual_seed(99)
     b = SO(resumed, lr=5.0, density_ratio=0.5, T=2)
     b.load_state_dict(state)
@@ -426,7 +426,7 @@ def test_a_state_saved_from_another_precision_loads(source, to):
     run(a, [w], 3)
     u = nn.Parameter(w.detach().to(to))
     b = SO([u])
-    b.load_state_dict(through_a_file(a.state_dict()))
+    b.load_state_dict(save_and_load(a.state_dict()))
     state = b.state[u]
     assert state["indices"].dtype == state["grad_indices"].dtype == torch.int64
     assert torch.equal(state["indices"], a.state[w]["indices"])
@@ -512,7 +512,7 @@ def test_state_of_other_programs_is_left_as_it_is():
     for p in params:  # before the first step, as schedule_free's wrapper does
         optimizer.state[p].update(foreign)
     run(optimizer, params, 2)
-    saved = through_a_file(optimizer.state_dict())
+    saved = save_and_load(optimizer.state_dict())
     again = SO(params, density_ratio=0.1)
     again.load_state_dict(saved)
     for p in params:
@@ -903,7 +903,7 @@ def test_a_gpu_gives_the_cpus_supports_and_update_without_a_synchronisation(dtyp
             p.grad = torch.randn_like(p)
             q.grad = p.grad.cuda()
         a.step()
-        with no_wait_for_the_gpu():
+        with forbid_gpu_sync():
             b.step()
         seen = b.state[theirs[0]]["grad_indices"].cpu()
         assert torch.equal(seen, a.state[ours[0]]["grad_indices"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import needs_sparse_clipping
-from process_helpers import in_processes
+from process_helpers import run_in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,7 +105,7 @@ def test_replicas_with_generators_of_their_own_stay_equal_and_use_the_seed_of_ra
             optimizer.step()
         return optimizer.param_groups[0]["seed"], weights(model)
 
-    (seed, first), (other, second) = in_processes(2, connected(work), tmp_path)
+    (seed, first), (other, second) = run_in_processes(2, connected(work), tmp_path)
     assert seed == other and torch.equal(first, second)
 
 
@@ -139,7 +139,7 @@ def test_sampled_gradients_of_a_process_group_train_as_one_process_does(case, tm
         return weights(model), numbers
 
     expected = trained_alone(sampled=True, **case)
-    (first, numbers), (second, _) = in_processes(2, connected(work), tmp_path)
+    (first, numbers), (second, _) = run_in_processes(2, connected(work), tmp_path)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
     # One exchange for each backward pass: the embedding's and the bias's whole gradients, k others.
@@ -160,7 +160,7 @@ def test_what_another_optimizer_trains_stays_equal_in_all_processes(tmp_path):
             other.step()
         return weights(model)
 
-    first, second = in_processes(2, connected(work), tmp_path)
+    first, second = run_in_processes(2, connected(work), tmp_path)
     assert torch.equal(first, second)
 
 
@@ -176,7 +176,7 @@ def test_a_process_without_images_takes_part_in_the_exchange(tmp_path):
             optimizer.step()
         return weights(model)
 
-    first, second = in_processes(2, connected(work), tmp_path)
+    first, second = run_in_processes(2, connected(work), tmp_path)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, trained_alone(), rtol=1e-10, atol=1e-10)
 
@@ -213,7 +213,7 @@ def test_zero_redundancy_optimizer_takes_so_and_its_state_comes_back(tmp_path):
             step(again, resumed, number)
         return weights(model), weights(again)
 
-    (first, again), (second, _) = in_processes(2, connected(work), tmp_path)
+    (first, again), (second, _) = run_in_processes(2, connected(work), tmp_path)
     assert torch.equal(first, second) and torch.equal(first, again)
 
 
@@ -229,7 +229,7 @@ def test_what_fsdp_has_flattened_is_refused(original, tmp_path):
         with pytest.raises(ValueError, match="shard of FSDP's.*DistributedDataParallel"):
             SO(model.parameters())
 
-    assert in_processes(2, connected(work), tmp_path) == [None, None]
+    assert run_in_processes(2, connected(work), tmp_path) == [None, None]
 
 
 @pytest.mark.parametrize("other", ["another exchange", "more groups"])
@@ -250,7 +250,7 @@ def test_seedless_ranks_must_hold_the_same_so(other, tmp_path):
             optimizer.draw_supports()
         return True
 
-    assert in_processes(2, connected(work), tmp_path) == [None, True]
+    assert run_in_processes(2, connected(work), tmp_path) == [None, True]
 
 
 @pytest.mark.parametrize("order", ["sampled first", "wrapped first", "the wrapper given"])
@@ -263,4 +263,4 @@ def test_sampled_gradients_within_distributed_data_parallel_are_refused(order, t
             sample_gradients(wrapped if order == "the wrapper given" else model, optimizer)
             (wrapped or DistributedDataParallel(model))(0, share(rank))
 
-    assert in_processes(2, connected(work), tmp_path) == [None, None]
+    assert run_in_processes(2, connected(work), tmp_path) == [None, None]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import through_a_file
+from helpers import save_and_load
 from torch import nn
 
 from optimizers.SparseOptimizer import SO
@@ -102,7 +102,7 @@ def test_bits_follow_seed_and_step(dtype, dense):
         before = torch.get_rng_state()
         run(optimizer, p, 5)
         if resume:
-            state = through_a_file(optimizer.state_dict())
+            state = save_and_load(optimizer.state_dict())
             p, optimizer = make(p.detach().clone(), dense)
             optimizer.load_state_dict(state)
         run(optimizer, p, 4, seed=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import needs_sparse_clipping, through_a_file
+from helpers import needs_sparse_clipping, save_and_load
 from loops_run import IMPORTS, STEPS, T
 from torch import nn
 from torch._dynamo.eval_frame import is_dynamo_supported
@@ -95,7 +95,7 @@ def continued(start, train):
     """Train unbroken, and saved halfway and resumed: bit for bit the same; the unbroken parts."""
     unbroken, resumed = start(), start()
     train(unbroken, range(HALFWAY))
-    saved = through_a_file(states(unbroken))
+    saved = save_and_load(states(unbroken))
     train(unbroken, range(HALFWAY, STEPS))
     for part, state in zip(resumed, saved, strict=True):
         part.load_state_dict(state)

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from process_helpers import in_processes
+from process_helpers import run_in_processes
 from torch import nn
 
 from optimizers.SampledGradients import sample_gradients
@@ -248,7 +248,7 @@ def everything(ranks, folder):
             found["loaded"] = load_checkpoint(sharded_model(ranks), folder / "two")
         return found
 
-    return in_processes(ranks, work, folder)
+    return run_in_processes(ranks, work, folder)
 
 
 @pytest.fixture(scope="module")

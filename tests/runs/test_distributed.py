@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from commands import call_main
-from process_helpers import in_processes, main_in_processes
+from process_helpers import run_in_processes, run_main_in_processes
 
 import main
 from clip import build_model
@@ -95,7 +95,7 @@ BOUNDS = {torch.float64: 1e-10, "fp32": 1e-3, "bf16": 0.1}  # Adam divides tiny 
 @pytest.mark.parametrize("count, case", CASES)
 def test_several_processes_compute_what_one_computes(count, case, tmp_path):
     one = fit(**case)
-    several = in_processes(count, connected(lambda: fit(**case)), tmp_path)
+    several = run_in_processes(count, connected(lambda: fit(**case)), tmp_path)
     bound = BOUNDS[case.get("precision", "fp32") if "dtype" in case else torch.float64]
     for weights, losses, cosines in several:
         for (name, weight), expected in zip(weights.items(), one[0].values(), strict=True):
@@ -120,7 +120,7 @@ def run_of(save_path):
 def test_a_run_of_three_processes_has_one_writer_and_the_losses_of_one_process(tmp_path):
     status, _, err = call_main(*SHORT, "--save_path", tmp_path / "one")
     assert status == 0, err
-    first, *others = main_in_processes(3, tmp_path, *SHORT, "--save_path", tmp_path / "three")
+    first, *others = run_main_in_processes(3, tmp_path, *SHORT, "--save_path", tmp_path / "three")
     assert first[0] == 0 and first[1].count("****") == 4, first
     assert others == [(0, "", "")] * 2
     one, three = run_of(tmp_path / "one"), run_of(tmp_path / "three")
@@ -149,7 +149,7 @@ def test_a_signal_to_one_process_ends_all_at_one_iteration_and_one_process_goes_
 ):
     argv = [*SHORT, "--save_path", tmp_path / "runs"]
     prepare = lambda rank: interrupt(rank, victim, signal.SIGTERM)  # noqa: E731
-    first, second = main_in_processes(2, tmp_path, *argv, prepare=prepare)
+    first, second = run_main_in_processes(2, tmp_path, *argv, prepare=prepare)
     assert first[0] == second[0] == 143 and second[2] == ""
     assert "ended by SIGTERM; --resume continues from iteration" in first[2]
     status, out, err = call_main(*argv, "--resume")
@@ -163,7 +163,7 @@ def test_a_signal_to_one_process_ends_all_at_one_iteration_and_one_process_goes_
 def test_a_process_that_is_killed_ends_the_other_which_keeps_what_was_done(tmp_path):
     argv = [*SHORT, "--save_path", tmp_path / "runs"]
     prepare = lambda rank: interrupt(rank, 1, signal.SIGKILL)  # noqa: E731
-    first, second = main_in_processes(2, tmp_path, *argv, prepare=prepare)
+    first, second = run_main_in_processes(2, tmp_path, *argv, prepare=prepare)
     assert second == -signal.SIGKILL and first[0] == 2
     assert "ended by the loss of another process; --resume continues from iteration" in first[2]
     status, out, _ = call_main(*argv, "--resume")
@@ -200,7 +200,7 @@ def test_bad_input_ends_all_processes_with_one_sentence(argv, prepare, sentence,
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     argv = [*SHORT, "--save_path", tmp_path / "runs", *argv]
-    ends = main_in_processes(2, tmp_path, *argv, prepare=prepare)
+    ends = run_main_in_processes(2, tmp_path, *argv, prepare=prepare)
     assert {status for status, *_ in ends} == {2}, ends
     told = [err for *_, err in ends if err]
     assert len(told) == 1 and told[0].count("\n") == 1, ends
