@@ -19,7 +19,7 @@ PERCENT = (int | float, 0, 100)
 # The fields of the files: the type, then a number's range, a text's pattern or the type of a list's
 # elements. Those of result.json are fields of Run.
 RESULT_SCHEMA = {
-    "method": (str, r"\w[\w.+-]*"),
+    "method": (str, "so|lora|adam"),
     "backbone": (str, r".*\w.*"),
     "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # own images have their folder's name
     "shots": (int, 1, 10**6),
@@ -34,8 +34,11 @@ RESULT_SCHEMA = {
     "classnames": (list, str),
     "template": (list, str),
     "ece": PERCENT,
+    "device": (str, r".+"),
+    "versions": (dict,),
 }
-BASE_TO_NEW_SCHEMA = {"new_accuracy": PERCENT, "zero_shot_new_accuracy": PERCENT}
+OPTIONAL_FIELDS = ("git_commit", "new_accuracy", "zero_shot_new_accuracy")
+DATA_SCHEMA = {"split": (str, r"\w+"), "digest": (str, r"\w+")}  # of `data`
 TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
     "zero_shot_accuracy": PERCENT,
     "final_accuracy": PERCENT,
@@ -64,12 +67,14 @@ class Run:
     classnames: list[str]  # by label
     template: list[str]  # prompts with {} for the class name
     ece: float  # expected calibration error in percent
+    device: str
+    versions: dict[str, str]  # of packages
+    git_commit: str | None
     new_accuracy: float | None  # of a run on base classes, on the new ones
     zero_shot_new_accuracy: float | None
     transfer: dict[str, dict[str, Any]]  # TRANSFER_SCHEMA by target dataset
     loss_curve: np.ndarray  # (iterations,)
     eval_curve: np.ndarray  # (E, 2): iteration, accuracy; begins with iteration 0, zero-shot
-    provenance: tuple[str, str, str]  # commit, version of torch, device
     folder: Path
 
 
@@ -82,22 +87,16 @@ def read_run(folder: Path) -> Run:
     """
     result = _read_json(folder / "result.json")
     _validate(result, RESULT_SCHEMA, "result.json")
-    on_base_classes = result["config"].get("subsample") == "base"
-    if on_base_classes:
-        _validate(result, BASE_TO_NEW_SCHEMA, "result.json")
+    _validate(result["data"], DATA_SCHEMA, "data in result.json")
     losses, evaluated = _read_curve(folder / "curve.csv", result["iterations"])
-    versions = result.get("versions")
-    torch_version = versions.get("torch") if isinstance(versions, dict) else None
-    provenance = (result.get("git_commit"), torch_version, result.get("device"))
     fields = {key: result[key] for key in RESULT_SCHEMA}
-    fields |= {key: result[key] if on_base_classes else None for key in BASE_TO_NEW_SCHEMA}
+    fields |= {key: result.get(key) for key in OPTIONAL_FIELDS}
     fields["backbone"] = canonical_backbone(result["backbone"])
     return Run(
         **fields,
         transfer=read_transfer(folder / "transfer.json"),
         loss_curve=np.array(losses),
         eval_curve=np.array([(0, result["zero_shot_accuracy"]), *evaluated], float),
-        provenance=tuple(str(value or "unknown") for value in provenance),
         folder=folder,
     )
 
@@ -111,10 +110,10 @@ def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     targets = _read_json(path)
+    _validate(targets, {}, path.name)
     for values in targets.values():
-        if not isinstance(values, dict):
-            raise ValueError(f"{path.name} does not hold an object for each dataset")
         _validate(values, TRANSFER_SCHEMA, path.name)
+        _validate(values["data"], DATA_SCHEMA, f"data in {path.name}")
     return targets
 
 
@@ -150,21 +149,18 @@ def canonical_backbone(name: str) -> str:
     return known.get(stem, stem)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object."""
-    if path.exists() and not path.is_file():  # reading a pipe would never end
-        raise ValueError(f"{path.name} is not a file")
+def _read_json(path: Path) -> Any:
+    """Read a JSON file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} does not hold an object")
-    return values
 
 
-def _validate(values: dict[str, Any], schema: dict[str, tuple], file: str) -> None:
+def _validate(values: Any, schema: dict[str, tuple], file: str) -> None:
     """Raise a ValueError that names the first field that is missing or out of range."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} does not hold an object where it should")
     for key, (kind, *limits) in schema.items():
         if key not in values:
             raise ValueError(

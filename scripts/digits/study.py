@@ -29,7 +29,7 @@ from reporting.aggregate import (
     confidence_interval,
     group_by_backbone,
 )
-from reporting.experiment_reports import grid, lr_sweep
+from reporting.experiment_reports import sweep
 from reporting.experiments import load_finished, read_experiment
 from reporting.markdown import markdown
 
@@ -176,8 +176,8 @@ def make_tables(study: Sequence[StudyRun]) -> dict[str, str]:
         "about": tables.provenance_line(compared),
         "accuracy": means_and_differences(compared, "final_accuracy"),
         "forgetting": tables.shots_table(compared, "pretraining_accuracy"),
-        "lr": lr_sweep(runs_of(study, "lr")).text,
-        "grid": grid(runs_of(study, "grid")).text,
+        "lr": sweep(runs_of(study, "lr"), "lr_sweep")[0],
+        "grid": sweep(runs_of(study, "grid"), "grid")[0],
         "ablation": means_and_differences(results_of(study, "ablation"), "final_accuracy"),
         "moments": means_and_differences(moments, "final_accuracy"),
         "moments_forgetting": means_and_differences(moments, "pretraining_accuracy"),
@@ -196,8 +196,8 @@ def plan_figures(study: Sequence[StudyRun]) -> dict[str, Callable[[], Figure]]:
     return {
         "accuracy": partial(figures.draw_accuracy, compared, compared.datasets),
         "forgetting": partial(draw_forgetting, study),
-        "lr": lr_sweep(runs_of(study, "lr")).draw,
-        "grid": grid(runs_of(study, "grid")).draw,
+        "lr": sweep(runs_of(study, "lr"), "lr_sweep")[1],
+        "grid": sweep(runs_of(study, "grid"), "grid")[1],
         "ablation": partial(figures.draw_differences, ablation, on_task),
         "moments": partial(figures.draw_differences, moments, on_both),
         "interpolation": partial(draw_interpolation, study),

@@ -120,7 +120,7 @@ def run_key(run: Run) -> str:
     """Return all that a run's numbers depend on: two runs with the same key are the same run."""
     where = [run.method, run.backbone, run.dataset, run.shots, run.seed]
     where.append(run.config.get("subsample", "all"))
-    return repr([where, run.data.get("digest"), sorted(hparams(run).items())])
+    return repr([where, run.data["digest"], sorted(hparams(run).items())])
 
 
 # Grouping
@@ -152,8 +152,8 @@ def assign_variants(runs: Sequence[Run]) -> tuple[list[Variant], list[Variant]]:
     A setting that differs is named, but not where it has its default and other runs do not.
 
     Returns:
-        Each run's variant; and all variants in order: by method, those with the fewest settings
-        off their defaults first, then those of most runs.
+        Each run's variant; and all variants by method, those with the fewest settings off their
+        defaults first.
     """
     settings = [hparams(run) for run in runs]
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)  # by method and setting
@@ -161,24 +161,17 @@ def assign_variants(runs: Sequence[Run]) -> tuple[list[Variant], list[Variant]]:
         for key, value in own.items():
             if value not in values[run.method, key]:
                 values[run.method, key].append(value)
-    variants, order = [], {}
+    variants, ranks = [], {}
     for run, own in zip(runs, settings, strict=True):
         varied = sorted(k for m, k in values if m == run.method and len(values[m, k]) > 1)
         changed = [k for k in varied if own[k] != defaults().get(k)]
-        named = [
-            k for k in varied if k in changed or defaults().get(k) not in values[run.method, k]
-        ]
+        at_default = [k for k in varied if defaults().get(k) in values[run.method, k]]
+        named = [k for k in varied if k in changed or k not in at_default]
         text = ", ".join(format_setting(key, own[key]) for key in named)
         variants.append(Variant(run.method, text))
-        order[variants[-1]] = len(changed), [sort_key(own[key]) for key in named]
-    counts = Counter(variants)
-    methods = sort_by_known({run.method for run in runs}, METHODS)
-
-    def rank(variant: Variant) -> tuple:
-        num_changed, keys = order[variant]
-        return methods.index(variant.method), num_changed, -counts[variant], keys
-
-    return variants, sorted(counts, key=rank)
+        order = list(METHODS).index(run.method), len(changed), [sort_key(own[k]) for k in named]
+        ranks[variants[-1]] = order
+    return variants, sorted(ranks, key=ranks.get)
 
 
 def hparams(run: Run) -> dict[str, Any]:
@@ -225,12 +218,12 @@ def label_datasets(data: Sequence[tuple[str, dict]]) -> tuple[list[str], list[st
         For each run "dtd" or "dtd (made split)", followed by the beginning of the digest where
         one name would stand for several sets of images; and all these names in order.
     """
-    names = [name + " (made split)" * (info.get("split") == "made") for name, info in data]
+    names = [name + " (made split)" * (info["split"] == "made") for name, info in data]
     digests: dict[str, set] = defaultdict(set)
     for name, (_, info) in zip(names, data, strict=True):
-        digests[name] |= {info.get("digest")} - {None}
+        digests[name].add(info["digest"])
     labels = [
-        f"{name}, {info.get('digest', 'unknown')[:7]}" if len(digests[name]) > 1 else name
+        f"{name}, {info['digest'][:7]}" if len(digests[name]) > 1 else name
         for name, (_, info) in zip(names, data, strict=True)
     ]
     ranks = sort_by_known([name for name, _ in data], DATASETS)
@@ -240,11 +233,8 @@ def label_datasets(data: Sequence[tuple[str, dict]]) -> tuple[list[str], list[st
 
 def display_name(dataset: str) -> str:
     """Return a dataset's title, followed by what `label_datasets` put behind its name."""
-    name, space, rest = dataset.partition(" ")
-    info = DATASETS.get(name.removesuffix(","))
-    if info is None:
-        return dataset
-    return info.title + ("," if name.endswith(",") else "") + space + rest
+    name = dataset.split(" ")[0].removesuffix(",")
+    return (DATASETS[name].title if name in DATASETS else name) + dataset[len(name) :]
 
 
 # Means

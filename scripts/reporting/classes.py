@@ -25,8 +25,8 @@ from utils import plural, to_csv, unique_classnames
 
 NUM_HARDEST = 5  # classes in the table
 MAX_NUMBERS, MAX_NAMES = 20, 120  # classes up to which a matrix has numbers in it, names beside it
-NUM_CONFUSIONS = 25  # listed beside a matrix without names
 CSV_HEADER = ["backbone", "dataset", "shots", "method", "settings", "class", "images", "accuracy"]
+CSV_HEADER += ["confused_with", "confused_percent"]  # the most frequent wrong class
 
 
 class ConfusionCell(NamedTuple):
@@ -47,11 +47,19 @@ class ConfusionCell(NamedTuple):
             return 100 * self.counts / self.counts.sum(axis=1, keepdims=True)
 
     @property
-    def worst_first(self) -> list[tuple[str, int, float]]:
-        """Name, images and accuracy in percent of each class that has images."""
+    def worst_first(self) -> list[tuple[str, int, float, str, float]]:
+        """Name, images and accuracy in percent of each class that has images.
+
+        Then the wrong class that is predicted most often, and its share in percent.
+        """
         images = self.counts.sum(axis=1) // len(self.calibration_errors)
-        accuracies = self.row_percent.diagonal().tolist()
-        rows = zip(self.names, images.tolist(), accuracies, strict=True)
+        percent = np.nan_to_num(self.row_percent)
+        wrong = percent - np.diag(percent.diagonal())
+        rows = zip(
+            self.names, images.tolist(), percent.diagonal().tolist(),
+            [self.names[label] for label in wrong.argmax(axis=1)], wrong.max(axis=1).tolist(),
+            strict=True,
+        )  # fmt: skip
         return sorted((row for row in rows if row[1]), key=lambda row: (row[2], row[0]))
 
     @property
@@ -88,7 +96,7 @@ def classes_section(cells: Sequence[ConfusionCell]) -> str:
         return ""
     lines = []
     for cell in cells:
-        hardest = [f"{name} ({acc:.1f})" for name, _, acc in cell.worst_first[:NUM_HARDEST]]
+        hardest = [f"{name} ({acc:.1f})" for name, _, acc, *_ in cell.worst_first[:NUM_HARDEST]]
         error = format_spread(*summarize(cell.calibration_errors)[:2], ".1f")
         line = display_name(cell.dataset), cell.variant.label, str(cell.shots), error
         lines.append([*line, ", ".join(hardest)])
@@ -120,14 +128,12 @@ def plan_class_figures(cells: Iterable[ConfusionCell]) -> dict[str, Callable[[],
 def draw_confusion(cell: ConfusionCell) -> Figure:
     """Draw the confusion matrix: true classes down, predicted ones across, in percent of the row.
 
-    A small matrix has numbers in it, a larger one only names beside it. Beside one of more than
-    MAX_NAMES classes the most frequent confusions are listed.
+    A small matrix has numbers in it, a large one has labels in the place of names.
     """
     count, percent = len(cell.names), np.nan_to_num(cell.row_percent)
-    is_large = count > MAX_NAMES
-    figure, (axes, *beside) = make_figure("", panels=2 if is_large else 1)
-    side = 8.5 if is_large else max(4.2, 0.42 * count if count <= MAX_NUMBERS else 0.135 * count)
-    figure.set_size_inches(2 * side if is_large else side + 3, side + (0 if is_large else 2))
+    figure, (axes,) = make_figure("")
+    side = 8.5 if count > MAX_NAMES else max(4.2, count * (0.42 if count <= MAX_NUMBERS else 0.135))
+    figure.set_size_inches(side + 3, side + 2)
     # White means none: one image of many is seen, and the square root shows it better.
     blues = ListedColormap(colormaps["Blues"](np.linspace(0.2, 1, 256)))
     image = axes.imshow(
@@ -135,37 +141,19 @@ def draw_confusion(cell: ConfusionCell) -> Figure:
         interpolation="nearest",
     )  # fmt: skip
     axes.grid(False)
+    axes.set(xlabel="predicted class", ylabel="true class")
     set_title(figure, cell.title)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100])
     bar.set_label("share of the true class's images (%)")
-    if is_large:
-        axes.set(xlabel="predicted class (label)", ylabel="true class (label)")
-        beside[0].set_axis_off()
-        beside[0].text(0, 1, "\n".join(list_confusions(cell)), va="top", linespacing=1.5)
-        return figure
-    size = 8 if count <= MAX_NUMBERS else 6.5
-    names = [truncate(name) for name in cell.names]
-    axes.set_xticks(range(count), labels=names, rotation=90, fontsize=size)
-    axes.set_yticks(range(count), labels=names, fontsize=size)
-    axes.set(xlabel="predicted class", ylabel="true class")
+    if count <= MAX_NAMES:
+        size, names = 8 if count <= MAX_NUMBERS else 6.5, [truncate(name) for name in cell.names]
+        axes.set_xticks(range(count), labels=names, rotation=90, fontsize=size)
+        axes.set_yticks(range(count), labels=names, fontsize=size)
     for row, column in zip(*percent.nonzero(), strict=True) if count <= MAX_NUMBERS else ():
         share = percent[row, column]
         color, text = "white" if share > 40 else "black", f"{share:.0f}" if share >= 1 else "<1"
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     return figure
-
-
-def list_confusions(cell: ConfusionCell) -> list[str]:
-    """Return the most frequent confusions as lines of text under a heading."""
-    percent = np.nan_to_num(cell.row_percent)
-    np.fill_diagonal(percent, 0)
-    order = np.argsort(-percent, axis=None, kind="stable")[:NUM_CONFUSIONS]
-    lines = ["Most frequent confusions", "(true class, label: predicted class)", ""]
-    for row, column in zip(*np.unravel_index(order, percent.shape), strict=True):
-        if percent[row, column]:
-            names = truncate(cell.names[row]), truncate(cell.names[column])
-            lines.append(f"{percent[row, column]:.0f} %  {names[0]}, {row}: {names[1]}, {column}")
-    return lines
 
 
 def draw_accuracies(cell: ConfusionCell) -> Figure:
@@ -179,7 +167,7 @@ def draw_accuracies(cell: ConfusionCell) -> Figure:
     set_title(figure, cell.title)
     for number, axes in enumerate(panels):
         part = rows[number * length : (number + 1) * length]
-        names, _, values = zip(*part, strict=True)
+        names, _, values, *_ = zip(*part, strict=True)
         bars = axes.barh(range(len(part)), values, color="#0072B2", height=0.75)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=size)
         axes.set_yticks(range(len(part)), labels=map(truncate, names), fontsize=size)

@@ -135,10 +135,10 @@ def backbone_section(results: BackboneResults, rows: Sequence[Row]) -> str:
 
 def provenance_line(results: BackboneResults) -> str:
     """Return how many runs there are, of which commits and versions, on which devices."""
-    columns = zip(*(run.provenance for run in results.runs()), strict=True)
-    texts = [", ".join(sorted(set(column))) for column in columns]
-    count = plural(len(results.runs()), "run")
-    return "{}. Commit: {}. PyTorch: {}. Device: {}.".format(count, *texts)
+    runs = results.runs()
+    columns = zip(*((r.git_commit, r.versions.get("torch"), r.device) for r in runs), strict=True)
+    texts = [", ".join(sorted({str(value) for value in column})) for column in columns]
+    return "{}. Commit: {}. PyTorch: {}. Device: {}.".format(plural(len(runs), "run"), *texts)
 
 
 def accuracy_table(results: BackboneResults, rows: Sequence[Row], footnotes: dict[str, int]) -> str:

@@ -43,8 +43,12 @@ def finish(plan, accuracy):
     keys = ("method", "backbone", "dataset", "shots", "seed")
     result = {key: getattr(plan.config, key) for key in keys} | {"config": get_hparams(plan.config)}
     result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "iterations": 1, "ece": 1.0}
-    result |= {"wall_seconds": 1.0, "peak_memory_mb": 100.0, "data": {"digest": "d"}}
-    result |= {"classnames": ["a"], "template": ["{}"]}
+    result |= {
+        "wall_seconds": 1.0,
+        "peak_memory_mb": 100.0,
+        "data": {"split": "made", "digest": "d"},
+    }
+    result |= {"classnames": ["a"], "template": ["{}"], "device": "cpu", "versions": {}}
     (plan.folder / "result.json").write_text(json.dumps(result))
 
 
@@ -105,14 +109,14 @@ def test_bad_files_are_one_sentence(text, words, write, capsys):
 
 def test_reports_refuse_other_settings(write, tmp_path):
     path = write(
-        "common: {config: configs/digits.yaml, t: [1, 5], lr: [1, 2], seed: 1}\nruns: [{}]\n"
+        "common: {config: configs/digits.yaml, t: [1, 5], shots: [1, 2], seed: 1}\nruns: [{}]\n"
     )
     found = read_experiment(path, root=tmp_path)
     with pytest.raises(ValueError, match="no run of this experiment is finished"):
         write_experiment(found)
     for run in found.runs:
         finish(run, 60.0)
-    with pytest.raises(ValueError, match="differs in its settings from others of 1 and 0.01"):
+    with pytest.raises(ValueError, match="differs in its settings from others of T = 1 and 0.01"):
         write_experiment(found)
     path = found.runs[0].folder / "result.json"
     result = json.loads(path.read_text())
@@ -149,7 +153,7 @@ def test_grid_shows_missing_cells(write, tmp_path):
         if (run.config.s, run.config.t) != (0.99, 5):
             finish(run, 60 + (run.config.t > 5) + run.config.seed)
     assert read_table(write_and_read(path, tmp_path)) == [
-        ["", "0.01", "0.1"], ["5", "-", "61.5 ± 0.7"],
+        ["", "0.01", "0.1"], ["T = 5", "-", "61.5 ± 0.7"],
         ["never refreshed", "62.5 ± 0.7", "62.5 ± 0.7"],
     ]  # fmt: skip
 

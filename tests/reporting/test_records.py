@@ -14,7 +14,7 @@ def test_read_run_returns_fields(tmp_path):
     folder = make_run(tmp_path, accuracy=70.0, iterations=4, eval_every=2, backbone="/m/RN50.pt")
     run = read_run(folder)
     assert (run.final_accuracy, run.zero_shot_accuracy, run.backbone) == (70.0, 44.0, "RN50")
-    assert run.provenance == ("abc", "2.4", "cpu") and run.new_accuracy is None
+    assert (run.git_commit, run.device, run.new_accuracy) == ("abc", "cpu", None)
     assert run.loss_curve.shape == (4,)
     assert run.eval_curve[:, 0].tolist() == [0, 2, 4]
     assert run.eval_curve[[0, -1], 1].tolist() == [44.0, 70.0]
@@ -59,7 +59,7 @@ def test_read_run_requires_fields(tmp_path, key):
     ("curve.csv", HEADER + '"' + "x" * 200_000, "malformed at line 2"),
     ("curve.csv", "\x00\xff", "malformed"),
     ("transfer.json", "{", "transfer.json is not JSON"),
-    ("transfer.json", '{"dtd": 3}', "an object for each dataset"),
+    ("transfer.json", '{"dtd": 3}', "does not hold an object"),
     ("transfer.json", '{"dtd": {"zero_shot_accuracy": 101}}', "zero_shot_accuracy cannot be '101'"),
 ])  # fmt: skip
 def test_read_run_refuses_files(tmp_path, name, text, reason):

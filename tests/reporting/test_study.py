@@ -65,7 +65,7 @@ def make_study(root):
         common = ["--seed", seed, "--shots", "4"]
         for method in ("so", "lora", "adam"):
             own = ["--method", method, *common]
-            yield make("lr", 60.0, *own, "--lr", "0.1")
+            yield make("lr", 60.0, *own, "--lr", "0.1", "--eval_split", "val")
             yield make("compare", 70.0 + len(method), *own)
             yield make("overfitting", 60.0, *own)
         yield make("grid", 60.0, *common)
@@ -88,7 +88,7 @@ def test_page_is_made_of_runs(tmp_path):
     assert read_lines(sections["accuracy"])["LoRA"]["4 shots"] == "75.5 ± 6.4"
     assert read_lines(sections["forgetting"])["SO"]["4 shots"] == "52.0 ± 0.0"
     assert "Best: SO 0.1; LoRA 0.1; Adam 0.1." in sections["lr"]
-    assert read_lines(sections["grid"])["5"]["0.01"] == "61.5 ± 0.7"
+    assert read_lines(sections["grid"])["T = 5"]["0.01"] == "61.5 ± 0.7"
     assert list(read_lines(sections["moments"])) == [
         "SO", "SO, moments none", "SO, moments per_entry",
     ]  # fmt: skip

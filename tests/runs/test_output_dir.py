@@ -125,8 +125,12 @@ def test_a_run_leaves_its_folder(command, tmp_path):
     assert float(rows[-1]["test_accuracy"]) == result["final_accuracy"]
     assert float(rows[0]["lr"]) == 1e-3
     read = read_run(folder)
-    assert (read.method, read.accuracy, len(read.loss)) == ("so", result["final_accuracy"], 4)
-    assert read.settings == result["config"] and read.data == result["data"]
+    assert (read.method, read.final_accuracy, len(read.loss_curve)) == (
+        "so",
+        result["final_accuracy"],
+        4,
+    )
+    assert read.config == result["config"] and read.data == result["data"]
 
 
 def test_a_run_is_read_from_its_result_wherever_it_lies(command, tmp_path):
@@ -136,7 +140,7 @@ def test_a_run_is_read_from_its_result_wherever_it_lies(command, tmp_path):
     only_folder(tmp_path).rename(moved)
     read = read_run(moved)
     assert (read.method, read.dataset, read.shots, read.seed) == ("so", "eurosat", 2, 3)
-    assert read.settings["grad_support"] == "magnitude"
+    assert read.config["grad_support"] == "magnitude"
 
 
 # Whose result it keeps
