@@ -163,6 +163,25 @@ def _convert_from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if not key.endswith(".position_ids")}
 
 
+def convert_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a state dict from OpenAI's layout to that of transformers' CLIPModel."""
+    result = {}
+    for key, value in state.items():
+        for theirs, ours in HF_TO_OPENAI:
+            if key.startswith(ours):
+                key = theirs + key.removeprefix(ours)
+            elif ours.startswith("."):
+                key = key.replace(ours, theirs)
+        if ".in_proj_" in key:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                result[key.replace(".in_proj_", f".{part}_proj.")] = rows
+        elif key in ("visual.proj", "text_projection"):
+            result[{"visual.proj": "visual_projection"}.get(key, key) + ".weight"] = value.T
+        else:
+            result[key] = value
+    return result
+
+
 def build_model(
     state_dict: Mapping[str, Tensor],
     activation: str = "quickgelu",

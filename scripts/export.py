@@ -1,0 +1,260 @@
+"""Export the CLIP of a run for other programs.
+
+    python scripts/export.py RUN_FOLDER --to openai --out clip.pt
+    python scripts/export.py RUN_FOLDER --to open_clip --out clip_folder
+    python scripts/export.py RUN_FOLDER --to transformers --out clip_folder
+    python scripts/export.py RUN_FOLDER --to onnx --out classifier_folder
+
+RUN_FOLDER may also be its weights.safetensors, or a full CLIP checkpoint, except for onnx, which
+needs the class names and prompts of the run. docs/export.md shows how to load what was written.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import reporting  # noqa: F401  (puts the repository on the path)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import clip
+from clip import CLIP
+from clip.convert import convert_to_hf, infer_model_args
+from clip.model import Transformer
+from clip.model_config import ACTIVATIONS
+from clip.resnet import TOTAL_STRIDE
+from clip.simple_tokenizer import END, START, SimpleTokenizer
+from clip.zero_shot import encode_classes, get_logit_scale, tokenize_class_prompts
+from optimizers.delta import apply_delta, read_delta
+from run_utils import OneLineErrorParser, one_of
+from runs.cli import run_cli
+from runs.records import Run, read_run
+from runs.weights import find_saved_run, resolve_base, save_state_dict
+
+ONNX_README = """# Classifier
+
+`classifier.onnx` maps RGB images (N, 3, {side}, {side}), float32 in [0, 1], to the probabilities
+(N, {classes}) of the classes in `labels.json`. It normalizes the images itself.
+
+```python
+import json, pathlib
+import numpy as np, onnxruntime
+from PIL import Image
+side, image = {side}, Image.open("image.jpg").convert("RGB")
+width, height = (max(side, int(side * n / min(image.size))) for n in image.size)
+left, top = round((width - side) / 2), round((height - side) / 2)
+image = image.resize((width, height), Image.BICUBIC).crop((left, top, left + side, top + side))
+pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
+probabilities = onnxruntime.InferenceSession("classifier.onnx").run(None, {{"images": pixels}})[0]
+print(json.loads(pathlib.Path("labels.json").read_bytes())[probabilities[0].argmax()])
+```
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = OneLineErrorParser(prog="export.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN_OR_WEIGHTS", help="folder of a run, or its weights")
+    add("--to", type=one_of("format", [*EXPORTERS]), required=True, help=", ".join(EXPORTERS))
+    add("--out", type=Path, required=True, help="file (openai) or folder to write")
+    add("--base", help="name or path of the base (the backbone that the weights name)")
+    args = parser.parse_args(argv)
+    return run_cli(lambda: export(args.source, args.to, args.out, args.base), "export.py")
+
+
+def export(source: Path, target: str, out: Path, base: str | None = None) -> None:
+    """Write the CLIP of a run or of a weights file in the format of another program.
+
+    Raises:
+        ValueError: The source has no weights, the format cannot hold its model, `out` exists, or a
+            package is missing.
+    """
+    if out.exists():
+        raise ValueError(f"--out {out} exists: give another path")
+    model, run = load_source(source, base)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
+        EXPORTERS[target](model, run, path := Path(folder, out.name))
+        path.rename(out)
+    print(f"Wrote {out}")
+
+
+def load_source(source: Path, base: str | None) -> tuple[CLIP, Run | None]:
+    """Load the trained CLIP in float32, with the logit scale of its run if there is one."""
+    run, weights = None, source
+    if source.is_dir():
+        run, weights = find_saved_run(source)
+    elif (source.parent / "result.json").is_file():
+        run = read_run(source.parent)
+    settings = run.settings if run else {}
+    options = {key: settings.get(key) for key in ("activation", "heads")}
+    if weights.suffix == ".safetensors":
+        delta = read_delta(weights)
+        resolve_base(delta, base)  # a clear error if the base is missing
+        model, _ = clip.load(base or delta.metadata["backbone"], "cpu", **options)
+        apply_delta(model, delta)
+    else:
+        model, _ = clip.load(weights, "cpu", **options)
+    if (scale := settings.get("logit_scale", "checkpoint")) != "checkpoint":
+        model.logit_scale.data.fill_(math.log(scale))
+    return model.requires_grad_(False), run
+
+
+def to_openai(model: CLIP, run: Run | None, path: Path) -> None:
+    """Write a state dict in OpenAI's layout, as `delta.py apply` does."""
+    default = clip.build_model(model.state_dict())  # as OpenAI's code would build it
+    for name in ("activation", "heads", "image_mean", "image_std"):
+        ours, theirs = getattr(model, name), getattr(default, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the {name} of this CLIP is {ours}, and OpenAI's code has {theirs} for every CLIP "
+                "of this size: use --to open_clip"
+            )
+    save_state_dict(path, model.state_dict())
+
+
+def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
+    """Write a folder that open_clip loads as `local-dir:FOLDER`."""
+    sizes, (vision_heads, text_heads) = infer_model_args(model.state_dict()), model.heads
+    width, text_width = sizes["vision_width"], sizes["transformer_width"]
+    channels = width if sizes["vision_patch_size"] else TOTAL_STRIDE * width  # of attention
+    config = {
+        "embed_dim": sizes["embed_dim"],
+        "quick_gelu": model.activation == "quickgelu",
+        "vision_cfg": {
+            "image_size": sizes["image_resolution"],
+            "layers": sizes["vision_layers"],
+            "width": width,
+            "head_width": channels // vision_heads,
+            "patch_size": sizes["vision_patch_size"],
+            "mlp_ratio": (sizes["vision_mlp"] or 4 * width) / width,
+        },
+        "text_cfg": {
+            "context_length": sizes["context_length"],
+            "vocab_size": sizes["vocab_size"],
+            "layers": sizes["transformer_layers"],
+            "width": text_width,
+            "heads": text_heads,
+            "mlp_ratio": sizes["transformer_mlp"] / text_width,
+        },
+    }
+    preprocess = {"mean": model.image_mean, "std": model.image_std}
+    folder.mkdir()
+    write_json(folder / "open_clip_config.json", dict(model_cfg=config, preprocess_cfg=preprocess))
+    save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
+
+
+def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
+    """Write a folder that transformers' CLIPModel and CLIPProcessor load."""
+    if hasattr(model.visual, "attnpool"):
+        raise ValueError("transformers has no CLIP with a ResNet: use --to open_clip or onnx")
+    tokenizer = SimpleTokenizer.for_vocabulary(model.vocab_size)
+    side = model.visual.input_resolution
+    config = {
+        "model_type": "clip",
+        "projection_dim": model.text_projection.shape[1],
+        "vision_config": {
+            **hf_tower_config(model.visual.transformer, model.activation),
+            "image_size": side,
+            "patch_size": model.visual.conv1.kernel_size[0],
+        },
+        "text_config": {
+            **hf_tower_config(model.transformer, model.activation),
+            "vocab_size": model.vocab_size,
+            "max_position_embeddings": model.context_length,
+            "bos_token_id": tokenizer.start,
+            "eos_token_id": tokenizer.end,
+        },
+    }
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "image_mean": model.image_mean,
+        "image_std": model.image_std,
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+    names = {START: "<|startoftext|>", END: "<|endoftext|>"}
+    vocabulary = {names.get(symbol, symbol): number for symbol, number in tokenizer.ids.items()}
+    merges = ["#version: 0.2", *map(" ".join, tokenizer.ranks)]
+    limit = {"tokenizer_class": "CLIPTokenizer", "model_max_length": model.context_length}
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    write_json(folder / "tokenizer_config.json", limit)
+    write_json(folder / "vocab.json", vocabulary)
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    save_state_dict(folder / "model.safetensors", convert_to_hf(model.state_dict()))
+
+
+def hf_tower_config(tower: Transformer, activation: str) -> dict[str, object]:
+    """The sizes of a tower, as transformers calls them."""
+    mlp = tower.resblocks[0].mlp
+    return {
+        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[activation],
+        "hidden_size": mlp.c_fc.in_features,
+        "intermediate_size": mlp.c_fc.out_features,
+        "num_attention_heads": tower.heads,
+        "num_hidden_layers": len(tower.resblocks),
+    }
+
+
+def to_onnx(model: CLIP, run: Run | None, folder: Path) -> None:
+    """Write a folder with an ONNX classifier of the run's classes, its labels and a README."""
+    if run is None:
+        raise ValueError("--to onnx needs class names and prompts: name the folder of a run")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    missing += ["'torch>=2.5'"] if torch.__version__ < "2.5" else []
+    if missing:
+        raise ValueError(f"--to onnx needs packages: pip install {' '.join(missing)}")
+    classes = encode_classes(model, tokenize_class_prompts(model, run.classnames, run.template))
+    side = model.visual.input_resolution
+    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations within the exporter
+        torch.onnx.export(
+            Classifier(model, classes).eval(),
+            (torch.rand(2, 3, side, side),),
+            folder / "classifier.onnx",
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    write_json(folder / "labels.json", run.classnames)
+    (folder / "README.md").write_text(ONNX_README.format(side=side, classes=len(classes)))
+
+
+class Classifier(nn.Module):
+    """Images (N, 3, R, R) in [0, 1] to probabilities (N, C), by class features (C, D)."""
+
+    def __init__(self, model: CLIP, classes: Tensor) -> None:
+        super().__init__()
+        self.visual = model.visual
+        self.register_buffer("mean", torch.tensor(model.image_mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(model.image_std).view(3, 1, 1))
+        self.register_buffer("weight", get_logit_scale(model, "checkpoint") * classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.normalize(self.visual((images - self.mean) / self.std), dim=-1)
+        return F.linear(features, self.weight).softmax(dim=-1)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON that people can read, in UTF-8."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+EXPORTERS = dict(
+    openai=to_openai, open_clip=to_open_clip, transformers=to_transformers, onnx=to_onnx
+)  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""scripts/export.py: each format gives the run's logits in the program that it is for."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import export
+import open_clip
+import predict
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_helpers import TINY_VIT, open_clip_model, random_state_dict, random_tokens
+from commands import call, run, run_folder
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+import clip
+from clip.zero_shot import tokenize_class_prompts
+from runs.weights import find_saved_run, load_run_model
+
+
+def train(data, backbone, out):
+    run(
+        "--root_path", data, "--dataset", "eurosat", "--backbone", data / backbone,
+        "--n_iters", 2, "--s", 0.9, "--lr", 1e-2, "--save_path", out, "--num_workers", 0,
+        "--logit_scale", 20,
+    )  # fmt: skip
+    return run_folder(out)
+
+
+@pytest.fixture(scope="module")
+def vit(data, tmp_path_factory):
+    return train(data, "tiny vit.pt", tmp_path_factory.mktemp("vit run"))
+
+
+@pytest.fixture(scope="module")
+def resnet(data, tmp_path_factory):
+    return train(data, "tiny-resnet.pt", tmp_path_factory.mktemp("resnet run"))
+
+
+@pytest.fixture(params=["vit", "resnet"])
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
+def load_run(folder):
+    """The model of a run, and images and texts for it."""
+    model = load_run_model(*find_saved_run(folder), torch.device("cpu")).requires_grad_(False)
+    side = model.visual.input_resolution
+    return model, torch.randn(3, 3, side, side), random_tokens(model)
+
+
+def logits_of(model, images, tokens, scale=20):
+    images, texts = F.normalize(model.encode_image(images)), F.normalize(model.encode_text(tokens))
+    return scale * images @ texts.T
+
+
+def assert_close(ours, theirs):
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def write(*argv):
+    status, out, err = call(export.main, *argv)
+    assert status == 0 and out == f"Wrote {argv[-1]}\n", err
+
+
+def error(*argv):
+    status, out, err = call(export.main, *argv)
+    *notes, line = err.splitlines()
+    assert status == 2 and line.startswith("export.py: error: ") and not out, err
+    assert all(note.startswith("note: ") for note in notes)
+    return line
+
+
+@torch.no_grad()
+def test_openai_export_matches_run(folder, tmp_path):
+    model, images, tokens = load_run(folder)
+    write(folder, "--to", "openai", "--out", out := tmp_path / "clip.pt")
+    theirs = open_clip_model(torch.load(out, weights_only=True))  # its loader of OpenAI's files
+    image_features, text_features, scale = theirs(images, tokens)
+    expected = logits_of(model, images, tokens)
+    assert_close(scale * image_features @ text_features.T, expected)
+    assert_close(clip.load(out, "cpu")[0](images, tokens)[0], expected)
+
+
+@torch.no_grad()
+def test_open_clip_export_matches_run(folder, tmp_path):
+    model, images, tokens = load_run(folder)
+    write(folder, "--to", "open_clip", "--out", out := tmp_path / "a folder")
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    image_features, text_features, scale = theirs.eval()(images, tokens)
+    assert_close(scale * image_features @ text_features.T, logits_of(model, images, tokens))
+    image = Image.effect_noise((90, 70), 80).convert("RGB")
+    assert torch.equal(preprocess(image), clip.load(out, "cpu")[1](image))
+
+
+@torch.no_grad()
+def test_transformers_export_matches_run(vit, tmp_path):
+    model, images, tokens = load_run(vit)
+    write(vit, "--to", "transformers", "--out", out := tmp_path / "new" / "folder")
+    theirs, processor = CLIPModel.from_pretrained(out), CLIPProcessor.from_pretrained(out)
+    theirs_logits = theirs(pixel_values=images, input_ids=tokens).logits_per_image
+    assert_close(theirs_logits, logits_of(model, images, tokens))
+
+    texts, side = ["A photo of a cat.", "it's  naïve: 12 Œuvres"], model.visual.input_resolution
+    image = Image.effect_noise((side, side), 80).convert("RGB")
+    batch = processor(text=texts, images=image, return_tensors="pt", padding=True)
+    pixels = clip.image_transform(side)(image)[None]
+    expected = logits_of(model, pixels, model.tokenize(texts))
+    assert_close(theirs(**batch).logits_per_image, expected)
+
+
+@torch.no_grad()
+def test_onnx_export_matches_run(folder, data, tmp_path, monkeypatch, capsys):
+    import onnxruntime
+
+    model, images, _ = load_run(folder)
+    write(folder, "--to", "onnx", "--out", out := tmp_path / "classifier")
+    saved, _ = find_saved_run(folder)
+    assert json.loads((out / "labels.json").read_text()) == saved.classnames
+    session = onnxruntime.InferenceSession(out / "classifier.onnx")
+    prompts = tokenize_class_prompts(model, saved.classnames, saved.template)[0]
+    normalize = clip.image_transform(1).transforms[-1]
+    for batch in (images[:1].sigmoid(), images.sigmoid()):
+        (probabilities,) = session.run(None, {"images": batch.numpy()})
+        expected = logits_of(model, normalize(batch), prompts).softmax(dim=-1)
+        assert_close(torch.from_numpy(probabilities), expected)
+
+    monkeypatch.chdir(out)
+    shutil.copy(next((data / "eurosat/2750").rglob("*.jpg")), "image.jpg")
+    (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    exec(code, {})
+    printed = capsys.readouterr().out.strip()
+    assert call(predict.main, folder, "image.jpg", "--top", 1)[1].split("  ")[1] == printed
+
+
+@torch.no_grad()
+def test_export_keeps_other_architectures(tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    vision = {"layers": 4, "width": 128, "patch_size": 8, "head_width": 32}
+    text = {"layers": 2, "width": 64, "heads": 2}
+    config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}  # with GELU
+    preprocess = {"mean": mean, "std": std}
+    content = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+    (tmp_path / "open_clip_config.json").write_text(content)
+    torch.save(random_state_dict(TINY_VIT), source := tmp_path / "weights.pt")
+    model = clip.load(source, "cpu")[0]
+    images, tokens = torch.randn(2, 3, 32, 32), random_tokens(model)
+    for target in ("open_clip", "transformers"):
+        write(source, "--to", target, "--out", tmp_path / target)
+        copy = clip.load(tmp_path / target, "cpu")[0]
+        assert (copy.activation, copy.heads) == ("gelu", (4, 2))
+        assert (copy.image_mean, copy.image_std) == (mean, std)
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
+    assert_close(theirs.encode_image(images), model.encode_image(images))
+    theirs = CLIPModel.from_pretrained(tmp_path / "transformers")
+    assert_close(theirs(pixel_values=images, input_ids=tokens)[0], model(images, tokens)[0])
+    out = tmp_path / "out.pt"
+    assert "the activation of this CLIP is gelu" in error(source, "--to", "openai", "--out", out)
+
+
+def test_export_errors_are_one_line(vit, resnet, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(vit, bare := tmp_path / "bare")
+    (bare / "weights.safetensors").unlink()
+    shutil.copy(vit / "weights.safetensors", weights := tmp_path / "weights.safetensors")
+    assert "has no weights" in error(bare, "--to", "openai", "--out", out)
+    assert "has no result.json" in error(tmp_path, "--to", "openai", "--out", out)
+    assert "no weights at" in error(tmp_path / "gone.safetensors", "--to", "onnx", "--out", out)
+    assert "unknown model 'ViT'" in error("ViT", "--to", "openai", "--out", out)
+    assert "unknown format 'hf'" in error(vit, "--to", "hf", "--out", out)
+    assert f"--out {bare} exists" in error(vit, "--to", "open_clip", "--out", bare)
+    assert "no CLIP with a ResNet" in error(resnet, "--to", "transformers", "--out", out)
+    assert "name the folder of a run" in error(weights, "--to", "onnx", "--out", out)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install onnx onnxscript" in error(vit, "--to", "onnx", "--out", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "weights.safetensors"]
