@@ -26,11 +26,10 @@ from torch import Tensor, nn
 import clip
 from clip import CLIP
 from clip.convert import convert_to_hf, infer_model_args
-from clip.model import Transformer
 from clip.model_config import ACTIVATIONS
 from clip.resnet import TOTAL_STRIDE
 from clip.simple_tokenizer import END, START, SimpleTokenizer
-from clip.zero_shot import encode_classes, get_logit_scale, tokenize_class_prompts
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers.delta import apply_delta, read_delta
 from run_utils import OneLineErrorParser, one_of
 from runs.cli import run_cli
@@ -193,7 +192,7 @@ def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
     save_state_dict(folder / "model.safetensors", convert_to_hf(model.state_dict()))
 
 
-def hf_tower_config(tower: Transformer, activation: str) -> dict[str, object]:
+def hf_tower_config(tower: nn.Module, activation: str) -> dict[str, object]:
     """The sizes of a tower, as transformers calls them."""
     mlp = tower.resblocks[0].mlp
     return {
@@ -213,7 +212,8 @@ def to_onnx(model: CLIP, run: Run | None, folder: Path) -> None:
     missing += ["'torch>=2.5'"] if torch.__version__ < "2.5" else []
     if missing:
         raise ValueError(f"--to onnx needs packages: pip install {' '.join(missing)}")
-    classes = encode_classes(model, tokenize_class_prompts(model, run.classnames, run.template))
+    text_tokens = tokenize_class_prompts(model, run.classnames, run.template)
+    classes = ZeroShotClassifier(model, text_tokens).encode_classes()  # (C, D)
     side = model.visual.input_resolution
     folder.mkdir()
     with warnings.catch_warnings():
@@ -240,7 +240,7 @@ class Classifier(nn.Module):
         self.visual = model.visual
         self.register_buffer("mean", torch.tensor(model.image_mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(model.image_std).view(3, 1, 1))
-        self.register_buffer("weight", get_logit_scale(model, "checkpoint") * classes)
+        self.register_buffer("weight", model.logit_scale.exp() * classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.normalize(self.visual((images - self.mean) / self.std), dim=-1)

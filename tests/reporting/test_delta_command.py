@@ -14,7 +14,6 @@ import clip
 from benchmarks import delta as benchmark
 from optimizers.delta import read_delta, save_delta, state_dict_sha256
 from run_utils import get_arguments
-from runs.output_dir import save_config
 
 
 def run(*argv):
@@ -105,7 +104,7 @@ def test_apply_prints_the_evaluation_command(checkpoint, tmp_path, monkeypatch):
     folder, _, _ = checkpoint
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a run").mkdir()
-    save_config(tmp_path / "a run", get_arguments(["--dataset", "digits", "--lr", "0.1"]))
+    (tmp_path / "a run/config.yaml").write_text("dataset: digits\nlr: 0.1\n")
     for file, dataset in (("a run/delta", "digits"), ("delta", "dtd")):
         shutil.copy(folder / "delta", file)
         command = run("apply", file, "--out", "full.pt").splitlines()[-1].partition(": ")[2]
