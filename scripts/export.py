@@ -92,7 +92,7 @@ def load_source(source: Path, base: str | None) -> tuple[CLIP, Run | None]:
         run, weights = find_saved_run(source)
     elif (source.parent / "result.json").is_file():
         run = read_run(source.parent)
-    settings = run.settings if run else {}
+    settings = run.config if run else {}
     options = {key: settings.get(key) for key in ("activation", "heads")}
     if weights.suffix == ".safetensors":
         delta = read_delta(weights)
