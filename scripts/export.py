@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import clip
 from clip import CLIP
 from clip.convert import convert_to_hf, infer_model_args
-from clip.model_config import ACTIVATIONS
+from clip.model_config import HF_ACTIVATIONS
 from clip.resnet import TOTAL_STRIDE
 from clip.simple_tokenizer import END, START, SimpleTokenizer
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
@@ -154,7 +154,7 @@ def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
     """Write a folder that transformers' CLIPModel and CLIPProcessor load."""
     if hasattr(model.visual, "attnpool"):
         raise ValueError("transformers has no CLIP with a ResNet: use --to open_clip or onnx")
-    tokenizer = SimpleTokenizer.for_vocabulary(model.vocab_size)
+    tokenizer = SimpleTokenizer.from_vocab_size(model.vocab_size)
     side = model.visual.input_resolution
     config = {
         "model_type": "clip",
@@ -196,10 +196,10 @@ def hf_tower_config(tower: nn.Module, activation: str) -> dict[str, object]:
     """The sizes of a tower, as transformers calls them."""
     mlp = tower.resblocks[0].mlp
     return {
-        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[activation],
+        "hidden_act": {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[activation],
         "hidden_size": mlp.c_fc.in_features,
         "intermediate_size": mlp.c_fc.out_features,
-        "num_attention_heads": tower.heads,
+        "num_attention_heads": tower.resblocks[0].attn.num_heads,
         "num_hidden_layers": len(tower.resblocks),
     }
 
