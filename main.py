@@ -7,11 +7,27 @@ python main.py --help
 """
 
 import argparse
+import importlib.util
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+REPO_ROOT = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    if str(REPO_ROOT) not in sys.path:  # PYTHONSAFEPATH=1
+        sys.path.insert(0, str(REPO_ROOT))
+for name in ("clip", "datasets", "optimizers", "run_utils", "runs", "train", "utils"):
+    spec = importlib.util.find_spec(name)
+    if spec is None or REPO_ROOT not in Path(spec.origin or "").resolve().parents:
+        raise ImportError(
+            f"main.py needs its own module {name!r}, and Python finds {spec and spec.origin}: "
+            f"call sys.path.insert(0, {str(REPO_ROOT)!r}) before any import"
+        )
 
 import torch
 from torch import Tensor
@@ -56,10 +72,11 @@ from runs.environment import (
     set_random_seed,
     set_up_device,
 )
+from runs.identity import get_identity
 from runs.output_dir import (
+    check_weights_fit,
     find_eval_weights,
     find_saved_weights,
-    get_hparams,
     get_output_dir,
     get_split,
     load_finished_result,
@@ -73,7 +90,7 @@ from runs.signals import Preempted, SignalHandler
 from runs.transfer import build_target_datasets, print_known_targets, save_transfer
 from runs.weights import PretrainedModel, evaluation_weights, load_weights, restore_pretrained
 from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, train
-from utils import Predictions, plural
+from utils import Predictions, format_error, plural
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ class Task:
     is_target: bool = False  # of --test_on
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] = ()) -> None:
     """Parse arguments, set up processes and device, run."""
     init_store()
     args = get_arguments(argv)
@@ -109,12 +126,11 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
     if dataset.new_classes:
         tasks["new classes"] = Task(dataset.new_classes, args.eval_split)
     tasks |= {name: Task(target, "test", is_target=True) for name, target in targets.items()}
-    check_same_on_all_ranks(
-        data=[task.dataset.fingerprint["digest"] for task in tasks.values()],
-        eval_only=args.eval_only,
-        **get_hparams(args),
-    )
-    result = run_on_main(load_finished_result, output_dir, args, dataset.fingerprint)
+    pretrained = PretrainedModel(args.backbone, args.activation, args.heads)
+    model = pretrained.load(device)
+    identity = get_identity(args, dataset, pretrained.model_sha256)
+    check_same_on_all_ranks(eval_only=args.eval_only, **identity["config"] | identity["inputs"])
+    result = run_on_main(load_finished_result, output_dir, args, identity)
     if result:
         if is_main_process():
             print_finished_run(result, output_dir, args)
@@ -124,15 +140,14 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         tasks = {name: tasks[name] for name in missing}
         weights = run_on_main(find_saved_weights, output_dir, args), 1.0
 
-    pretrained = PretrainedModel(args.backbone, args.activation, args.heads)
-    model = pretrained.load(device)
-    check_same_on_all_ranks(backbone=pretrained.sha256)
+    elif weights and weights[0].parent == output_dir:
+        check_weights_fit(weights[0], identity)
     loader = ImageLoader(model.visual.input_resolution, args.num_workers, args.cache_mb)
     evaluator = Evaluator(args, model, loader, signals)
     if result or weights or not args.n_iters:
         evaluate_only(evaluator, tasks, weights, "final_accuracy" if result else "accuracy")
     else:
-        finetune(evaluator, tasks, pretrained)
+        finetune(evaluator, tasks, pretrained, identity)
 
 
 @dataclass(frozen=True)
@@ -207,8 +222,13 @@ def save_targets(
         save_transfer(output_dir, targets, zero_shot, final)
 
 
-def finetune(evaluator: Evaluator, tasks: Mapping[str, Task], pretrained: PretrainedModel) -> None:
-    """Train, evaluate, and save the result."""
+def finetune(
+    evaluator: Evaluator,
+    tasks: Mapping[str, Task],
+    pretrained: PretrainedModel,
+    identity: dict[str, Any],
+) -> None:
+    """Train, evaluate, and save the result; `identity` is `runs.identity.get_identity`'s."""
     args, model, signals = evaluator.args, evaluator.model, evaluator.signals
     output_dir, dataset = get_output_dir(args), tasks[""].dataset
     batch_size = min(args.batch_size, len(dataset.train_x))
@@ -227,7 +247,7 @@ def finetune(evaluator: Evaluator, tasks: Mapping[str, Task], pretrained: Pretra
     classifier = evaluator.build_classifier(dataset)
     state = TrainState(args.n_iters * args.shots, classifier.device, args.precision)
     config = TrainConfig(**subset(args, "lr", "early_stop_loss", "grad_accum_steps", "seed"))
-    saver = CheckpointSaver(output_dir, args, dataset.fingerprint, pretrained)
+    saver = CheckpointSaver(output_dir, args, identity, pretrained)
 
     with lock_output_dir(output_dir) if is_main_process() else nullcontext(), signals.defer():
         checkpoint = run_on_main(saver.load)
@@ -241,6 +261,8 @@ def finetune(evaluator: Evaluator, tasks: Mapping[str, Task], pretrained: Pretra
             state.load_state_dict(checkpoint["state"])
             print(f"Resuming from iteration {state.iteration} of at most {state.total_iters}")
         else:
+            if args.resume:
+                print(f"note: there is no checkpoint in {output_dir}: starting from the beginning")
             state.zero_shot["zero_shot_accuracy"] = evaluator.predict(tasks[""]).accuracy
             if new_classes := tasks.get("new classes"):
                 accuracy = evaluator.predict(new_classes).accuracy
@@ -272,7 +294,10 @@ def finetune(evaluator: Evaluator, tasks: Mapping[str, Task], pretrained: Pretra
         saver.save(trained, optimizer, state)  # for the case that the results cannot be written
         if state.best:
             apply_state_diff(state.best.diff, trained, pretrained.reload_state_dict())
-        run_on_main(save_outputs, evaluator, dataset, state, pretrained, weights)
+        try:
+            run_on_main(save_outputs, evaluator, dataset, state, pretrained, weights, identity)
+        except OSError as error:
+            raise ValueError(f"{format_error(error)}: make room, then --resume") from error
         saver.remove()
         print_accuracies(state.final_accuracies(), args.eval_split)
         if targets := {name: task for name, task in tasks.items() if task.is_target}:
@@ -316,6 +341,7 @@ def save_outputs(
     state: TrainState,
     pretrained: PretrainedModel,
     weights: Mapping[str, Tensor],
+    identity: dict[str, Any],
 ) -> None:
     """Write the log, the weights to report, the predictions and, last, the result."""
     args, output_dir = evaluator.args, get_output_dir(evaluator.args)
@@ -329,8 +355,9 @@ def save_outputs(
             path = weights_path(output_dir, args)
             save_delta(path, weights, base, pretrained.sha256, **metadata)
     machine = describe_machine(state.device, get_world_size())
-    save_result(output_dir, args, dataset, state.predictions, state.summary() | machine)
+    summary = {**state.summary(), **machine, **identity}
+    save_result(output_dir, args, dataset, state.predictions, summary)
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run_cli(lambda: main(sys.argv[1:])))

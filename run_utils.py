@@ -16,7 +16,7 @@ import clip
 from datasets import DATASETS, SUBSAMPLES, get_dataset_info
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, MOMENTS
 from optimizers.build import ABLATION_DEFAULTS, METHODS, POSITIONS
-from utils import REPO_ROOT, did_you_mean, one_line
+from utils import REPO_ROOT, did_you_mean, one_line, user_path
 
 DEMO_CONFIG = str(REPO_ROOT / "configs" / "digits.yaml")  # what `python main.py` runs
 SPLIT_TITLES = {"test": "test", "val": "validation"}  # images that accuracies are measured on
@@ -74,13 +74,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dataset", type=dataset_arg, default="dtd", metavar="NAME|PATH",
         help=f"name of a dataset ({', '.join(DATASETS)}), or path of your own images: a folder of "
         "class folders, a CSV or a JSON")
-    add("--root_path", help="folder of all datasets, laid out as DATASETS.md says")
-    add("--classnames", metavar="FILE.yaml",
+    add("--root_path", type=user_path, help="folder of all datasets, laid out as DATASETS.md says")
+    add("--classnames", type=user_path, metavar="FILE.yaml",
         help="names for the prompts, by folder or label of the class")
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the class name, averaged where there are several; `dataset` for "
         "the one that CoOp has for this dataset, `clip` for seven general ones")
-    add("--fewshot_split", metavar="FILE",
+    add("--fewshot_split", type=user_path, metavar="FILE",
         help="list of the training and validation images to use instead of a draw: a run's "
         "fewshot.json, or 2SFS's .jsonl")
     add("--subsample", type=one_of("subsample", SUBSAMPLES), default="all",
@@ -162,6 +162,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="other datasets to test on after training, or with a finished run's weights")
 
     add = parser.add_argument_group("machine").add_argument
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # of old launchers
     add("--device", help="device, such as cuda, cuda:1, mps or cpu; the first of these by default")
     add("--num_workers", type=bounded_number(int, 0, 1024), default=min(8, cores),
         help="threads that prepare images")
@@ -170,8 +171,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="memory for decoded images, in MB")
 
     add = parser.add_argument_group("files").add_argument
-    add("--config", help="YAML file of settings; flags win over it")
-    add("--save_path", default="results",
+    add("--config", type=user_path, help="YAML file of settings; flags win over it")
+    add("--save_path", type=user_path, default="results",
         help="folder of all results; given, it implies --save_weights")
     add("--filename", default="weights", help="name of the weights file, without its suffix")
     add("--save_weights", **switch, default=False, help="save the trained matrices")
@@ -348,6 +349,7 @@ def bounded_number(
 
 def backbone_arg(name: str) -> str:
     """A parser type: a name or path that `clip.load` would find."""
+    name = user_path(name)
     try:
         clip.validate_name(name)
     except (ValueError, FileNotFoundError) as error:
@@ -358,6 +360,7 @@ def backbone_arg(name: str) -> str:
 
 def dataset_arg(name: str) -> str:
     """A parser type: a known dataset's name, or the path of one's own images."""
+    name = user_path(name)
     try:
         get_dataset_info(name)
     except ValueError as error:

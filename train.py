@@ -5,7 +5,6 @@ Nothing here knows the command line or a run's files.
 
 import math
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -29,6 +28,7 @@ from runs.distributed import (
     get_world_size,
     local_slice,
 )
+from runs.environment import RunClock
 from utils import Predictions, Progress
 
 MIN_LR = 1e-6  # at the end of the cosine
@@ -83,17 +83,12 @@ class TrainState:
     best: BestCheckpoint | None = None
     predictions: Predictions | None = None  # of the weights to report, as far as they are known
     mid_step: bool = False  # weights and optimizer are being changed
-    start_time: float = field(default_factory=time.perf_counter)
+    clock: RunClock = field(default_factory=RunClock)  # goes on from that of the checkpoint
 
     def __post_init__(self) -> None:
         self.losses = torch.zeros(self.total_iters, device=self.device)
         enabled = self.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
-
-    @property
-    def seconds(self) -> float:
-        """Time since the training started, those of interrupted processes included."""
-        return time.perf_counter() - self.start_time
 
     @property
     def reported_iteration(self) -> int:
@@ -163,29 +158,30 @@ class TrainState:
             "last_accuracy": self.accuracies[self.iteration],
             "selected_iteration": self.reported_iteration,
             "iterations": self.iteration,
-            "wall_seconds": round(self.seconds, 3),
+            "wall_seconds": round(self.clock.seconds(), 3),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain values and CPU tensors."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("device", "scaler")}
+        objects = ("device", "scaler", "clock")
+        plain = {key: value for key, value in vars(self).items() if key not in objects}
         return plain | {
             "losses": self.losses[: self.iteration].cpu(),
             "scaler": self.scaler.state_dict(),
+            "seconds": self.clock.seconds(),
             "best": self.best and tuple(self.best),
             "predictions": self.predictions and tuple(self.predictions),
-            "start_time": -self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        losses, scaler = self.losses, self.scaler
-        vars(self).update(state, losses=losses, scaler=scaler)
+        state = dict(state)
+        self.clock.total += state.pop("seconds")
+        vars(self).update(state, losses=self.losses, scaler=self.scaler)
         self.losses[: self.iteration] = state["losses"].to(self.device)
         self.scaler.load_state_dict(state["scaler"])
         self.best = self.best and BestCheckpoint(*self.best)
         self.predictions = self.predictions and Predictions(*self.predictions)
-        self.start_time = time.perf_counter() + state["start_time"]
 
 
 def train(

@@ -135,6 +135,10 @@ def tokenize_class_prompts(
             "backbone reads, are truncated",
             file=sys.stderr,
         )
+        by_prompt: dict[tuple, str] = {}
+        for name, prompt in zip(classnames, tokens[: len(classnames)].tolist(), strict=True):
+            if (other := by_prompt.setdefault(tuple(prompt), name)) != name:
+                print(f"note: {other!r} and {name!r} have the same prompt now", file=sys.stderr)
     length = int(tokens.argmax(dim=-1).max()) + 1  # the end-of-text token has the highest id
     tokens = tokens[:, :length].reshape(len(templates), len(classnames), length)
     return tokens.to(model.text_projection.device)

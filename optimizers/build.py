@@ -148,7 +148,13 @@ def describe_optimizer(
     density = groups[0]["density_ratio"]
     k = sum(max(1, int(p.numel() * density)) for p in weights.values())
     verb = "reads" if getattr(optimizer, "moments", "") == "none" else "keeps moments for"
-    return f"{matrices}, of which SO {verb} {k:,} (density {density:.3g})"
+    few = sum(p.numel() * density < 10 <= p.numel() for p in weights.values())
+    note = (
+        f"\nnote: {few} of them keep fewer than ten entries and barely train: lower --s"
+        if few
+        else ""
+    )
+    return f"{matrices}, of which SO {verb} {k:,} (density {density:.3g}){note}"
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

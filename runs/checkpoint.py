@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from clip.archive import safe_load
 from optimizers.delta import diff_state_dict
 from runs.distributed import is_main_process
-from runs.output_dir import diff_configs, get_hparams
+from runs.identity import diff_runs
 from runs.weights import PretrainedModel
 from utils import atomic_write, sha256_of_tree
 
@@ -32,7 +32,7 @@ class CheckpointSaver:
     Args:
         output_dir: The run's directory.
         args: Its arguments.
-        data: Its images, as FewShotDataset.fingerprint.
+        identity: From `runs.identity.get_identity`.
         pretrained: The weights that training starts from.
 
     Attributes:
@@ -43,17 +43,12 @@ class CheckpointSaver:
         self,
         output_dir: Path,
         args: argparse.Namespace,
-        data: dict[str, Any],
+        identity: dict[str, Any],
         pretrained: PretrainedModel,
     ) -> None:
         self.path = output_dir / "checkpoint.pt"
         self.args, self.pretrained, self.note = args, pretrained, ""
-        self.header = {
-            "version": VERSION,
-            "config": get_hparams(args),
-            "data": data,
-            "base": pretrained.sha256,
-        }
+        self.header = {"version": VERSION, **identity}
 
     def save(self, trained: Mapping[str, Tensor], optimizer: Optimizer, state: Any) -> None:
         """Write a checkpoint, on rank 0.
@@ -123,18 +118,9 @@ class CheckpointSaver:
             )
         if not intact:
             raise ValueError(f"{self.path} is damaged (its digest does not match); {DISCARD_HINT}")
-        current = self.header
-        changes = diff_configs(
-            content["config"], content["data"], current["config"], current["data"]
-        )
-        if changes:
+        if changes := diff_runs(content, self.header):
             raise ValueError(
                 f"{self.path} belongs to another run ({changes}); use another --save_path, or "
                 "--overwrite to replace it"
-            )
-        if content["base"] != current["base"]:
-            raise ValueError(
-                f"{self.path} belongs to other weights than {self.args.backbone} has now; "
-                f"{DISCARD_HINT}"
             )
         return content

@@ -1,6 +1,7 @@
 """What a program prints, and how it ends: errors that the user can mend are one line, status 2."""
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -8,8 +9,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -17,9 +19,9 @@ from datasets import FewShotDataset, dataset_name
 from run_utils import SPLIT_TITLES
 from runs.distributed import PeerExited, get_world_size, is_first_to_report_error
 from runs.environment import device_name
-from runs.output_dir import remove_stale_files, weights_path
+from runs.output_dir import classes_with_fewer_images, remove_stale_files, weights_path
 from runs.signals import Preempted
-from utils import format_error, one_line
+from utils import format_error, one_line, truncate_list
 
 # Accuracies by their keys in result.json, and the lines that users parse.
 ACCURACY_LINES = {
@@ -38,11 +40,19 @@ def run_cli(main: Callable[[], int | None], prog: str = "main.py") -> int:
     """
     # Pillow's warnings about an image's metadata do not matter here.
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", message="SO keeps fewer")  # said in main.py's own words
     warnings.formatwarning = lambda message, *_, **__: one_line(f"note: {message}") + "\n"
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     show_traceback = bool(os.environ.get("SO_TRACEBACK"))
+    out, err = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err), closing(out), closing(err):
+        return _run(main, prog, show_traceback)
+
+
+def _run(main: Callable[[], None], prog: str, show_traceback: bool) -> int:
+    """Run main, print its error, return the exit status."""
     try:
         return main() or 0
     except (KeyboardInterrupt, Preempted) as stop:
@@ -66,6 +76,43 @@ def run_cli(main: Callable[[], int | None], prog: str = "main.py") -> int:
         if is_first_to_report_error():
             print(one_line(f"{prog}: error: {message}"), file=sys.stderr)
         return 2
+
+
+class TolerantStream:
+    """A stream whose write errors (a closed pipe or terminal, a full disk) do not end the program.
+
+    What standard error can no longer take, because the reader of its pipe was interrupted too,
+    goes to the terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.has_failed = stream, False
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.has_failed = True
+            if self.stream is sys.__stderr__ and error.errno == errno.EPIPE:
+                with suppress(OSError), open("/dev/tty", "w") as terminal:
+                    terminal.write(text)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.has_failed = True
+
+    def close(self) -> None:
+        """Drop what could not be written, which Python would try to write once more at its end."""
+        self.flush()
+        if self.has_failed:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def print_accuracy(kind: str, value: float, split: str, target: str = "") -> None:
@@ -95,6 +142,10 @@ def print_run_summary(
     evaluated = f"{len(dataset.test)} to test"
     if args.eval_split == "val":
         evaluated = f"{len(dataset.val)} to validate"
+    fewer = classes_with_fewer_images(dataset, args.shots)
+    repeated = [f"{name}: {count} different of {args.shots}" for name, count in fewer.items()]
+    if repeated:
+        print(f"note: images are repeated where a class has too few ({truncate_list(repeated)})")
     processes = f"{get_world_size()} x " if get_world_size() > 1 else ""
     subsample = "" if args.subsample == "all" else f"{args.subsample} "
     print(

@@ -20,7 +20,7 @@ from torch import Tensor
 from runs.signals import Preempted, SignalHandler
 
 T = TypeVar("T")
-TORCHRUN_ENV_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_ENV_VARS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _store: "dist.Store | None" = None  # which all processes see from `init_store` to their end
 
 
@@ -35,15 +35,26 @@ class PeerExited(Preempted):
 
 
 def init_store() -> None:
-    """Connect to torchrun's store, if torchrun started this process.
+    """Connect to the other processes' store, if torchrun or another launcher started them.
 
     Raises:
-        ValueError: The store cannot be reached, or its port is in use.
+        ValueError: The store cannot be reached, its port is in use, or the launcher did not say
+            where it is.
     """
     global _store
-    under_torchrun = all(name in os.environ for name in TORCHRUN_ENV_VARS)
-    if not under_torchrun or os.environ["WORLD_SIZE"] == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1" and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"srun started {tasks} processes that would all train on their own: give it "
+                "--ntasks 1 and start torchrun --standalone --nproc_per_node N -- main.py ... there"
+            )
         return
+    if missing := [name for name in LAUNCHER_ENV_VARS if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {' and '.join(missing)} is not set: "
+            "start the processes with torchrun, or unset WORLD_SIZE for a single one"
+        )
     try:
         _store, _, _ = next(dist.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
@@ -67,7 +78,8 @@ def init_distributed(device: str) -> str:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "gloo"
     if torch.device(device).type == "cuda":
-        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK", rank % max(num_gpus, 1)))
         if device != "cuda":
             raise ValueError(f"--device {device} is one GPU: several processes take --device cuda")
         if 0 < num_gpus <= local_rank:

@@ -5,6 +5,8 @@ import platform
 import random
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import torch
@@ -51,6 +53,35 @@ def set_random_seed(seed: int) -> None:
     """Seed torch, and Python's `random`, from which only the few shots are drawn."""
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+class RunClock(threading.Thread):
+    """Seconds that this process has run since it started the clock.
+
+    It ticks once a second; of a longer gap, in which the process was stopped (Ctrl-Z, `scontrol
+    suspend`, a sleeping laptop), only MAX_GAP_S count.
+    """
+
+    TICK_S, MAX_GAP_S = 1.0, 5.0
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.lock = threading.Lock()
+        self.total, self.last_tick = 0.0, time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(self.TICK_S)
+            self.seconds()
+
+    def seconds(self) -> float:
+        """The time so far."""
+        with self.lock:
+            now = time.monotonic()
+            self.total += min(now - self.last_tick, self.MAX_GAP_S)
+            self.last_tick = now
+            return self.total
 
 
 def keep_freed_memory() -> None:

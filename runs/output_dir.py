@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -18,8 +19,9 @@ from filelock import FileLock, Timeout
 
 import clip
 from datasets import DATASETS, FewShotDataset, dataset_name, dump_fewshot_split
-from run_utils import default_settings, subset
+from run_utils import subset
 from runs.environment import get_git_sha, get_versions
+from runs.identity import diff_inputs, diff_runs, get_hparams
 from runs.records import LOG_COLUMNS, PREDICTION_COLUMNS
 from utils import (
     Predictions,
@@ -30,14 +32,9 @@ from utils import (
     unique_classnames,
 )
 
-# Flags that do not change the numbers.
-NON_HPARAMS = {
-    "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
-    "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every", "test_on",
-    "overrides",
-}  # fmt: skip
 PATH_KEYS = ("method", "backbone", "dataset", "shots", "seed")
 OVERWRITE_HINT = "use another --save_path, or --overwrite to replace it"
+MAX_NAME_BYTES = 200
 LOCKS_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # by some network file systems
 
 
@@ -62,12 +59,15 @@ def get_output_dir(args: argparse.Namespace) -> Path:
             parts.append("_".join([key, *map(format_for_path, values)]))
     dataset = re.sub("[/@:]", "-", dataset_name(args.dataset))
     names = [args.method, format_for_path(args.backbone), dataset, f"{args.shots}shots"]
-    return Path(args.save_path, *names, "-".join(parts))
+    return Path(args.save_path, *map(shorten, [*names, "-".join(parts)]))
 
 
-def get_hparams(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that the numbers of a run depend on."""
-    return {key: value for key, value in vars(args).items() if key not in NON_HPARAMS}
+def shorten(name: str) -> str:
+    """A file name cut, with a digest of what it was, where it is longer than file systems take."""
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    sha = hashlib.sha256(name.encode()).hexdigest()
+    return name.encode()[: MAX_NAME_BYTES - 9].decode(errors="ignore") + f"-{sha[:8]}"
 
 
 def format_for_path(value: float | str) -> str:
@@ -167,7 +167,7 @@ def save_result(
         args: Its arguments.
         dataset: Its task.
         predictions: For the images of --eval_split, in order.
-        summary: Accuracies and what else training knows; written as it is.
+        summary: The run's identity, accuracies and what else is known; written as it is.
     """
     labels, preds, probs = predictions
     classnames = unique_classnames(dataset.classnames)
@@ -180,19 +180,31 @@ def save_result(
         "per_class": dict(zip(classnames, accuracies, strict=True)),
         "classnames": dataset.classnames,
         "template": dataset.template,
+        "fewer_images": classes_with_fewer_images(dataset, args.shots),
         "versions": get_versions(),
         "git_commit": get_git_sha(),
-        "config": get_hparams(args),
-        "data": dataset.fingerprint,
     }
-    items = get_split(dataset, args.eval_split)
+    items, names = get_split(dataset, args.eval_split), dataset.classnames
     paths = [Path(os.path.relpath(item.impath, dataset.image_dir)).as_posix() for item in items]
-    rows = zip(paths, labels.tolist(), preds.tolist(), probs.tolist(), strict=True)
+    rows = [
+        (path, label, pred, prob, names[label], names[pred])
+        for path, label, pred, prob in zip(
+            paths, labels.tolist(), preds.tolist(), probs.tolist(), strict=True
+        )
+    ]
     atomic_write(output_dir / "predictions.csv", to_csv(PREDICTION_COLUMNS, rows))
     (output_dir / "transfer.json").unlink(missing_ok=True)
     if not args.save_weights:
         weights_path(output_dir, args).unlink(missing_ok=True)
     atomic_write(output_dir / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def classes_with_fewer_images(dataset: FewShotDataset, shots: int) -> dict[str, int]:
+    """Classes with fewer different training images than shots, and how many; they are repeated."""
+    paths = defaultdict(set)
+    for item in dataset.train_x:
+        paths[item.classname].add(item.impath)
+    return {name: len(images) for name, images in paths.items() if len(images) < shots}
 
 
 def get_split(dataset: FewShotDataset, split: str) -> list[Any]:
@@ -212,20 +224,20 @@ def get_split(dataset: FewShotDataset, split: str) -> list[Any]:
 
 
 def load_finished_result(
-    output_dir: Path, args: argparse.Namespace, data: dict[str, Any]
+    output_dir: Path, args: argparse.Namespace, identity: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The result of this very configuration on these very images, if the directory has it.
+    """The result of this very run (`runs.identity`), if the directory has it.
 
     Raises:
-        ValueError: The directory has the result of another configuration or other images, or a
-            damaged one, and --overwrite is not set.
+        ValueError: The directory has the result of another run, or a damaged one, and --overwrite
+            is not set.
     """
     path = output_dir / "result.json"
     if args.overwrite or args.eval_only or not path.exists():
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        changes = diff_configs(result["config"], result.get("data"), get_hparams(args), data)
+        changes = diff_runs(result, identity)
         for key in ("zero_shot_accuracy", "final_accuracy"):
             float(result[key])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -237,28 +249,24 @@ def load_finished_result(
     return result
 
 
-def diff_configs(
-    saved: dict[str, Any],
-    saved_data: dict[str, Any] | None,
-    current: dict[str, Any],
-    data: dict[str, Any],
-) -> str:
-    """A readable diff between a saved run and this one; "" if they are the same run."""
-    saved = {**default_settings(), **saved}  # which may be older than some flag
-    changes = [
-        f"{key} {saved.get(key)} there, {current.get(key)} here"
-        for key in sorted((saved.keys() | current.keys()) - NON_HPARAMS)
-        if saved.get(key) != current.get(key)
-    ]
-    if not saved_data:
-        changes.append("it was written by an older version, which did not record its images")
-    elif saved_data["digest"] != data["digest"]:
-        there, here = (
-            f"{i['train']} train, {i['val']} val, {i['test']} test ({i['split']} split)"
-            for i in (saved_data, data)
+def check_weights_fit(weights: Path, identity: dict[str, Any]) -> None:
+    """Refuse to evaluate a run's weights on other images or names than its own.
+
+    Raises:
+        ValueError: The images were divided otherwise, replaced or renamed since the run.
+    """
+    path = weights.with_name("result.json")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        inputs = {**identity["inputs"], "backbone": result["inputs"]["backbone"]}
+        changes = diff_inputs(result, {**identity, "inputs": inputs})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # weights without their run
+    if changes:
+        raise ValueError(
+            f"{weights} was trained on another task ({'; '.join(changes)}): its training images "
+            "may be among the test images now; restore the data, or train again with --overwrite"
         )
-        changes.append(f"the images differ: {there} there, {here} here")
-    return "; ".join(changes)
 
 
 def remove_stale_files(output_dir: Path) -> None:

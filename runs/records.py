@@ -14,7 +14,8 @@ import numpy as np
 import clip
 
 LOG_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
-PREDICTION_COLUMNS = ["path", "label", "predicted", "probability"]  # of predictions.csv
+PREDICTION_COLUMNS = ["path", "label", "predicted", "probability"]  # of predictions.csv, then
+PREDICTION_COLUMNS += ["classname", "predicted_classname"]
 PERCENT = (int | float, 0, 100)
 # The fields of the files: the type, then a number's range, a text's pattern or the type of a list's
 # elements. Those of result.json are fields of Run.
@@ -126,12 +127,12 @@ def load_confusion_matrix(run: Run) -> np.ndarray:
     """
     counts = np.zeros((len(run.classnames), len(run.classnames)), int)
 
-    def add(path: str, label: str, predicted: str, probability: str) -> None:
+    def add(path: str, label: str, predicted: str, *_: str) -> None:
         if min(int(label), int(predicted)) < 0:
             raise ValueError
         counts[int(label), int(predicted)] += 1
 
-    _read_csv(run.folder / "predictions.csv", PREDICTION_COLUMNS, add)
+    _read_csv(run.folder / "predictions.csv", PREDICTION_COLUMNS[:4], add)
     if not counts.any():
         raise ValueError("predictions.csv has 0 rows")
     return counts
@@ -205,7 +206,7 @@ def _read_csv(path: Path, columns: Sequence[str], add: Callable[..., None]) -> N
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         try:
-            if next(reader, None) != columns:
+            if next(reader, [])[: len(columns)] != columns:
                 raise ValueError
             for row in reader:
                 add(*row)

@@ -23,8 +23,14 @@ class Preempted(BaseException):
         self.signum, self.checkpoint_note = signum, ""
 
 
+# Of a user, a closed terminal, and batch systems; Windows lacks some.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
 class SignalHandler:
-    """Turns SIGINT and SIGTERM into Preempted: at once, or in `raise_if_pending` while deferred.
+    """Turns signals into Preempted: at once, or in `raise_if_pending` while deferred.
+
+    SIGHUP is left alone where it was ignored when the process began, as by nohup.
 
     Only the first signal counts: while a checkpoint is written, repeats change nothing, since job
     schedulers signal every process of a job, and sweeps pass on what they get. A second SIGINT
@@ -38,8 +44,10 @@ class SignalHandler:
 
     def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self.previous_handlers[signum] = signal.signal(signum, self._handle)
+            for name in SIGNALS:
+                signum = getattr(signal, name, None)
+                if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
+                    self.previous_handlers[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

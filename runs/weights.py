@@ -22,7 +22,7 @@ from optimizers.delta import (
     state_dict_sha256,
 )
 from runs.records import Run, read_run
-from utils import atomic_write
+from utils import atomic_write, sha256_of_tree
 
 
 class PretrainedModel:
@@ -33,17 +33,21 @@ class PretrainedModel:
 
     Attributes:
         sha256: `state_dict_sha256` of the model that `load` returned.
+        model_sha256: Of that and what the weights do not say: activation, heads, normalization.
     """
 
     def __init__(
         self, name: str, activation: str | None = None, heads: tuple[int, int] | None = None
     ) -> None:
-        self.name, self.options, self.sha256 = name, dict(activation=activation, heads=heads), ""
+        self.name, self.options = name, dict(activation=activation, heads=heads)
+        self.sha256 = self.model_sha256 = ""
 
     def load(self, device: torch.device) -> CLIP:
         """Return the model, to be trained."""
         model, _ = clip.load(self.name, device, **self.options)
         self.sha256 = state_dict_sha256(model)
+        settings = model.activation, model.heads, model.image_mean, model.image_std
+        self.model_sha256 = sha256_of_tree([self.sha256, *settings])
         return model
 
     def reload_state_dict(self) -> dict[str, Tensor]:

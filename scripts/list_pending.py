@@ -5,9 +5,11 @@
 sweep.sh asks once for all runs, since main.py takes seconds to see that one is finished.
 """
 
+import io
+import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from typing import Any
 
@@ -16,8 +18,10 @@ import reporting  # noqa: F401  (which puts the repository on the path)
 from datasets import dataset_fingerprint, dataset_name
 from run_utils import get_arguments
 from runs.cli import run_cli
+from runs.identity import get_hparams
 from runs.output_dir import get_output_dir, load_finished_result, remove_stale_files
 from runs.transfer import load_known_targets
+from runs.weights import PretrainedModel
 from utils import plural
 
 
@@ -42,13 +46,18 @@ def is_finished(arguments: Sequence[str]) -> bool:
     try:
         half = [] if args.subsample == "all" else [args.subsample]
         data = cached_fingerprint(args.dataset, args.root_path, args.classnames, *half)
-        finished = load_finished_result(folder, args, data) is not None
+        saved = json.loads((folder / "result.json").read_text())
+        heads = args.heads and tuple(args.heads)
+        sha256 = cached_model_sha256(args.backbone, args.activation, heads)
+        inputs = {**saved["inputs"], "backbone": sha256}  # images are compared by main.py only
+        identity = {"config": get_hparams(args), "data": data, "inputs": inputs}
+        finished = load_finished_result(folder, args, identity) is not None
         targets = {
             dataset_name(name): cached_fingerprint(name, args.root_path)
             for name in args.test_on or ()
         }
         finished &= load_known_targets(folder, targets).keys() == targets.keys()
-    except (ValueError, OSError):
+    except (ValueError, OSError, KeyError, TypeError):
         return False
     if finished:
         remove_stale_files(folder)
@@ -59,6 +68,15 @@ def is_finished(arguments: Sequence[str]) -> bool:
 def cached_fingerprint(*task: str | None) -> dict[str, Any]:
     """`dataset_fingerprint`, computed once for all runs on the same data."""
     return dataset_fingerprint(*task)
+
+
+@cache
+def cached_model_sha256(*backbone: Any) -> str:
+    """The digest of a backbone, computed once for all runs with it."""
+    pretrained = PretrainedModel(*backbone)
+    with redirect_stderr(io.StringIO()):
+        pretrained.load("cpu")
+    return pretrained.model_sha256
 
 
 if __name__ == "__main__":

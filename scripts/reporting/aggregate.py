@@ -18,7 +18,8 @@ from scipy.stats import t as student
 import clip
 from datasets import DATASETS
 from run_utils import default_settings
-from runs.output_dir import NON_HPARAMS, PATH_KEYS
+from runs.identity import NON_HPARAMS
+from runs.output_dir import PATH_KEYS
 from runs.records import Run, read_run
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))

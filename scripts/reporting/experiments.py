@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from run_utils import default_settings, get_arguments
-from runs.output_dir import diff_configs, get_hparams, get_output_dir
+from runs.identity import diff_settings, get_hparams
+from runs.output_dir import get_output_dir
 from runs.records import Run, read_run
 from utils import plural
 
@@ -130,7 +131,7 @@ def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
                 run = read_run(plan.folder)
                 # main.py compares the images; here a run is what it was planned to be.
                 hparams = get_hparams(plan.config)
-                if changes := diff_configs(run.config, run.data, hparams, run.data):
+                if changes := diff_settings(run.config, hparams):
                     raise ValueError(f"the result is another run's ({changes})")
             except ValueError as error:
                 raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error

@@ -1,0 +1,119 @@
+"""What makes two runs the same: settings, and the content of weights, images, names and prompts.
+
+Paths do not: a folder may be written otherwise, be moved or be copied.
+"""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Datum, FewShotDataset
+from run_utils import default_settings
+from utils import truncate_list
+
+# Flags that do not change the numbers.
+NON_HPARAMS = {
+    "config", "root_path", "save_path", "filename", "save_weights", "overwrite", "eval_only",
+    "device", "num_workers", "threads", "cache_mb", "resume", "checkpoint_every", "test_on",
+    "overrides", "local_rank",
+}  # fmt: skip
+# Flags of whose values the content is compared, not the spelling.
+COMPARED_BY_CONTENT = {
+    "dataset", "backbone", "classnames", "template", "fewshot_split", "activation", "heads",
+}  # fmt: skip
+TAIL_BYTES = 4096  # of an image file that are digested; another picture has others
+
+
+def get_hparams(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the numbers of a run depend on."""
+    return {key: value for key, value in vars(args).items() if key not in NON_HPARAMS}
+
+
+def get_identity(
+    args: argparse.Namespace, dataset: FewShotDataset, base_sha256: str
+) -> dict[str, Any]:
+    """What a run computes, as result.json and checkpoints have it.
+
+    Args:
+        args: The run's arguments.
+        dataset: Its task.
+        base_sha256: Of the pretrained model, its activation and its heads.
+    """
+    return {
+        "config": get_hparams(args),
+        "data": dataset.fingerprint,
+        "inputs": {
+            "backbone": base_sha256,
+            "classnames": dataset.classnames,
+            "template": dataset.template,
+            "train_images": images_sha256(dataset.train_x + dataset.val, dataset.image_dir),
+            "test_images": images_sha256(dataset.test, dataset.image_dir),
+        },
+    }
+
+
+def images_sha256(items: Sequence[Datum], image_dir: str) -> str:
+    """SHA-256 of labels, paths below image_dir, sizes and last bytes of image files."""
+    sha = hashlib.sha256()
+    for item in items:
+        sha.update(f"{os.path.relpath(item.impath, image_dir)}\0{item.label}\0".encode())
+        try:
+            with open(item.impath, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - TAIL_BYTES, 0))
+                sha.update(f"{size} ".encode() + file.read())
+        except OSError:  # is reported where the image is read
+            sha.update(b"unreadable")
+    return sha.hexdigest()
+
+
+def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """A readable diff between a saved run's identity and this one's; "" if they are the same run.
+
+    Raises:
+        KeyError, TypeError, AttributeError: `saved` is not an identity.
+    """
+    changes = diff_settings(saved["config"], current["config"])
+    if "inputs" not in saved:
+        return "; ".join([*changes, "it was written by an older version, which did not record all"])
+    return "; ".join(changes + diff_inputs(saved, current))
+
+
+def diff_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What differs in the values of flags, in words."""
+    saved = {**default_settings(), **saved}  # which may be older than some flag
+    return [
+        f"{key} {saved.get(key)} there, {current.get(key)} here"
+        for key in sorted((saved.keys() | current.keys()) - NON_HPARAMS - COMPARED_BY_CONTENT)
+        if saved.get(key) != current.get(key)
+    ]
+
+
+def diff_inputs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What differs in the content of weights, images, names and prompts, in words."""
+    there, here = saved["inputs"], current["inputs"]
+    changes = []
+    if there["backbone"] != here["backbone"]:
+        changes.append("the backbone's weights differ")
+    if there["classnames"] != here["classnames"]:
+        only_there = [name for name in there["classnames"] if name not in here["classnames"]]
+        only_here = [name for name in here["classnames"] if name not in there["classnames"]]
+        changes.append(
+            f"the class names differ: {truncate_list(only_there) or 'no other'} there, "
+            f"{truncate_list(only_here) or 'no other'} here"
+        )
+    if there["template"] != here["template"]:
+        changes.append(f"the prompts differ ({there['template'][0]!r} there)")
+    if saved["data"]["digest"] != current["data"]["digest"] and not changes:
+        counts = (
+            "{train} train, {val} val, {test} test ({split} split)".format(**data)
+            for data in (saved["data"], current["data"])
+        )
+        changes.append("the images differ: {} there, {} here".format(*counts))
+    elif there["train_images"] != here["train_images"]:
+        changes.append("the few training images differ")
+    elif there["test_images"] != here["test_images"]:
+        changes.append("the content of the test images differs")
+    return changes

@@ -1,0 +1,151 @@
+"""How programs end: output that cannot be written, signals, launchers, foreign modules."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import refused, result_of, run
+
+from runs.distributed import init_store
+from runs.environment import RunClock
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--shots", "1", "--n_iters", "4", "--num_workers", "0"]
+
+
+def start(*argv, **how):
+    return subprocess.Popen([sys.executable, "main.py", *map(str, argv)], cwd=ROOT, **how)
+
+
+def test_output_errors_lose_nothing(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(*SHORT, "--save_path", tmp_path, stdout=full, stderr=full)
+    assert process.wait() == 0 and result_of(tmp_path)["iterations"] == 4
+
+
+def test_closed_pipe_is_no_error(tmp_path):
+    process = start(*SHORT, "--save_path", tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b"" and process.wait() == 0
+    assert result_of(tmp_path)["iterations"] == 4
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_signals_leave_a_checkpoint(name, tmp_path, monkeypatch):
+    import main
+
+    check, calls = main.raise_if_any_preempted, []
+
+    def counted(signals):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        return check(signals)
+
+    monkeypatch.setattr(main, "raise_if_any_preempted", counted)
+    from commands import call_main
+
+    status, _, err = call_main(*SHORT, "--save_path", tmp_path)
+    assert status == 128 + getattr(signal, name)
+    assert f"ended by {name}; --resume continues from iteration 2" in err
+    assert list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_ignored_hangup_stays_ignored():
+    from runs.signals import SignalHandler
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_results_precede_their_printing(tmp_path, monkeypatch):
+    import main
+
+    def refuse(*_):
+        assert result_of(tmp_path)["iterations"] == 4
+        raise RuntimeError("printed")
+
+    printing = iter([lambda *_: None, refuse])
+    monkeypatch.setattr(main, "print_accuracies", lambda *a: next(printing)(*a))
+    with pytest.raises(RuntimeError, match="printed"):
+        run(*SHORT, "--save_path", tmp_path)
+
+
+def test_clock_leaves_gaps_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = RunClock()
+    now[0] += 3
+    assert clock.seconds() == 3
+    now[0] += 3600
+    assert clock.seconds() == 3 + clock.MAX_GAP_S
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 processes"),
+    ],
+)
+def test_unknown_launchers_are_refused(env, words, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        init_store()
+
+
+def test_foreign_modules_are_named(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import main"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    last = done.stderr.splitlines()[-1]
+    assert "needs its own module 'datasets'" in last and "sys.path.insert(0" in last
+
+
+def test_main_runs_in_safe_path_and_notebooks(tmp_path):
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--help"], cwd=tmp_path, env=env, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "--dataset" in done.stdout, done.stderr
+
+
+def test_density_note_names_flags(tmp_path):
+    out = run(*SHORT, "--s", "0.9999", "--save_path", tmp_path)
+    assert "24 of them keep fewer than ten entries and barely train: lower --s" in out
+    assert "dense=True" not in out
+
+
+def test_predictions_name_classes(tmp_path):
+    run(*SHORT, "--save_path", tmp_path)
+    (path,) = tmp_path.rglob("predictions.csv")
+    header, first, *_ = path.read_text().splitlines()
+    assert header == "path,label,predicted,probability,classname,predicted_classname"
+    names = json.loads(path.with_name("result.json").read_text())["classnames"]
+    row = first.split(",")
+    assert row[4:] == [names[int(row[1])], names[int(row[2])]]
+
+
+def test_resume_without_checkpoint_is_said(tmp_path):
+    run(*SHORT, "--save_path", tmp_path)
+    out = run(*SHORT, "--save_path", tmp_path, "--resume", "--lr", "0.01")
+    assert "there is no checkpoint in" in out
+
+
+def test_bad_flags_are_refused_once():
+    assert "--shotss" in refused("--shotss", 1)
