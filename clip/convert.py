@@ -190,15 +190,13 @@ def build_model(
     """Build the CLIP that a state dict describes, and load its weights.
 
     Args:
-        state_dict: Tensors of any floating type in any layout that `convert_to_openai` knows; left
-            unchanged.
+        state_dict: Tensors of any floating type in any layout that `convert_to_openai` knows.
         activation: Activation of the MLPs, "quickgelu" or "gelu".
         heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower; None
-            is OpenAI's rule, one for every 64 channels. A state dict tells neither these nor the
-            activation.
+            is OpenAI's rule, one for every 64 channels.
 
     Returns:
-        The model in float32 and evaluation mode, on the device of the tensors.
+        The model in float32 and evaluation mode, on the device of the tensors, which it copies.
 
     Raises:
         ValueError: Tensors are missing, unexpected or wrongly shaped, of which some are named; the

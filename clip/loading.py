@@ -60,11 +60,9 @@ def load(
     Args:
         name_or_path: One of `available_models()`; `open_clip:NAME/PRETRAINED` of the installed
             open_clip package; or the path of a checkpoint, or of a folder with one, in the layout
-            of OpenAI, open_clip or transformers, saved by torch.save, as safetensors or as
-            TorchScript. Nothing in the file is executed.
+            of OpenAI, open_clip or transformers. Nothing in the file is executed.
         device: Device of the model; None is CUDA where there is one, else the CPU.
-        download_root: Folder of downloads; None is ~/.cache/clip. A file that is there is
-            verified, and downloaded again if its SHA-256 is wrong.
+        download_root: Folder of downloads; None is ~/.cache/clip.
         activation: "quickgelu" or "gelu", where no configuration tells it.
         heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower, where
             no configuration tells them.
@@ -183,19 +181,13 @@ def _load_warnings(
             f"{config.source} resizes images in another way ({config.resize_mode}) than is done "
             "here (short side, bicubic, center crop)"
         )
-    if not config.source and not (activation and heads) and not _is_official_file(path):
-        assumed = [] if activation else ["QuickGELU"]
-        assumed += [] if heads else ["{} and {} attention heads".format(*model.heads)]
+    is_unknown = not config.source and not (activation and heads)
+    if is_unknown and sha256_file(path) not in {*_MODELS.values(), *BUNDLED_MODELS.values()}:
         yield (
-            f"nothing next to {path} says how it was trained: OpenAI's rule gives "
-            f"{' and '.join(assumed)} (image and text tower); --activation and --heads "
-            "(activation=, heads=) name others"
+            f"nothing next to {path} says how it was trained: assuming {model.activation} and "
+            "{} and {} attention heads (image and text tower)".format(*model.heads)
+            + "; --activation and --heads (activation=, heads=) name others"
         )
-
-
-def _is_official_file(path: Path) -> bool:
-    """Whether a file is one of OpenAI's or of this repository, whatever its name."""
-    return sha256_file(path) in {*_MODELS.values(), *BUNDLED_MODELS.values()}
 
 
 def validate_name(name_or_path: str | os.PathLike) -> None:

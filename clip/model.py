@@ -28,7 +28,7 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # the paper's temperature, section 2.5
 
 
 class CLIP(nn.Module):
-    """Both towers and the logit scale, initialized as CLIP's authors published.
+    """Both towers and the logit scale; ViT and text tower are initialized as OpenAI published.
 
     Args:
         embed_dim: Dimensions D of the features that both towers end in.

@@ -104,15 +104,13 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
     )
     hidden_act = vision["hidden_act"]
     differences = [
-        f"hidden_act {tower['hidden_act']!r}"
+        f"{key} {tower[key]!r}"
         for tower in (vision, text)
-        if tower["hidden_act"] not in HF_ACTIVATIONS or tower["hidden_act"] != hidden_act
+        for key, allowed in (("hidden_act", HF_ACTIVATIONS), ("layer_norm_eps", {1e-5}))
+        if tower[key] not in allowed
     ]
-    differences += [
-        f"layer_norm_eps {tower['layer_norm_eps']}"
-        for tower in (vision, text)
-        if tower["layer_norm_eps"] != 1e-5
-    ]
+    if hidden_act != text["hidden_act"]:
+        differences.append("another activation in its texts")
     end = text["eos_token_id"]  # 2 where transformers, too, takes the highest token
     if isinstance(end, int) and end != 2 and end < min(text["vocab_size"], VOCAB_SIZE) - 1:
         differences.append(f"texts that end in token {end}, not in the highest")

@@ -22,7 +22,6 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outplanes)
-        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity
         self.downsample = None
         if stride > 1 or inplanes != outplanes:
             self.downsample = nn.Sequential()
@@ -49,8 +48,6 @@ class AttentionPool2d(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, embed_dim)
-        for linear in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(linear.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # (B, side², W)
@@ -65,12 +62,8 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(nn.Module):
     """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling.
 
-    Args:
-        input_resolution: Side of the square input, in pixels.
-        width: Channels W of the stem.
-        layers: Blocks of each of the four stages.
-        embed_dim: Dimensions D of the feature.
-        num_heads: Attention heads of the pool, which share 32 W channels evenly.
+    The stem has `width` channels W, the four stages `layers` blocks, and the pool `num_heads`
+    attention heads.
     """
 
     def __init__(

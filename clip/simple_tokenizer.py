@@ -47,15 +47,12 @@ def tokenize(
     Args:
         texts: A text or several.
         context_length: Tokens in a row, including the start and the end of the text.
-        truncate: Cut texts that are too long, keeping the end-of-text token, instead of refusing
-            them.
+        truncate: Cut texts that are too long, keeping the end-of-text token; otherwise they raise
+            a ValueError.
         merges_path: The merges file; None finds it by `default_bpe`.
 
     Returns:
         (N, context_length) int64, zero after the end-of-text token.
-
-    Raises:
-        ValueError: A text is too long and `truncate` is not set, or is not a string.
     """
     return SimpleTokenizer.from_vocab_size(VOCAB_SIZE, merges_path)(texts, context_length, truncate)
 
@@ -94,8 +91,7 @@ class SimpleTokenizer:
         vocab_size: int = VOCAB_SIZE, merges_path: str | os.PathLike | None = None
     ) -> "SimpleTokenizer":
         """The tokenizer of a model with this many tokens, built once; see `default_bpe`."""
-        path = merges_path or os.environ.get("CLIP_BPE_PATH")
-        return _build_tokenizer(min(int(vocab_size), VOCAB_SIZE), path and os.fspath(path))
+        return _build_tokenizer(vocab_size, merges_path or os.environ.get("CLIP_BPE_PATH"))
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
@@ -103,10 +99,6 @@ class SimpleTokenizer:
         """Tokens of texts between start and end, zero after that; see `tokenize`."""
         if not isinstance(texts, Iterable):
             raise ValueError(f"texts must be a string or a list of strings, not {texts!r}")
-        if context_length < 2:
-            raise ValueError(
-                f"a context length of {context_length} cannot hold start and end: use 2 or more"
-            )
         texts = [texts] if isinstance(texts, str) else list(texts)
         result = torch.zeros(len(texts), context_length, dtype=torch.int64, device="cpu")
         for row, text in zip(result, texts, strict=True):
@@ -159,15 +151,15 @@ def clean_text(text: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _build_tokenizer(vocab_size: int, path: str | None) -> SimpleTokenizer:
-    count = vocab_size - BYTE_VOCAB_SIZE
+def _build_tokenizer(vocab_size: int, merges_path: str | os.PathLike | None) -> SimpleTokenizer:
+    count = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
     if count < 0:
         raise ValueError(
             f"a vocabulary of {vocab_size} tokens has no tokenizer: bytes need {BYTE_VOCAB_SIZE}"
         )
     if count == 0:
         return SimpleTokenizer()
-    path = default_bpe(path)
+    path = default_bpe(merges_path)
     merges = read_merges(path, count)
     if len(merges) < count:
         raise ValueError(

@@ -247,14 +247,6 @@ def test_merged_output_and_restored_weights(config):
     torch.testing.assert_close(features(plain, *inputs), expected, **CLOSE)
 
 
-def test_merging_without_adapters():
-    model, *inputs = tiny()
-    before = features(model, *inputs)
-    set_dropout(model, True)
-    with merged_lora(model) as merged:
-        assert not merged and all(map(torch.equal, features(model, *inputs), before))
-
-
 def test_unmerged_after_error():
     model, _, _ = one_layer()
     before = model.attn.in_proj_weight.clone()
@@ -270,17 +262,6 @@ def test_merging_is_exact_under_autocast():
         pass
     with torch.autocast("cpu", torch.bfloat16), merged_lora(model) as merged:
         assert torch.equal(*merged.values(), *expected.values())
-
-
-def test_copied_and_loaded_adapters():
-    model, *inputs = tiny()
-    randomize(apply_lora(model, attentions(model)))
-    expected = features(model, *inputs)
-    assert all(map(torch.equal, features(copy.deepcopy(model), *inputs), expected))
-    fresh, *_ = tiny()
-    apply_lora(fresh, attentions(fresh))
-    fresh.load_state_dict(model.state_dict())
-    assert all(map(torch.equal, features(fresh, *inputs), expected))
 
 
 def test_invalid_arguments_are_refused():

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -124,7 +123,6 @@ def test_initialization_is_the_published():
         assert block.mlp.c_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
     features = model.encode_image(random_images(model))
     assert 0.3 < features.std() < 3
-    assert all(block.bn3.weight.eq(0).all() for block in CLIP(**TINY_RESNET).visual.layer2)
 
 
 def without(key):
@@ -170,13 +168,3 @@ def test_extra_buffers_are_optional():
 def test_uneven_heads_are_refused():
     with pytest.raises(ValueError, match="width of 200 cannot be shared by 3 attention heads"):
         CLIP(**TINY_VIT | {"transformer_width": 200})
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4's own
-def test_copies_compute_the_same():
-    model = tiny()
-    images, tokens = random_images(model), model.tokenize(["cat", "dog"])
-    expected, _ = model(images, tokens)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied(images, copied.tokenize(["cat", "dog"]))[0], expected)

@@ -86,14 +86,11 @@ def test_tokenize_pads_with_zeros():
     assert tokenize([]).shape == (0, 77)
 
 
-def test_long_text_is_refused():
+def test_long_text_is_refused_or_truncated():
     with pytest.raises(ValueError, match=r"'cat cat .*\.\.\.' makes 102 tokens.*truncate=True"):
         tokenize("cat " * 100)
     with pytest.raises(ValueError, match="the context holds 4"):
         tokenize(["a cat", "a small cat"], context_length=4)
-
-
-def test_truncation_keeps_end_of_text():
     cut = tokenize("cat " * 100, truncate=True)
     assert cut.tolist() == [[49406, *[2368] * 75, 49407]]
     assert torch.equal(tokenize("a cat", 4, truncate=True), tokenize("a cat", 4))
@@ -103,8 +100,6 @@ def test_invalid_arguments_are_refused():
     for texts in (7, None, ["fine", None], [["nested"]]):
         with pytest.raises(ValueError, match="string"):
             tokenize(texts)
-    with pytest.raises(ValueError, match="a context length of 1"):
-        tokenize("a", context_length=1)
 
 
 def test_byte_vocabulary_needs_no_file(no_merges):
@@ -125,17 +120,10 @@ def test_vocabulary_uses_first_merges(open_clip):
     assert len(small.encode("a photo")) > len(whole.encode("a photo"))
 
 
-def test_merges_apply_in_order():
-    tokens = SimpleTokenizer([("b", "c</w>"), ("a", "b"), ("a", "bc</w>")])
-    assert tokens.encode("abc") == [514]
-    assert tokens.encode("aba") == [513, 256 + BYTE_ID["a"]]
-    assert SimpleTokenizer([("a", "a")]).encode("aaaa") == [512, 64, 256 + 64]
-
-
 def test_vocabulary_sizes_out_of_range():
     with pytest.raises(ValueError, match="vocabulary of 100 tokens"):
         SimpleTokenizer.from_vocab_size(100)
-    assert SimpleTokenizer.from_vocab_size(49411) is SimpleTokenizer.from_vocab_size()
+    assert SimpleTokenizer.from_vocab_size(49411).vocab_size == 49408
 
 
 def test_model_tokenizes_with_its_vocabulary():
