@@ -3,7 +3,7 @@
 # sweep, with the command and the log of each. Variables, with their defaults:
 #
 #     METHODS   so lora adam
-#     DATASETS  the eleven; digits, which is bundled, needs no DATA
+#     DATASETS  the eleven; digits, with the argument --config configs/digits.yaml, needs no DATA
 #     SHOTS     1 2 4 8 16
 #     SEEDS     1 2 3
 #     CONFIG_so, CONFIG_lora, CONFIG_adam   configuration file of one method
