@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded default, from nothing but bash and Python: makes .venv, installs
-# requirements.txt, runs main.py. Arguments are main.py's.
+# The demo, from nothing but bash and Python: makes .venv, installs requirements.txt, runs main.py.
+# Arguments are main.py's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh

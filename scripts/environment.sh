@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, from the repository's root: makes .venv, and installs what the
-# given requirements files name unless that has been done since they last changed.
+# Sourced by the other scripts, from the repository's root: makes .venv and installs the given
+# requirements files, unless they are installed and have not changed since.
 
 make_environment() {
     if [ ! -x .venv/bin/python ]; then

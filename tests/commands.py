@@ -1,4 +1,4 @@
-"""Commands called in this process, with what they print; and what sweeps of processes leave."""
+"""Commands called in this process, what they print, and what runs and sweeps write."""
 
 import io
 import json
@@ -16,7 +16,7 @@ OUTCOME_KEYS = (
 
 
 def call(run, *argv):
-    """A command's main function: (status, standard output, standard error)."""
+    """Call a command's main function; return (status, standard output, standard error)."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -27,19 +27,19 @@ def call(run, *argv):
 
 
 def call_main(*argv):
-    """main.py, as `call`."""
+    """`call` of main.py."""
     return call(lambda argv: cli.run_cli(lambda: main.main(argv)), *argv)
 
 
 def run(*argv):
-    """What main.py prints on standard output, where it ends well."""
+    """Run main.py, which must succeed; return its standard output."""
     status, out, err = call_main(*argv)
     assert status == 0, err
     return out
 
 
 def refused(*argv):
-    """The one sentence that main.py ends with, behind notes and progress."""
+    """Run main.py, which must end in one sentence; return it, without notes and progress."""
     status, _, err = call_main(*argv)
     *before, last = err.splitlines() or [""]
     assert status == 2 and last.startswith("main.py: ") and last.isprintable(), err
@@ -67,7 +67,7 @@ def outcome(out):
 
 
 def wait_for(pattern, folder, process):
-    """The file of this name that a sweep makes, for as long as the sweep goes on."""
+    """Wait until a process has written a file of this name; return its path."""
     while not (found := list(folder.rglob(pattern))):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -75,5 +75,5 @@ def wait_for(pattern, folder, process):
 
 
 def calls(folder):
-    """The arguments of each main.py that a stand-in for Python was called with, a line each."""
+    """The arguments of each main.py that `fake_python` was called with, a line each."""
     return (folder / "calls.txt").read_text().splitlines()
