@@ -1,12 +1,14 @@
-"""Which matrices are adapted, the loop against a plain one, and how it ends early."""
+"""Which weights are trained, the training loop and its state, the evaluation."""
 
 import math
 import random
+from contextlib import closing
 
 import pytest
 import torch
 import torch.nn.functional as F
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from helpers import save_and_load
 from PIL import Image
 
 import clip
@@ -14,104 +16,115 @@ from clip import build_model
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from datasets import Datum
 from datasets.loader import ImageLoader
-from optimizers import SO
-from optimizers.build import POSITIONS, TRAINABLE_WEIGHTS, layer_indices, mark_as_trainable
-from optimizers.SampledGradients import sample_gradients
-from train import NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
+from optimizers.build import (
+    METHODS,
+    POSITIONS,
+    TRAINABLE_WEIGHTS,
+    build_optimizer,
+    layer_indices,
+    mark_as_trainable,
+    trainable_parameters,
+)
+from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
+from utils import Predictions
 
 NAMES = ["red_one", "green", "blue"]
-TEMPLATE = ["a {}."]
 
 
-@pytest.fixture
-def items(tmp_path):
-    """Twelve images of three colours."""
-    rng = random.Random(0)
-    made = []
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    """Twelve images of three colors."""
+    rng, folder, items = random.Random(0), tmp_path_factory.mktemp("images"), []
     for number in range(12):
         label = number % 3
-        colour = [rng.randrange(60) for _ in range(3)]
-        colour[label] += 160
-        path = tmp_path / f"{number}.png"
-        Image.effect_noise((40, 30), 60).convert("RGB").save(path)
-        image = Image.blend(Image.open(path), Image.new("RGB", (40, 30), tuple(colour)), 0.7)
-        image.save(path)
-        made.append(Datum(str(path), label, NAMES[label]))
-    return made
+        color = [rng.randrange(60) for _ in range(3)]
+        color[label] += 160
+        noise = Image.effect_noise((40, 30), 60).convert("RGB")
+        path = folder / f"{number}.png"
+        Image.blend(noise, Image.new("RGB", (40, 30), tuple(color)), 0.7).save(path)
+        items.append(Datum(str(path), label, NAMES[label]))
+    return items
 
 
-def tiny(config=TINY_VIT):
-    return build_model(random_state_dict(config))
-
-
-def make_classifier(model, templates=TEMPLATE, **options):
+def make_classifier(model, templates=("a {}.",), **options):
     return ZeroShotClassifier(model, tokenize_class_prompts(model, NAMES, templates), **options)
 
 
-def fit(model, items, optimizer, state=6, workers=0, logit_scale=100.0, precision="fp32", **config):
-    """Train for some iterations, or a state; return the rows of the log."""
-    loader = ImageLoader(model.visual.input_resolution, workers, cache_mb=10)
-    batches = loader.train_batches(items, 5, seed=1)
-    classifier = make_classifier(model, logit_scale=logit_scale, precision=precision)
-    if not isinstance(state, TrainState):
-        state = TrainState(state, precision=precision)
-    config = TrainConfig(optimizer.param_groups[0]["lr"], **config)
-    for _ in train(classifier, optimizer, batches, state, config):
+def build(
+    method="so", encoder="both", position="top", lr=1e-3, density=0.05, total_iters=6,
+    device="cpu", dtype=torch.float32, precision="fp32", **options,
+):  # fmt: skip
+    """A classifier, an optimizer of its weights, and a new state."""
+    model = build_model(random_state_dict(TINY_VIT)).to(device, dtype)
+    weights = mark_as_trainable(model, encoder, position, method)
+    optimizer = build_optimizer(method, model, weights, lr=lr, density=density, T=3, rank=2, seed=1)
+    state = TrainState(total_iters, torch.device(device), precision)
+    return make_classifier(model, precision=precision, **options), optimizer, state
+
+
+def start(items, classifier, optimizer, state, batches=None, **config):
+    """The generator of `train`, on batches of five images unless others are given."""
+    loader = ImageLoader(classifier.model.visual.input_resolution, 0, cache_mb=10)
+    batches = batches or loader.train_batches(items, 5, seed=1, start=state.iteration)
+    config = TrainConfig(optimizer.defaults["lr"], **config)
+    return train(classifier, optimizer, batches, state, config)
+
+
+def train_losses(items, *training, **config):
+    """Train to the end; return the losses."""
+    for _ in start(items, *training, **config):
         pass
-    return state.log_rows(config.lr)
+    state = training[-1]
+    return state.losses[: state.iteration].tolist()
 
 
-@pytest.mark.parametrize(
-    "position, layers",
-    [
-        ("bottom", range(0, 4)),
-        ("mid", range(4, 8)),
-        ("up", range(8, 12)),
-        ("half-bottom", range(0, 6)),
-        ("half-up", range(6, 12)),
-        ("all", range(0, 12)),
-        ("top3", range(9, 12)),
-        ("top", range(11, 12)),
-    ],
-)
-def test_positions_of_twelve_layers_are_the_papers(position, layers):
-    assert layer_indices(position, 12) == layers
+# Weights to train
+
+
+def test_layer_indices_of_paper():
+    expected = {
+        "bottom": range(0, 4), "mid": range(4, 8), "up": range(8, 12), "half-bottom": range(0, 6),
+        "half-up": range(6, 12), "all": range(0, 12), "top3": range(9, 12), "top": range(11, 12),
+    }  # fmt: skip
+    assert {position: layer_indices(position, 12) for position in POSITIONS} == expected
 
 
 @pytest.mark.parametrize("depth", range(1, 40))
-def test_positions_are_defined_at_every_depth(depth):
-    parts = {name: list(layer_indices(name, depth)) for name in POSITIONS}
-    everything = list(range(depth))
-    assert all(parts.values())
-    assert parts["all"] == everything
-    assert parts["top"] == everything[-1:] and parts["top3"] == everything[-3:]
+def test_layer_indices_at_any_depth(depth):
+    layers = {position: list(layer_indices(position, depth)) for position in POSITIONS}
+    assert all(layers.values())
+    assert layers["all"] == list(range(depth))
+    assert layers["top"] == layers["all"][-1:] and layers["top3"] == layers["all"][-3:]
     if depth >= 2:
-        assert parts["half-bottom"] + parts["half-up"] == everything
+        assert layers["half-bottom"] + layers["half-up"] == layers["all"]
     if depth >= 3:
-        assert parts["bottom"] + parts["mid"] + parts["up"] == everything
-        sizes = [len(parts[name]) for name in ("bottom", "mid", "up")]
+        assert layers["bottom"] + layers["mid"] + layers["up"] == layers["all"]
+        sizes = [len(layers[position]) for position in ("bottom", "mid", "up")]
         assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("encoder, towers", [("text", 1), ("vision", 1), ("both", 2)])
-def test_only_the_named_matrices_of_the_chosen_towers_are_thawed(encoder, towers):
-    model = tiny()
-    chosen = mark_as_trainable(model, encoder, "top")
-    assert len(chosen) == towers * len(TRAINABLE_WEIGHTS)
-    thawed = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert thawed == set(chosen)
-    assert all(name.startswith("visual.") for name in chosen) == (encoder == "vision")
+def test_mark_as_trainable_freezes_the_rest(encoder, towers):
+    model = build_model(random_state_dict(TINY_VIT))
+    weights = mark_as_trainable(model, encoder, "top")
+    assert len(weights) == towers * len(TRAINABLE_WEIGHTS)
+    assert trainable_parameters(model).keys() == weights.keys()
+    assert all(name.startswith("visual.") for name in weights) == (encoder == "vision")
 
 
-def test_a_resnet_adapts_its_text_tower_and_refuses_vision_alone():
-    names = mark_as_trainable(tiny(TINY_RESNET), "both", "all")
+def test_mark_as_trainable_resnet():
+    model = build_model(random_state_dict(TINY_RESNET))
+    names = mark_as_trainable(model, "both", "all")
     assert names and not any(name.startswith("visual") for name in names)
-    with pytest.raises(ValueError, match="ResNet"):
-        mark_as_trainable(tiny(TINY_RESNET), "vision", "all")
+    with pytest.raises(ValueError, match="--encoder vision: the image tower is a ResNet"):
+        mark_as_trainable(model, "vision", "all")
 
 
-def test_the_classifier_is_the_normalised_text_of_each_prompt():
-    model = tiny()
+# Classifier and evaluation
+
+
+def test_classifier_averages_prompts():
+    model = build_model(random_state_dict(TINY_VIT))
     features = make_classifier(model).encode_classes()
     expected = model.encode_text(model.tokenize(["a red one.", "a green.", "a blue."]))
     torch.testing.assert_close(features, F.normalize(expected, dim=-1))
@@ -120,120 +133,151 @@ def test_the_classifier_is_the_normalised_text_of_each_prompt():
     torch.testing.assert_close(both, F.normalize(features + other, dim=-1))
 
 
-def test_prompts_are_as_long_as_the_longest_and_cut_to_the_context(capsys):
-    model = tiny()
-    assert make_classifier(model).text_tokens.shape == (1, 3, 10)  # start, a, r e d, o n e, ., end
+def test_tokenize_class_prompts_trims(capsys):
+    model = build_model(random_state_dict(TINY_VIT))
+    tokens = tokenize_class_prompts(model, NAMES, ["a {}."])
+    assert tokens.shape == (1, 3, 10)  # start, a, r e d, o n e, ., end
     assert capsys.readouterr().err == ""
-    tokens = tokenize_class_prompts(model, ["x" * 50, "y"], TEMPLATE)
+    tokens = tokenize_class_prompts(model, ["x" * 50, "y"], ["a {}."])
     assert tokens.shape == (1, 2, 16) and tokens.max() == tokens[0, 0, -1]
     assert "more than 16 tokens" in capsys.readouterr().err
 
 
-def test_evaluation_is_plain_clip_on_clips_own_preprocessing(items):
-    model = tiny()
+def test_evaluate_equals_plain_clip(items):
+    model = build_model(random_state_dict(TINY_VIT))
     preprocess = clip.image_transform(32)
     images = torch.stack([preprocess(Image.open(item.impath)) for item in items])
     tokens = model.tokenize(["a red one.", "a green.", "a blue."])
     with torch.no_grad():
-        predicted = model(images, tokens)[0].argmax(dim=-1)
-    expected = 100 * sum(int(p == i.label) for p, i in zip(predicted, items, strict=True)) / 12
-    for workers in (0, 2):
-        found = evaluate(make_classifier(model), ImageLoader(32, workers), items)
-        assert found.accuracy == pytest.approx(expected)
+        probs, preds = model(images, tokens)[0].softmax(dim=-1).max(dim=-1)
+    predictions = evaluate(make_classifier(model, logit_scale="checkpoint"), ImageLoader(32), items)
+    assert predictions.labels.tolist() == [item.label for item in items]
+    assert torch.equal(predictions.preds, preds)
+    torch.testing.assert_close(predictions.probs, probs)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_do_not_change_a_run(items, workers):
-    curves = []
-    for count in (0, workers):
-        model = tiny()
-        optimizer = SO(mark_as_trainable(model, "both", "top").values(), lr=1e-3, seed=1)
-        curves.append(fit(model, items, optimizer, workers=count))
-    assert curves[0] == curves[1]
+# Training
 
 
 @pytest.mark.parametrize("encoder", ["both", "vision"])
-def test_parts_of_a_batch_add_up_to_its_gradient(items, encoder):
-    def run(**options):
-        model = tiny().double()
-        optimizer = SO(mark_as_trainable(model, encoder, "top").values(), lr=1e-3, seed=1)
-        sample_gradients(model, optimizer)
-        curve = fit(model, items, optimizer, **options)
-        return [row[1] for row in curve], model.visual.transformer.resblocks[-1].mlp.c_fc.weight
-
-    losses, weight = run()
-    for parts in (2, 3, 99):
-        again, other = run(grad_accum_steps=parts)
+def test_grad_accum_equals_one_batch(encoder, items):
+    classifier, *training = build(encoder=encoder, dtype=torch.float64, total_iters=4)
+    losses = train_losses(items, classifier, *training)
+    for steps in (2, 99):
+        other, *training = build(encoder=encoder, dtype=torch.float64, total_iters=4)
+        again = train_losses(items, other, *training, grad_accum_steps=steps)
         assert again == pytest.approx(losses, rel=1e-5)
-        torch.testing.assert_close(other, weight, rtol=1e-5, atol=1e-7)
+        for p, q in zip(other.model.parameters(), classifier.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_follows_float32_with_float32_weights(items, precision):
-    curves = []
-    for name in ("fp32", precision):
-        model = tiny()
-        chosen = mark_as_trainable(model, "both", "all")
-        optimizer = SO(chosen.values(), lr=1e-4, density_ratio=0.1, seed=1)
-        curves.append(fit(model, items, optimizer, logit_scale=10.0, precision=name))
-        assert {p.dtype for p in chosen.values()} == {torch.float32}
-    full, half = [torch.tensor([row[1] for row in curve]) for curve in curves]
-    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
-
-
-def test_the_checkpoints_own_logit_scale_can_be_used(items):
+def test_half_precision_follows_float32(items):
     losses = []
-    for scale in ("checkpoint", 100.0, 1.0):
-        model = tiny()  # whose own scale is 100
-        optimizer = SO(mark_as_trainable(model, "text", "top").values(), seed=1)
-        losses.append(fit(model, items, optimizer, 1, logit_scale=scale)[0][1])
+    for precision in ("fp32", "bf16", "fp16"):
+        classifier, *training = build(lr=1e-4, logit_scale=10.0, precision=precision)
+        losses.append(train_losses(items, classifier, *training))
+        assert {p.dtype for p in classifier.model.parameters()} == {torch.float32}
+    for half in losses[1:]:
+        assert half != losses[0] and half == pytest.approx(losses[0], rel=0.05, abs=0.05)
+
+
+def test_logit_scale_of_checkpoint(items):
+    losses = [
+        train_losses(items, *build(encoder="text", total_iters=1, logit_scale=scale))[0]
+        for scale in ("checkpoint", 100.0, 1.0)  # the checkpoint's is 100
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != losses[2]
 
 
-def test_training_stops_after_an_epoch_below_the_loss_asked_for(items):
-    model = tiny()
-    optimizer = SO(mark_as_trainable(model, "text", "top").values(), seed=1)
-    curve = fit(model, items, optimizer, 20, early_stop_loss=1e9)
-    assert [row[0] for row in curve] == [1, 2, 3]  # twelve images, five to a batch
-
-
-def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_curve(items):
-    model = tiny()
-    optimizer = SO(mark_as_trainable(model, "text", "top").values(), lr=1e38, seed=1)
-    state = TrainState(9)
-    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
-        fit(model, items, optimizer, state)
-    assert [math.isfinite(row[1]) for row in state.log_rows(1e38)] == [True, False]
-
-
-def test_the_schedule_starts_at_lr_and_ends_at_1e_minus_6():
+def test_get_lr_is_cosine():
     assert get_lr(2e-4, 0, 100) == pytest.approx(2e-4)
     assert get_lr(2e-4, 50, 100) == pytest.approx((2e-4 + 1e-6) / 2)
     assert get_lr(2e-4, 100, 100) == pytest.approx(1e-6)
 
 
+def test_early_stop_after_epoch(items, capsys):
+    training = build(encoder="text", total_iters=9)
+    assert len(train_losses(items, *training, early_stop_loss=99)) == 3  # twelve images by fives
+    assert "after iteration 3 of 9" in capsys.readouterr().out and training[-1].done
+    assert len(train_losses(items, *build(encoder="text"), early_stop_loss=-1)) == 6
+    assert capsys.readouterr().out == ""
+
+
+def test_nonfinite_loss_names_iteration(items):
+    training = build(encoder="text", lr=1e38, total_iters=9)
+    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
+        train_losses(items, *training)
+    state = training[-1]
+    assert [math.isfinite(row[1]) for row in state.log_rows(1e38)] == [True, False]
+    assert not state.is_sound()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_pauses_and_resumes_exactly(method, items):
+    expected = build(method, total_iters=7)
+    losses = train_losses(items, *expected)
+    classifier, optimizer, state = build(method, total_iters=7)
+    iterations = []
+    with closing(start(items, classifier, optimizer, state)) as steps:
+        for _ in steps:
+            iterations.append(state.iteration)
+            evaluate(classifier, ImageLoader(32, 0), items)  # which changes nothing
+            if state.iteration == 4:
+                break
+    assert iterations == [0, 1, 2, 3, 4] and state.is_sound() and not state.done
+    saved = save_and_load(
+        [classifier.model.state_dict(), optimizer.state_dict(), state.state_dict()]
+    )
+    resumed = build(method, total_iters=7)
+    for part, content in zip((resumed[0].model, *resumed[1:]), saved, strict=True):
+        part.load_state_dict(content)
+    torch.manual_seed(99)
+    assert train_losses(items, *resumed) == losses
+    for p, q in zip(resumed[0].model.parameters(), expected[0].model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_train_state_round_trip():
+    state = TrainState(9, precision="fp16")
+    state.losses[:4] = torch.tensor([4.0, 3, 2, 1])
+    state.scaler.scale(torch.ones(1))
+    state.scaler.update(2.0**7)
+    predictions = Predictions(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0.5, 0.9]))
+    diff = {"a": (torch.tensor([3]), torch.tensor([0.25])), "b": (None, torch.ones(2))}
+    values = dict(
+        iteration=4, epoch_start=3, epoch_loss=3.0, zero_shot={"zero_shot_accuracy": 25.0},
+        accuracies={2: 40.0, 4: 50.0}, new_accuracies={4: 60.0},
+        best=BestCheckpoint(4, 75.0, diff), predictions=predictions,
+        start_time=state.start_time - 100,
+    )  # fmt: skip
+    vars(state).update(values)
+    other = TrainState(9, precision="fp16")
+    other.load_state_dict(save_and_load(state.state_dict()))
+    assert other.log_rows(1e-3) == state.log_rows(1e-3) and len(other.losses) == 9
+    assert other.scaler.get_scale() == 2.0**7
+    assert other.seconds >= 100 and other.predictions.accuracy == 50
+    assert other.best.diff["a"][0] == 3 and torch.equal(other.best.diff["b"][1], torch.ones(2))
+    assert other.summary() == state.summary() | {"wall_seconds": other.summary()["wall_seconds"]}
+    for name in values.keys() - {"best", "predictions", "start_time"}:
+        assert getattr(other, name) == values[name], name
+    assert other.best[:2] == (4, 75.0) and not other.is_best(75.0) and other.is_best(75.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_iteration_on_a_gpu_waits_at_the_end_of_an_epoch_alone(items, precision):
-    model = tiny().cuda()
-    optimizer = SO(mark_as_trainable(model, "both", "all").values(), density_ratio=0.05, seed=1)
-    fit(
-        model, items, optimizer, TrainState(3, torch.device("cuda"), precision), precision=precision
-    )
+def test_gpu_sync_only_after_epoch(items, precision):
+    training = build(position="all", total_iters=9, device="cuda", precision=precision)
     modes = []
 
-    def watched(batches):
-        for batch, ends_epoch in batches:
-            modes.append("default" if ends_epoch or len(modes) == 39 else "error")
+    def batches():
+        for batch, ends_epoch in ImageLoader(32).train_batches(items, 5, seed=1):
+            # The first epoch warms up.
+            modes.append("default" if ends_epoch or len(modes) < 3 else "error")
             torch.cuda.set_sync_debug_mode(modes[-1])
             yield batch, ends_epoch
 
-    batches = watched(ImageLoader(32).train_batches(items, 5, seed=1))
-    state = TrainState(40, torch.device("cuda"), precision)
     try:
-        classifier = make_classifier(model, precision=precision)
-        for _ in train(classifier, optimizer, batches, state, TrainConfig(2e-4)):
-            pass
+        train_losses(items, *training, batches=batches())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert modes.count("error") == 26  # two of three batches
+    assert modes.count("error") == 4  # two of three batches in two epochs
