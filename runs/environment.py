@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import torch
@@ -55,25 +56,27 @@ def set_random_seed(seed: int) -> None:
     random.seed(seed)
 
 
-class RunClock(threading.Thread):
+class RunClock:
     """Seconds that this process has run since it started the clock.
 
-    It ticks once a second; of a longer gap, in which the process was stopped (Ctrl-Z, `scontrol
-    suspend`, a sleeping laptop), only MAX_GAP_S count.
+    A thread reads it once a second; of a longer gap, in which the process was stopped (Ctrl-Z,
+    `scontrol suspend`, a sleeping laptop), only MAX_GAP_S count.
     """
 
     TICK_S, MAX_GAP_S = 1.0, 5.0
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
         self.lock = threading.Lock()
         self.total, self.last_tick = 0.0, time.monotonic()
-        self.start()
+        threading.Thread(target=self._tick, args=[weakref.ref(self)], daemon=True).start()
 
-    def run(self) -> None:
-        while True:
-            time.sleep(self.TICK_S)
-            self.seconds()
+    @staticmethod
+    def _tick(reference: "weakref.ref[RunClock]") -> None:
+        """Read the clock until nothing else refers to it."""
+        while (clock := reference()) is not None:
+            clock.seconds()
+            del clock
+            time.sleep(RunClock.TICK_S)
 
     def seconds(self) -> float:
         """The time so far."""
