@@ -47,29 +47,39 @@ VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 ELEVEN = tuple(name for name in LAYOUTS if name not in (*VARIANTS, "digits"))
 WITH_SPLIT = tuple(name for name, layout in LAYOUTS.items() if layout[2])
 
-# Real class names where there are so many; names like them beyond.
+# Real class names, as the raw download spells them
 NAMES = {
     "sun397": ["/a/abbey", "/c/casino/indoor", "/a/airplane_cabin", "/z/zen_garden"],
     "fgvc": ["707-320", "A300B4", "Boeing 717", "F/A-18"],
     "eurosat": ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"]
     + ["Pasture", "PermanentCrop", "Residential", "River", "SeaLake"],
-    "stanford_cars": ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"],
+    "stanford_cars": ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"]
+    + ["Volvo 240 Sedan 1993"],
     "food101": ["apple_pie", "baby_back_ribs", "baklava"],
     "oxford_pets": ["Abyssinian", "american_bulldog", "american_pit_bull_terrier"],
     "oxford_flowers": ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"],
     "caltech101": ["Faces", "Leopards", "Motorbikes", "accordion", "airplanes"],
-    "dtd": ["banded", "meshed", "polka-dotted"],
+    "dtd": ["banded", "meshed", "polka-dotted", "striped", "zigzagged"],
     "ucf101": ["ApplyEyeMakeup", "BasketballDunk", "YoYo"],
     "digits": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
 }
-EUROSAT_NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
-EUROSAT_NAMES += ["Industrial Buildings", "Pasture Land", "Permanent Crop Land"]
-EUROSAT_NAMES += ["Residential Buildings", "River", "Sea or Lake"]
-CALTECH_NAMES = {
-    "Faces": "face",
-    "Leopards": "leopard",
-    "Motorbikes": "motorbike",
-    "airplanes": "airplane",
+CLASSNAMES = {
+    "eurosat": {
+        "AnnualCrop": "Annual Crop Land",
+        "HerbaceousVegetation": "Herbaceous Vegetation Land",
+        "Highway": "Highway or Road",
+        "Industrial": "Industrial Buildings",
+        "Pasture": "Pasture Land",
+        "PermanentCrop": "Permanent Crop Land",
+        "Residential": "Residential Buildings",
+        "SeaLake": "Sea or Lake",
+    },
+    "caltech101": {
+        "Faces": "face",
+        "Leopards": "leopard",
+        "Motorbikes": "motorbike",
+        "airplanes": "airplane",
+    },
 }
 
 
@@ -100,7 +110,13 @@ def make_dataset(
     """
     folder = Path(root) / LAYOUTS[name][("coop", "lora").index(convention)]
     folder.mkdir(parents=True, exist_ok=True)
-    parts = WRITERS[name](folder, class_names(name, classes), per_class, size)
+    if name.startswith("imagenet"):
+        _write_imagenet(name, folder, classes, per_class, size)
+        return folder
+    names = NAMES[name][:classes]
+    parts = _write_images(name, folder / IMAGE_DIRS[name], names, per_class, size)
+    if name in LISTS:
+        LISTS[name](folder, names, parts)
     split_file = LAYOUTS[name][2]
     if split_file and (split or name == "digits"):
         for part in SPLITS:  # so that labels do not appear in order
@@ -128,22 +144,6 @@ def check_refused(name: str, root: Path, message: str = ".") -> str:
     return str(caught.value)
 
 
-def class_names(name: str, classes: int) -> list[str]:
-    """Return class names as the raw download spells them."""
-    if name.startswith("imagenet"):
-        lines = (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()
-        return lines[:classes]
-    letters = [chr(ord("a") + i // 26) + chr(ord("a") + i % 26) for i in range(classes)]
-    more = {
-        "sun397": "/x/xx_{}",
-        "stanford_cars": "Make {} 2010",
-        "ucf101": "ZMove{}",
-        "oxford_pets": "zebra_{}",
-    }.get(name, "z {}" if name == "fgvc" else "z_{}")
-    names = NAMES[name][:classes]
-    return names + [more.format(letter) for letter in letters[len(names) :]]
-
-
 def write_image(path: Path, label: int, index: int, size: Size = (8, 8)) -> None:
     """Write one image: its class's color with some noise of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,162 +160,135 @@ def encode_image(label: int, index: int, size: Size, form: str) -> bytes:
     return file.getvalue()
 
 
-def _write(
-    folder: Path,
-    names: list[str],
-    per_class: int,
-    size: Size,
-    path_of: Callable[[int, int, int, str], str],
-) -> Parts:
-    """Write all images at path_of(label, index, running number, part); return their entries."""
+def _write_images(name: str, folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
+    """Write all images of a dataset that has no ImageNet classes; return their entries."""
     parts: Parts = {part: [] for part in SPLITS}
     num_train, num_val = max(1, per_class // 2), round(per_class / 5)
     for number in range(len(names) * per_class):
         label, index = divmod(number, per_class)
         part = "train" if index < num_train else "val" if index < num_train + num_val else "test"
-        path = path_of(label, index, number + 1, part)
+        path = PATHS.get(name, "{name}/{name}_{index:04d}.jpg").format(
+            name=names[label].lstrip("/"),
+            classname=classname(name, names[label]),
+            index=index,
+            one=index + 1,
+            number=number + 1,
+            trainval="test" if part == "test" else "train",
+        )
         write_image(folder / path, label, index, size)
-        parts[part].append([path, label, names[label]])
+        parts[part].append([path, label, classname(name, names[label])])
+    for file in (".directory", "readme.txt"):
+        (folder / file).write_text("no image")
     return parts
 
 
-def _class_folders(images: str, titles: dict[str, str] | None = None, extension: str = "jpg"):
-    """Return a writer of one folder for each class, with other files beside the images."""
-
-    def write(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-        def path_of(label: int, index: int, number: int, part: str) -> str:
-            return f"{names[label]}/{names[label]}_{index:04d}.{extension}"
-
-        names = names if extension == "png" else sorted(names)  # the digits are not sorted
-        (folder / images).mkdir(exist_ok=True)
-        (folder / images / ".directory").write_text("hidden")
-        (folder / images / "readme.txt").write_text("no image")
-        classnames = [(titles or {}).get(name, name) for name in names]
-        return _write(folder / images, classnames, per_class, size, path_of)
-
-    return write
-
-
-def _caltech(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    for ignored in ("BACKGROUND_Google", "Faces_easy"):
-        write_image(folder / "101_ObjectCategories" / ignored / "image_0001.jpg", 0, 0, size)
-    return _class_folders("101_ObjectCategories", CALTECH_NAMES)(folder, names, per_class, size)
-
-
-def _imagenet(folder: Path, lines: list[str], per_class: int, size: Size) -> Parts:
-    if folder.name == "images":  # CoOp's layout names the classes, the other one does not
-        (folder.parent / "classnames.txt").write_text("".join(f"{line}\n" for line in lines))
-    for label, wnid in enumerate(line.split()[0] for line in lines):
-        for i in range(per_class):
-            write_image(folder / f"train/{wnid}/{wnid}_{i}.JPEG", label, i, size)
-        for i in range(max(1, per_class // 2)):
-            number = i * len(lines) + label + 1
-            path = folder / f"val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG"
-            write_image(path, label, 500 + i, size)
-    return {}
+# Where images are, if not in "{name}/{name}_{index:04d}.jpg"
+PATHS = {
+    "sun397": "{name}/sun_{number:06d}.jpg",
+    "fgvc": "{number:07d}.jpg",
+    "stanford_cars": "cars_{trainval}/{number:05d}.jpg",
+    "oxford_pets": "{name}_{one}.jpg",
+    "oxford_flowers": "image_{number:05d}.jpg",
+    "ucf101": "{classname}/v_{name}_g{one:02d}_c01.jpg",
+    "digits": "{name}/{name}_{index:04d}.png",
+}
+IMAGE_DIRS = {
+    "sun397": "SUN397",
+    "fgvc": "images",
+    "eurosat": "2750",
+    "stanford_cars": ".",
+    "food101": "images",
+    "oxford_pets": "images",
+    "oxford_flowers": "jpg",
+    "caltech101": "101_ObjectCategories",
+    "dtd": "images",
+    "ucf101": "UCF-101-midframes",
+    "digits": "images",
+}
 
 
-def _imagenet_variant(images: str, filename: str, numbered: bool = False):
-    """Return a writer of folders of test images, named by WordNet ids or by ImageNet's labels."""
+def classname(name: str, raw: str) -> str:
+    """Return the published name of a class that the raw download spells so."""
+    if name == "sun397":
+        return " ".join(reversed(raw.split("/")[2:]))
+    if name == "stanford_cars":
+        return f"{raw.split()[-1]} {' '.join(raw.split()[:-1])}"
+    if name == "oxford_pets":
+        return raw.lower()
+    if name == "ucf101":
+        words = "".join(f" {letter}" if letter.isupper() else letter for letter in raw)
+        return "_".join(words.split())
+    return CLASSNAMES.get(name, {}).get(raw, raw)
 
-    def write(folder: Path, lines: list[str], per_class: int, size: Size) -> Parts:
-        (folder / images).mkdir()
-        (folder / images / "README.txt").write_text("what the images are")
-        for label, wnid in enumerate(line.split()[0] for line in lines):
-            for i in range(max(1, per_class // 2)):
-                name = str(label) if numbered else wnid
-                write_image(folder / images / name / filename.format(i), label, 700 + i, size)
-        return {}
 
-    return write
+# The lists of the raw downloads
 
 
-def _fgvc(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    (folder / "variants.txt").write_text("".join(f"{name}\n" for name in names))
-    parts = _write(folder / "images", names, per_class, size, lambda _, __, n, ___: f"{n:07d}.jpg")
+def _fgvc(folder: Path, names: list[str], parts: Parts) -> None:
+    _write_lines(folder / "variants.txt", names)
     for part in SPLITS:
-        lines = [f"{path[:-4]} {name}\n" for path, _, name in sorted(parts[part], reverse=True)]
-        (folder / f"images_variant_{part}.txt").write_text("".join(lines))
-    return parts
+        lines = [f"{path[:-4]} {name}" for path, _, name in sorted(parts[part], reverse=True)]
+        _write_lines(folder / f"images_variant_{part}.txt", lines)
 
 
-def _cars(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    def path_of(label: int, index: int, number: int, part: str) -> str:
-        return f"cars_{'test' if part == 'test' else 'train'}/{number:05d}.jpg"
-
-    titles = [f"{name.split()[-1]} {' '.join(name.split()[:-1])}" for name in names]
-    parts = _write(folder, titles, per_class, size, path_of)
-
-    def annotations(path: Path, entries: list[list]) -> None:
-        kind = [(key, object) for key in ("bbox_x1", "class", "fname")]
-        rows = [(1.0, float(label + 1), Path(path).name) for path, label, _ in entries]
-        savemat(path, {"annotations": np.array([rows], dtype=kind).reshape(1, -1)})
-
+def _cars(folder: Path, names: list[str], parts: Parts) -> None:
     (folder / "devkit").mkdir(exist_ok=True)
     cell = np.empty((1, len(names)), dtype=object)
     cell[0] = names
     savemat(folder / "devkit/cars_meta.mat", {"class_names": cell})
-    annotations(folder / "devkit/cars_train_annos.mat", parts["train"] + parts["val"])
-    annotations(folder / "cars_test_annos_withlabels.mat", parts["test"])
-    return parts
+    lists = _two_lists(parts, "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+    for file, entries in lists:
+        kind = [(key, object) for key in ("bbox_x1", "class", "fname")]
+        rows = [(1.0, float(label + 1), Path(path).name) for path, label, _ in entries]
+        savemat(folder / file, {"annotations": np.array([rows], dtype=kind).reshape(1, -1)})
 
 
-def _flowers(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    parts = _write(
-        folder / "jpg", names, per_class, size, lambda _, __, n, ___: f"image_{n:05d}.jpg"
-    )
+def _flowers(folder: Path, names: list[str], parts: Parts) -> None:
     entries = sorted(entry for part in SPLITS for entry in parts[part])
     labels = np.array([[label + 1 for _, label, _ in entries]], dtype=np.uint8)
     savemat(folder / "imagelabels.mat", {"labels": labels})
     numbers = {str(label + 1): name for label, name in enumerate(names)}
     (folder / "cat_to_name.json").write_text(json.dumps(numbers))
-    return parts
 
 
-def _pets(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    def path_of(label: int, index: int, number: int, part: str) -> str:
-        return f"{names[label]}_{index + 1}.jpg"
-
-    titles = [name.lower() for name in names]
-    parts = _write(folder / "images", titles, per_class, size, path_of)
+def _pets(folder: Path, names: list[str], parts: Parts) -> None:
     (folder / "annotations").mkdir(exist_ok=True)
     for file, entries in _two_lists(parts, "trainval.txt", "test.txt"):
-        lines = [f"{path[:-4]} {label + 1} 1 {label + 1}\n" for path, label, _ in entries]
-        (folder / "annotations" / file).write_text("".join(lines))
-    return parts
+        lines = [f"{path[:-4]} {label + 1} 1 {label + 1}" for path, label, _ in entries]
+        _write_lines(folder / "annotations" / file, lines)
 
 
-def _sun397(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    def path_of(label: int, index: int, number: int, part: str) -> str:
-        return f"{names[label][1:]}/sun_{number:06d}.jpg"
-
-    titles = [" ".join(reversed(name.split("/")[2:])) for name in names]
-    parts = _write(folder / "SUN397", titles, per_class, size, path_of)
-    (folder / "ClassName.txt").write_text("".join(f"{name}\n" for name in names))
+def _sun397(folder: Path, names: list[str], parts: Parts) -> None:
+    _write_lines(folder / "ClassName.txt", names)
     for file, entries in _two_lists(parts, "Training_01.txt", "Testing_01.txt"):
-        (folder / file).write_text("".join(f"/{path}\n" for path, _, _ in entries))
-    return parts
+        _write_lines(folder / file, [f"/{path}" for path, _, _ in entries])
 
 
-def _ucf101(folder: Path, names: list[str], per_class: int, size: Size) -> Parts:
-    def title(name: str) -> str:
-        words = "".join(f" {letter}" if letter.isupper() else letter for letter in name)
-        return "_".join(words.split())
-
-    def path_of(label: int, index: int, number: int, part: str) -> str:
-        return f"{title(names[label])}/v_{names[label]}_g{index + 1:02d}_c01.jpg"
-
-    titles = [title(name) for name in names]
-    parts = _write(folder / "UCF-101-midframes", titles, per_class, size, path_of)
+def _ucf101(folder: Path, names: list[str], parts: Parts) -> None:
     lists = folder / "ucfTrainTestlist"
     lists.mkdir(exist_ok=True)
-    (lists / "classInd.txt").write_text("".join(f"{i + 1} {n}\n" for i, n in enumerate(names)))
+    _write_lines(lists / "classInd.txt", [f"{i + 1} {name}" for i, name in enumerate(names)])
     for file, entries in _two_lists(parts, "trainlist01.txt", "testlist01.txt"):
         lines = [f"{names[label]}/{Path(path).stem}.avi" for path, label, _ in entries]
         if file == "trainlist01.txt":  # only this one has labels
             lines = [f"{line} {e[1] + 1}" for line, e in zip(lines, entries, strict=True)]
-        (lists / file).write_text("".join(f"{line}\n" for line in lines))
-    return parts
+        _write_lines(lists / file, lines)
+
+
+def _caltech(folder: Path, names: list[str], parts: Parts) -> None:
+    for ignored in ("BACKGROUND_Google", "Faces_easy"):
+        write_image(folder / "101_ObjectCategories" / ignored / "image_0001.jpg", 0, 0)
+
+
+LISTS = {
+    "sun397": _sun397,
+    "fgvc": _fgvc,
+    "stanford_cars": _cars,
+    "oxford_pets": _pets,
+    "oxford_flowers": _flowers,
+    "caltech101": _caltech,
+    "ucf101": _ucf101,
+}
 
 
 def _two_lists(parts: Parts, training: str, testing: str) -> list[tuple[str, list[list]]]:
@@ -323,23 +296,32 @@ def _two_lists(parts: Parts, training: str, testing: str) -> list[tuple[str, lis
     return [(training, parts["train"] + parts["val"]), (testing, parts["test"])]
 
 
-WRITERS: dict[str, Callable[[Path, list[str], int, Size], Parts]] = {
-    "imagenet": _imagenet,
-    "sun397": _sun397,
-    "fgvc": _fgvc,
-    "eurosat": _class_folders("2750", dict(zip(NAMES["eurosat"], EUROSAT_NAMES, strict=True))),
-    "stanford_cars": _cars,
-    "food101": _class_folders("images"),
-    "oxford_pets": _pets,
-    "oxford_flowers": _flowers,
-    "caltech101": _caltech,
-    "dtd": _class_folders("images"),
-    "ucf101": _ucf101,
-    "imagenetv2": _imagenet_variant(
-        "imagenetv2-matched-frequency-format-val", "{}f.jpeg", numbered=True
-    ),
-    "imagenet_sketch": _imagenet_variant("images", "sketch_{}.JPEG"),
-    "imagenet_a": _imagenet_variant("imagenet-a", "0.0_fox squirrel _ fox_0.5_{}.jpg"),
-    "imagenet_r": _imagenet_variant("imagenet-r", "art_{}.jpg"),
-    "digits": _class_folders("images", extension="png"),
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+# ImageNet and its variants
+
+
+def _write_imagenet(name: str, folder: Path, classes: int, per_class: int, size: Size) -> None:
+    """Write class folders, named by WordNet ids or, in ImageNetV2, by ImageNet's labels."""
+    lines = (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()[:classes]
+    if folder.name == "images":  # CoOp's layout names the classes, the other one does not
+        _write_lines(folder.parent / "classnames.txt", lines)
+    for label, wnid in enumerate(line.split()[0] for line in lines):
+        if name == "imagenet":
+            for i in range(per_class):
+                write_image(folder / f"train/{wnid}/{wnid}_{i}.JPEG", label, i, size)
+        for i in range(max(1, per_class // 2)):
+            number = i * len(lines) + label + 1
+            path = TEST_PATHS[name].format(wnid=wnid, label=label, i=i, number=number)
+            write_image(folder / path, label, 500 + i, size)
+
+
+TEST_PATHS = {
+    "imagenet": "val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG",
+    "imagenetv2": "imagenetv2-matched-frequency-format-val/{label}/{i}f.jpeg",
+    "imagenet_sketch": "images/{wnid}/sketch_{i}.JPEG",
+    "imagenet_a": "imagenet-a/{wnid}/0.0_fox squirrel _ fox_0.5_{i}.jpg",
+    "imagenet_r": "imagenet-r/{wnid}/art_{i}.jpg",
 }

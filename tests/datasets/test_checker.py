@@ -72,16 +72,6 @@ def test_table_compares_with_published_numbers(tmp_path, capsys):
     assert files_below(tmp_path) == before
 
 
-def test_missing_datasets_are_not_found(tmp_path, capsys):
-    (tmp_path / "dtd/dtd/images").mkdir(parents=True)
-    status, out = run(capsys, "--root_path", tmp_path)
-    assert status == 1
-    for name in ELEVEN:
-        assert f"* {name}: there is no {DATASETS[name].dataset_dirs[0]}" in out or name == "dtd"
-    assert f"move all that is in {tmp_path}/dtd/dtd to {tmp_path}/dtd;" in out
-    assert files_below(tmp_path) == []
-
-
 def test_all_problems_are_listed(tmp_path, capsys, small):
     folder = make_small_dataset("eurosat", tmp_path)
 

@@ -51,12 +51,10 @@ def test_pixels_are_the_same_everywhere(rendered):
 
 def test_files_hold_rendered_pixels(folder, rendered):
     images, labels = rendered
-    files = sorted((folder / "images").glob("*/*.png"), key=lambda path: int(path.stem))
-    assert [int(path.stem) for path in files] == list(range(1797))
-    assert [path.parent.name for path in files] == [digits.CLASSNAMES[n] for n in labels]
-    for path, image in list(zip(files, images, strict=True))[::100]:
-        with Image.open(path) as opened:
-            assert (np.asarray(opened) == image).all()
+    assert len(list((folder / "images").glob("*/*.png"))) == 1797
+    for index in range(0, 1797, 100):
+        path = folder / "images" / digits.CLASSNAMES[labels[index]] / f"{index:04d}.png"
+        assert np.array_equal(Image.open(path), images[index])
 
 
 def test_render_digit_enlarges():
@@ -95,12 +93,6 @@ def test_split_is_fixed_and_stratified(folder):
             assert name == digits.CLASSNAMES[label] == Path(path).parent.name
         counts = Counter(label for _, label, _ in split[part])
         assert all(abs(counts[label] - share * total) <= 1 for label, total in enumerate(TOTALS))
-
-
-def test_build_digits_keeps_whole_folder(folder, monkeypatch):
-    monkeypatch.setattr(digits, "render", lambda: pytest.fail("rendered again"))
-    digits.build_digits(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["digits"]
 
 
 def test_build_digits_by_several_processes(tmp_path, quick):

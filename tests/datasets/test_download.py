@@ -1,7 +1,6 @@
 """`python -m datasets --fetch`: torchvision's downloads, of archives like the real ones."""
 
 import io
-import json
 import shutil
 import tarfile
 import zipfile
@@ -17,65 +16,67 @@ from datasets import dataset_fingerprint
 from datasets.__main__ import main
 from datasets.download import DOWNLOADS
 
+# Each archive on a dataset's page: what is where in it, by paths in the dataset's folder. A file
+# that is no archive has no such paths.
+PAGES = {
+    "sun397": {"SUN397.tar.gz": {"SUN397": "SUN397", "SUN397/ClassName.txt": "ClassName.txt"}},
+    "fgvc": {"fgvc-aircraft-2013b.tar.gz": {"fgvc-aircraft-2013b/data": "."}},
+    "eurosat": {"EuroSAT.zip": {"2750": "2750"}},
+    "food101": {"food-101.tar.gz": {"food-101/images": "images", "food-101/meta": "meta"}},
+    "oxford_pets": {
+        "images.tar.gz": {"images": "images"},
+        "annotations.tar.gz": {"annotations": "annotations"},
+    },
+    "oxford_flowers": {"102flowers.tgz": {"jpg": "jpg"}, "imagelabels.mat": {}, "setid.mat": {}},
+    "caltech101": {
+        "101_ObjectCategories.tar.gz": {"101_ObjectCategories": "101_ObjectCategories"},
+        "caltech-101.zip": {"caltech-101/101_ObjectCategories.tar.gz": "inner"},
+    },
+    "dtd": {"dtd-r1.0.1.tar.gz": {"dtd/images": "images", "dtd/labels": "labels"}},
+}
 BY_HAND = {  # needed without the split file
     "oxford_flowers": ["cat_to_name.json"],
     "sun397": ["ClassName.txt", "Training_01.txt", "Testing_01.txt"],
 }
 
 
-def archive(name, parts):
-    """The bytes of an archive of files and folders, by their name in it."""
+def archive(name, parts, folder):
+    """The bytes of an archive."""
     file = io.BytesIO()
     if name.endswith(".zip"):
         with zipfile.ZipFile(file, "w") as writer:
             for inside, part in parts.items():
-                for path in sorted(part.rglob("*")) if part.is_dir() else [part]:
-                    writer.write(path, Path(inside) / path.relative_to(part))
+                for path in [folder / part, *(folder / part).rglob("*")]:
+                    writer.write(path, Path(inside) / path.relative_to(folder / part))
     else:
         with tarfile.open(fileobj=file, mode="w:gz") as writer:
             for inside, part in parts.items():
-                writer.add(part, inside)
+                writer.add(folder / part, inside)
     return file.getvalue()
 
 
-def real_archives(name, data, tmp_path):
-    """The files that a dataset's page has, made of a small copy in `data`."""
-    extra = tmp_path / "extra"
-    if name == "dtd":
-        extra.write_text("banded/banded_0000.jpg\n")
-        parts = {"dtd/images": data / "images", "dtd/labels/train1.txt": extra}
-        return {"dtd-r1.0.1.tar.gz": archive(".tar.gz", parts)}
-    if name == "eurosat":
-        return {"EuroSAT.zip": archive(".zip", {"2750": data / "2750"})}
+def make_page(name, root):
+    """Return the folder of a small copy, and the files that its dataset's page has, by name."""
+    folder = make_small_dataset(name, root, split=False)
+    files = {}
     if name == "fgvc":
-        shutil.copy(data / "images_variant_train.txt", data / "images_variant_trainval.txt")
-        return {"fgvc-aircraft-2013b.tar.gz": archive(".gz", {"fgvc-aircraft-2013b/data": data})}
-    if name == "oxford_flowers":
-        savemat(
-            extra.with_suffix(".mat"), {k: np.arange(1, 4) for k in ("trnid", "valid", "tstid")}
-        )
-        return {
-            "102flowers.tgz": archive(".tgz", {"jpg": data / "jpg"}),
-            "imagelabels.mat": (data / "imagelabels.mat").read_bytes(),
-            "setid.mat": extra.with_suffix(".mat").read_bytes(),
-        }
+        shutil.copy(folder / "images_variant_train.txt", folder / "images_variant_trainval.txt")
     if name == "food101":
-        extra.write_text(json.dumps({"apple_pie": []}))
-        parts = {"food-101/images": data / "images", "food-101/meta/train.json": extra}
-        return {"food-101.tar.gz": archive(".tar.gz", parts)}
-    if name == "oxford_pets":
-        return {
-            f"{part}.tar.gz": archive(".tar.gz", {part: data / part})
-            for part in ("images", "annotations")
-        }
-    if name == "sun397":
-        parts = {"SUN397": data / "SUN397", "SUN397/ClassName.txt": data / "ClassName.txt"}
-        return {"SUN397.tar.gz": archive(".tar.gz", parts)}
-    images = data / "101_ObjectCategories"
-    for file in (".directory", "readme.txt"):  # torchvision takes all that is there for classes
-        (images / file).unlink()
-    extra.write_bytes(archive(".tar.gz", {"101_ObjectCategories": images}))
-    return {"caltech-101.zip": archive(".zip", {"caltech-101/101_ObjectCategories.tar.gz": extra})}
+        (folder / "meta").mkdir()
+        (folder / "meta/train.json").write_text('{"apple_pie": []}')
+    if name == "oxford_flowers":
+        savemat(folder / "setid.mat", {key: np.arange(1, 4) for key in ("trnid", "valid", "tstid")})
+    if name == "caltech101":
+        for file in (".directory", "readme.txt"):  # torchvision takes all that is there for classes
+            (folder / "101_ObjectCategories" / file).unlink()
+    if name == "dtd":
+        (folder / "labels").mkdir()
+        (folder / "labels/train1.txt").write_text("banded/banded_0000.jpg\n")
+    for file, parts in PAGES[name].items():
+        files[file] = archive(file, parts, folder) if parts else (folder / file).read_bytes()
+        (folder / "inner").write_bytes(files[file])  # for the archive around it
+    (folder / "inner").unlink()
+    return folder, files
 
 
 @pytest.fixture
@@ -103,8 +104,8 @@ def fetch(name, tmp_path):
 
 @pytest.mark.parametrize("name", DOWNLOADS)
 def test_download_is_as_documented(served, tmp_path, capsys, name):
-    copy = make_small_dataset(name, tmp_path / "copy", split=False)
-    served.update(real_archives(name, copy, tmp_path))
+    copy, files = make_page(name, tmp_path / "copy")
+    served.update(files)
     status = fetch(name, tmp_path)
     printed = capsys.readouterr()
     if "gdown" in printed.err:
@@ -120,16 +121,16 @@ def test_download_is_as_documented(served, tmp_path, capsys, name):
 
 
 def test_download_keeps_what_exists(served, tmp_path, capsys):
-    copy = make_small_dataset("food101", tmp_path / "copy", split=False)
-    served.update(real_archives("food101", copy, tmp_path))
+    served.update(make_page("food101", tmp_path / "copy")[1])
     home = tmp_path / "data/Food101"
     (home / "meta").mkdir(parents=True)
-    for path in (home / "split_zhou_Food101.json", home / "meta/mine.txt"):
+    mine = [home / "split_zhou_Food101.json", home / "meta/mine.txt"]
+    for path in mine:
         path.write_text("mine")
     fetch("food101", tmp_path)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["Food101"]
-    assert (home / "split_zhou_Food101.json").read_text() == "mine"
-    assert [path.name for path in (home / "meta").iterdir()] == ["mine.txt"]
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+    assert list((home / "meta").iterdir()) == mine[1:]
     served.clear()
     capsys.readouterr()
     assert fetch("food101", tmp_path) == 1
@@ -140,13 +141,11 @@ def test_download_keeps_what_exists(served, tmp_path, capsys):
 
 
 def test_broken_download_starts_again(served, tmp_path, capsys):
-    copy = make_small_dataset("fgvc", tmp_path / "copy")
-    files = real_archives("fgvc", copy, tmp_path)
-    whole = files["fgvc-aircraft-2013b.tar.gz"]
-    for content in (b"<html>moved</html>", whole[: len(whole) // 2], None):
-        served.update({} if content is None else dict.fromkeys(files, content))
-        if content is None:
-            served.clear()
+    _, files = make_page("fgvc", tmp_path / "copy")
+    ((name, whole),) = files.items()
+    for broken in ({name: b"<html>moved</html>"}, {name: whole[: len(whole) // 2]}, {}):
+        served.clear()
+        served.update(broken)
         assert fetch("fgvc", tmp_path) == 2
         error = capsys.readouterr().err
         assert "fgvc could not be downloaded" in error and "section FGVC-Aircraft" in error

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dataset_helpers import (
-    CALTECH_NAMES,
-    EUROSAT_NAMES,
     LAYOUTS,
     ROOT,
     VARIANTS,
@@ -57,9 +55,10 @@ def test_published_rule_divides_classes(tmp_path, name):
 
 def test_classnames_are_published_ones(tmp_path):
     expected = {
-        "eurosat": EUROSAT_NAMES,
-        "caltech101": [*map(CALTECH_NAMES.get, ["Faces", "Leopards", "Motorbikes"]), "accordion"]
-        + ["airplane"],
+        "eurosat": ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
+        + ["Industrial Buildings", "Pasture Land", "Permanent Crop Land", "Residential Buildings"]
+        + ["River", "Sea or Lake"],
+        "caltech101": ["face", "leopard", "motorbike", "accordion", "airplane"],
         "dtd": ["banded", "meshed", "polka-dotted"],
         "stanford_cars": ["2000 AM General Hummer SUV", "2012 Ram C/V Cargo Van Minivan"],
         "sun397": ["abbey", "indoor casino", "airplane_cabin", "zen_garden"],
@@ -121,15 +120,11 @@ def test_unreadable_list_is_named(tmp_path, name, file):
     [
         ("sun397", "Training_01.txt", "/q/quarry/sun_1.jpg", "line 19 of .*'/q/quarry/sun_1.jpg'"),
         ("sun397", "Training_01.txt", "/a/abbey/sun_0.jpg", "a/abbey/sun_0.jpg: named in"),
-        ("sun397", "Testing_01.txt", "/a/abbey/../../../x.jpg", "line 7|outside"),
         ("sun397", "ClassName.txt", "/q/quarry", "no training images of the class 'quarry'"),
         ("oxford_pets", "annotations/test.txt", "beagle_1", "line 7 of .*'beagle_1'"),
         ("oxford_pets", "annotations/test.txt", "beagle_1 1 1 1", "label 0 stands for 'abyss"),
-        ("oxford_pets", "annotations/trainval.txt", "beagle_1 0 1 1", "must run from 0 to 3"),
         ("ucf101", "ucfTrainTestlist/testlist01.txt", "TaiChi/v_TaiChi_g01_c01.avi", "line 7 of"),
-        ("ucf101", "ucfTrainTestlist/testlist01.txt", "YoYo/v_x.avi", "Yo_Yo/v_x.jpg: named in"),
         ("ucf101", "ucfTrainTestlist/classInd.txt", "4 TaiChi", "the class 'Tai_Chi'"),
-        ("fgvc", "images_variant_train.txt", "0000001", "line 13 of .*is not 'image variant'"),
         ("fgvc", "images_variant_train.txt", "0000001 Concorde", "line 13 of .*Concorde"),
         ("fgvc", "images_variant_val.txt", "7777777 A300B4", "7777777.jpg: named in .*, missing"),
         ("fgvc", "variants.txt", "Concorde", "the class 'Concorde'"),
@@ -155,13 +150,6 @@ def test_wrong_flower_labels_are_named(tmp_path, labels, message):
     folder = make_small_dataset("oxford_flowers", tmp_path, split=False)
     savemat(folder / "imagelabels.mat", labels)
     check_refused("oxford_flowers", tmp_path, message)
-
-
-def test_cars_without_class_are_named(tmp_path):
-    folder = make_small_dataset("stanford_cars", tmp_path, split=False)
-    record = np.array([[(9.0, "00001.jpg")]], dtype=[("class", object), ("fname", object)])
-    savemat(folder / "devkit/cars_train_annos.mat", {"annotations": record})
-    check_refused("stanford_cars", tmp_path, "no readable 'annotations' .KeyError: 8")
 
 
 # ImageNet and its variants

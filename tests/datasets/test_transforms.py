@@ -2,9 +2,7 @@
 
 import os
 import random
-import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
@@ -44,22 +42,6 @@ def half(form):
     return write
 
 
-def several(form):
-    return save(form, save_all=True, append_images=[picture(seed=1), picture(seed=2)])
-
-
-def png(width, height):
-    """A writer of a black and white PNG of any size, most of its rows missing."""
-
-    def chunk(kind, content):
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    rows = chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
-    return lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows)
-
-
 def rotated(path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -76,10 +58,8 @@ READ = {
     "palette with one transparent": save("PNG", "P", transparency=3),
     "palette with transparency": save("PNG", "P", transparency=bytes(range(0, 256, 16))),
     "rotated": rotated,
-    "animated GIF": several("GIF"),
-    "animated WebP": several("WEBP"),
-    "pages": several("TIFF"),
-    "BMP": save("BMP"),
+    "animated GIF": save("GIF", save_all=True, append_images=[picture(seed=1)]),
+    "pages": save("TIFF", save_all=True, append_images=[picture(seed=1)]),
     "PGM": save("PPM", "L"),
     "one column": lambda path: picture(size=(1, 300)).save(path, "PNG"),
 }
@@ -110,19 +90,14 @@ def text(content):
 
 POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 REFUSED = {
-    "nothing": (text(""), r"cannot be read \(none of JPEG"),
     "text": (text("a text"), r"cannot be read \(none of JPEG"),
     "PostScript": (text(POSTSCRIPT), "none of JPEG"),  # Pillow would run Ghostscript
     "icon": (save("ICO"), "none of JPEG"),
     "folder": (lambda path: path.mkdir(), "it is not a regular file"),
     "pipe": (os.mkfifo, "it is not a regular file"),
-    "a bit large": (png(10_000, 9_000), "pixels"),
-    "huge": (png(2**31 - 1, 2**31 - 1), "pixels"),
-    "no pixels": (png(0, 0), ""),
+    "large": (lambda path: Image.new("1", (10_000, 9_000)).save(path, "PNG"), "pixels"),
     "half a JPEG": (half("JPEG"), "truncated"),
     "half a PNG": (half("PNG"), "truncated"),
-    "half a TIFF": (half("TIFF"), ""),
-    "half a GIF": (half("GIF"), ""),
     "half a WebP": (half("WEBP"), ""),
     "pointer": (text("version https://git-lfs.github.com/spec/v1\noid x"), "is a Git LFS pointer"),
     "page": (text("<!DOCTYPE html><html>403 Forbidden</html>"), "is a web page, not the file"),
