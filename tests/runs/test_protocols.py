@@ -88,7 +88,7 @@ def test_each_half_is_a_run_of_its_own_with_images_of_one_draw(command, tmp_path
         assert list_pending.is_finished([*arguments, "--subsample", subsample])
         assert not list_pending.is_finished([*arguments, "--subsample", subsample, "--seed", "1"])
     assert images["base"] | images["new"] == images["all"]
-    assert result_of(tmp_path / "new")["classnames"] == ["z_ad", "z_ae"]
+    assert result_of(tmp_path / "new")["classnames"] == ["striped", "zigzagged"]
     only_base = refused(*command, "--subsample", "new", "--eval_only", "--seed", 1)
     assert only_base.count(".safetensors") == 1 and "no weights to evaluate" in only_base
 
