@@ -225,7 +225,7 @@ def to_onnx(model: CLIP, run: Run | None, folder: Path) -> None:
             output_names=["probabilities"],
             dynamic_shapes={"images": {0: torch.export.Dim("N")}},
             dynamo=True,
-            external_data=False,
+            external_data=sum(p.nbytes for p in model.parameters()) > 1.9e9,  # of protobuf, 2 GiB
             verbose=False,
         )
     write_json(folder / "labels.json", run.classnames)
