@@ -10,6 +10,7 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 
 from benchmarks import common, communication, iteration, plain, step
+from benchmarks import delta as delta_sizes
 from benchmarks import settings as settings_of_so
 from clip import CLIP, build_model
 from optimizers.build import mark_as_trainable
@@ -172,3 +173,10 @@ def test_rows_mark_on_gpu(name):
     seconds = iteration.timed(prepare(name, "cuda"), torch.device("cuda"))
     assert list(seconds) == ["all", *iteration.PARTS]
     assert all(value > 0 for value in seconds.values())
+
+
+def test_delta_compares_file_sizes(run):
+    flags = ["--backbone=tiny", "--steps", "10", "4", "--density=1e-3", "--threads=1"]
+    first, second, _, whole, full, half = run(delta_sizes, *flags)[1]["rows"]
+    assert first["entries"] < second["entries"] < 2 * first["entries"] + 1
+    assert second["bytes"] < whole["bytes"] < full["bytes"] and half["bytes"] < full["bytes"]

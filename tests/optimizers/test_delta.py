@@ -1,7 +1,5 @@
 """Deltas are exact in every precision, and refused where they do not belong."""
 
-import json
-
 import pytest
 import safetensors.torch
 import torch
@@ -21,18 +19,14 @@ from optimizers.delta import (
 )
 
 HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-INT_VIEW = {2: torch.int16, 4: torch.int32}
 
 
-def same_bits(a, b):
-    """Whether two state dicts have the same names, dtypes and bits."""
-
-    def bits(tensor):
-        return tensor.detach().contiguous().view(INT_VIEW[tensor.element_size()])
-
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and torch.equal(bits(a[key]), bits(b[key])) for key in a
-    )
+def bits(state):
+    """The dtype and bytes of each tensor of a state dict."""
+    return {
+        name: (tensor.dtype, tensor.detach().contiguous().view(torch.uint8).tolist())
+        for name, tensor in state.items()
+    }
 
 
 def clone(state):
@@ -68,7 +62,7 @@ def assert_refused(path, base, words):
     with pytest.raises(ValueError, match=words) as caught:
         apply_delta(target, read_delta(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert same_bits(target, base)
+    assert bits(target) == bits(base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -82,15 +76,6 @@ def test_changed_indices_compares_bits(dtype):
     assert changed_indices(base.T, now.T).tolist() == [0, 1, 5]  # positions in the transpose
     with pytest.raises(ValueError, match=r"\(2, 3\) with .* \(3, 2\)"):
         changed_indices(base, now.T)
-
-
-def test_sha256_ignores_precision():
-    model = nn.Linear(3, 2).half()
-    sha256 = state_dict_sha256(model)
-    assert sha256 == state_dict_sha256(model.state_dict()) == state_dict_sha256(model.float())
-    with torch.no_grad():
-        model.weight[0, 1] *= -1
-    assert sha256 != state_dict_sha256(model)
 
 
 @HALF_AND_FULL
@@ -108,7 +93,9 @@ def test_delta_restores_trained_bits(dtype, contiguous, tmp_path):
     model.load_state_dict(base)
     apply_delta(model, delta)
     apply_delta(base, delta)
-    assert same_bits(model.state_dict(), trained) and same_bits(base, trained)
+    assert bits(model.state_dict()) == bits(trained) and bits(base) == bits(trained)
+    with pytest.raises(ValueError, match="belongs to other weights .* 'small'"):
+        apply_delta(model, delta)  # a second time
 
 
 def test_delta_applies_to_wider_dtype(saved, tmp_path):
@@ -128,12 +115,12 @@ def test_interpolation_scales_the_difference():
     trained = {"w": torch.tensor([[3.0, -0.0, 6.0], [4.0, -0.0, 0.3]])}
     now = clone(trained)
     with interpolated_weights(now, base, 0.25):
-        assert same_bits(now, {"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]])})
+        assert bits(now) == bits({"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]])})
         interpolate_weights_(now, base, 0)
-        assert same_bits(now, base)
-    assert same_bits(now, trained)
+        assert bits(now) == bits(base)
+    assert bits(now) == bits(trained)
     interpolate_weights_(now, base, 1)
-    assert same_bits(now, trained)
+    assert bits(now) == bits(trained)
     transposed = {"w": trained["w"].T.contiguous().T}
     interpolate_weights_(transposed, base, 0.5)
     assert transposed["w"].tolist()[0] == [2.0, 0.0, 7.0]
@@ -149,7 +136,7 @@ def test_state_diff_restores_bits(dtype):
     assert diff_state_dict({"a": now["a"] + 1}, base)["a"][0] is None  # smaller when stored whole
     tensors = {key: torch.zeros_like(t) for key, t in now.items()}
     apply_state_diff(diff, tensors, base)
-    assert same_bits(tensors, now)
+    assert bits(tensors) == bits(now)
 
 
 def test_save_rejects_unreadable_deltas(saved, tmp_path):
@@ -162,10 +149,6 @@ def test_save_rejects_unreadable_deltas(saved, tmp_path):
         with pytest.raises(ValueError, match=words):
             save_delta(tmp_path / "new", {name: weight}, base, "")
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
-
-
-def shapes(**changes):
-    return json.dumps({"0.weight": [8, 6], "1.weight": [4, 8], **changes})
 
 
 @pytest.mark.parametrize(
@@ -182,9 +165,9 @@ def shapes(**changes):
         ("version", "2", "version is '2', and only 1 is read"),
         ("shapes", None, "shapes is missing or broken"),
         ("shapes", "[" * 2000, "shapes is missing or broken"),
-        ("shapes", shapes(**{"0.weight": "ab"}), "shapes is missing or broken"),
-        ("shapes", shapes(**{"\x1b[2J": [1]}), "shapes is missing or broken"),
-        ("shapes", shapes(**{"0.weight": [6, 8]}), r"'0.weight' of shape \(6, 8\), which"),
+        ("shapes", '{"0.weight": "ab"}', "shapes is missing or broken"),
+        ("shapes", '{"\\u001b[2J": [1]}', "shapes is missing or broken"),
+        ("shapes", '{"0.weight": [6, 8], "1.weight": [4, 8]}', r"'0.weight' of shape \(6, 8\)"),
     ],
 )
 def test_delta_rejects_contents(key, value, words, saved):
@@ -198,14 +181,6 @@ def test_delta_rejects_contents(key, value, words, saved):
         del changed[key]
     path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
     assert_refused(path, base, words)
-
-
-def test_delta_rejects_other_models(saved):
-    model, base, path = saved
-    assert_refused(path, model.state_dict(), "other weights .* 'small'")  # applied twice
-    trained = {"0.weight": model[0].weight, "9.weight": model[1].weight}
-    save_delta(path, trained, {**base, "9.weight": base["1.weight"]}, state_dict_sha256(base))
-    assert_refused(path, base, "'9.weight' of shape .* which these weights do not have")
 
 
 def test_delta_rejects_damaged_files(saved, tmp_path):

@@ -83,5 +83,3 @@ def test_predict_rejects_unfinished_runs(adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "run")
     (tmp_path / "run/mine.safetensors").unlink()
     assert "no weights: run main.py again with" in error(tmp_path / "run", "x.png")
-    (tmp_path / "run/result.json").write_text("{")
-    assert "not JSON" in error(tmp_path / "run", "x.png")
