@@ -80,7 +80,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the class name, averaged where there are several; `dataset` for "
         "the one that CoOp has for this dataset, `clip` for seven general ones")
-    add("--fewshot_split", type=user_path, metavar="FILE",
+    add("--fewshot_split", "--fewshot_list", type=user_path, metavar="FILE",
         help="list of the training and validation images to use instead of a draw: a run's "
         "fewshot.json, or 2SFS's .jsonl")
     add("--subsample", type=one_of("subsample", SUBSAMPLES), default="all",

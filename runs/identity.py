@@ -96,7 +96,7 @@ def diff_inputs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     there, here = saved["inputs"], current["inputs"]
     changes = []
     if there["backbone"] != here["backbone"]:
-        changes.append("the backbone's weights differ")
+        changes.append("the backbone differs (weights, activation, heads or normalization)")
     if there["classnames"] != here["classnames"]:
         only_there = [name for name in there["classnames"] if name not in here["classnames"]]
         only_here = [name for name in here["classnames"] if name not in there["classnames"]]

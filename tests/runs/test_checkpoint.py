@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_run_is_refused(checkpoint, tmp_path):
     for words, entries in (
         ("lr 0.1 there, 0.005 here", {"config": {**data["config"], "lr": 0.1}}),
         ("the images differ: 7 train", {"data": data["data"] | {"digest": "", "train": 7}}),
-        ("weights differ", {"inputs": data["inputs"] | {"backbone": "0"}}),
+        ("the backbone differs", {"inputs": data["inputs"] | {"backbone": "0"}}),
         ("written by another version of this software", {"version": 1}),
     ):
         before = checkpoint.read_bytes()
