@@ -257,7 +257,7 @@ def test_train_state_round_trip():
     assert other.scaler.get_scale() == 2.0**7
     assert other.clock.seconds() >= 100 and other.predictions.accuracy == 50
     assert other.best.diff["a"][0] == 3 and torch.equal(other.best.diff["b"][1], torch.ones(2))
-    assert other.summary() == state.summary() | {"wall_seconds": other.summary()["wall_seconds"]}
+    assert {**other.summary(), "wall_seconds": 0} == {**state.summary(), "wall_seconds": 0}
     for name in values.keys() - {"best", "predictions"}:
         assert getattr(other, name) == values[name], name
     assert other.best[:2] == (4, 75.0) and not other.is_best(75.0) and other.is_best(75.1)
