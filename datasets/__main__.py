@@ -81,13 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_dataset(name: str, root_path: str | None, decode: bool) -> CheckResult:
-    """Check one dataset; nothing is written.
-
-    Args:
-        name: Its name in the catalog, or the path of own images.
-        root_path: The folder of all datasets.
-        decode: Open every image.
-    """
+    """Check a dataset of the catalog, or own images; `decode` opens every image."""
     info, name = get_dataset_info(name), dataset_name(name)
     result = CheckResult(name)
     if info.prepare and not (resolve_root(root_path) / info.dataset_dirs[0]).exists():

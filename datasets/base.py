@@ -96,7 +96,7 @@ class Split:
         return sha.hexdigest()
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return what a result says of its data: origin, SHA-256, number of images."""
+        """Return what results record of their data: origin, SHA-256, numbers of images."""
         return {"split": self.origin, "digest": self.sha256(), **self.num_images()}
 
 
@@ -233,22 +233,22 @@ def suggest_fix(dataset_dir: DatasetDir) -> list[str]:
         if root.name in info.dataset_dirs and info.is_complete(root):
             return [f"name the folder above, {root.parent}, as --root_path"]
         for name in (*info.dataset_dirs, *info.aliases):
-            for found in filter(info.is_complete, _walk(root / name)):
-                return [_move(found, path)]
-        for found in (parent / name for parent in (path, root) for name in info.image_aliases):
-            if os.path.isdir(found) and list_subdirs(found):
+            for candidate in filter(info.is_complete, _walk(root / name)):
+                return [_move(candidate, path)]
+        for candidate in (p / name for p in (path, root) for name in info.image_aliases):
+            if os.path.isdir(candidate) and list_subdirs(candidate):
                 # torchvision's root/SUN397/a is the image folder, not the dataset's.
-                home = root / info.dataset_dirs[0] if found == path else path
-                return [_move(found, home / info.image_dir)]
+                home = root / info.dataset_dirs[0] if candidate == path else path
+                return [_move(candidate, home / info.image_dir)]
     nested = [(folder / folder.name, folder) for folder in info.image_dirs(path) if folder != path]
-    return [_move(found, wanted) for found, wanted in nested if os.path.isdir(found)]
+    return [_move(inner, folder) for inner, folder in nested if os.path.isdir(inner)]
 
 
-def _move(found: Path, wanted: Path) -> str:
+def _move(source: Path, target: Path) -> str:
     """Return the instruction that brings a folder to its place."""
-    if os.path.isdir(wanted):
-        return f"move all that is in {found} to {wanted}"
-    return f"{'rename' if found.parent == wanted.parent else 'move'} {found} to {wanted}"
+    if os.path.isdir(target):
+        return f"move all that is in {source} to {target}"
+    return f"{'rename' if source.parent == target.parent else 'move'} {source} to {target}"
 
 
 def _walk(folder: Path, max_depth: int = 2) -> Iterator[Path]:

@@ -102,18 +102,19 @@ def load_fewshot_split(
     few = {"train": [], "val": []}
     for part, entries in _read_list(path).items():
         for image, label, name in entries:
-            found = finder.find(image)
-            if len(found) != 1:
-                reason = "which several images have" if found else "which is not a training image"
-                raise ValueError(f"{path} names the image {image}, {reason} in {split.source_path}")
-            _, own_label, prompt_name = found[0]
-            own_names = {n.replace("_", " ") for n in (original.lab2cname[own_label], prompt_name)}
-            if own_label not in (label, label + offset) or name.replace("_", " ") not in own_names:
+            matches = finder.find(image)
+            if len(matches) != 1:
+                which = "which several images have" if matches else "which is not a training image"
+                raise ValueError(f"{path} names the image {image}, {which} in {split.source_path}")
+            _, true_label, prompt_name = matches[0]
+            true_name = original.lab2cname[true_label]
+            names = [n.replace("_", " ") for n in (true_name, prompt_name)]
+            if true_label not in (label, label + offset) or name.replace("_", " ") not in names:
                 raise ValueError(
                     f"{path} gives {image} the label {label} and the class {name!r}, which are "
-                    f"{own_label} and {original.lab2cname[own_label]!r} in {split.source_path}"
+                    f"{true_label} and {true_name!r} in {split.source_path}"
                 )
-            few[part] += found
+            few[part] += matches
     return few["train"], few["val"]
 
 
@@ -137,16 +138,14 @@ class _ImageFinder:
             self.by_filename.setdefault(os.path.basename(path), []).append(path)
 
     def find(self, path: str) -> list[RawSample]:
-        """Return the samples whose path ends as this one does; one is what should be found."""
+        """Return the samples whose path ends as this one does: one, if the path is right."""
         if path in self.by_path:
             return [self.by_path[path]]
         path = path.replace("\\", "/")
         candidates = self.by_filename.get(os.path.basename(path), [])
-        found = [p for p in candidates if path.endswith(f"/{p}")]
-        found = (
-            [max(found, key=len)] if found else [p for p in candidates if p.endswith(f"/{path}")]
-        )
-        return [self.by_path[p] for p in found]
+        longer = [candidate for candidate in candidates if candidate.endswith(f"/{path}")]
+        shorter = [candidate for candidate in candidates if path.endswith(f"/{candidate}")]
+        return [self.by_path[match] for match in sorted(shorter, key=len)[-1:] or longer]
 
 
 def _read_list(path: str) -> dict[str, list[list]]:

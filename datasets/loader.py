@@ -149,13 +149,7 @@ class ImageCache:
 def shuffled(
     count: int, batch_size: int, seed: int, start: int = 0
 ) -> Iterator[tuple[int, dict[int, int]]]:
-    """Yield the order of the images for ever, batch by batch.
-
-    Args:
-        count: Number of images in an epoch.
-        batch_size: Images per batch.
-        seed: Seed of the order, which is another in each epoch.
-        start: Number of batches to leave out at the beginning.
+    """Yield shuffled batches of `count` images for ever, from batch number `start` on.
 
     Yields:
         The batch's epoch, and the index of the image at each of its positions in the epoch.
