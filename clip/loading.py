@@ -109,10 +109,11 @@ def resolve_checkpoint(
     if name in BUNDLED_MODELS:
         path = WEIGHTS_DIR / filename
         if sha256_file(path) != BUNDLED_MODELS[name]:
-            raise ValueError(
-                f"{path} has a wrong SHA-256 and is not this repository's {name}: check the file "
-                "out again, or copy it elsewhere and load it by its path"
+            problem = detect_placeholder_file(path) or (
+                f"not this repository's {name}, since its SHA-256 is wrong: check the file out "
+                "again, or copy it elsewhere and load it by its path"
             )
+            raise ValueError(f"{path} is {problem}")
         return path
     if name.startswith(OPEN_CLIP):
         return _resolve_open_clip(name, folder)
@@ -183,10 +184,11 @@ def _load_warnings(
         )
     is_unknown = not config.source and not (activation and heads)
     if is_unknown and sha256_file(path) not in {*_MODELS.values(), *BUNDLED_MODELS.values()}:
+        vision_heads, text_heads = model.heads
         yield (
             f"nothing next to {path} says how it was trained: assuming {model.activation} and "
-            "{} and {} attention heads (image and text tower)".format(*model.heads)
-            + "; --activation and --heads (activation=, heads=) name others"
+            f"{vision_heads} and {text_heads} attention heads (image and text tower); --activation "
+            "and --heads (activation=, heads=) name others"
         )
 
 

@@ -171,7 +171,10 @@ def test_bundled_model_is_verified(monkeypatch, tmp_path, state):
     assert model.vocab_size == 514
     assert preprocess(Image.new("L", (50, 40))).shape == (3, 32, 32)
     (tmp_path / "Tiny.pt").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="Tiny.pt has a wrong SHA-256"):
+    with pytest.raises(ValueError, match="Tiny.pt is not this repository's Tiny, since its SHA"):
+        clip.load("Tiny")
+    (tmp_path / "Tiny.pt").write_text(POINTER)
+    with pytest.raises(ValueError, match="Tiny.pt is a Git LFS pointer"):
         clip.load("Tiny")
     with pytest.raises(ValueError, match="must be quickgelu or gelu, not 'relu'"):
         clip.load("Tiny", "cpu", activation="relu")
