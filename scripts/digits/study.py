@@ -42,6 +42,7 @@ from runs.records import Run
 from utils import atomic_write, plural
 
 PAGE = ROOT / "docs/digits/README.md"
+CONFIGS = ROOT / "configs/experiments"
 EXPERIMENTS = ("lr", "compare", "overfitting", "grid", "ablation", "moments")
 ALPHAS = [step / 10 for step in range(11)]  # of the interpolation
 SHOTS = (4, 16)  # of the runs of the comparison that are interpolated
@@ -91,7 +92,7 @@ def read_study(root: Path, extra: Sequence[str] = ()) -> list[StudyRun]:
     runs: dict[Path, StudyRun] = {}
     evaluate = WeightsEvaluator()
     for name in EXPERIMENTS:
-        experiment = read_experiment(ROOT / f"configs/experiments/digits_{name}.yaml", extra, root)
+        experiment = read_experiment(CONFIGS / f"digits_{name}.yaml", extra, root)
         for run in load_finished(experiment.runs):
             weights, alphas = run.folder / "weights.safetensors", []
             if run.folder not in runs and weights.is_file():

@@ -108,12 +108,9 @@ def expand(flags: dict[str, Any]) -> list[dict[str, Any]]:
 
 def to_arguments(flags: dict[str, Any]) -> list[str]:
     """Return flags as a command line."""
+    switches = {True: "--{}", False: "--no-{}"}
     return [
-        f"--{key}={value}"
-        if not isinstance(value, bool)
-        else f"--{key}"
-        if value
-        else f"--no-{key}"
+        switches[value].format(key) if isinstance(value, bool) else f"--{key}={value}"
         for key, value in flags.items()
     ]
 
@@ -130,9 +127,8 @@ def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
             try:
                 run = read_run(plan.folder)
                 # main.py compares the images; here a run is what it was planned to be.
-                hparams = get_hparams(plan.config)
-                if changes := diff_settings(run.config, hparams):
-                    raise ValueError(f"the result is another run's ({changes})")
+                if changes := diff_settings(run.config, get_hparams(plan.config)):
+                    raise ValueError(f"the result is another run's ({'; '.join(changes)})")
             except ValueError as error:
                 raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error
             runs.append(run)

@@ -29,7 +29,9 @@ ACCURACIES = (
     "method ran with several settings, those that differ follow its name; a flag at its default is "
     "not named. Beside ours are figures that others published, by the numbers of their sources: in "
     "brackets ours minus theirs, and whether that is within our standard deviation. They belong to "
-    "a method, not to one of its settings, and stand beside the first; tables.csv compares all."
+    "a method, not to one of its settings, and stand beside the first; tables.csv compares all. "
+    "The mean, also of published figures, is over the datasets on which every method ran with the "
+    "same seeds; its standard deviation is that of each seed's mean."
 )
 PAIRED_DIFFERENCES = (
     "Mean differences in points on the same datasets and seeds, ± half of their 95 % confidence "
@@ -105,25 +107,13 @@ def backbone_section(results: BackboneResults, rows: Sequence[Row]) -> str:
     for shots in results.shots:
         own = [row for row in rows if row.shots == shots]
         parts += [f"### {plural(shots, 'shot')}", accuracy_table(results, own, footnotes)]
-        if len(results.datasets) > 1:
-            common, seeds = common_datasets_and_seeds(results, shots)
-            parts.append(
-                f"The mean, also of published figures, is over the {len(common)} of "
-                f"{len(results.datasets)} datasets on which every method ran with "
-                f"{plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}). Its standard "
-                "deviation is that of each seed's mean."
-            )
         if others := [row for row in own if row.method not in LABELS]:
             figures = [
                 f"{r.method} {r.published:.2f} [{footnotes[r.published_source]}]" for r in others
             ]
             parts.append(f"Published means of other methods: {', '.join(figures)}.")
     if table := paired_differences_table(results):
-        parts += [
-            "### Paired differences",
-            PAIRED_DIFFERENCES,
-            table,
-        ]
+        parts += ["### Paired differences", PAIRED_DIFFERENCES, table]
     parts += [
         "### Memory and time",
         "Peak memory and time of a whole run, evaluations included: means over the datasets and "
