@@ -1,104 +1,165 @@
-"""Milliseconds and bytes of one optimizer step over ViT-B/16's matrices, side by side.
+"""Milliseconds and bytes of one optimizer step over a model's matrices, side by side.
 
-    python benchmarks/step.py [--density 5e-5 5e-4 2e-3] [--threads 2] [--device cpu] [--json FILE]
+    python benchmarks/step.py [--model ViT-B/16] [--density 5e-5 5e-4 1e-2 0.1] [--threads 1]
 
-Compared: SO; SO without moments (`--moments none`); SO one matrix at a time, as the authors' code
-computes it (a permutation of all entries for each draw, a k x k comparison of the supports; our own
-re-statement); torch's Adam on the same matrices. Steps of all take turns; medians are printed.
+Compared: SO; SO one tensor at a time (`foreach=False`); SO without moments (`--moments none`); SO
+as the authors' code computes it (a permutation of all entries for each draw, a k x k comparison of
+the supports; our own re-statement); torch's AdamW foreach and fused, Adam as it is by default.
+Rows take turns, each in a process of its own; medians are printed. On a CPU with one thread they
+are of processor time, which other programs disturb less. Peaks are over weights and gradients.
 """
 
 import argparse
-import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam, AdamW
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.common import peak_mb, print_table, write_json
 from benchmarks.plain import PlainSO
 from optimizers import SO
 from optimizers.ablations import SOVariant
+from utils import progress
 
-WIDTHS = {"vision": 768, "text": 512}  # of ViT-B/16's towers, twelve layers each
 T = 5
 PLAIN_LIMIT = 20_000  # the k x k comparison takes k^2 bytes
+ADAM_ROWS = ("AdamW foreach", "AdamW fused", "Adam, as it is by default")  # the first two divide
+SO_ROWS = ("SO", "SO, foreach=False", "SO without moments", "SO, as the authors compute it")
 
 
-def matrices(device: str) -> list[nn.Parameter]:
-    """The 96 matrices that SO adapts in ViT-B/16, with random gradients."""
+def block(width: int) -> list[tuple[int, int]]:
+    """Shapes of the four matrices of a transformer's block."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+
+
+MODELS = {
+    "ViT-B/16": 12 * block(768) + 12 * block(512),  # what SO adapts in both towers
+    "GPT-2": [(50257, 768), (1024, 768), *12 * block(768)],
+}
+
+
+def make_params(shapes: Iterable[tuple[int, int]], device: str) -> list[nn.Parameter]:
+    """Matrices with random gradients."""
     params = []
-    for width in WIDTHS.values():
-        for _ in range(12):
-            for rows, columns in ((3, 1), (1, 1), (4, 1), (1, 4)):
-                p = nn.Parameter(torch.randn(rows * width, columns * width, device=device) * 0.02)
-                p.grad = torch.randn_like(p)
-                params.append(p)
+    for shape in shapes:
+        params.append(nn.Parameter(0.02 * torch.randn(shape, device=device)))
+        params[-1].grad = 1e-3 * torch.randn_like(params[-1])
     return params
+
+
+def make_optimizer(name: str, params: list[nn.Parameter], density: float) -> Any:
+    """The optimizer of a row."""
+    so = dict(density_ratio=density, T=T, lr=1e-5)
+    return {
+        "AdamW foreach": lambda: AdamW(params, lr=1e-5, foreach=True),
+        "AdamW fused": lambda: AdamW(params, lr=1e-5, fused=True),
+        "Adam, as it is by default": lambda: Adam(params, lr=1e-5),
+        "SO": lambda: SO(params, **so),
+        "SO, foreach=False": lambda: SO(params, foreach=False, **so),
+        "SO without moments": lambda: SOVariant(params, moments="none", **so),
+        "SO, as the authors compute it": lambda: PlainSO(params, density),
+    }[name]()
 
 
 def milliseconds(step: Callable[[], object], device: str) -> float:
     """Time of one call, the device's work included."""
-    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronise()
-    start = time.perf_counter()
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    synchronize()
+    start = clock()
     step()
-    synchronise()
-    return 1e3 * (time.perf_counter() - start)
+    synchronize()
+    return 1e3 * (clock() - start)
 
 
-def state_bytes(states: Iterable[dict]) -> int:
-    """Bytes of all tensors of optimizer states."""
-    tensors = (t for state in states for t in state.values() if isinstance(t, Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors)
+def state_mb(optimizer: Any) -> float:
+    """MB of all tensors of an optimizer's state."""
+    states = optimizer.state if isinstance(optimizer, PlainSO) else optimizer.state.values()
+    tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
+
+def measure(name: str, density: float, shapes: list, args: argparse.Namespace) -> dict[str, Any]:
+    """One turn of a row, in a process of its own: what other rows leave behind does not matter."""
+    torch.set_num_threads(args.threads)
+    params = make_params(shapes, args.device)
+    refs = Path("/proc/self/clear_refs")
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif refs.exists():
+        refs.write_text("5")  # the peak is now what is in use
+    before = peak_mb(torch.device(args.device))
+    optimizer = make_optimizer(name, params, density)
+    times = [milliseconds(optimizer.step, args.device) for _ in range(T * (args.windows + 1))]
+    peak = peak_mb(torch.device(args.device)) - before
+    return dict(times=times[T:], state_mb=state_mb(optimizer), peak_mb=peak)  # the first warms up
+
+
+def in_a_process(*arguments: Any) -> dict[str, Any]:
+    """What `measure` returns."""
+    method = "fork" if arguments[-1].device == "cpu" else "spawn"
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        return pool.apply(measure, arguments)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--density", type=float, nargs="+", default=[5e-5, 5e-4, 2e-3])
-    parser.add_argument("--windows", type=int, default=5, help=f"of T = {T} steps to time")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", choices=MODELS, default="ViT-B/16")
+    parser.add_argument("--density", type=float, nargs="+", default=[5e-5, 5e-4, 1e-2, 0.1])
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each row")
+    parser.add_argument("--windows", type=int, default=2, help=f"of T = {T} steps, in a turn")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", nargs="+", choices=SO_ROWS, default=SO_ROWS)
     parser.add_argument("--json", help="write the table to this file, too")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
 
-    params = matrices(args.device)
-    entries = sum(p.numel() for p in params)
-    print(
-        f"{len(params)} matrices, {entries / 1e6:.0f} M entries, torch {torch.__version__}, "
-        f"{args.device}, {args.threads} threads\n"
-    )
-    print("| density | optimizer | step, ms | step that draws, ms | state, MB |\n|-|-|-|-|-|")
+    shapes = MODELS[args.model]
+    entries = [rows * columns for rows, columns in shapes]
+    todo = [(name, None) for name in ADAM_ROWS]
+    for density, name in product(args.density, args.rows):
+        if name != "SO, as the authors compute it" or max(entries) * density <= PLAIN_LIMIT:
+            todo.append((name, density))
+    turns: dict[tuple, list[dict]] = {row: [] for row in todo}
+    for _, row in progress([*product(range(args.rounds), todo)], desc="Steps", unit="turn"):
+        turns[row].append(in_a_process(*row, shapes, args))
+
     rows = []
-    for density in args.density:
-        optimizers = {
-            "SO": SO(params, density_ratio=density, T=T),
-            "SO without moments": SOVariant(params, density_ratio=density, T=T, moments="none"),
-            "SO, as the authors compute it": PlainSO(params, density),
-            "Adam": torch.optim.Adam(params),
-        }
-        if max(p.numel() for p in params) * density > PLAIN_LIMIT:
-            del optimizers["SO, as the authors compute it"]
-        times: dict[str, list[float]] = {name: [] for name in optimizers}
-        for _ in range(T * (args.windows + 1)):
-            for name, optimizer in optimizers.items():
-                times[name].append(milliseconds(optimizer.step, args.device))
-        for name, optimizer in optimizers.items():
-            states = optimizer.state if isinstance(optimizer, PlainSO) else optimizer.state.values()
-            timed = times[name][T:]  # the first window warms up
-            drawing = statistics.median(timed[::T])
-            usual = statistics.median(t for i, t in enumerate(timed) if i % T)
-            size = state_bytes(states) / 2**20
-            print(f"| {density:g} | {name} | {usual:.1f} | {drawing:.1f} | {size:.2f} |")
-            rows.append(
-                dict(density=density, optimizer=name, ms=usual, drawing_ms=drawing, state_mb=size)
-            )
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    for (name, density), of_row in turns.items():
+        times = [t for turn in of_row for t in turn["times"]]
+        row = dict(density=density, optimizer=name, state_mb=of_row[0]["state_mb"])
+        row["ms"] = statistics.median(t for i, t in enumerate(times) if i % T)
+        row["drawing_ms"] = statistics.median(times[::T])
+        row["peak_mb"] = max(turn["peak_mb"] for turn in of_row)
+        rows.append(row)
+    for row in rows:
+        row["of_foreach"], row["of_fused"] = (row["ms"] / other["ms"] for other in rows[:2])
+    columns = {
+        "density": lambda row: "" if row["density"] is None else f"{row['density']:g}",
+        "optimizer": lambda row: row["optimizer"],
+        "step, ms": lambda row: f"{row['ms']:.1f}",
+        "of foreach's": lambda row: f"{row['of_foreach']:.3f}",
+        "of fused's": lambda row: f"{row['of_fused']:.2f}",
+        "step that draws, ms": lambda row: f"{row['drawing_ms']:.1f}",
+        "state, MB": lambda row: f"{row['state_mb']:.2f}",
+        "peak, MB": lambda row: f"{row['peak_mb']:.0f}",
+    }
+    print(
+        f"{args.model}: {len(shapes)} matrices, {sum(entries) / 1e6:.0f} M entries, torch "
+        f"{torch.__version__}, {args.device}, {args.threads} threads\n"
+    )
+    print_table(columns, rows)
+    write_json(args, rows=rows)
 
 
 if __name__ == "__main__":

@@ -131,9 +131,13 @@ def test_failed_row_leaves_others(monkeypatch, capsys):
 
 
 def test_step_prints_and_writes(run, monkeypatch):
-    monkeypatch.setattr(step, "WIDTHS", {"vision": 16})
-    text, rows = run(step, "--density=0.01", "--windows=1", "--threads=1", "--device=cpu")
+    monkeypatch.setitem(step.MODELS, "ViT-B/16", step.block(16))
+    flags = "--density=0.01", "--windows=1", "--rounds=1", "--device=cpu"
+    text, result = run(step, *flags)
+    rows = result["rows"]
+    assert [row["optimizer"] for row in rows] == [*step.ADAM_ROWS, *step.SO_ROWS]
     assert all(f"| {row['optimizer']} |" in text and row["ms"] > 0 for row in rows)
+    assert rows[0]["of_foreach"] == rows[1]["of_fused"] == 1
 
 
 def test_communication_counts_bytes(run):
