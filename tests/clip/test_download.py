@@ -48,7 +48,7 @@ def test_download_restarts_when_broken_off(server, tmp_path, capsys, chunked):
     assert chunked or "stopped after 123,456 of 300,000 bytes" in err
 
 
-def test_download_gives_up_and_names_file(server, tmp_path):
+def test_failed_download_names_file(server, tmp_path):
     server.stop_after = [123_456]
     message = refused(ConnectionError, server.url, tmp_path)
     assert server.requests == 3 and "after 123,456 of 300,000 bytes" in message
@@ -63,7 +63,7 @@ def test_download_gives_up_silent_server(server, tmp_path, monkeypatch):
     assert "timed out" in refused(ConnectionError, server.url, tmp_path)
 
 
-def test_wrong_sha256_is_deleted_or_replaced(server, tmp_path, capsys):
+def test_wrong_sha256_is_replaced(server, tmp_path, capsys):
     message = refused(ValueError, server.url, tmp_path, "0" * 64)
     assert "wrong SHA-256 and was deleted" in message
     target = tmp_path / "file"

@@ -13,7 +13,7 @@ from clip.preprocess import convert_image_to_rgb, normalize
 
 def test_image_transform_resizes_crops_normalizes():
     pixels = np.zeros((80, 120, 3), np.uint8)
-    pixels[:, 20:100] = (10, 120, 250)  # the centre square, and nothing else
+    pixels[:, 20:100] = (10, 120, 250)  # only the center square
     preprocess = clip.image_transform(40, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert preprocess(Image.fromarray(pixels))[0, 20, 20] == pytest.approx((10 / 255 - 0.5) / 0.2)
     tensor = clip.image_transform(40)(Image.fromarray(pixels))

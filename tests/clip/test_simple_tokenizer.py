@@ -65,7 +65,7 @@ def test_tokens_equal_open_clip(text, open_clip):
     assert torch.equal(tokenize(text, 200), open_clip.tokenize([text], 200))
 
 
-def test_tokens_of_random_texts_equal_open_clip(open_clip):
+def test_random_texts_equal_open_clip(open_clip):
     generator = random.Random(0)
     blocks = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x500), (0x2000, 0x2100), (0x1F300, 0x1F650)]
 
@@ -86,7 +86,7 @@ def test_tokenize_pads_with_zeros():
     assert tokenize([]).shape == (0, 77)
 
 
-def test_long_text_is_refused_or_truncated():
+def test_long_text_needs_truncation():
     with pytest.raises(ValueError, match=r"'cat cat .*\.\.\.' makes 102 tokens.*truncate=True"):
         tokenize("cat " * 100)
     with pytest.raises(ValueError, match="the context holds 4"):
