@@ -12,6 +12,7 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ def milliseconds(dy: Tensor, x: Tensor, density: float, repeats: int) -> list[fl
     least = [float("inf"), float("inf")]
     for _ in range(repeats):
         for way, product_from in enumerate((1e9, 0)):
-            SampledGradients.PRODUCT_FROM = product_from
-            synchronize(dy.device)
-            start = time.perf_counter()
-            SampledGradients._products(dy, kept, plan, None)
-            synchronize(dy.device)
+            with mock.patch.object(SampledGradients, "PRODUCT_FROM", product_from):
+                synchronize(dy.device)
+                start = time.perf_counter()
+                SampledGradients._products(dy, kept, plan, None)
+                synchronize(dy.device)
             least[way] = min(least[way], 1e3 * (time.perf_counter() - start))
     return least
 

@@ -9,7 +9,7 @@ import torch
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 
-from benchmarks import common, communication, iteration, plain, step
+from benchmarks import common, communication, crossover, iteration, plain, step
 from benchmarks import delta as delta_sizes
 from benchmarks import settings as settings_of_so
 from clip import CLIP, build_model
@@ -155,6 +155,11 @@ def test_communication_counts_bytes(run):
     }
     assert {row["exchange"]: row["bytes"] / 4 for row in result["rows"]} == numbers
     assert all(f"| {row['exchange']} | {len(row['sizes'])} |" in text for row in result["rows"])
+
+
+def test_crossover_times_both_ways():
+    times = crossover.milliseconds(torch.randn(5, 30), torch.randn(5, 40), 0.01, repeats=1)
+    assert len(times) == 2 and all(0 < ms < float("inf") for ms in times)
 
 
 def test_settings_prints_and_writes(run):
