@@ -103,7 +103,7 @@ MOVED = [
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("name, place, hint", MOVED)
-def test_moved_dataset_says_what_to_move(tmp_path, name, place, hint, split):
+def test_moved_dataset_gets_a_hint(tmp_path, name, place, hint, split):
     folder = make_small_dataset(name, tmp_path / "made", split=split)
     root = tmp_path / "root"
     (root / place).parent.mkdir(parents=True)
@@ -126,7 +126,7 @@ MOVED_IMAGES = [
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("name, images, place, hint", MOVED_IMAGES)
-def test_moved_images_say_what_to_move(tmp_path, name, images, place, hint, split):
+def test_moved_images_get_a_hint(tmp_path, name, images, place, hint, split):
     folder = make_small_dataset(name, tmp_path / "root", split=split)
     (folder / images).rename(tmp_path / "aside")
     (folder / place).parent.mkdir(exist_ok=True)

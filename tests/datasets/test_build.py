@@ -146,7 +146,7 @@ def test_imagenet_draws_validation_from_training(complete, shots):
 # Base and new classes
 
 
-def test_base_and_new_share_one_draw(tmp_path):
+def test_base_and_new_share_draw(tmp_path):
     make_small_dataset("dtd", tmp_path, classes=5, per_class=10)
     random.seed(3)
     whole = build_dataset("dtd", tmp_path, 2)

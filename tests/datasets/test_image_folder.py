@@ -144,7 +144,7 @@ def test_classnames_rename_items_and_digest(mine):
     assert dataset_fingerprint(str(mine), None, classnames=names) == dataset.fingerprint
 
 
-def test_classnames_go_by_label_or_name(tmp_path):
+def test_classnames_by_label_or_name(tmp_path):
     make_small_dataset("eurosat", tmp_path)
     (tmp_path / "names.yaml").write_text("0: fields\nForest: wood")
     dataset = build("eurosat", root=tmp_path, classnames=tmp_path / "names.yaml")

@@ -123,7 +123,7 @@ DELETED = (Path.unlink, "is missing: put it back")
 
 
 @pytest.mark.parametrize(("num_workers", "fault"), [(0, CUT), (3, DELETED)], ids=["cut", "deleted"])
-def test_image_lost_in_training_is_named(command, monkeypatch, num_workers, fault):
+def test_lost_training_image_is_named(command, monkeypatch, num_workers, fault):
     spoil, words = fault
     before = image_threads()
     seen, lock = {}, threading.Lock()

@@ -78,7 +78,7 @@ def test_caltech_leaves_out_two_folders(tmp_path):
     assert folders == {"Faces", "Leopards", "Motorbikes"}
 
 
-def test_cars_list_may_be_in_devkit(tmp_path):
+def test_cars_list_in_devkit(tmp_path):
     folder = make_small_dataset("stanford_cars", tmp_path, split=False)
     name = "cars_test_annos_withlabels.mat"
     (folder / name).rename(folder / "devkit" / name)
@@ -203,7 +203,7 @@ def test_imagenetv2_labels_are_imagenets(tmp_path):
     assert dataset.classnames == list(IMAGENET_NAMES)
 
 
-def test_part_of_imagenet_has_own_labels(tmp_path):
+def test_imagenet_part_has_own_labels(tmp_path):
     images = make_small_dataset("imagenet_a", tmp_path, classes=1) / "imagenet-a"
     for number in (7, 600, 90):
         shutil.copytree(images / WNIDS[0], images / WNIDS[number])

@@ -92,7 +92,7 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize("case", NOT_JSON)
-def test_split_file_without_json_is_named(eurosat, case):
+def test_invalid_json_is_named(eurosat, case):
     content, message = NOT_JSON[case]
     (eurosat / "split_zhou_EuroSAT.json").write_bytes(content)
     check_refused("eurosat", eurosat.parent, f"split_zhou_EuroSAT.json {message}")
@@ -130,7 +130,7 @@ def test_unlisted_but_existing_image_counts(eurosat, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_made_split_is_saved_and_announced(tmp_path, capsys, name):
+def test_made_split_is_saved(tmp_path, capsys, name):
     folder = make_small_dataset(name, tmp_path, split=False)
     made = folder / LAYOUTS[name][2].replace("zhou", "so")
     state = random.getstate()
@@ -220,7 +220,7 @@ def test_odd_folder_names_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["class", "image"])
-def test_names_outside_utf_8_are_refused(dtd, where):
+def test_names_outside_utf8_are_refused(dtd, where):
     latin = os.fsdecode("K\xe4se".encode("latin-1"))
     if where == "class":
         (dtd / "images/meshed").rename(dtd / "images" / latin)

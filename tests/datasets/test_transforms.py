@@ -66,7 +66,7 @@ READ = {
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_read_image_sees_what_clip_sees(tmp_path, kind):
+def test_read_image_equals_clips_reading(tmp_path, kind):
     path = tmp_path / "image.jpg"  # whatever its extension
     READ[kind](path)
     with Image.open(path) as image:
