@@ -1,5 +1,6 @@
 """Commands called in this process, what they print, and what runs and sweeps write."""
 
+import csv
 import io
 import json
 import time
@@ -56,6 +57,12 @@ def run_folder(out):
 def result_of(out):
     """result.json of the one run below a folder."""
     return json.loads((run_folder(out) / "result.json").read_text(encoding="utf-8"))
+
+
+def read_losses(out):
+    """The loss column of curve.csv of the one run below a folder."""
+    with open(run_folder(out) / "curve.csv", newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 def outcome(out):
