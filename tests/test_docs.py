@@ -49,5 +49,5 @@ def test_readme_snippet_runs(monkeypatch):
 def test_cli_page_lists_flags():
     table = re.findall(r"^\| (`--.*?) \|", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)
     listed = {flag for cell in table for flag in re.findall(r"--(\w+)", cell)}
-    described = {"activation", "heads"}  # with --backbone
+    described = {"activation", "heads", "local_rank"}  # with --backbone; of launchers
     assert listed | described == {*default_settings(), "sparsity"}
