@@ -158,8 +158,8 @@ def write_page(study: Sequence[StudyRun], out: Path) -> None:
 def runs_of(study: Sequence[StudyRun], experiment: str) -> list[StudyRun]:
     """Return the runs of an experiment. SO's of the comparison are moments' runs as well."""
     shared = [r for r in study if r.experiment == "compare" and r.method == "so"]
-    own = [r for r in study if r.experiment == experiment]
-    return shared + own if experiment == "moments" else own
+    runs = [r for r in study if r.experiment == experiment]
+    return shared + runs if experiment == "moments" else runs
 
 
 def results_of(study: Sequence[StudyRun], experiment: str) -> BackboneResults:

@@ -26,7 +26,7 @@ PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}
 LABELS = {"zero_shot": "zero-shot", **METHODS}
 SO_HPARAMS = {"s", "t", "grad_support", "moment_support", "moments", "dense_grad"}
-IGNORED_HPARAMS = {  # settings that a method does not read: they do not tell its runs apart
+IGNORED_HPARAMS = {  # settings that a method does not read: its runs do not differ by them
     "so": {"rank"},
     "lora": SO_HPARAMS,
     "adam": SO_HPARAMS | {"rank"},
@@ -156,22 +156,22 @@ def assign_variants(runs: Sequence[Run]) -> tuple[list[Variant], list[Variant]]:
         Each run's variant; and all variants by method, those with the fewest settings off their
         defaults first.
     """
-    settings = [hparams(run) for run in runs]
+    all_hparams = [hparams(run) for run in runs]
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)  # by method and setting
-    for run, own in zip(runs, settings, strict=True):
-        for key, value in own.items():
+    for run, settings in zip(runs, all_hparams, strict=True):
+        for key, value in settings.items():
             if value not in values[run.method, key]:
                 values[run.method, key].append(value)
     variants, ranks = [], {}
-    for run, own in zip(runs, settings, strict=True):
+    for run, settings in zip(runs, all_hparams, strict=True):
         varied = sorted(k for m, k in values if m == run.method and len(values[m, k]) > 1)
-        changed = [k for k in varied if own[k] != defaults().get(k)]
+        changed = [k for k in varied if settings[k] != defaults().get(k)]
         at_default = [k for k in varied if defaults().get(k) in values[run.method, k]]
         named = [k for k in varied if k in changed or k not in at_default]
-        text = ", ".join(format_setting(key, own[key]) for key in named)
+        text = ", ".join(format_setting(key, settings[key]) for key in named)
         variants.append(Variant(run.method, text))
-        order = list(METHODS).index(run.method), len(changed), [sort_key(own[k]) for k in named]
-        ranks[variants[-1]] = order
+        method_rank = list(METHODS).index(run.method)
+        ranks[variants[-1]] = method_rank, len(changed), [sort_key(settings[k]) for k in named]
     return variants, sorted(ranks, key=ranks.get)
 
 
@@ -285,8 +285,8 @@ def common_datasets_and_seeds(results: BackboneResults, shots: int) -> tuple[lis
     }
     counts = Counter(seeds for cells in seeds_of.values() for seeds in cells if seeds)
     common = max(counts, key=lambda seeds: (counts[seeds], len(seeds), sorted(seeds)))
-    whole = [name for name in datasets if all(common <= seeds for seeds in seeds_of[name])]
-    return whole, sorted(common)
+    complete = [name for name in datasets if all(common <= seeds for seeds in seeds_of[name])]
+    return complete, sorted(common)
 
 
 def seed_means(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from optimizers.build import ABLATION_DEFAULTS
-from reporting.aggregate import METHODS, format_setting, hparams, summarize
+from reporting.aggregate import METHODS, MeanStd, format_setting, hparams, summarize
 from reporting.experiments import Experiment, load_finished
 from reporting.figures import add_legend, make_figure, plot_means, render_png, style
 from reporting.markdown import markdown
@@ -52,52 +52,61 @@ def sweep(runs: Sequence[Run], report: str) -> tuple[str, Callable[[], Figure]]:
         ValueError: Runs of one cell differ in other settings.
     """
     kind = SWEEPS[report]
-    cells: dict[str, dict[str, list[float]]] = {}  # accuracies by row and column
-    settings: dict[tuple[str, str], list] = {}
-    for run in runs:
-        key = kind.row(run), kind.column(run)
-        own = [run.method, run.backbone, run.dataset, run.data["digest"], hparams(run)]
-        own.append(None if kind.over_shots else run.shots)
-        if settings.setdefault(key, own) != own:
-            raise ValueError(
-                f"{run.folder} differs in its settings from others of {' and '.join(key)}: this "
-                "report has no place for them"
-            )
-        cells.setdefault(key[0], {}).setdefault(key[1], []).append(run.final_accuracy)
-    columns = sorted({column for row in cells.values() for column in row}, key=float)
-    stats = {
-        row: {column: summarize(own[column]) for column in columns if column in own}
-        for row, own in cells.items()
-    }
-    if kind.over_shots:
-        stats = {
-            row: {c: (stat.mean, None) for c, stat in own.items()} for row, own in stats.items()
-        }
-    lines = [
-        [row, *(format_spread(*own[c][:2], ".1f") if c in own else "-" for c in columns)]
-        for row, own in stats.items()
-    ]
+    lines = group_by_two(runs, kind)
+    columns = sorted({column for line in lines.values() for column in line}, key=float)
+    table = markdown(
+        ["", *columns],
+        [
+            [row, *(format_spread(*line[c][:2], ".1f") if c in line else "-" for c in columns)]
+            for row, line in lines.items()
+        ],
+    )
     split = "validation" if runs[0].config.get("eval_split") == "val" else "test"
     shots = " and ".join(map(str, sorted({run.shots for run in runs})))
     seeds = plural(len({run.seed for run in runs}), "seed")
     text = (
         f"Mean {split} accuracy in percent (± its standard deviation), {shots} shots, {seeds}, by "
-        f"{kind.title}:\n\n{markdown(['', *columns], lines)}"
+        f"{kind.title}:\n\n{table}"
     )
     if split == "validation":  # nothing is chosen on test images
         # Rounded, since sums in another order differ in their last digits: the lowest of equals.
         best = (
-            f"{row} {max(own, key=lambda c: round(own[c][0], 9))}" for row, own in stats.items()
+            f"{row} {max(sorted(line, key=float), key=lambda c: round(line[c].mean, 9))}"
+            for row, line in lines.items()
         )
         text += f"\n\nBest: {'; '.join(best)}."
-    return text, partial(draw_sweep, stats, f"{split} accuracy (%)", kind.title)
+    return text, partial(draw_sweep, lines, f"{split} accuracy (%)", kind.title)
 
 
-def draw_sweep(stats: Mapping[str, Mapping[str, tuple]], ylabel: str, xlabel: str) -> Figure:
+def group_by_two(runs: Sequence[Run], kind: Sweep) -> dict[str, dict[str, MeanStd]]:
+    """Return mean accuracies by row and column."""
+    lines: dict[str, dict[str, list[float]]] = {}
+    identities: dict[tuple[str, str], list] = {}
+    for run in runs:
+        key = kind.row(run), kind.column(run)
+        identity = [run.method, run.backbone, run.dataset, run.data["digest"], hparams(run)]
+        identity.append(None if kind.over_shots else run.shots)
+        if identities.setdefault(key, identity) != identity:
+            raise ValueError(
+                f"{run.folder} differs in its settings from others of {' and '.join(key)}: this "
+                "report has no place for them"
+            )
+        lines.setdefault(key[0], {}).setdefault(key[1], []).append(run.final_accuracy)
+    means = {
+        row: {c: summarize(values) for c, values in line.items()} for row, line in lines.items()
+    }
+    if kind.over_shots:
+        return {
+            row: {c: m._replace(std=None) for c, m in line.items()} for row, line in means.items()
+        }
+    return means
+
+
+def draw_sweep(lines: Mapping[str, Mapping[str, MeanStd]], ylabel: str, xlabel: str) -> Figure:
     """Draw a line for each row against the numbers of the columns."""
     figure, (axes,) = make_figure("")
-    for number, (row, own) in enumerate(stats.items()):
-        points = [(float(column), stat) for column, stat in own.items()]
+    for number, (row, line) in enumerate(lines.items()):
+        points = sorted((float(column), mean) for column, mean in line.items())
         plot_means(axes, points, style(number), row)
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_formatter("{x:g}")

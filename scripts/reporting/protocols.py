@@ -93,12 +93,12 @@ def transfer(results: BackboneResults) -> list[ProtocolRow]:
             for shots, variant in [(None, ZERO_SHOT), *product(results.shots, results.variants)]:
                 key = "zero_shot_accuracy" if variant == ZERO_SHOT else "final_accuracy"
                 cell = tested if shots is None else results.cell(source, shots, variant).values()
-                own = [run for run in cell if run in tested]
-                columns = {source: [getattr(run, key) for run in own]}
+                cell = [run for run in cell if run in tested]
+                columns = {source: [getattr(run, key) for run in cell]}
                 for target in targets:
-                    columns[target] = [tested[r][target][key] for r in own if target in tested[r]]
-                whole = [tested[run] for run in own if set(targets) <= tested[run].keys()]
-                columns["average"] = [fmean(on[t][key] for t in targets) for on in whole]
+                    columns[target] = [tested[r][target][key] for r in cell if target in tested[r]]
+                on_all = [tested[run] for run in cell if set(targets) <= tested[run].keys()]
+                columns["average"] = [fmean(on[t][key] for t in targets) for on in on_all]
                 where = results.name, protocol, source, shots, *variant
                 rows += [
                     ProtocolRow(*where, column, *summarize_cell(values, variant))
@@ -125,10 +125,12 @@ def protocol_sections(rows: Sequence[ProtocolRow]) -> str:
     """Return the Markdown sections of the protocols, a table for each; "" where there is none."""
     parts = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
-        own = [row for row in rows if row.protocol == protocol]
-        columns = list(dict.fromkeys(row.tested_on for row in own))  # zero-shot has all of them
+        protocol_rows = [row for row in rows if row.protocol == protocol]
+        columns = list(
+            dict.fromkeys(row.tested_on for row in protocol_rows)
+        )  # zero-shot has all of them
         lines: dict[tuple[str, ...], dict[str, str]] = {}
-        for row in own:
+        for row in protocol_rows:
             label = Variant(row.method, row.settings).label
             line = lines.setdefault((display_name(row.dataset), str(row.shots or "-"), label), {})
             line[row.tested_on] = format_mean(row.mean, row.std, row.seeds)

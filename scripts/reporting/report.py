@@ -34,17 +34,15 @@ def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) ->
     for results in group_by_backbone(runs):
         for sentence in warnings_for(results):
             warn(f"note: {sentence}")
-        own_rows = table_rows(results)
-        own_protocols = base_to_new(results) + transfer(results)
-        own_cells = confusion_cells(results, warn)
-        sections.append(backbone_section(results, own_rows))
-        sections += filter(None, [protocol_sections(own_protocols), classes_section(own_cells)])
-        plan |= plan_figures(results) | plan_class_figures(own_cells)
-        rows, protocol_rows, cells = (
-            rows + own_rows,
-            protocol_rows + own_protocols,
-            cells + own_cells,
-        )
+        new_rows = table_rows(results)
+        new_protocol_rows = base_to_new(results) + transfer(results)
+        new_cells = confusion_cells(results, warn)
+        sections.append(backbone_section(results, new_rows))
+        sections += filter(None, [protocol_sections(new_protocol_rows), classes_section(new_cells)])
+        plan |= plan_figures(results) | plan_class_figures(new_cells)
+        rows += new_rows
+        protocol_rows += new_protocol_rows
+        cells += new_cells
     links = "\n".join(f"* [{name}]({name})" for name in plan)
 
     out.mkdir(parents=True, exist_ok=True)

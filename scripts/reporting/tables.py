@@ -105,9 +105,9 @@ def backbone_section(results: BackboneResults, rows: Sequence[Row]) -> str:
         ]
         parts.append("\n".join(lines))
     for shots in results.shots:
-        own = [row for row in rows if row.shots == shots]
-        parts += [f"### {plural(shots, 'shot')}", accuracy_table(results, own, footnotes)]
-        if others := [row for row in own if row.method not in LABELS]:
+        shots_rows = [row for row in rows if row.shots == shots]
+        parts += [f"### {plural(shots, 'shot')}", accuracy_table(results, shots_rows, footnotes)]
+        if others := [row for row in shots_rows if row.method not in LABELS]:
             figures = [
                 f"{r.method} {r.published:.2f} [{footnotes[r.published_source]}]" for r in others
             ]

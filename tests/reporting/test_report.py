@@ -116,8 +116,8 @@ def test_published_rows_match_their_means():
             assert len(row["accuracies"]) == len(ELEVEN)
             assert sum(row["accuracies"]) / len(ELEVEN) == pytest.approx(row["mean"], abs=0.06)
         assert row["source"] in PUBLISHED["sources"]
-    own = {name for name, row in DATASETS.items() if row.test_only} | {"digits"}
-    assert set(ELEVEN) == set(DATASETS) - own
+    others = {name for name, row in DATASETS.items() if row.test_only} | {"digits"}
+    assert set(ELEVEN) == set(DATASETS) - others
 
 
 def test_mean_over_eleven_uses_published_mean(run, tmp_path):

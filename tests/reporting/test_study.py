@@ -47,8 +47,8 @@ def make_study(root):
     """Return a made-up run for each cell of the page."""
     template = read_run(make_run(root, backbone="ViT-Tiny/8", dataset="digits", iterations=4))
 
-    def make(experiment, accuracy, *flags):
-        config = get_arguments(["--config", "configs/digits.yaml", *flags])
+    def make(experiment, accuracy, *arguments):
+        config = get_arguments(["--config", "configs/digits.yaml", *arguments])
         keys = ("method", "shots", "seed")
         run = dataclasses.replace(
             template, **{key: getattr(config, key) for key in keys}, config=get_hparams(config),
@@ -61,10 +61,10 @@ def make_study(root):
     for seed in ("1", "2"):
         common = ["--seed", seed, "--shots", "4"]
         for method in ("so", "lora", "adam"):
-            own = ["--method", method, *common]
-            yield make("lr", 60.0, *own, "--lr", "0.1", "--eval_split", "val")
-            yield make("compare", 70.0 + len(method), *own)
-            yield make("overfitting", 60.0, *own)
+            flags = ["--method", method, *common]
+            yield make("lr", 60.0, *flags, "--lr", "0.1", "--eval_split", "val")
+            yield make("compare", 70.0 + len(method), *flags)
+            yield make("overfitting", 60.0, *flags)
         yield make("grid", 60.0, *common)
         for moments in ("none", "per_entry"):
             yield make("moments", 71.0, *common, "--moments", moments)
