@@ -43,6 +43,22 @@ UNSUPPORTED_MODELS = (  # pattern of a key, the kind of model that has it
     (r"^(text\.)?text_projection\.bias$", "a model whose text projection has a bias"),
 )  # fmt: skip
 
+NOT_A_CHECKPOINT = (  # pattern of a key, what has it, the way out
+    (r"\.base_layer\.|\.lora_[AB]\.", "a model with unmerged PEFT adapters, or these adapters only",
+     "load it with peft on its base, merge_and_unload() and save_pretrained()"),
+    (r"^w_lora_[AB]$", "CLIP-LoRA's lora_weights.pt, adapters only",
+     "merge them with CLIP-LoRA's code, and save the model's state_dict()"),
+    (r"^prompt_learner\.|^image_encoder\.", "CoOp's, which lacks the token embedding",
+     "CoOp leaves CLIP's weights as they are: name the backbone that it was trained on"),
+    (r"\.c_fc\.(r|theta)$", "a GmP model, with radius and angle in place of weights",
+     "convert it back to weights with its own script"),
+    (r"^visual\.(blocks\.|cls_token|pos_embed)", "an EVA-CLIP",
+     "name it as open_clip:EVA02-B-16/FILE, or open_clip's own tag"),
+    (r"^positional_embedding_res$", "a Long-CLIP with two tables of positions",
+     "take the transformers version, which has one, or join rows 0-19 of positional_embedding "
+     "with the other rows of positional_embedding_res"),
+)  # fmt: skip
+
 HF_TO_OPENAI = (  # parts of names in transformers' and in OpenAI's layout
     ("text_model.embeddings.token_embedding.", "token_embedding."),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
@@ -134,12 +150,25 @@ def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: It belongs to a model that is not built like OpenAI's CLIP; its kind is named.
     """
     state = {str(key): value for key, value in state_dict.items()}
+    for pattern, kind, remedy in NOT_A_CHECKPOINT:
+        if key := next(filter(re.compile(pattern).search, state), None):
+            raise ValueError(f"it is {kind} (it has {key}): {remedy}")
     for pattern, kind in UNSUPPORTED_MODELS:
         if key := next(filter(re.compile(pattern).search, state), None):
             raise ValueError(f"it is {kind} (it has {key}), which is not built like OpenAI's CLIP")
     if any(key.startswith("vision_model.") for key in state):
         state = _convert_from_hf(state)
-    return {key.removeprefix("text."): value for key, value in state.items()}
+    state = {key.removeprefix("text."): value for key, value in state.items()}
+    towers = {
+        "image": any(key.startswith("visual.") for key in state),
+        "text": any(
+            key.startswith(("token_embedding.", "transformer.", "text_model.")) for key in state
+        ),
+    }
+    if sum(towers.values()) == 1:
+        tower = next(name for name, is_there in towers.items() if is_there)
+        raise ValueError(f"it has only the {tower} tower: name the whole CLIP that it belongs to")
+    return state
 
 
 def _convert_from_hf(state: Mapping[str, Any]) -> dict[str, Any]:

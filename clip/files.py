@@ -100,8 +100,16 @@ def find_weight_file(folder: Path) -> Path:
         )
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
+        # The folders of the hub's cache, the Trainer and DeepSpeed have them deeper.
+        deeper = {
+            f.parent for depth in ("*/*", "*/*/*") for f in folder.glob(depth)
+            if f.suffix.lower() in SUFFIXES and f.is_file()
+        }  # fmt: skip
+        if len(deeper) == 1:
+            return find_weight_file(deeper.pop())
+        hint = f"; name one of {truncate_list(sorted(map(str, deeper)))}" if deeper else ""
         raise FileNotFoundError(
-            f"{folder} holds no checkpoint: no file ends in {', '.join(SUFFIXES)}"
+            f"{folder} holds no checkpoint: no file ends in {', '.join(SUFFIXES)}{hint}"
         )
     if len(files) > 1:
         names = truncate_list(file.name for file in files)

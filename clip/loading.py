@@ -140,7 +140,7 @@ def _resolve_open_clip(name: str, folder: Path | None) -> Path:
 
 def _resolve_path(name: str) -> Path:
     """The checkpoint at a path, or in the folder there."""
-    path = Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     if path.is_file():
         return path
     if path.is_dir():
@@ -148,8 +148,11 @@ def _resolve_path(name: str) -> Path:
     is_nested = len(path.parts) > 1 and path.suffix
     if is_nested or path.is_absolute() or path.suffix.lower() in SUFFIXES:
         raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
+    hub_name = name.removeprefix("hf-hub:")
     hint = did_you_mean(name, available_models())
-    if not hint and len(path.parts) == 2:
+    if name != hub_name:
+        hint = f" (`hf download {hub_name} --local-dir FOLDER` downloads it; then name FOLDER)"
+    elif not hint and len(path.parts) == 2:
         hint = f" (`hf download {name} --local-dir FOLDER` downloads from the Hugging Face hub)"
     raise ValueError(
         f"unknown model {name!r}{hint}: known are {', '.join(available_models())}, "

@@ -15,7 +15,7 @@ from typing import Any
 
 from clip.preprocess import OPENAI_MEAN, OPENAI_STD
 from clip.simple_tokenizer import VOCAB_SIZE
-from utils import truncate_list
+from utils import did_you_mean, truncate_list
 
 OPEN_CLIP = "open_clip:"  # precedes NAME/PRETRAINED of the installed open_clip package
 
@@ -199,7 +199,10 @@ def from_open_clip_pretrained(name: str) -> tuple[ModelConfig, dict[str, Any] | 
 
     config = open_clip.get_model_config(model)
     if config is None:
-        raise ValueError(f"open_clip has no model {model!r}: open_clip.list_models() has the names")
+        hint = did_you_mean(model, open_clip.list_models())
+        if model.startswith("hf-hub:"):
+            hint = ": download it with `hf download` and name its folder"
+        raise ValueError(f"open_clip has no model {model!r}{hint}")
     record = open_clip.get_pretrained_cfg(model, pretrained)
     file = Path(pretrained).expanduser()
     if not record and not file.is_file():
