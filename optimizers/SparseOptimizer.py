@@ -259,12 +259,14 @@ class SO(Optimizer):
         for same in kinds.values():
             chunk, slots = [], 0
             for p in same:
+                limit = CHUNK if p.is_cpu else 16 * CHUNK
                 size = 2 * len(self.state[p]["grad_indices"])
-                if chunk and slots + size > (CHUNK if p.is_cpu else 16 * CHUNK):
+                size = limit if _is_large(size, p.numel(), p) else size  # alone
+                if chunk and slots + size > limit:
                     yield chunk
                     chunk, slots = [], 0
                 chunk.append(p)
-                slots += CHUNK if _is_large(size, p.numel(), p) else size
+                slots += size
             yield chunk
 
     def _read_gradients(self, params: list[Tensor], group: Group) -> Tensor:
@@ -445,11 +447,12 @@ def _single_tensor_so(
     m, v = rows[:2]
     if "entry_steps" in state:
         t = rows[2].add_(1).to(m.dtype)
-        bias1, bias2 = (-torch.expm1(t * math.log(max(beta, 1e-300))) for beta in group["betas"])
+        bias1, bias2 = (-torch.expm1(t * math.log(max(b, 1e-300))) for b in (beta1, beta2))
+    elif "bias" in state:
+        bias1, bias2 = state["bias"]
     else:
-        bias1, bias2 = state.get("bias") or (
-            1 - beta ** state["step"].item() for beta in group["betas"]
-        )
+        t = state["step"].item()
+        bias1, bias2 = 1 - beta1**t, 1 - beta2**t
     denom = (v / bias2).sqrt_().add_(group["eps"])
     update = (-group["lr"] / bias1 * m).div_(denom).masked_fill_(void, 0)
     importance = score(U, m, S_m).masked_fill_(void, -1)
@@ -781,25 +784,23 @@ def _validate_state(p: Tensor, state: State, dense: bool) -> None:
         raise ValueError(f"the saved state is not that of a tensor of shape {tuple(p.shape)}")
 
 
-def _number(value: Any, below: float = math.inf) -> bool:
+def _is_number(value: Any, below: float = math.inf) -> bool:
     return hasattr(value, "__float__") and 0 <= value < below
 
 
-RULES = {  # what values are allowed to be: of which settings, and the test
-    "a number of 0 or more": (("lr", "eps", "weight_decay"), _number),
-    "two numbers in [0, 1)": (
-        ("betas",),
-        lambda pair: type(pair) in (tuple, list) and [_number(b, 1) for b in pair] == [True, True],
-    ),
-    "in (0, 1]": (("density_ratio",), lambda d: _number(d) and 0 < d <= 1),
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and [_is_number(b, 1) for b in value] == [True, True]
+
+
+RULES = {  # what a setting must be: of which settings, and the test
+    "a number of 0 or more": (("lr", "eps", "weight_decay"), _is_number),
+    "two numbers in [0, 1)": (("betas",), _is_pair),
+    "in (0, 1]": (("density_ratio",), lambda d: _is_number(d) and 0 < d <= 1),
     "an int of 1 or more": (("T",), lambda T: type(T) is int and T >= 1),
     "an int or None": (("seed",), lambda seed: seed is None or hasattr(seed, "__index__")),
     "tensor or entry": (("bias_correction",), lambda kind: kind in ("tensor", "entry")),
-    "True or False": (FLAGS, lambda flag: isinstance(flag, bool)),
-    "True, False or None": (
-        ("dense", "foreach"),
-        lambda flag: flag is None or isinstance(flag, bool),
-    ),
+    "True or False": (FLAGS, lambda flag: type(flag) is bool),
+    "True, False or None": (("dense", "foreach"), lambda flag: flag is None or type(flag) is bool),
 }
 
 
