@@ -7,6 +7,7 @@ which downloads a dataset first. Exit status: 0 if all are well, 1 if one is mis
 """
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--fetch", metavar="NAME", help=f"download a dataset: {', '.join(DOWNLOADS)}"
     )
     args = parser.parse_args(argv)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs each TIFF of many bands
     only = args.fetch or args.dataset
     names = [only] if only else list(DATASETS)
     try:

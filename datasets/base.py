@@ -21,7 +21,8 @@ SPLITS = ("train", "val", "test")
 SUBSAMPLES = ("all", "base", "new")  # halves of the classes (see `Split.subsample_classes`)
 DEFAULT_TEMPLATE = "a photo of a {}."
 DEFAULT_ROOT = "~/.cache/so"  # for the dataset that is made, not downloaded
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".gif", ".bmp", ".ppm", ".pgm")
+IMAGE_EXTENSIONS += (".tif", ".tiff", ".webp")
 # Folders that archives and file servers leave behind, besides hidden ones; in lower case.
 IGNORED_DIRS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
 IGNORED_DIRS += ("#snapshot", "system volume information")
@@ -34,6 +35,7 @@ class Datum:
     impath: str
     label: int
     classname: str
+    gray_range: tuple[float, float] | None = None  # see `transforms.read_image`
 
 
 @dataclass(frozen=True)

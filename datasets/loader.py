@@ -72,7 +72,9 @@ class ImageLoader:
         def make_batch(epoch: int, order: dict[int, int]) -> tuple[Batch, bool]:
             images = []
             for position, index in list(order.items())[local_slice(len(order))]:
-                image = self.cache.get("train", items[index].impath, read_image)
+                item = items[index]
+                read = partial(read_image, gray_range=item.gray_range)
+                image = self.cache.get("train", item.impath, read)
                 rng = random.Random(f"{seed} {epoch} {position}")
                 images.append(transform(image, rng=rng))
             labels = [items[index].label for index in order.values()]
@@ -86,16 +88,18 @@ class ImageLoader:
 
         def make_batch(start: int) -> Batch:
             chunk = items[start : start + batch_size]
-            read = self._read_test_image
-            images = [self.cache.get("test", item.impath, read) for item in chunk]
+            images = []
+            for item in chunk:
+                read = partial(self._read_test_image, gray_range=item.gray_range)
+                images.append(self.cache.get("test", item.impath, read))
             return collate(images, [item.label for item in chunk], self.resolution)
 
         starts = range(0, max(len(items), 1), batch_size)  # an empty share is an empty batch
         return self._prefetch(partial(make_batch, start) for start in starts)
 
-    def _read_test_image(self, path: str) -> Image.Image:
+    def _read_test_image(self, path: str, gray_range: tuple[float, float] | None) -> Image.Image:
         """Return an image resized and cropped as CLIP does."""
-        image = read_image(path)
+        image = read_image(path, gray_range)
         if max(image.size) / min(image.size) * self.resolution**2 > MAX_PIXELS:
             raise ValueError(
                 f"the image {path} is too thin ({image.width}x{image.height} pixels): replace it"

@@ -4,12 +4,15 @@ Batches are uint8, a quarter of the size of float images on their way to a GPU, 
 `clip.preprocess.normalize` makes them a model's input.
 """
 
+import errno
 import math
 import os
 import random
 import stat
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,29 +25,68 @@ from utils import detect_placeholder_file
 # By content, whatever a file is called. Pillow knows more; for EPS it would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**30 // 4 // 3  # of an image, and of what it is resized to before the crop
+# What disks and networks answer for a moment; the image itself may be good.
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
+RETRY_DELAYS = (0.1, 0.4, 1.5, 4.0)  # in seconds
+# Formats of pictures that FORMATS lacks: where a file has which bytes, and what to do.
+OTHER_FORMATS = {
+    "HEIC or AVIF": (4, b"ftyp", "convert it to JPEG"),
+    "DICOM": (128, b"DICM", "convert it to 16-bit PNG, for example with dcmtk's dcm2img"),
+}
 # At this size Pillow would warn and go on.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def read_image(
+    path: str | os.PathLike,
+    gray_range: tuple[float, float] | None = None,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Image.Image:
     """Decode an image file completely, into RGB: the first picture if there are several.
 
     As in CLIP's own preprocessing, the rotation that a camera noted in EXIF data is not applied.
+    Errors of disks and networks are tried again for six seconds.
+
+    Args:
+        path: The file.
+        gray_range: The values of gray pictures of more than eight bits that become black and white.
+        sleep: Waits for so many seconds.
 
     Raises:
         FileNotFoundError: It is missing.
-        ValueError: It cannot be read.
+        ValueError: It is not an image, or damaged.
+        OSError: The disk or the network failed.
     """
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return _decode(path, gray_range)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            if delay is None:
+                raise OSError(
+                    f"the disk or network failed in reading {path} ({error.strerror}; "
+                    f"{len(RETRY_DELAYS) + 1} attempts): the image may be good; check the disk or "
+                    "the connection, and start again"
+                ) from error
+            sleep(delay)
+    raise AssertionError
+
+
+def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> Image.Image:
+    """Do one attempt of `read_image`."""
+    remedy = "replace it"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
+                remedy = f"scale it down to at most {MAX_PIXELS:,} pixels"
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
             image.load()
-            return convert_image_to_rgb(image)
+            return convert_image_to_rgb(scale_gray(image, gray_range))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error
     except Exception as error:  # a damaged file makes Pillow fail in any way
@@ -53,9 +95,62 @@ def read_image(path: str | os.PathLike) -> Image.Image:
             if placeholder := detect_placeholder_file(path):
                 raise ValueError(f"the image {path} is {placeholder}") from error
             reason = f"none of {', '.join(FORMATS)}"
+            if other := detect_other_format(path):
+                reason, remedy = f"it is {other}", OTHER_FORMATS[other][2]
+        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            remedy = f"scale it down to at most {MAX_PIXELS:,} pixels"
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        raise ValueError(f"the image {path} cannot be read ({reason}): replace it") from error
+        raise ValueError(f"the image {path} cannot be read ({reason}): {remedy}") from error
+
+
+def detect_other_format(path: str | os.PathLike) -> str | None:
+    """Return which of OTHER_FORMATS a file has, if any."""
+    with open(path, "rb") as file:
+        start = file.read(132)
+    for name, (offset, signature, _) in OTHER_FORMATS.items():
+        if start[offset:].startswith(signature):
+            return name
+    return None
+
+
+def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None) -> Image.Image:
+    """Scale gray values of more than eight bits from a range to [0, 255]; others are not changed.
+
+    Without a range, only negative values (Hounsfield units) are scaled: over the picture's own.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    low, high = gray_range or (values.min(initial=0), values.max(initial=0))
+    if not np.isfinite(values).all() or (low >= 0 and (image.mode == "F" or not gray_range)):
+        return image
+    values = (values - low) / max(high - low, 1) * 255
+    return Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
+
+
+def detect_gray_range(paths: Sequence[str]) -> tuple[float, float] | None:
+    """Return the range of the gray pictures of more than eight bits among image files.
+
+    It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits; from the least to the largest value where
+    some are negative; None where there is no such picture. Files that cannot be read do not count.
+    """
+    low, high = 0.0, -1.0
+    for path in paths:
+        # Only these formats have more than eight bits.
+        if not path.lower().endswith((".png", ".pgm", ".tif", ".tiff")):
+            continue
+        with suppress(Exception), Image.open(path, formats=FORMATS) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                values = np.asarray(image, dtype=np.float64)
+                if image.mode != "F" or values.min() < 0:
+                    low, high = min(low, values.min()), max(high, values.max())
+    if high < 0 <= low or not math.isfinite(high - low):
+        return None
+    limits = [2**bits - 1 for bits in (8, 10, 12, 14, 16) if 2**bits > high]
+    return (float(low), float(high)) if low < 0 or not limits else (0.0, float(limits[0]))
 
 
 def train_transform(

@@ -76,7 +76,7 @@ def test_local_slice_chooses_images(items):
 def test_images_are_decoded_once(items, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        datasets.loader, "read_image", lambda path: opened.append(path) or read_image(path)
+        datasets.loader, "read_image", lambda path, **_: opened.append(path) or read_image(path)
     )
     take(ImageLoader(16, cache_mb=10), items, 9)
     assert len(opened) == 7
@@ -128,7 +128,7 @@ def test_lost_training_image_is_named(command, monkeypatch, num_workers, fault):
     before = image_threads()
     seen, lock = {}, threading.Lock()
 
-    def read(path):
+    def read(path, *_):
         with lock:
             seen[path] = seen.get(path, 0) + 1
             if seen[path] == 5:  # long after the test images were read
