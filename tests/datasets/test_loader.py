@@ -128,7 +128,7 @@ def test_lost_training_image_is_named(command, monkeypatch, num_workers, fault):
     before = image_threads()
     seen, lock = {}, threading.Lock()
 
-    def read(path, *_):
+    def read(path, **_):
         with lock:
             seen[path] = seen.get(path, 0) + 1
             if seen[path] == 5:  # long after the test images were read
