@@ -282,6 +282,27 @@ def test_decay_reaches_only_the_union():
     torch.testing.assert_close(w.detach(), torch.where(at, 0.95, 1.0))
 
 
+def test_decoupled_decay_leaves_the_fit():
+    """A regression from near its solution: as a penalty, the same decay rules the small steps."""
+
+    def last_loss(**settings):
+        generator = torch.Generator().manual_seed(0)
+        x, true, noise = (torch.randn(256, n, generator=generator) for n in (64, 64, 64))
+        true, noise = 0.05 * true[:64], 0.02 * noise[:64]
+        w = nn.Parameter(true + noise)
+        optimizer = SO([w], lr=1e-3, density_ratio=0.1, seed=1, **settings)
+        for _ in range(200):
+            loss = (x @ (w - true)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    plain = last_loss()
+    assert last_loss(weight_decay=0.1, decoupled_weight_decay=True) < 1.1 * plain
+    assert last_loss(weight_decay=0.1) > 2 * plain
+
+
 # Supports
 
 
