@@ -151,7 +151,7 @@ class Device(TorchDispatchMode):
         if not non_blocking:
             self.wait(f"copy to {goal} without non_blocking")
         elif not pinned and (goal == "cpu" or size > STAGED):
-            self.wait(f"copy to {goal} beside memory that is not pinned", noticed=False)
+            self.wait(f"copy to {goal} without pinned memory", noticed=False)
 
     def record_waits(self, name, args, kwargs) -> None:
         """Record a wait where CUDA's way to compute this has one."""

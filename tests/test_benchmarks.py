@@ -1,4 +1,4 @@
-"""The benchmarks run on tiny sizes; their baselines compute what they are said to compute."""
+"""The benchmarks run on tiny sizes; their baselines compute what they claim to compute."""
 
 import argparse
 import json

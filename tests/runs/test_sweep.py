@@ -1,4 +1,4 @@
-"""Sweeps: what is skipped, what goes on after failures, what a stop does."""
+"""Sweeps: finished runs are skipped, failures are listed, a stop waits for checkpoints."""
 
 import io
 import os
