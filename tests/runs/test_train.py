@@ -6,7 +6,6 @@ from contextlib import closing
 
 import pytest
 import torch
-import torch.nn.functional as F
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from helpers import save_and_load
 from PIL import Image
@@ -121,16 +120,6 @@ def test_mark_as_trainable_resnet():
 
 
 # Classifier and evaluation
-
-
-def test_classifier_averages_prompts():
-    model = build_model(random_state_dict(TINY_VIT))
-    features = make_classifier(model).encode_classes()
-    expected = model.encode_text(model.tokenize(["a red one.", "a green.", "a blue."]))
-    torch.testing.assert_close(features, F.normalize(expected, dim=-1))
-    both = make_classifier(model, ["a {}.", "the {}."]).encode_classes()
-    other = make_classifier(model, ["the {}."]).encode_classes()
-    torch.testing.assert_close(both, F.normalize(features + other, dim=-1))
 
 
 def test_tokenize_class_prompts_trims(capsys):
@@ -264,9 +253,8 @@ def test_train_state_round_trip():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gpu_sync_only_after_epoch(items, precision):
-    training = build(position="all", total_iters=9, device="cuda", precision=precision)
+def test_gpu_sync_only_after_epoch(items):
+    training = build(position="all", total_iters=9, device="cuda", precision="bf16")
     modes = []
 
     def batches():
