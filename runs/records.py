@@ -38,7 +38,9 @@ RESULT_SCHEMA = {
     "device": (str, r".+"),
     "versions": (dict,),
 }
-OPTIONAL_FIELDS = ("git_commit", "new_accuracy", "zero_shot_new_accuracy")
+OPTIONAL_FIELDS = (
+    "git_commit", "new_accuracy", "zero_shot_new_accuracy", "inputs", "fewer_images",
+)  # fmt: skip
 DATA_SCHEMA = {"split": (str, r"\w+"), "digest": (str, r"\w+")}  # of `data`
 TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
     "zero_shot_accuracy": PERCENT,
@@ -73,6 +75,8 @@ class Run:
     git_commit: str | None
     new_accuracy: float | None  # of a run on base classes, on the new ones
     zero_shot_new_accuracy: float | None
+    inputs: dict[str, Any] | None  # content of its files, as runs.identity has it
+    fewer_images: dict[str, int] | None  # classes with fewer different images than shots
     transfer: dict[str, dict[str, Any]]  # TRANSFER_SCHEMA by target dataset
     loss_curve: np.ndarray  # (iterations,)
     eval_curve: np.ndarray  # (E, 2): iteration, accuracy; begins with iteration 0, zero-shot

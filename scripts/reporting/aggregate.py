@@ -6,6 +6,7 @@ Values stay as they were measured. They are rounded where they are printed.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,8 +20,9 @@ import clip
 from datasets import DATASETS
 from run_utils import default_settings
 from runs.identity import NON_HPARAMS
-from runs.output_dir import PATH_KEYS
+from runs.output_dir import PATH_KEYS, slugify_templates
 from runs.records import Run, read_run
+from utils import sha256_of_tree
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}
@@ -95,7 +97,7 @@ class BackboneResults(NamedTuple):
 
 def find_runs(folders: Sequence[Path], warn: Callable[[str], None]) -> list[Run]:
     """Read all finished runs below the folders; warn of broken, unfinished and repeated ones."""
-    runs: dict[str, Run] = {}
+    runs = []
     for root in folders:
         for path, names, files in os.walk(
             root, onerror=lambda e: warn(f"skipped {e.filename}: {e.strerror}")
@@ -109,12 +111,15 @@ def find_runs(folders: Sequence[Path], warn: Callable[[str], None]) -> list[Run]
                 run = read_run(Path(path).resolve())
                 if run.config.get("eval_split", "test") != "test":
                     raise ValueError("its accuracies are of validation images")
-                first = runs.setdefault(run_key(run), run)
-                if first.folder != run.folder:
-                    raise ValueError(f"the same run as {first.folder}, which is used")
+                runs.append(run)
             except (ValueError, OSError) as error:
                 warn(f"skipped {path}: {getattr(error, 'strerror', None) or error}")
-    return list(runs.values())
+    different: dict[str, Run] = {}
+    for run in unify_spellings(runs):
+        first = different.setdefault(run_key(run), run)
+        if first.folder != run.folder:
+            warn(f"skipped {run.folder}: the same run as {first.folder}, which is used")
+    return list(different.values())
 
 
 def run_key(run: Run) -> str:
@@ -122,6 +127,56 @@ def run_key(run: Run) -> str:
     where = [run.method, run.backbone, run.dataset, run.shots, run.seed]
     where.append(run.config.get("subsample", "all"))
     return repr([where, run.data["digest"], sorted(hparams(run).items())])
+
+
+def unify_spellings(runs: Sequence[Run]) -> list[Run]:
+    """Give settings that name files one value where the files had the same content.
+
+    A file is named by its stem; a digest follows where one name stands for several contents.
+    """
+    keys = ("backbone", "activation", "heads"), ("classnames",), ("template",), ("fewshot_split",)
+    for first, *others in keys:
+        names: dict[tuple, tuple] = {}  # by content; the name of no file, if there is one
+        spellings = [(spelling(run, first), *map(run.config.get, others)) for run in runs]
+        contents = [content(run, first) for run in runs]
+        for name, key in sorted(
+            zip(spellings, contents, strict=True), key=lambda pair: (pair[0][0] or "", repr(pair))
+        ):
+            names.setdefault(key, name)
+        counts = Counter((scope, repr(name)) for (scope, _), name in names.items())
+        unified = []
+        for run, (scope, sha256) in zip(runs, contents, strict=True):
+            value, *rest = names[scope, sha256]
+            changes = {"backbone": value} if first == "backbone" else {}
+            if counts[scope, repr((value, *rest))] > 1:
+                value = f"{value or 'default'}, {sha256[:7]}"
+            settings = dict(zip([first, *others], [value, *rest], strict=True))
+            unified.append(replace(run, config=run.config | settings, **changes))
+        runs = unified
+    return runs
+
+
+def spelling(run: Run, key: str) -> str | None:
+    """Return the value of a setting that names a file, without its folders."""
+    if key == "backbone":
+        return run.backbone
+    value = run.config.get(key)
+    return value and (slugify_templates(value) if key == "template" else Path(value).stem)
+
+
+def content(run: Run, key: str) -> tuple[tuple, str]:
+    """Return what a setting's content can be compared within, and the content's digest."""
+    scope = ()
+    if key != "backbone":
+        scope = run.dataset, run.data["digest"], run.config.get("subsample")
+    if key == "fewshot_split":  # without a list, the images follow from shots and seed
+        scope += run.shots, run.seed, run.config.get(key) is None
+    if run.inputs is None:  # of an older version: only equal paths have equal contents
+        known = run.backbone in clip.available_models() or "backbone" not in run.config
+        path = run.backbone if key == "backbone" and known else run.config.get(key)
+        return scope, sha256_of_tree(path)
+    value = run.inputs["train_images" if key == "fewshot_split" else key]
+    return scope, value if isinstance(value, str) else sha256_of_tree(value)
 
 
 # Grouping
@@ -181,9 +236,10 @@ def hparams(run: Run) -> dict[str, Any]:
     A flag that is newer than the run has its default.
     """
     ignored = NON_HPARAMS | {*PATH_KEYS, "subsample"} | IGNORED_HPARAMS.get(run.method, set())
-    if run.backbone not in clip.available_models():
-        ignored = ignored - {"backbone"}  # many checkpoints are called model.safetensors
-    return {key: value for key, value in (defaults() | run.config).items() if key not in ignored}
+    settings = defaults() | run.config
+    if settings["final_model"] == "last_step":
+        ignored = ignored | {"eval_every"}  # the weights do not depend on when they are evaluated
+    return {key: settings[key] for key in settings if key not in ignored - {"backbone"}}
 
 
 defaults = cache(default_settings)
@@ -193,8 +249,6 @@ def format_setting(key: str, value: Any) -> str:
     """Return a setting as tables name it: "lr 0.01", "dense_grad", "no flip"; a file's stem."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
-    if key in ("classnames", "fewshot_split"):
-        value = Path(str(value)).stem
     return f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 

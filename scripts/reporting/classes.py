@@ -17,7 +17,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 
 from reporting.aggregate import BackboneResults, Variant, display_name, summarize
-from reporting.figures import make_figure
+from reporting.figures import drawable_characters, figure_path, make_figure
 from reporting.markdown import markdown
 from reporting.tables import format_spread
 from runs.records import load_confusion_matrix, slugify
@@ -25,6 +25,7 @@ from utils import plural, to_csv, unique_classnames
 
 NUM_HARDEST = 5  # classes in the table
 MAX_NUMBERS, MAX_NAMES = 20, 120  # classes up to which a matrix has numbers in it, names beside it
+UNDRAWABLE = "; no font here has the names of the numbered classes: predictions.csv has both"
 CSV_HEADER = ["backbone", "dataset", "shots", "method", "settings", "class", "images", "accuracy"]
 CSV_HEADER += ["confused_with", "confused_percent"]  # the most frequent wrong class
 
@@ -52,11 +53,10 @@ class ConfusionCell(NamedTuple):
 
         Then the wrong class that is predicted most often, and its share in percent.
         """
-        images = self.counts.sum(axis=1) // len(self.calibration_errors)
         percent = np.nan_to_num(self.row_percent)
         wrong = percent - np.diag(percent.diagonal())
         rows = zip(
-            self.names, images.tolist(), percent.diagonal().tolist(),
+            self.names, self.images.tolist(), percent.diagonal().tolist(),
             [self.names[label] for label in wrong.argmax(axis=1)], wrong.max(axis=1).tolist(),
             strict=True,
         )  # fmt: skip
@@ -67,8 +67,22 @@ class ConfusionCell(NamedTuple):
         """What was run, in words."""
         seeds = plural(len(self.calibration_errors), "seed")
         shots = plural(self.shots, "shot")
+        images = plural(int(self.images.sum()), "test image")
         what = f"{display_name(self.dataset)}, {shots}, {self.variant.label}, {self.backbone}"
-        return f"{what} ({seeds})"
+        note = "" if all(map(is_drawable, self.names)) else UNDRAWABLE
+        return f"{what} ({seeds}, n = {images}){note}"
+
+    @property
+    def images(self) -> np.ndarray:
+        """The number of test images of each class (C,)."""
+        return self.counts.sum(axis=1) // len(self.calibration_errors)
+
+    def tick_labels(self) -> list[str]:
+        """Return the classes as figures name them: cut, or by label where no font has the name."""
+        return [
+            truncate(name) if is_drawable(name) else f"class {label}"
+            for label, name in enumerate(self.names)
+        ]
 
 
 def confusion_cells(results: BackboneResults, warn: Callable[[str], None]) -> list[ConfusionCell]:
@@ -120,8 +134,8 @@ def plan_class_figures(cells: Iterable[ConfusionCell]) -> dict[str, Callable[[],
     for cell in cells:
         parts = [cell.dataset, f"{cell.shots}shots", *filter(None, cell.variant)]
         for kind, draw in {"confusion": draw_confusion, "classes": draw_accuracies}.items():
-            name = f"{kind}-{slugify('-'.join(parts))}.png"
-            plan[f"{slugify(cell.backbone)}/{name}"] = partial(draw, cell)
+            name = f"{kind}-{slugify('-'.join(parts))}"
+            plan[figure_path(cell.backbone, name)] = partial(draw, cell)
     return plan
 
 
@@ -146,8 +160,9 @@ def draw_confusion(cell: ConfusionCell) -> Figure:
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100])
     bar.set_label("share of the true class's images (%)")
     if count <= MAX_NAMES:
-        size, names = 8 if count <= MAX_NUMBERS else 6.5, [truncate(name) for name in cell.names]
+        size, names = 8 if count <= MAX_NUMBERS else 6.5, cell.tick_labels()
         axes.set_xticks(range(count), labels=names, rotation=90, fontsize=size)
+        names = [f"{name} (n={n})" for name, n in zip(names, cell.images, strict=True)]
         axes.set_yticks(range(count), labels=names, fontsize=size)
     for row, column in zip(*percent.nonzero(), strict=True) if count <= MAX_NUMBERS else ():
         share = percent[row, column]
@@ -158,7 +173,7 @@ def draw_confusion(cell: ConfusionCell) -> Figure:
 
 def draw_accuracies(cell: ConfusionCell) -> Figure:
     """Draw the accuracy of each class as a bar, worst first, in as many columns as that takes."""
-    rows = cell.worst_first
+    rows, labels = cell.worst_first, dict(zip(cell.names, cell.tick_labels(), strict=True))
     columns = math.ceil(len(rows) / (50 if len(rows) <= 100 else 100))
     length = math.ceil(len(rows) / columns)
     size, height = (8, 0.17) if length <= 50 else (6.5, 0.135)
@@ -167,10 +182,11 @@ def draw_accuracies(cell: ConfusionCell) -> Figure:
     set_title(figure, cell.title)
     for number, axes in enumerate(panels):
         part = rows[number * length : (number + 1) * length]
-        names, _, values, *_ = zip(*part, strict=True)
+        _, _, values, *_ = zip(*part, strict=True)
+        names = [f"{labels[name]} (n={n})" for name, n, *_ in part]
         bars = axes.barh(range(len(part)), values, color="#0072B2", height=0.75)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=size)
-        axes.set_yticks(range(len(part)), labels=map(truncate, names), fontsize=size)
+        axes.set_yticks(range(len(part)), labels=names, fontsize=size)
         axes.set(xlim=(0, 110), ylim=(length - 0.4, -0.6), xlabel="accuracy (%)")
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.grid(False, axis="y")
@@ -188,3 +204,8 @@ def set_title(figure: Figure, title: str) -> None:
 def truncate(name: str) -> str:
     """Return a class name for figures: not too long, and not read as mathematics."""
     return (name if len(name) <= 28 else f"{name[:27]}…").replace("$", r"\$")
+
+
+def is_drawable(name: str) -> bool:
+    """Return whether the fonts here have all characters of a name."""
+    return set(name.replace(" ", "")) <= drawable_characters()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from reporting.aggregate import unify_spellings
 from run_utils import default_settings, get_arguments
 from runs.identity import diff_settings, get_hparams
 from runs.output_dir import get_output_dir
@@ -134,4 +135,4 @@ def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
             runs.append(run)
     if not runs:
         raise ValueError("no run of this experiment is finished")
-    return runs
+    return unify_spellings(runs)

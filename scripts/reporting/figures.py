@@ -9,11 +9,12 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -27,6 +28,7 @@ from reporting.aggregate import (
     published_figures,
     zero_shot_mean,
 )
+from runs.output_dir import shorten
 from runs.records import Run, slugify
 from utils import plural
 
@@ -39,6 +41,11 @@ RC_PARAMS = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "figure.constrained_layout.use": True,
 }  # fmt: skip
+FONT_FAMILIES = [  # those that are installed are tried in turn for each character
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Zen Hei",
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Apple SD Gothic Neo",
+    "Arial Unicode MS", "Noto Emoji", "Symbola", "Segoe UI Emoji",
+]  # fmt: skip
 SHOTS_LABEL = "shots (training images per class)"
 INTERVAL = "mean, 95 % interval\nover seeds"
 MEAN_STD = "mean ± standard\ndeviation over seeds"
@@ -62,7 +69,12 @@ def plan_figures(
         plan["cost"] = partial(draw_cost, results)
     for name, shots in sorted({key[:2] for key in results.cells}):
         plan[f"curves-{slugify(name)}-{shots}shots"] = partial(draw_curves, results, name, shots)
-    return {f"{slugify(results.name)}/{name}.png": draw for name, draw in plan.items()}
+    return {figure_path(results.name, name): draw for name, draw in plan.items()}
+
+
+def figure_path(backbone: str, name: str) -> str:
+    """Return a figure's path in the report, cut where file systems do not take it."""
+    return f"{shorten(slugify(backbone))}/{shorten(name)}.png"
 
 
 def draw_accuracy(results: BackboneResults, datasets: Sequence[str]) -> Figure:
@@ -245,9 +257,10 @@ def add_legend(figure: Figure, title: str) -> Figure:
     order = sorted(
         range(len(labels)), key=lambda i: ("published" in labels[i], "zero" in labels[i])
     )
-    wrapped = [
-        textwrap.fill(labels[i], 24, break_long_words=False, break_on_hyphens=False) for i in order
-    ]
+    wrapped = [textwrap.fill(labels[i], 28, break_on_hyphens=False) for i in order]
+    lines = sum(label.count("\n") + 1.8 for label in wrapped) + title.count("\n") + 2
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, max(height, 0.17 * lines))  # a line of 10 points, in inches
     figure.legend(
         [handles[i] for i in order], wrapped, title=title, frameon=False,
         loc="outside right upper", alignment="left", labelspacing=0.8, handlelength=3,
@@ -261,6 +274,20 @@ def render_png(draw: Callable[[], Figure]) -> bytes:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of names in other scripts
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(RC_PARAMS)
+        matplotlib.rcParams.update(RC_PARAMS | {"font.family": installed_families()})
         draw().savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
+
+
+@cache
+def installed_families() -> list[str]:
+    """Return the font families of FONT_FAMILIES that this machine has."""
+    installed = set(font_manager.get_font_names())
+    return [family for family in FONT_FAMILIES if family in installed]
+
+
+@cache
+def drawable_characters() -> frozenset[str]:
+    """Return all characters that these families have."""
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in installed_families()]
+    return frozenset(chr(code) for font in fonts for code in font.get_charmap())

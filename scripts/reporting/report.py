@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reporting.aggregate import group_by_backbone, warnings_for
+from matplotlib.figure import Figure
+
+from reporting.aggregate import display_name, group_by_backbone, warnings_for
 from reporting.classes import classes_csv, classes_section, confusion_cells, plan_class_figures
 from reporting.figures import plan_figures, render_png
 from reporting.protocols import ProtocolRow, base_to_new, protocol_sections, transfer
-from reporting.tables import Row, backbone_section, table_rows
+from reporting.tables import Row, backbone_section, format_mean, table_rows
 from runs.records import Run
-from utils import atomic_write, plural, print_quietly, to_csv
+from utils import atomic_write, format_error, plural, print_quietly, to_csv
 
+MAX_WIDTH = 200  # characters of a printed line
 FIGURES = """## Figures
 
 Bands in curves go from the lowest seed to the highest. A run that ended early is continued at its
@@ -19,7 +22,7 @@ last value.
 
 
 def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) -> None:
-    """Write and print the tables of some runs, then draw their figures.
+    """Write the tables of some runs and draw their figures; print a summary.
 
     Args:
         runs: At least one.
@@ -51,9 +54,34 @@ def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) ->
     if protocol_rows:
         atomic_write(out / "protocols.csv", to_csv(ProtocolRow._fields, protocol_rows))
     atomic_write(out / "tables.md", "\n".join([*sections, f"{FIGURES}\n{links}\n"]))
-    print_quietly("\n".join(sections))
-    for name, draw in plan.items():
-        (out / name).parent.mkdir(exist_ok=True)
-        atomic_write(out / name, render_png(draw))
+    drawn = sum(write_figure(out / name, draw, warn) for name, draw in plan.items())
+    for line in summary_lines(rows):
+        print_quietly(line)
     count = plural(len(runs), "run")
-    print_quietly(f"{count}: tables and {plural(len(plan), 'figure')} in {out}")
+    print_quietly(f"{count}: tables and {plural(drawn, 'figure')} in {out} (tables.md)")
+
+
+def write_figure(path: Path, draw: Callable[[], Figure], warn: Callable[[str], None]) -> bool:
+    """Draw a figure into a file; return whether it could be drawn and written."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, render_png(draw))
+    except Exception as error:  # of matplotlib, of fonts, of the disk: the others are still drawn
+        warn(f"left out the figure {path.name}: {format_error(error)}")
+        return False
+    return True
+
+
+def summary_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each backbone, shots and variant: the mean over its datasets."""
+    last = {(row.backbone, row.shots): row.dataset for row in rows}  # a mean over several, or one
+    lines = [
+        f"{row.backbone}, {display_name(row.dataset)}, {plural(row.shots, 'shot')}, "
+        f"{row.variant.label}: {format_mean(row.mean, row.std, row.seeds)}"
+        for row in rows
+        if row.dataset == last[row.backbone, row.shots] and row.mean is not None
+    ]
+    return [
+        line if len(line) <= MAX_WIDTH else f"{line[:90]} ... {line[-90:]}"
+        for line in dict.fromkeys(lines)  # a variant has a row for each published figure
+    ]

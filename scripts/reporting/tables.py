@@ -21,7 +21,7 @@ from reporting.aggregate import (
     zero_shot_mean,
 )
 from reporting.markdown import markdown
-from utils import plural
+from utils import plural, truncate_list
 
 ZERO_SHOT = Variant("zero_shot")
 ACCURACIES = (
@@ -98,7 +98,8 @@ def backbone_section(results: BackboneResults, rows: Sequence[Row]) -> str:
     """Return the Markdown section of a backbone."""
     sources = [s for s in PUBLISHED["sources"] if any(row.published_source == s for row in rows)]
     footnotes = {source: number for number, source in enumerate(sources, start=1)}
-    parts = [f"## {results.name}", provenance_line(results), ACCURACIES]
+    parts = [f"## {results.name}", provenance_line(results), *fewer_images_lines(results)]
+    parts.append(ACCURACIES)
     if sources:
         lines = [
             f"* [{n}] {source}: {PUBLISHED['sources'][source]}." for source, n in footnotes.items()
@@ -129,6 +130,20 @@ def provenance_line(results: BackboneResults) -> str:
     columns = zip(*((r.git_commit, r.versions.get("torch"), r.device) for r in runs), strict=True)
     texts = [", ".join(sorted({str(value) for value in column})) for column in columns]
     return "{}. Commit: {}. PyTorch: {}. Device: {}.".format(plural(len(runs), "run"), *texts)
+
+
+def fewer_images_lines(results: BackboneResults) -> list[str]:
+    """Return a sentence for each dataset and shots whose classes lack different images."""
+    sentences: dict[str, None] = {}
+    for (dataset, shots, _), cell in sorted(results.cells.items()):
+        for run in cell.values():
+            if run.fewer_images:
+                classes = [f"{name}: {n}" for name, n in run.fewer_images.items()]
+                sentences[
+                    f"{display_name(dataset)}, {plural(shots, 'shot')}: classes with fewer "
+                    f"different training images, which were repeated ({truncate_list(classes)})."
+                ] = None
+    return list(sentences)
 
 
 def accuracy_table(results: BackboneResults, rows: Sequence[Row], footnotes: dict[str, int]) -> str:

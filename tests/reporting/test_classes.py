@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from report_helpers import make_run, read_table
+from reporting import classes
 from reporting.aggregate import Variant, find_runs, group_by_backbone
 from reporting.classes import (
     ConfusionCell,
@@ -69,6 +70,19 @@ def test_confusion_cells_add_seeds(tmp_path):
         "ViT-B-16/confusion-dtd-4shots-so-classnames-names--lr-0.001.png",
         "ViT-B-16/classes-dtd-4shots-so-classnames-names--lr-0.001.png",
     ]  # fmt: skip
+
+
+def test_undrawable_names_become_labels(monkeypatch):
+    monkeypatch.setattr(classes, "drawable_characters", lambda: frozenset("ab|cnoed$"))
+    some = cell(names=("a", "猫 a", "none", "🦉"))
+    assert some.tick_labels() == ["a", "class 1", "none", "class 3"]
+    for draw in (draw_confusion, draw_accuracies):
+        figure = draw(some)
+        title = figure.get_suptitle().replace("\n", " ")
+        assert "n = 8 test images" in title and "no font here has the names" in title
+        labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+        assert "class 1 (n=2)" in labels and "class 3 (n=4)" in labels
+    assert "font" not in cell(names=("a", "b", "c", "$d$")).title
 
 
 @pytest.mark.parametrize("count, numbers, names", [(10, 20, 10), (100, 0, 100), (400, 0, 0)])

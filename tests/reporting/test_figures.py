@@ -99,3 +99,16 @@ def test_short_run_is_continued(tmp_path):
     assert list(x) == [2.5, 6.5, 9.5]
     assert list(short) == pytest.approx([runs[0].loss_curve.mean()] * 3)
     assert list(long) == pytest.approx([runs[1].loss_curve[i : i + 4].mean() for i in (0, 4, 8)])
+
+
+def test_long_legend_stays_on_page(tmp_path):
+    for number in range(14):
+        settings = {"lr": number / 7, "batch_size": 33 + number, "moment_support": "random" * 9}
+        make_run(tmp_path, settings=settings)
+    make_run(tmp_path)
+    (results,) = group_by_backbone(find_runs([tmp_path], pytest.fail))
+    for draw in figures.plan_figures(results).values():
+        figure = draw()
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1

@@ -1,6 +1,7 @@
 """The report: numbers checked by hand, and bad input named and left out."""
 
 import csv
+import json
 
 import pytest
 import report
@@ -204,7 +205,8 @@ def test_different_settings_are_never_averaged(lines, tmp_path):
 
 
 def test_ignored_hparams_do_not_split(run, tmp_path):
-    ignored = {"so": ["rank"], "lora": ["s", "t", "dense_grad"], "adam": ["s", "t", "rank"]}
+    ignored = {"so": ["rank", "eval_every"], "lora": ["s", "t", "dense_grad"]}
+    ignored["adam"] = ["s", "t", "rank"]
     for method, keys in ignored.items():
         make_run(tmp_path, method, seed=1)
         make_run(tmp_path, method, seed=2, settings=dict.fromkeys(keys, 7))
@@ -217,12 +219,68 @@ def test_ignored_hparams_do_not_split(run, tmp_path):
     }  # fmt: skip
 
 
-def test_variants_are_named_by_differences(tmp_path):
-    for path in ("a/model.safetensors", "b/model.safetensors"):  # one backbone by its stem
-        make_run(tmp_path / "stem", backbone=path, settings={"backbone": path})
-    assert [variant.label for variant in load_results(tmp_path / "stem").variants] == [
-        "SO, backbone a/model.safetensors", "SO, backbone b/model.safetensors",
+def make_moved_run(root, folder, seed, weights="0f" * 32, **inputs):
+    """Write a run whose files lay in `folder`; `inputs` replace their contents."""
+    contents = {"classnames": ["cat"], "template": ["a {}."], "train_images": "1"}
+    settings = {"backbone": f"{folder}/my.pt", "classnames": f"{folder}/names.yaml"}
+    make_run(
+        root / folder, backbone=f"{folder}/my.pt", seed=seed, settings=settings,
+        inputs={"backbone": weights, **contents, **inputs},
+    )  # fmt: skip
+
+
+def test_settings_are_compared_by_content(tmp_path):
+    make_moved_run(tmp_path / "moved", "a", 1)
+    make_moved_run(tmp_path / "moved", "b", 2)
+    (variant,) = load_results(tmp_path / "moved").variants
+    assert variant.label == "SO"
+    make_moved_run(tmp_path / "other", "a", 1)
+    make_moved_run(tmp_path / "other", "b", 1, weights="1e" * 32)
+    assert [variant.label for variant in load_results(tmp_path / "other").variants] == [
+        "SO, backbone my, 0f0f0f0", "SO, backbone my, 1e1e1e1",
     ]  # fmt: skip
+    make_moved_run(tmp_path / "names", "a", 1)
+    make_moved_run(tmp_path / "names", "b", 1, classnames=["kitten"])
+    labels = [variant.label for variant in load_results(tmp_path / "names").variants]
+    assert len(set(labels)) == 2 and all("SO, classnames names, " in label for label in labels)
+
+
+def test_long_settings_leave_all_figures(run, tmp_path, monkeypatch):
+    calls = []
+
+    def render(draw):
+        calls.append(draw)
+        if len(calls) == 2:
+            raise RuntimeError("no such glyph")
+        return b"png"
+
+    monkeypatch.setattr(reporting.report, "render_png", render)
+    keys = ["rank_" * 9 + str(i) for i in range(9)]
+    for seed, values in ((1, 1), (2, 2)):
+        make_run(tmp_path / str(seed), seed=seed)
+        settings = dict.fromkeys(keys, 0.123456789 * values)
+        (folder,) = tmp_path.glob(f"{seed}/so/*/dtd/4shots/*")
+        result = json.loads((folder / "result.json").read_text())
+        result["config"] |= settings
+        (folder / "result.json").write_text(json.dumps(result))
+    status, out, err = run(tmp_path)
+    assert status == 0 and max(map(len, out.splitlines())) <= 200
+    assert err.startswith("report.py: left out the figure") and err.count("\n") == 1
+    names = [path.name for path in (tmp_path / "report").rglob("*.png")]
+    assert len(names) == len(calls) - 1 and max(len(name.encode()) for name in names) < 210
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "rank_" in text and "### Memory" not in out and "tables.md" in out
+
+
+def test_repeated_images_are_reported(lines, tmp_path):
+    make_run(tmp_path, fewer_images={"rare owl": 2})
+    lines()
+    text = (tmp_path / "report" / "tables.md").read_text()
+    assert "DTD, 4 shots: classes with fewer different training images" in text
+    assert "(rare owl: 2)" in text
+
+
+def test_variants_are_named_by_differences(tmp_path):
     for settings in ({"lr": 0.05}, {"lr": 0.01}, {"lr": 0.01, "flip": False, "dense_grad": True}):
         make_run(tmp_path / "lr", settings=settings)
     make_run(tmp_path / "lr", "adam", settings={"lr": 0.01, "seed": 1})
