@@ -7,16 +7,18 @@ which downloads a dataset first. Exit status: 0 if all are well, 1 if one is mis
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from datasets.base import SPLITS, DatasetDir, Split, dataset_errors, find_dataset_dir, resolve_root
-from datasets.build import dataset_name, get_dataset_info
+from datasets.build import dataset_name, find_gray_range, get_dataset_info
 from datasets.catalog import DATASETS
 from datasets.download import DOWNLOADS, download_dataset
 from datasets.splits import CHECKS, count_mismatch, format_counts, read_split
@@ -36,6 +38,7 @@ class CheckResult:
     counts: dict[str, str] = field(default_factory=dict)
     status: str = "ok"
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on own images
 
     def row(self) -> tuple[str, ...]:
         """Return the row's texts, in the order of COLUMNS."""
@@ -76,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not only and DATASETS[result.name].test_only and result.status == "not found":
             result.problems = []  # few people have these
     print_table([COLUMNS, *(result.row() for result in results)])
+    for note in (note for result in results for note in result.notes):
+        print(note)
     problems = [problem for result in results for problem in result.problems]
     for problem in problems:
         print(f"* {problem}")
@@ -102,7 +107,12 @@ def check_dataset(name: str, root_path: str | None, decode: bool) -> CheckResult
         result.problems = [str(error)]
         return result
     result.split, result.counts = split.origin, format_counts(info, split)
-    for check in (*CHECKS, find_corrupt_images) if decode else CHECKS:
+    checks = [*CHECKS, *([find_corrupt_images] if decode else [])]
+    if info.custom_path:
+        result.notes = [*count_by_class(split), *(f"note: {note}" for note in split.notes)]
+        find_gray_range(dataset_dir, split)
+        checks += [find_equal_images] if decode else []
+    for check in checks:
         try:
             with dataset_errors(dataset_dir):
                 check(dataset_dir, split)
@@ -112,6 +122,40 @@ def check_dataset(name: str, root_path: str | None, decode: bool) -> CheckResult
         result.problems.append(mismatch)
     result.status = "incomplete" if result.problems else "ok"
     return result
+
+
+def count_by_class(split: Split) -> list[str]:
+    """Return a line for each class: its numbers of training, validation and test images."""
+    counts = {label: dict.fromkeys(SPLITS, 0) for label in split.lab2cname}
+    for part in SPLITS:
+        for _, label, _ in getattr(split, part):
+            counts[label][part] += 1
+    return [
+        "{}: {train} train, {val} val, {test} test".format(split.lab2cname[label], **numbers)
+        for label, numbers in counts.items()
+    ]
+
+
+def find_equal_images(dataset_dir: DatasetDir, split: Split) -> None:
+    """Raise ValueError if images of different parts or classes are equal byte for byte."""
+    places = {path: (part, name) for part in SPLITS for path, _, name in getattr(split, part)}
+    by_size: dict[int, list[str]] = {}
+    by_content: dict[str, list[str]] = {}
+    for path in places:
+        with suppress(OSError):  # is reported by the other checks
+            by_size.setdefault(os.path.getsize(dataset_dir.image_path(path)), []).append(path)
+    for path in (path for paths in by_size.values() if len(paths) > 1 for path in paths):
+        with suppress(OSError), open(dataset_dir.image_path(path), "rb") as file:
+            by_content.setdefault(hashlib.sha256(file.read()).hexdigest(), []).append(path)
+    equal = [
+        " = ".join(f"{path} ({', '.join(places[path])})" for path in paths)
+        for paths in by_content.values()
+        if len({places[path] for path in paths}) > 1
+    ]
+    if equal:
+        raise ValueError(
+            f"equal images in different parts or classes: {truncate_list(equal)}: keep one of each"
+        )
 
 
 def find_corrupt_images(dataset_dir: DatasetDir, split: Split) -> None:

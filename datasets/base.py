@@ -6,6 +6,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ IMAGE_EXTENSIONS += (".tif", ".tiff", ".webp")
 # Folders that archives and file servers leave behind, besides hidden ones; in lower case.
 IGNORED_DIRS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
 IGNORED_DIRS += ("#snapshot", "system volume information")
+IGNORED_FILES = ("thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Split:
     lab2cname: dict[int, str]  # label to class name
     origin: str = "published"  # or "made" here from the raw download, or "own" for a user's images
     files_exist: bool = False  # whether the paths come from listing their folders
+    has_parts: bool = True  # False if the classes of own images were divided here
+    notes: tuple[str, ...] = ()  # what was left out, dropped or taken in another sense
 
     def samples(self) -> Iterator[RawSample]:
         """Yield all samples, in the order of SPLITS."""
@@ -94,7 +98,7 @@ class Split:
         """Return the SHA-256 of all samples in their order, which no folder's place changes."""
         sha = hashlib.sha256(repr(self.num_images()).encode())
         for path, label, name in self.samples():
-            sha.update(f"{path}\0{label}\0{name}\0".encode(errors="surrogateescape"))
+            sha.update(nfc(f"{path}\0{label}\0{name}\0").encode(errors="surrogateescape"))
         return sha.hexdigest()
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -162,10 +166,23 @@ class DatasetDir:
         """Return the path of a sample's image on this disk."""
         return os.path.join(self.image_dir, path)
 
-    def to_posix_path(self, path: str) -> str:
-        """Return a path written on Windows with "/", if there is such a file."""
-        posix = path.replace("\\", "/")
-        return posix if posix != path and os.path.isfile(self.image_path(posix)) else path
+    def find_path(self, path: str) -> str:
+        """Return the path below the image folder that a list means, or else the path as it is.
+
+        It may be written on Windows or in Unicode's other form, and for own images be absolute.
+        """
+        if self.info.custom_path and os.path.isabs(path):
+            relative = os.path.relpath(path, self.image_dir)
+            path = path if relative.startswith("..") else relative
+        if path.isascii() and "\\" not in path:
+            return path
+        folder, name = os.path.split(path.replace("\\", "/"))
+        forms = [("NFC", "NFC"), ("NFD", "NFD"), ("NFC", "NFD"), ("NFD", "NFC")]  # macOS has NFD
+        candidates = [os.path.join(folder, name)] + [
+            os.path.join(*map(unicodedata.normalize, pair, (folder, name))) for pair in forms
+        ]
+        files = (found for found in candidates if os.path.isfile(self.image_path(found)))
+        return next(files, path)
 
 
 def find_dataset_dir(
@@ -268,34 +285,47 @@ def list_images(folder: str | os.PathLike) -> list[str]:
 
 def list_subdirs(folder: str | os.PathLike) -> list[str]:
     """Return the sorted names of a folder's subfolders, without hidden and ignored ones."""
-    names = _list_entries(folder, os.DirEntry.is_dir)
-    return [name for name in names if name.lower() not in IGNORED_DIRS]
+    return list_entries(folder)[1]
 
 
 def list_files(folder: str | os.PathLike) -> list[str]:
     """Return the sorted names of a folder's files; hidden ones are left out."""
-    return _list_entries(folder, os.DirEntry.is_file)
+    return list_entries(folder)[0]
 
 
-def _list_entries(
-    folder: str | os.PathLike, is_kind: Callable[[os.DirEntry[str]], bool]
-) -> list[str]:
-    """Return the sorted names of a folder's entries of one kind; links are followed."""
-    names = []
+def list_entries(folder: str | os.PathLike) -> tuple[list[str], list[str], list[str]]:
+    """Return the sorted names of a folder's files, subfolders, and links that lead nowhere.
+
+    Hidden and ignored ones are left out; links are followed.
+    """
+    files, subdirs, dead_links = [], [], []
     for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.name.lower() in (*IGNORED_DIRS, *IGNORED_FILES):
+            continue
         with suppress(OSError):  # a link to itself
-            if not entry.name.startswith(".") and is_kind(entry):
-                names.append(entry.name)
-    return sorted(names)
+            if entry.is_dir():
+                subdirs.append(entry.name)
+                continue
+            if entry.is_file():
+                files.append(entry.name)
+                continue
+        if entry.is_symlink():
+            dead_links.append(entry.name)
+    return sorted(files), sorted(subdirs), sorted(dead_links)
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """Read a text file in UTF-8; a ValueError says what else is in its place."""
+def nfc(text: str) -> str:
+    """Return a name in the one of Unicode's forms in which names are compared."""
+    return unicodedata.normalize("NFC", text)
+
+
+def read_text(path: str | os.PathLike, remedy: str = "get the file again") -> str:
+    """Read a text file in UTF-8; a ValueError says what else is in its place, and the remedy."""
     check_file(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): get the file again") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): {remedy}") from error
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -20,7 +20,9 @@ from datasets.catalog import DATASETS
 from datasets.fewshot import generate_fewshot_dataset, load_fewshot_split
 from datasets.image_folder import custom_dataset_info, dataset_stem, is_path
 from datasets.prompts import rename_classes, resolve_templates
+from datasets.readers import digest_key
 from datasets.splits import check_split, count_mismatch, read_split, save_generated_split
+from datasets.transforms import detect_gray_range
 from utils import did_you_mean
 
 
@@ -59,7 +61,13 @@ def build_dataset(
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
     templates = resolve_templates(template, info)
     dataset_dir, original = _read_dataset(name, root_path)
+    if info.custom_path and subsample != "all" and len(original.lab2cname) < 4:
+        raise ValueError(
+            f"{dataset_dir.name} has {len(original.lab2cname)} classes: --subsample takes four or "
+            "more, two in each half, since one class is always right"
+        )
     _print_notes(dataset_dir, original)
+    gray_range = find_gray_range(dataset_dir, original)
     split = rename_classes(original, classnames)
     if fewshot_split:
         train, val = load_fewshot_split(fewshot_split, original, split, subsample)
@@ -74,11 +82,12 @@ def build_dataset(
             f"{len(task.lab2cname)} classes, not {shots} for each, as the results' folder says",
             file=sys.stderr,
         )
-    dataset = _make_dataset(dataset_dir, task, templates, _fingerprint(split, subsample))
+    settings = dict(templates=templates, gray_range=gray_range)
+    dataset = _make_dataset(dataset_dir, task, _fingerprint(split, subsample), **settings)
     if subsample != "base":
         return dataset
     new_fingerprint = _fingerprint(split, "new")
-    new = _make_dataset(dataset_dir, few.subsample_classes("new"), templates, new_fingerprint)
+    new = _make_dataset(dataset_dir, few.subsample_classes("new"), new_fingerprint, **settings)
     return replace(dataset, new_classes=new)
 
 
@@ -90,14 +99,16 @@ def build_test_dataset(
 ) -> FewShotDataset:
     """Read a dataset that is only tested on: it has no other images.
 
+    All own images without named parts are test images.
+
     Arguments and errors are those of `build_dataset`.
     """
     templates = resolve_templates(template, get_dataset_info(name))
-    dataset_dir, split = _read_dataset(name, root_path)
+    dataset_dir, split = _read_dataset(name, root_path, test_only=True)
     _print_notes(dataset_dir, split, test_only=True)
-    return _make_dataset(
-        dataset_dir, replace(split, train=[], val=[]), templates, split.fingerprint()
-    )
+    gray_range = find_gray_range(dataset_dir, split)
+    task = replace(split, train=[], val=[])
+    return _make_dataset(dataset_dir, task, split.fingerprint(), templates, gray_range)
 
 
 def dataset_fingerprint(
@@ -105,12 +116,15 @@ def dataset_fingerprint(
     root_path: str | os.PathLike | None,
     classnames: str | os.PathLike | None = None,
     subsample: str = "all",
+    *,
+    test_only: bool = False,
 ) -> dict[str, str | int]:
     """Return the fingerprint of the data that `build_dataset` would use, without a draw.
 
-    Arguments and errors are those of `build_dataset`.
+    Arguments and errors are those of `build_dataset`; with test_only, it is the fingerprint of
+    `build_test_dataset`'s data.
     """
-    _, split = _read_dataset(name, root_path)
+    _, split = _read_dataset(name, root_path, test_only)
     return _fingerprint(rename_classes(split, classnames), subsample)
 
 
@@ -136,13 +150,38 @@ def dataset_name(name: str) -> str:
     return name if name in DATASETS else dataset_stem(name)
 
 
-def _read_dataset(name: str, root_path: str | os.PathLike | None) -> tuple[DatasetDir, Split]:
+def find_gray_range(dataset_dir: DatasetDir, split: Split) -> tuple[float, float] | None:
+    """Return the range of own gray pictures of more than eight bits, and print a note on it.
+
+    500 files tell, the same ones each time.
+    """
+    if not dataset_dir.info.custom_path:
+        return None
+    paths = sorted({path for path, _, _ in split.samples()}, key=digest_key)
+    gray_range = detect_gray_range([dataset_dir.image_path(path) for path in paths])
+    if gray_range:
+        print(
+            f"note: {dataset_dir.name} has gray pictures of more than eight bits: values from "
+            "{:g} to {:g} are scaled to black to white".format(*gray_range),
+            file=sys.stderr,
+        )
+    return gray_range
+
+
+def _read_dataset(
+    name: str, root_path: str | os.PathLike | None, test_only: bool = False
+) -> tuple[DatasetDir, Split]:
     """Read and check all samples, leaving Python's global `random` as it was."""
     info, state = get_dataset_info(name), random.getstate()
     try:
         dataset_dir = find_dataset_dir(dataset_name(name), info, root_path)
         with dataset_errors(dataset_dir):
             split = read_split(dataset_dir)
+            if test_only and info.custom_path:
+                tested = split.test if split.has_parts else sorted(split.samples())
+                split = replace(split, train=[], val=[], test=tested)
+                info = replace(info, num_images=(0, None, None))
+                dataset_dir = replace(dataset_dir, info=info)
             check_split(dataset_dir, split)
     finally:
         random.setstate(state)  # importing scikit-learn for the digits draws from it
@@ -153,6 +192,8 @@ def _print_notes(dataset_dir: DatasetDir, split: Split, test_only: bool = False)
     """Print what a user should know of the data on standard error; save a split made here."""
     if split.origin == "made":
         save_generated_split(dataset_dir, split)
+    for note in split.notes:
+        print(f"note: {dataset_dir.name}: {note}", file=sys.stderr)
     if mismatch := count_mismatch(dataset_dir, split):
         print(f"note: {mismatch}", file=sys.stderr)
     if dataset_dir.info.test_only and not test_only:
@@ -171,11 +212,18 @@ def _fingerprint(split: Split, subsample: str) -> dict[str, str | int]:
 
 
 def _make_dataset(
-    dataset_dir: DatasetDir, task: Split, templates: list[str], fingerprint: dict[str, str | int]
+    dataset_dir: DatasetDir,
+    task: Split,
+    fingerprint: dict[str, str | int],
+    templates: list[str],
+    gray_range: tuple[float, float] | None,
 ) -> FewShotDataset:
     """Make a dataset of all samples of a split."""
     parts = [
-        [Datum(dataset_dir.image_path(path), *sample) for path, *sample in getattr(task, part)]
+        [
+            Datum(dataset_dir.image_path(path), *sample, gray_range)
+            for path, *sample in getattr(task, part)
+        ]
         for part in SPLITS
     ]
     classnames, image_dir = list(task.lab2cname.values()), str(dataset_dir.image_dir)

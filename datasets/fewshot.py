@@ -12,6 +12,7 @@ from datasets.base import (
     RawSample,
     Split,
     group_by_label,
+    nfc,
     read_json,
     read_text,
 )
@@ -96,6 +97,7 @@ def load_fewshot_split(
             dataset does not have.
     """
     path = os.path.expanduser(path)
+    parts_by_image: dict[str, str] = {}
     finder = _ImageFinder([*split.train, *split.val])
     num_new = len(split.subsample_classes("new").lab2cname)
     offset = len(split.lab2cname) - num_new if subsample == "new" else 0
@@ -106,10 +108,13 @@ def load_fewshot_split(
             if len(matches) != 1:
                 which = "which several images have" if matches else "which is not a training image"
                 raise ValueError(f"{path} names the image {image}, {which} in {split.source_path}")
-            _, true_label, prompt_name = matches[0]
+            true_image, true_label, prompt_name = matches[0]
+            if parts_by_image.setdefault(true_image, part) != part:
+                raise ValueError(f"{path} has the image {image} in train and in val: take one out")
             true_name = original.lab2cname[true_label]
-            names = [n.replace("_", " ") for n in (true_name, prompt_name)]
-            if true_label not in (label, label + offset) or name.replace("_", " ") not in names:
+            names = [nfc(n.replace("_", " ")) for n in (true_name, prompt_name)]
+            same_name = nfc(name.replace("_", " ")) in names
+            if true_label not in (label, label + offset) or not same_name:
                 raise ValueError(
                     f"{path} gives {image} the label {label} and the class {name!r}, which are "
                     f"{true_label} and {true_name!r} in {split.source_path}"
@@ -125,20 +130,23 @@ def dump_fewshot_split(dataset: FewShotDataset) -> str:
         start = os.path.join(dataset.image_dir, "")
         return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
 
-    return json.dumps({"train": entries(dataset.train_x), "val": entries(dataset.val)})
+    parts = {"train": entries(dataset.train_x), "val": entries(dataset.val)}
+    gray_range = dataset.train_x[0].gray_range if dataset.train_x else None
+    return json.dumps(parts | ({"gray_range": gray_range} if gray_range else {}))
 
 
 class _ImageFinder:
     """Finds samples by paths that begin in another folder."""
 
     def __init__(self, samples: list[RawSample]) -> None:
-        self.by_path = {sample[0]: sample for sample in samples}
+        self.by_path = {nfc(sample[0]): sample for sample in samples}
         self.by_filename: dict[str, list[str]] = {}
         for path in self.by_path:
             self.by_filename.setdefault(os.path.basename(path), []).append(path)
 
     def find(self, path: str) -> list[RawSample]:
         """Return the samples whose path ends as this one does: one, if the path is right."""
+        path = nfc(path)
         if path in self.by_path:
             return [self.by_path[path]]
         path = path.replace("\\", "/")
@@ -153,6 +161,11 @@ def _read_list(path: str) -> dict[str, list[list]]:
     if not os.path.isfile(path):
         raise ValueError(
             f"there is no file {path}: --fewshot_split takes a list of the form {FORM}"
+        )
+    if path.lower().endswith((".pkl", ".csv", ".tsv", ".txt")):
+        raise ValueError(
+            f"{path} is neither .json nor .jsonl: --fewshot_split takes a list of the form {FORM}, "
+            "as fewshot.json in a run's folder"
         )
     data = _read_jsonl_pair(path) if path.endswith(".jsonl") else read_json(path)
     parts = {}

@@ -6,24 +6,55 @@ DATASETS.md, section "Your own images", shows the forms. A JSON file is read as 
 import csv
 import io
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from datasets.base import (
+    IMAGE_EXTENSIONS,
     SPLITS,
     DatasetDir,
     DatasetInfo,
     RawSample,
     Split,
+    list_entries,
+    list_images,
     list_subdirs,
     natural_sort,
+    nfc,
     read_text,
 )
-from datasets.readers import list_image_paths, split_trainval, split_trainvaltest
+from datasets.readers import split_trainval, split_trainvaltest
+from datasets.splits import drop_repeats
+from datasets.transforms import OTHER_FORMATS, detect_other_format
 from utils import truncate_list
 
-SPLIT_ALIASES = {part: part for part in SPLITS} | {"valid": "val", "validation": "val"}
+# What people call the parts, in lower case.
+SPLIT_ALIASES = {
+    **dict.fromkeys(("train", "training", "train_set", "training_set"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "test_set"), "test"),
+}
+DEAD_LINKS, BESIDE = "links that lead nowhere", "images beside the class folders"
+DEEPER, OTHER_FOLDERS = (
+    "images in folders within class folders",
+    "folders beside those of the parts",
+)
+# What is not taken of an own folder, and what to do about it.
+REMEDIES = {
+    **{f"{name} files": remedy for name, (_, _, remedy) in OTHER_FORMATS.items()},
+    DEAD_LINKS: "run `dvc pull` or `git annex get`, or mount the disk that they lead to",
+    DEEPER: "move them up into the class folder",
+    BESIDE: "move them into a class folder",
+}
+# Extensions of files that are not looked into, and the formats that are taken without extension:
+# the others have weak signatures, or are also those of raw photographs.
+TEXT_EXTENSIONS = (".txt", ".xml", ".json", ".csv", ".md", ".yaml")
+FORMATS_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
 def custom_dataset_info(name: str) -> DatasetInfo:
@@ -43,10 +74,16 @@ def custom_dataset_info(name: str) -> DatasetInfo:
     )
     if os.path.isdir(path):
         return row(custom_path=path, read_data=read_image_folder)
-    if os.path.isfile(path) and path.suffix.lower() == ".csv":
+    if os.path.isfile(path) and path.suffix.lower() in (".csv", ".tsv"):
         return row(custom_path=path.parent, read_data=partial(read_csv, file=path.name))
     if os.path.isfile(path) and path.suffix.lower() == ".json":
         return row(custom_path=path.parent, split_file=path.name)
+    if os.path.isfile(path):
+        raise ValueError(
+            f"{path} is a file of another kind ({path.suffix or 'no extension'}): --dataset takes "
+            "a folder of class folders, a .csv with the columns path,label or a .json in the form "
+            "of split files; see DATASETS.md, section Your own images"
+        )
     raise ValueError(
         f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of these "
         "with your own images; see DATASETS.md, section Your own images"
@@ -55,7 +92,8 @@ def custom_dataset_info(name: str) -> DatasetInfo:
 
 def is_path(name: str) -> bool:
     """Return whether a name that is not in the catalog can only be meant as a path."""
-    looks_so = os.sep in name or name.startswith("~") or name.lower().endswith((".csv", ".json"))
+    extensions = (".csv", ".tsv", ".json", ".jsonl", ".pkl")
+    looks_so = os.sep in name or name.startswith("~") or name.lower().endswith(extensions)
     return looks_so or os.path.exists(name)
 
 
@@ -68,41 +106,54 @@ def dataset_stem(path: str) -> str:
 
 def read_image_folder(dataset_dir: DatasetDir) -> Split:
     """Read class folders, or train/, test/ and perhaps val/ with class folders in them."""
-    folders = list_subdirs(dataset_dir.image_dir)
+    lister = _ClassLister(dataset_dir)
+    files, folders, dead_links = list_entries(dataset_dir.image_dir)
     by_part = {
         folder: list_subdirs(dataset_dir.image_path(folder))
         for folder in folders
         if folder.lower() in SPLIT_ALIASES
     }
     if len(by_part) > 1 or any(by_part.values()):
-        return _read_parts(dataset_dir, by_part)
+        lister.add_ignored(OTHER_FOLDERS, [name for name in folders if name not in by_part])
+        split = _read_parts(dataset_dir, by_part, lister)
+        return replace(split, notes=split.notes + lister.notes())
     if not folders:
         raise ValueError(
             f"{dataset_dir.image_dir} has no class folders: sort its images into a folder for each "
             "class"
         )
-    classes = [(name, list_image_paths(dataset_dir, name)) for name in natural_sort(folders)]
+    lister.add_ignored(DEAD_LINKS, dead_links)
+    lister.add_ignored(BESIDE, [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)])
+    by_name = lister.group_by_name(folders)
+    classes = [(name, lister.list_images(by_name[name])) for name in natural_sort(by_name)]
     first = dataset_dir.image_path(folders[0])
-    if len(classes) == 1 and not classes[0][1] and list_subdirs(first):
+    if len(folders) == 1 and not classes[0][1] and list_subdirs(first):
         raise ValueError(
             f"{dataset_dir.image_dir} has only the folder {folders[0]}, with folders in it: name "
             f"{first} as --dataset"
         )
     split = split_trainvaltest(dataset_dir.image_dir, classes)
-    return replace(split, origin="own", files_exist=True)
+    notes = lister.notes()
+    return replace(split, origin="own", files_exist=True, has_parts=False, notes=notes)
 
 
-def _read_parts(dataset_dir: DatasetDir, by_part: dict[str, list[str]]) -> Split:
+def _read_parts(
+    dataset_dir: DatasetDir, by_part: dict[str, list[str]], lister: "_ClassLister"
+) -> Split:
     """Read folders called as the parts are, given the class folders in each."""
     image_dir = dataset_dir.image_dir
     folders = {SPLIT_ALIASES[folder.lower()]: folder for folder in by_part}
-    if len(folders) < len(by_part) or not {"train", "test"} <= folders.keys():
+    complete = {"train", "test"} <= folders.keys() or folders.keys() in ({"test"}, {"train", "val"})
+    if len(folders) < len(by_part) or not complete:
         raise ValueError(
             f"{image_dir} has the folders {truncate_list(by_part)}: it needs train/ and test/, and "
             "can have val/, each once; or name a folder of class folders"
         )
-    classes = [set(subdirs) for subdirs in by_part.values()]
-    differing = sorted(set.union(*classes) - set.intersection(*classes))
+    by_name = {
+        part: lister.group_by_name(by_part[folder], folder) for part, folder in folders.items()
+    }
+    classes = [by_class.keys() for by_class in by_name.values()]
+    differing = sorted(set().union(*classes) - set(classes[0]).intersection(*classes))
     if differing or not classes[0]:
         only = f"only some have {truncate_list(differing)}" if differing else "they have none"
         raise ValueError(
@@ -114,18 +165,94 @@ def _read_parts(dataset_dir: DatasetDir, by_part: dict[str, list[str]]) -> Split
         part: [
             (path, label, name)
             for label, name in enumerate(names)
-            for path in list_image_paths(dataset_dir, f"{folders[part]}/{name}")
+            for path in lister.list_images(by_name[part][name])
         ]
         for part in folders
     }
     return replace(_make_split(image_dir, parts, names), files_exist=True)
 
 
+class _ClassLister:
+    """Lists the images of class folders, and counts by kind what it does not take."""
+
+    def __init__(self, dataset_dir: DatasetDir) -> None:
+        self.dataset_dir = dataset_dir
+        self.ignored: dict[str, list[str]] = {}
+        self.twins: list[str] = []  # names of which both of Unicode's forms are there
+
+    def add_ignored(self, kind: str, paths: Sequence[str]) -> None:
+        """Count paths that are not taken."""
+        if paths:
+            self.ignored.setdefault(kind, []).extend(paths)
+
+    def group_by_name(self, names: Sequence[str], folder: str = "") -> dict[str, list[str]]:
+        """Return the paths of entries of a folder by their names in NFC."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(nfc(name), []).append(os.path.join(folder, name))
+        self.twins += [paths[0] for paths in groups.values() if len(paths) > 1]
+        return groups
+
+    def list_images(self, folders: Sequence[str]) -> list[str]:
+        """Return the sorted paths of the images of a class."""
+        images = []
+        for folder in folders:
+            files, subdirs, dead_links = list_entries(self.dataset_dir.image_path(folder))
+            taken = []
+            for name in files:
+                kind = self._ignored_kind(f"{folder}/{name}")
+                self.add_ignored(kind, [f"{folder}/{name}"]) if kind else taken.append(name)
+            self.add_ignored(DEAD_LINKS, [f"{folder}/{name}" for name in dead_links])
+            for subdir in (f"{folder}/{name}" for name in subdirs):
+                inner = list_images(self.dataset_dir.image_path(subdir))
+                self.add_ignored(DEEPER, [f"{subdir}/{name}" for name in inner])
+            for paths in self.group_by_name(taken, folder).values():
+                images += paths
+        return images
+
+    def _ignored_kind(self, path: str) -> str:
+        """Return the kind of a file that is not taken, or ""."""
+        extension = os.path.splitext(path)[1].lower()
+        if extension in IMAGE_EXTENSIONS:
+            return ""
+        file = self.dataset_dir.image_path(path)
+        try:
+            if extension not in TEXT_EXTENSIONS:
+                if other := detect_other_format(file):
+                    return f"{other} files"
+                with Image.open(file, formats=FORMATS_BY_CONTENT):
+                    return ""
+        except Exception:  # a damaged file makes Pillow fail in any way
+            pass
+        return f"{extension} files" if extension else "files without extension"
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what was not taken, and which names are there twice, in words."""
+        notes = [
+            f"not taken: {len(paths)} {kind} ({truncate_list(sorted(paths))})"
+            + (f": {REMEDIES[kind]}" if kind in REMEDIES else "")
+            for kind, paths in self.ignored.items()
+        ]
+        if self.twins:
+            notes.append(
+                f"{truncate_list(sorted(self.twins))}: there twice, in both of Unicode's forms; "
+                "both are taken: remove one if it is a copy"
+            )
+        return tuple(notes)
+
+
 def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
-    """Read the columns path, label and perhaps split; other columns do not matter."""
+    """Read the columns path, label and perhaps split; other columns do not matter.
+
+    The separator is a comma, a semicolon or a tab; a first line `sep=;` of Excel's is skipped.
+    """
     path = dataset_dir.path / file
-    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
-    parts: dict[str, list[tuple[str, str]]] = {}
+    text = read_text(path, "save it as UTF-8 (in Excel, as CSV UTF-8)")
+    if text[:4].lower() == "sep=":
+        text = text.partition("\n")[2]
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
+    rows: list[tuple[str, str, str]] = []  # part, path, class name
     try:
         columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"path", "label"} <= set(columns):
@@ -141,29 +268,50 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
                     f"line {reader.line_num} of {path} needs a path, a label and, if there is a "
                     f"column split, train, val or test in it, not {cells}"
                 )
-            image = dataset_dir.to_posix_path(cells["path"])
-            parts.setdefault(SPLIT_ALIASES[part], []).append((cells["label"], image))
+            if "://" in cells["path"]:
+                raise ValueError(
+                    f"line {reader.line_num} of {path} names the URL {cells['path']}: download the "
+                    "images, and write the paths of their files"
+                )
+            image = dataset_dir.find_path(cells["path"])
+            rows.append((SPLIT_ALIASES[part], image, nfc(cells["label"])))
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV ({error}): correct it") from error
-    names = natural_sort(name for rows in parts.values() for name, _ in rows)
+    rows, notes = drop_repeats(path, rows)
+    names = natural_sort(name for _, _, name in rows)
+    if names and all(re.fullmatch(r"-?\d+\.0+", name) for name in names):
+        raise ValueError(
+            f"{path} has the labels {truncate_list(names)}, as pandas writes whole numbers in a "
+            "column with an empty cell: write names or whole numbers"
+        )
     if "split" not in columns:
         images = {name: [] for name in names}
-        for name, image in sorted(parts.get("train", [])):
+        for _, image, name in rows:
             images[name].append(image)
-        return replace(split_trainvaltest(path, list(images.items())), origin="own")
+        split = split_trainvaltest(path, list(images.items()))
+        return replace(split, origin="own", has_parts=False, notes=notes)
     labels = {name: label for label, name in enumerate(names)}
-    samples = {
-        part: [(image, labels[name], name) for name, image in rows] for part, rows in parts.items()
-    }
-    return _make_split(path, samples, names)
+    parts: dict[str, list[RawSample]] = {}
+    for part, image, name in rows:
+        parts.setdefault(part, []).append((image, labels[name], name))
+    split = _make_split(path, parts, names)
+    return replace(split, notes=split.notes + notes)
 
 
 def _make_split(source_path: Path, parts: dict[str, list[RawSample]], names: list[str]) -> Split:
-    """Make a split of parts; validation images come from training if there is no such part."""
+    """Make a split of parts; validation images come from training if there is no such part.
+
+    Where only training and validation images are given, as in imagenette, the latter are the test.
+    """
+    notes = ()
+    if parts.keys() == {"train", "val"}:
+        parts = {"train": parts["train"], "test": parts["val"]}
+        notes = ("there is no test part: its validation images are the test images",)
     train, val, test = (parts.get(part, []) for part in SPLITS)
     lab2cname = dict(enumerate(names))
     if "val" not in parts:
-        return replace(split_trainval(source_path, train, test, lab2cname), origin="own")
+        split = split_trainval(source_path, train, test, lab2cname)
+        return replace(split, origin="own", notes=notes)
     present = {label for _, label, _ in val}
     if lacking := [repr(name) for label, name in lab2cname.items() if label not in present]:
         raise ValueError(

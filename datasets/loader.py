@@ -99,7 +99,7 @@ class ImageLoader:
 
     def _read_test_image(self, path: str, gray_range: tuple[float, float] | None) -> Image.Image:
         """Return an image resized and cropped as CLIP does."""
-        image = read_image(path, gray_range)
+        image = read_image(path, gray_range=gray_range)
         if max(image.size) / min(image.size) * self.resolution**2 > MAX_PIXELS:
             raise ValueError(
                 f"the image {path} is too thin ({image.width}x{image.height} pixels): replace it"

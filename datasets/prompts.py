@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import yaml
 
-from datasets.base import DEFAULT_TEMPLATE, SPLITS, DatasetInfo, Split, read_text
+from datasets.base import DEFAULT_TEMPLATE, SPLITS, DatasetInfo, Split, nfc, read_text
 from datasets.catalog import CLIP_TEMPLATES
 from utils import did_you_mean, one_line, truncate_list
 
@@ -50,10 +50,12 @@ def rename_classes(split: Split, path: str | os.PathLike | None) -> Split:
         return split
     labels: dict[str, list[int]] = {}
     for label, name in split.lab2cname.items():
-        labels.setdefault(name, []).append(label)  # two pairs of ImageNet's classes share a name
+        labels.setdefault(nfc(name), []).append(
+            label
+        )  # two pairs of ImageNet's classes share a name
     if not any(name.isdecimal() for name in labels):
         labels |= {str(label): [label] for label in split.lab2cname}
-    new_names = _read_names(path)
+    new_names = {nfc(name): new for name, new in _read_names(path).items()}
     if unknown := [f"{n!r}{did_you_mean(n, labels)}" for n in new_names if n not in labels]:
         raise ValueError(
             f"{path} names {truncate_list(unknown)}, a class that {split.source_path} does not "

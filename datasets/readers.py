@@ -2,11 +2,12 @@
 
 Where the download does not divide its images, 50 % of each class become training images, 20 %
 validation images and the rest test images; where it names the test images, 20 % of each class's
-training images become validation images. Shares are rounded. The random numbers come from a
-generator that is used for nothing else.
+training images become validation images. Shares are rounded. The order is that of a digest of the
+files' names.
 """
 
-import random
+import hashlib
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -22,13 +23,13 @@ from datasets.base import (
     group_by_label,
     list_images,
     list_subdirs,
+    nfc,
     read_json,
     read_text,
 )
 from utils import progress, truncate_list
 
 IMAGENET_CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")
-SEED = 1
 T = TypeVar("T")
 
 
@@ -241,12 +242,10 @@ def list_image_paths(dataset_dir: DatasetDir, folder: str) -> list[str]:
 
 
 def split_trainvaltest(source_path: Path, classes: list[tuple[str, list[str]]]) -> Split:
-    """Divide each class, a name and its images, 50 / 20 / 30."""
-    rng = random.Random(SEED)
+    """Divide each class, a name and its images, 50 / 20 / 30, in the order of `digest_key`."""
     train, val, test = [], [], []
     for label, (name, images) in enumerate(classes):
-        samples = [(path, label, name) for path in images]
-        rng.shuffle(samples)
+        samples = [(path, label, name) for path in sorted(images, key=digest_key)]
         first = round(0.5 * len(samples))
         second = first + round(0.2 * len(samples))
         train += samples[:first]
@@ -258,15 +257,23 @@ def split_trainvaltest(source_path: Path, classes: list[tuple[str, list[str]]]) 
 def split_trainval(
     source_path: Path, trainval: list[RawSample], test: list[RawSample], names: dict[int, str]
 ) -> Split:
-    """Make 20 % of each class's training images validation images."""
-    rng = random.Random(SEED)
+    """Make 20 % of each class's training images validation images, as `digest_key` has them."""
     train, val = [], []
     for samples in sorted(group_by_label(trainval), key=lambda samples: samples[0][1]):
-        rng.shuffle(samples)
+        samples = sorted(samples, key=lambda sample: digest_key(sample[0]))
         count = round(0.2 * len(samples))
         val += samples[:count]
         train += samples[count:]
     return Split(str(source_path), train, val, test, dict(sorted(names.items())))
+
+
+def digest_key(path: str) -> tuple[bytes, str]:
+    """Return the key that brings a class's images into the order in which they are divided.
+
+    It is a digest of the file's name: one file more moves only images at the parts' borders.
+    """
+    name = nfc(os.path.basename(path)).encode(errors="surrogateescape")
+    return hashlib.sha256(name).digest(), path
 
 
 def parse_lines(path: Path, form: str, parse: Callable[[str], T]) -> list[T]:

@@ -2,17 +2,20 @@
 
 import json
 import os
+import posixpath
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split, list_files, read_json
+from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split, list_files, nfc, read_json
 from utils import atomic_write, plural, truncate_list
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
+T = TypeVar("T")
 NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
 UNSAFE_PATH = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
 
@@ -50,10 +53,42 @@ def read_split_file(dataset_dir: DatasetDir, path: Path) -> Split:
             f"{path} has entries that are not [path, label, class name]: {truncate_list(bad)}; get "
             "the file again"
         )
-    parts = [[(dataset_dir.to_posix_path(p), *sample) for p, *sample in part] for part in parts]
-    names = {label: name for part in parts for _, label, name in part}
-    origin = "own" if dataset_dir.info.custom_path else "published"
-    return Split(str(path), *parts, dict(sorted(names.items())), origin)
+    rows = [
+        (part, dataset_dir.find_path(image), (label, nfc(name)))
+        for part, samples in zip(SPLITS, parts, strict=True)
+        for image, label, name in samples
+    ]
+    origin, notes = "published", ()
+    if dataset_dir.info.custom_path:
+        origin, (rows, notes) = "own", drop_repeats(path, rows)
+    parts = [[(image, *sample) for p, image, sample in rows if p == part] for part in SPLITS]
+    names = dict(sorted(sample for _, _, sample in rows))
+    return Split(str(path), *parts, names, origin, notes=notes)
+
+
+def drop_repeats(
+    source_path: Path, rows: Iterable[tuple[str, str, T]]
+) -> tuple[list[tuple[str, str, T]], tuple[str, ...]]:
+    """Drop repeats among rows (part, path, label) of a user's list, with a note on them.
+
+    Raises:
+        ValueError: One path is in two parts or has two labels.
+    """
+    rows = list(rows)
+    unique: dict[str, tuple[str, str, T]] = {}
+    for part, path, label in rows:
+        first = unique.setdefault(posixpath.normpath(path), (part, path, label))
+        first_part, _, first_label = first
+        if (first_part, first_label) != (part, label):
+            what = "label" if first_part == part else "part"
+            values = (first_label, label) if first_part == part else (first_part, part)
+            raise ValueError(
+                f"{source_path} has the image {path} with more than one {what} ({values[0]}, "
+                f"{values[1]}): take all but one out"
+            )
+    repeats = len(rows) - len(unique)
+    notes = (f"{plural(repeats, 'repeated line')} of {source_path} dropped",) if repeats else ()
+    return list(unique.values()), notes
 
 
 def is_sample(value: Any) -> bool:
@@ -112,7 +147,9 @@ def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
     names = split.lab2cname
     labels = sorted({*names, *(label for _, label, _ in split.samples())})
     if not labels:
-        raise FileNotFoundError(f"{split.source_path} has no images: add them or get it again")
+        raise FileNotFoundError(
+            f"{split.source_path} has no images: add them or get it again{format_notes(split)}"
+        )
     if dataset_dir.info.custom_path and len(labels) == 1:
         raise ValueError(
             f"{split.source_path} has one class, {names[labels[0]]!r}; a task takes two or more"
@@ -182,8 +219,13 @@ def check_classes(dataset_dir: DatasetDir, split: Split) -> None:
             raise ValueError(
                 f"{split.source_path} has no {SPLIT_TITLES[part]} images of the class "
                 f"{truncate_list(lacking)}: add some, 4 if the class is divided here, or remove "
-                "the class"
+                f"the class{format_notes(split)}"
             )
+
+
+def format_notes(split: Split) -> str:
+    """Return the notes on a user's data as the end of an error message."""
+    return "".join(f"; {note}" for note in split.notes)
 
 
 CHECKS = (check_labels, check_paths, check_files, check_classes)

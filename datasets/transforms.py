@@ -134,14 +134,16 @@ def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None) -> Im
 def detect_gray_range(paths: Sequence[str]) -> tuple[float, float] | None:
     """Return the range of the gray pictures of more than eight bits among image files.
 
-    It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits; from the least to the largest value where
-    some are negative; None where there is no such picture. Files that cannot be read do not count.
+    The first 500 PNG, PGM and TIFF files tell. The range is [0, 2^bits - 1] for 8, 10, 12, 14 or 16
+    bits; from the least to the largest value where some are negative; None where there is no such
+    picture. Files that cannot be read do not count.
     """
     low, high = 0.0, -1.0
-    for path in paths:
-        # Only these formats have more than eight bits.
-        if not path.lower().endswith((".png", ".pgm", ".tif", ".tiff")):
-            continue
+    # Only these formats have more than eight bits.
+    candidates = [
+        path for path in paths if path.lower().endswith((".png", ".pgm", ".tif", ".tiff"))
+    ]
+    for path in candidates[:500]:
         with suppress(Exception), Image.open(path, formats=FORMATS) as image:
             if image.mode == "F" or image.mode.startswith("I"):
                 values = np.asarray(image, dtype=np.float64)

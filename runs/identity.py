@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Datum, FewShotDataset
+from datasets.base import nfc
 from run_utils import default_settings
 from utils import truncate_list
 
@@ -58,7 +59,8 @@ def images_sha256(items: Sequence[Datum], image_dir: str) -> str:
     """SHA-256 of labels, paths below image_dir, sizes and last bytes of image files."""
     sha = hashlib.sha256()
     for item in items:
-        sha.update(f"{os.path.relpath(item.impath, image_dir)}\0{item.label}\0".encode())
+        path = nfc(os.path.relpath(item.impath, image_dir))
+        sha.update(f"{path}\0{item.label}\0".encode())
         try:
             with open(item.impath, "rb") as file:
                 size = file.seek(0, os.SEEK_END)

@@ -53,7 +53,7 @@ def is_finished(arguments: Sequence[str]) -> bool:
         identity = {"config": get_hparams(args), "data": data, "inputs": inputs}
         finished = load_finished_result(folder, args, identity) is not None
         targets = {
-            dataset_name(name): cached_fingerprint(name, args.root_path)
+            dataset_name(name): cached_fingerprint(name, args.root_path, test_only=True)
             for name in args.test_on or ()
         }
         finished &= load_known_targets(folder, targets).keys() == targets.keys()
@@ -65,9 +65,9 @@ def is_finished(arguments: Sequence[str]) -> bool:
 
 
 @cache
-def cached_fingerprint(*task: str | None) -> dict[str, Any]:
+def cached_fingerprint(*task: str | None, test_only: bool = False) -> dict[str, Any]:
     """`dataset_fingerprint`, computed once for all runs on the same data."""
-    return dataset_fingerprint(*task)
+    return dataset_fingerprint(*task, test_only=test_only)
 
 
 @cache

@@ -107,7 +107,7 @@ def test_known_name_wins_over_folder(tmp_path, monkeypatch):
         assert dataset_fingerprint(name, None)["split"] == "own" and dataset_name(name) == "dtd"
     (tmp_path / "dtd").rename(tmp_path / "my.set")
     get_dataset_info("my.set")
-    with pytest.raises(ValueError, match="no folder, .csv or .json .*my.set/a/0.png"):
+    with pytest.raises(ValueError, match="my.set/a/0.png is a file of another kind"):
         get_dataset_info("my.set/a/0.png")
     assert dataset_name("my.set") == "my.set" and dataset_name("x/some.csv") == "some"
 
@@ -173,9 +173,9 @@ REFUSED = [
     ("folder", "train/a:2 train/b:2 test/a:1 test/c:1", "same class folders, but only some have b"),
     ("folder", "train/a:2 test/a:2 val/a:2 valid/a:2", "has the folders test, train, val, valid"),
     ("folder", "train/a:2 test/a:2 val/a:0", "no validation images of the class 'a': add some, or"),
-    ("folder", "train/a:2 val/a:2", "{} has the folders train, val: it needs train/ and test/"),
+    ("folder", "train/a:2 val/a:2", "{} has one class, 'a'; a task takes two or more"),
     ("folder", "train:2 test:2", "need the same class folders, but they have none"),
-    ("text", "file;label\na;b", "has the columns file;label: its first line must be path,label"),
+    ("text", "file;label\na;b", "has the columns file, label: its first line must be path,label"),
     ("text", "", "has the columns none: its first line must be"),
     ("csv", "", "has no images: add them"),
     ("csv", "a/y.png,a\na/x.png,a\nb/0.png,b", "missing in {} (2 of 3 images)"),

@@ -69,12 +69,32 @@ def test_predict_searches_folders(adapted, image, tmp_path):
     assert len(printed(adapted, tmp_path, "--top", 2).splitlines()) == 4
 
 
+def test_trained_images_are_noted(adapted, data, image, tmp_path):
+    few = json.loads((adapted / "fewshot.json").read_text())["train"]
+    shutil.copy(image, tmp_path / "new.jpg")
+    trained = data / "eurosat/2750" / few[0][0]
+    status, _, err = call(predict.main, adapted, trained, tmp_path / "new.jpg")
+    assert status == 0 and f"note: the run was trained on {trained}\n" in err
+
+
+def test_backbone_may_have_moved(adapted, data, image, tmp_path):
+    expected, run = printed(adapted, image), tmp_path / "results/run"
+    shutil.copytree(adapted, run)
+    result = (run / "result.json").read_text().replace(str(data / "tiny vit.pt"), "/gone/moved.pt")
+    (run / "result.json").write_text(result)
+    assert "moved.pt" in error(run, image)
+    shutil.copy(data / "tiny vit.pt", tmp_path / "moved.pt")
+    assert printed(run, image) == expected
+    (tmp_path / "moved.pt").rename(tmp_path / "other.pt")
+    assert printed(run, image, "--backbone", tmp_path / "other.pt") == expected
+
+
 def test_predict_skips_unreadable_images(adapted, image, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
     out = printed(adapted, image)
     assert "text.png cannot be read" in error(adapted, tmp_path / "text.png", image, out=out)
-    assert "gone.png is missing" in error(adapted, image, tmp_path / "gone.png", out=out)
+    assert "gone.png: not found" in error(adapted, image, tmp_path / "gone.png", out=out)
     assert f"no image in {tmp_path / 'empty'}" in error(adapted, tmp_path / "empty")
 
 
