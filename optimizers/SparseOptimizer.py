@@ -29,7 +29,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate, groupby
@@ -151,8 +151,7 @@ class SO(Optimizer):
         else:
             numels = [p.numel() for p in params]
             updates = _multi_tensor_so(states, numels, g, group, self._score)
-        for p, (U, update, void) in zip(params, updates):
-            self._add(p, U, update, void, group)
+        self._add(params, list(updates), group)
 
     def _score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         """Importance of the union's slots, 0 or more; the k highest are the next S_m."""
@@ -177,7 +176,7 @@ class SO(Optimizer):
         update(weights, grads, *moments, [], [state["step"] for state in states], **hyper)
         for p, weight in zip(params, weights):
             if weight.dtype != p.dtype:
-                _local(p).copy_(self._round(weight, p, _flat_indices(p), group))
+                _local(p).copy_(self._round(weight, [p], [_flat_indices(p)], group))
 
     @torch.no_grad()
     def draw_supports(self, filter_fn: Callable[[Tensor], bool] | None = None) -> None:
@@ -304,42 +303,54 @@ class SO(Optimizer):
                 dist.all_reduce(total, group=mesh.get_group(d))
             self._reduced.update(zip(params, total.split(list(map(len, parts)))))
 
-    def _add(self, p: Tensor, U: Tensor, update: Tensor, void: Tensor, group: Group) -> None:
-        """Add an update, 0 in void slots, to W[U] in p's own memory; decoupled decay comes first.
+    def _add(
+        self, params: list[Tensor], updates: list[tuple[Tensor, Tensor, Tensor]], group: Group
+    ) -> None:
+        """Add updates to W[U] in each p's own memory; decoupled weight decay comes first.
 
-        In half precision integers are added: the difference of the bits before and after.
+        What is added in void slots, and to entries of other ranks, is 0. In half precision integers
+        are added: the difference of the bits before and after.
         """
-        W, at, outside = _locate(p, U)
-        if outside is not None:
-            update, void = update.masked_fill(outside, 0), void | outside
+        Us, parts, voids = zip(*updates)
+        half = params[0].dtype != parts[0].dtype
         decays = group["weight_decay"] != 0 and group["decoupled_weight_decay"]
-        before = W.index_select(0, at) if decays or W.dtype != update.dtype else None
-        if decays:
-            decay = group["lr"] * group["weight_decay"] * before.to(update.dtype)
-            update = update - decay.masked_fill_(void, 0)
-        if W.dtype != update.dtype:
-            after = self._round(before.to(update.dtype) + update, p, U, group)
-            W, update = W.view(torch.int16), after.view(torch.int16) - before.view(torch.int16)
-        W.scatter_add_(0, at, update)
+        if half or decays:
+            before = torch.cat([_take(p, U) for p, U in zip(params, Us)])
+            update, sizes = torch.cat(parts), list(map(len, parts))
+            if decays:
+                decay = group["lr"] * group["weight_decay"] * before.to(update.dtype)
+                update = update - decay.masked_fill_(torch.cat(voids), 0)
+            if half:
+                after = self._round(before.to(update.dtype) + update, params, Us, group)
+                update = after.view(torch.int16) - before.view(torch.int16)
+            parts = update.split(sizes)
+        for p, U, part in zip(params, Us, parts):
+            W, at, outside = _locate(p, U)
+            part = part if outside is None else part.masked_fill(outside, 0)
+            (W.view(torch.int16) if half else W).scatter_add_(0, at, part)
 
-    def _round(self, x: Tensor, p: Tensor, flat: Tensor, group: Group) -> Tensor:
-        """Round x, at flat entries of p, to p's half precision: to the nearest, or at random.
+    def _round(
+        self, x: Tensor, params: list[Tensor], entries: Sequence[Tensor], group: Group
+    ) -> Tensor:
+        """Round x, at flat entries of tensors, to half precision: to the nearest, or at random.
 
         Then the neighbor farther from x is taken with the probability of the remainder. The bits
         are a hash of the entry's number with seed, position and step: they are equal on every
         device and for every sharding. Products stay below 2^63.
         """
-        near = x.to(p.dtype)
+        near = x.to(params[0].dtype)
         if not group["stochastic_rounding"]:
             return near
-        step = int(self.state[p]["step"])
-        for word in (0, _hash(group["seed"], self._positions[p], step, "rounding") % 2**32):
+        places = [(self._positions[p], int(self.state[p]["step"])) for p in params]
+        keys = [_hash(group["seed"], *place, "rounding") % 2**32 for place in places]
+        flat = torch.cat(list(entries)) if len(entries) > 1 else entries[0]
+        for word in (0, _repeat(keys, list(map(len, entries)), flat)):
             flat = (flat + word) & 0xFFFFFFFF
             flat = ((flat ^ (flat >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
             flat = flat ^ (flat >> 15)
         value = near.to(x.dtype)
         away = torch.where(x.abs() > value.abs(), 1, -1).to(torch.int16)  # as integers
-        far = (near.view(torch.int16) + away).view(p.dtype)
+        far = (near.view(torch.int16) + away).view(near.dtype)
         chance = (x - value) / (far.to(x.dtype) - value)  # never where it is nan: of inf and nan
         return far.where((flat >> 8) < chance * 2**24, near)
 

@@ -9,8 +9,9 @@ its support late, when both are 1, begins with m = (1 - b1) g and v = (1 - b2) g
 
     lr * (1 - b1) / sqrt(1 - b2) * sign(g)  =  3.16 lr sign(g)  at the usual betas,
 
-whatever the gradient's size. Corrections by each entry's own age make that first move lr * sign(g);
-and without moments, every move at S_g is the one above.
+whatever the gradient's size. Corrections by each entry's own steps make that first move
+lr * sign(g). Without moments, every move at S_g is the one above: signSGD (Bernstein et al. 2018,
+arXiv 1802.04434) on a random support.
 """
 
 import math
@@ -25,7 +26,7 @@ from optimizers.SparseOptimizer import SO
 GRAD_SUPPORTS = ("random", "magnitude")
 MOMENT_SUPPORTS = ("magnitude", "random", "fixed", "reset")
 MOMENTS = ("adam", "per_entry", "none")
-KEPT_BY_SO = ("indices", "exp_avg", "exp_avg_sq")
+MOMENT_STATE = ("indices", "exp_avg", "exp_avg_sq")
 
 
 class SOVariant(SO):
@@ -45,7 +46,7 @@ class SOVariant(SO):
     Raises:
         ValueError: A name is none of these, there are no moments to choose a support for, or SO
             refuses its arguments.
-    """  # noqa: E501
+    """
 
     def __init__(
         self,
@@ -95,29 +96,28 @@ class SOVariant(SO):
 
     def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if self.moments == "none":
-            return self._sign_update(params, group)
+            return self._signsgd_update(params, group)
         # Like the draws of S_g a function of seed and step: there is no generator to save.
         seed = hash((group["seed"], int(self.state[params[0]]["step"]))) % 2**63
         self._scores = torch.Generator("cpu").manual_seed(seed)
         super()._sparse_update(params, group)
         del self._scores
 
-    def _sign_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _signsgd_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Take the step without moments on many tensors at once."""
-        g = self._read_gradients(params, group)
-        supports = [self.state[p]["grad_indices"] for p in params]
         beta1, beta2 = group["betas"]
-        update = group["lr"] * (1 - beta1) / math.sqrt(1 - beta2) * g.sign()
-        for p, S_g, part in zip(
-            params, supports, update.split(list(map(len, supports))), strict=True
-        ):
-            self._add(p, S_g, -part, torch.zeros_like(S_g, dtype=torch.bool), group)
+        move = -group["lr"] * (1 - beta1) / math.sqrt(1 - beta2)
+        update = move * self._read_gradients(params, group).sign()
+        supports = [self.state[p]["grad_indices"] for p in params]
+        parts = update.split([len(S_g) for S_g in supports])
+        voids = [torch.zeros_like(S_g, dtype=torch.bool) for S_g in supports]
+        self._add(params, list(zip(supports, parts, voids, strict=True)), group)
 
     def _score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         if self.moment_support == "random":
             scores = torch.rand(m.shape, generator=self._scores, dtype=m.dtype, device="cpu")
             return scores.to(m.device)
-        if self.moment_support in ("fixed", "reset"):
+        if self.moment_support == "fixed":
             return torch.isin(U, S_m).to(m.dtype)
         return super()._score(U, m, S_m)
 
@@ -130,12 +130,12 @@ class SOVariant(SO):
             if "grad_indices" in state:
                 support = state["grad_indices"]
                 zeros = torch.zeros(support.shape)
-                state.update(zip(KEPT_BY_SO, (support, zeros, zeros), strict=True))
+                state.update(zip(MOMENT_STATE, (support, zeros, zeros), strict=True))
         super().load_state_dict({**state_dict, "state": filled})
         for state in self.state.values():
             if "grad_indices" in state:
                 self._drop_moments(state)
 
     def _drop_moments(self, state: dict[str, Any]) -> None:
-        for name in KEPT_BY_SO:
+        for name in MOMENT_STATE:
             state.pop(name, None)
