@@ -70,7 +70,7 @@ FORBIDDEN = {  # what no line may hold, since it runs what it reads: a line that
     r"\bpickle\.(?!_Unpickler|BUILD)|import (dill|marshal|shelve)": "pickle.loads(data)",
     r"urlopen|requests\.|_unverified_|verify=False|http://": "urllib.request.urlopen(url)",
     r"extractall|\.extract\(|unpack_archive": "archive.extractall(folder)",
-    r"Image\.open\((?!path, formats=FORMATS)": "Image.open(path)",
+    r"Image\.open\((?!\w+, formats=FORMATS)": "Image.open(path)",
 }
 
 
