@@ -110,11 +110,11 @@ def apply(file: Path, out: Path, base: str | None) -> str:
     entries = sum(len(change.indices) for change in delta.tensors.values())
     return (
         f"{out}: {base_path} with {entries:,} entries of {len(delta.tensors)} matrices changed\n"
-        f"To measure it: {eval_command(file, out)}"
+        f"To measure it: {eval_command(file, out, base_path)}"
     )
 
 
-def eval_command(file: Path, weights: Path) -> str:
+def eval_command(file: Path, weights: Path, base: Path) -> str:
     """The command that evaluates full weights on the task of a delta.
 
     The config.yaml beside the delta has the task. If there is none, the user has to fill it in.
@@ -123,8 +123,13 @@ def eval_command(file: Path, weights: Path) -> str:
     task = ["--root_path", "DATA", "--dataset", "NAME"]
     if config.is_file():
         task = ["--config", str(config)]
-    # Without training, the accuracy of these weights is what main.py calls zero-shot.
-    return shlex.join(["python", "main.py", *task, "--backbone", str(weights), "--n_iters", "0"])
+    if weights.suffix != ".pt":  # --filename adds .pt
+        return shlex.join(
+            ["python", "main.py", *task, "--backbone", str(weights), "--n_iters", "0"]
+        )
+    task += ["--backbone", str(base), "--wise", "1"]  # the weights are already scaled
+    folder = ["--save_path", str(weights.parent), "--filename", weights.stem]
+    return shlex.join(["python", "main.py", *task, "--eval_only", *folder])
 
 
 def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:

@@ -6,4 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
 make_environment requirements.txt
-exec .venv/bin/python main.py "$@"
+.venv/bin/python main.py --save_weights "$@"
+cat <<'END'
+
+Next, in your shell:  source .venv/bin/activate
+Your own images:      docs/custom_datasets.md
+END

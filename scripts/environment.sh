@@ -23,12 +23,16 @@ make_environment() {
         fi
     fi
 
-    local file stamp
+    local file stamp dots status
     for file in "$@"; do
         stamp=.venv/installed-${file//\//-}
         if ! cmp -s "$file" "$stamp"; then
             echo "Installing $file into .venv (PyTorch takes a minute or two) ..." >&2
-            .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$file"
+            while sleep 3 && kill -0 $$ 2>/dev/null; do printf . >&2; done &
+            dots=$! status=0
+            .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$file" || status=$?
+            kill "$dots" && wait "$dots" || echo >&2
+            [ "$status" -eq 0 ] || exit "$status"
             cp "$file" "$stamp"
         fi
     done

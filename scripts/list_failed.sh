@@ -16,7 +16,7 @@ for run in "${pending[@]}"; do
         continue
     fi
     task=$(readlink "$log") || task= # a log of slurm_sweep.sh is a link to ARRAY_TASK.txt
-    state=$(awk -v task="${task%.txt}" '$1 == task { print $2 ", " }' <<<"$queue")
+    state=$(awk -v task="${task%.txt}" '$1 != "" && $1 == task { print $2 ", " }' <<<"$queue")
     echo "    $state$log: $(last_words "$log")"
 done
 [ ${#pending[@]} -eq 0 ]

@@ -7,6 +7,7 @@ sweep.sh asks once for all runs, since main.py takes seconds to see that one is 
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -28,13 +29,38 @@ from utils import plural
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the lines to run on standard output, and how many there were on standard error."""
     shared = sys.argv[1:] if argv is None else argv
-    lines = sys.stdin.read().splitlines()
     with redirect_stdout(sys.stderr):  # for a --help among the arguments
+        if "--help" in shared:
+            get_arguments(shared)
+        lines = sys.stdin.read().splitlines()
         # The first argument is sweep.sh's, which may be contradicted by those that follow.
-        pending = [x for x in lines if not is_finished(["--no-save_weights", *x.split(), *shared])]
+        arguments = {x: ["--no-save_weights", *split_line(x), *shared] for x in lines}
+        pending = [x for x in lines if not is_finished(arguments[x])]
+    check_data([arguments[x] for x in pending])
     print(*pending, sep="\n", end="\n" * bool(pending))
     finished = len(lines) - len(pending)
     print(f"{plural(len(lines), 'run')}, {finished} of them finished", file=sys.stderr)
+
+
+def split_line(line: str) -> list[str]:
+    """Split a run's arguments as bash's `read` does: a backslash escapes a blank."""
+    lexer = shlex.shlex(line, posix=True)
+    lexer.whitespace_split, lexer.quotes, lexer.commenters = True, "", ""
+    return list(lexer)
+
+
+def check_data(runs: Sequence[Sequence[str]]) -> None:
+    """Raise what is wrong with the first run's data, if no run's data can be read."""
+    errors = []
+    for arguments in runs:
+        args = get_arguments(arguments)
+        try:
+            cached_fingerprint(args.dataset, args.root_path, args.classnames)
+            return
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def is_finished(arguments: Sequence[str]) -> bool:

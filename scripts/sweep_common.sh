@@ -3,7 +3,8 @@
 # sweep, with the command and the log of each. Variables, with their defaults:
 #
 #     METHODS   so lora adam
-#     DATASETS  the eleven; digits, with the argument --config configs/digits.yaml, needs no DATA
+#     DATASETS  the eleven; digits (with the argument --config configs/digits.yaml) and folders of
+#               your own images need no DATA. A blank in a path is written "\ ", as in RUNS
 #     SHOTS     1 2 4 8 16
 #     SEEDS     1 2 3
 #     CONFIG_so, CONFIG_lora, CONFIG_adam   configuration file of one method
@@ -22,13 +23,21 @@ root_path=()
 
 # Prints main.py's arguments for each run, a line each.
 print_runs() {
-    local method dataset shot seed config
+    local method dataset datasets shot seed config
     [ -z "$RUNS" ] || { cat "$RUNS"; return; }
-    if [ -z "$DATA" ] && [ "$DATASETS" != digits ]; then
-        echo "$0: set DATA to the folder of the datasets (DATASETS.md)" >&2
-        return 2
+    if [ -e "$DATASETS" ]; then
+        datasets=("$DATASETS") # one path, which may have blanks
+    else
+        # shellcheck disable=SC2162 # a backslash escapes a blank
+        read -a datasets <<<"$DATASETS"
     fi
-    for dataset in $DATASETS; do
+    for dataset in "${datasets[@]}"; do
+        if [ -z "$DATA" ] && [ "$dataset" != digits ] && [[ $dataset != */* ]]; then
+            echo "$0: set DATA to the folder of the datasets (DATASETS.md)" >&2
+            return 2
+        fi
+        dataset=${dataset//\\/\\\\}
+        dataset=${dataset// /\\ }
         for shot in ${SHOTS:-1 2 4 8 16}; do
             for seed in ${SEEDS:-1 2 3}; do
                 for method in ${METHODS:-so lora adam}; do
@@ -55,7 +64,8 @@ find_pending() {
 # Sets `command`, the command of run $1. The other arguments are those of all runs.
 set_command() {
     local run
-    read -ra run <<<"$1"
+    # shellcheck disable=SC2162 # a backslash escapes a blank
+    read -a run <<<"$1"
     command=("$PYTHON")
     [ -z "$PROCESSES" ] ||
         command+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES" --)

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from pathlib import Path
 
 import delta
 import pytest
@@ -109,7 +110,8 @@ def test_apply_prints_the_evaluation_command(checkpoint, tmp_path, monkeypatch):
         command = command.replace("NAME", "dtd").replace("DATA", ".")
         assert command.startswith("python main.py ")
         args = get_arguments(shlex.split(command)[2:])
-        assert (args.dataset, args.backbone, args.n_iters) == (dataset, "full.pt", 0)
+        assert (args.dataset, args.eval_only, args.wise) == (dataset, True, 1)
+        assert Path(args.save_path, f"{args.filename}.pt") == Path("full.pt")
 
 
 def test_delta_errors_are_one_line(checkpoint, tmp_path):

@@ -132,3 +132,11 @@ def test_failed_runs_are_listed(cluster, tmp_path):
     ]
     (tmp_path / "finished.txt").write_text("\n".join(LINES))
     assert bash(LIST_FAILED, environment=cluster)[:2] == (0, "")
+
+
+def test_logs_without_cluster_have_no_state(cluster, tmp_path):
+    (tmp_path / "bin/squeue").write_text("#!/usr/bin/env bash\nexit 1\n")
+    log = tmp_path / "my logs/method_so_dataset_digits_shots_1_seed_0.txt"
+    log.write_text("main.py: error: no disk\n")
+    _, out, _ = bash(LIST_FAILED, environment=cluster)
+    assert f"    {log}: main.py: error: no disk" in out.splitlines()

@@ -94,3 +94,28 @@ def test_arguments_override_defaults(tmp_path, fake_python):
 def test_datasets_need_folder(fake_python):
     status, _, err = sweep(DATA="", PYTHON=fake_python)
     assert status == 2 and "set DATA" in err and len(err.splitlines()) == 1
+
+
+def test_folders_need_no_data(tmp_path, fake_python):
+    names = tmp_path / "photos", tmp_path / "my photos"
+    names[1].mkdir()
+    assert sweep(DATA="", DATASETS=names[0], PYTHON=fake_python)[0] == 0
+    assert sweep(DATA="", DATASETS=names[1], PYTHON=fake_python)[0] == 0
+    both = " ".join(str(name).replace(" ", "\\ ") for name in names)
+    assert sweep(DATA="", DATASETS=both, PYTHON=fake_python, SEEDS=2)[0] == 0
+    wanted = [(names[0], 1), (names[1], 1), (names[0], 2), (names[1], 2)]
+    for line, (name, seed) in zip(calls(tmp_path), wanted, strict=True):
+        assert f"--dataset {name} --shots 1 --seed {seed}" in line
+    assert list_pending.split_line(r"--dataset /a/my\ photos --x it's") == [
+        "--dataset", "/a/my photos", "--x", "it's",
+    ]  # fmt: skip
+
+
+def test_wrong_data_ends_sweep(tmp_path, monkeypatch, capsys):
+    lines = "".join(
+        f"--dataset {name} --root_path {tmp_path / 'no'}\n" for name in ("dtd", "sun397")
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    status, out, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)))
+    assert status == 2 and out == "" and str(tmp_path / "no") in err
+    assert len(err.splitlines()) == 1
