@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -126,13 +127,10 @@ def check_dataset(name: str, root_path: str | None, decode: bool) -> CheckResult
 
 def count_by_class(split: Split) -> list[str]:
     """Return a line for each class: its numbers of training, validation and test images."""
-    counts = {label: dict.fromkeys(SPLITS, 0) for label in split.lab2cname}
-    for part in SPLITS:
-        for _, label, _ in getattr(split, part):
-            counts[label][part] += 1
+    counts = [Counter(label for _, label, _ in getattr(split, part)) for part in SPLITS]
     return [
-        "{}: {train} train, {val} val, {test} test".format(split.lab2cname[label], **numbers)
-        for label, numbers in counts.items()
+        "{}: {} train, {} val, {} test".format(name, *(count[label] for count in counts))
+        for label, name in split.lab2cname.items()
     ]
 
 

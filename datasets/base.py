@@ -176,13 +176,9 @@ class DatasetDir:
             path = path if relative.startswith("..") else relative
         if path.isascii() and "\\" not in path:
             return path
-        folder, name = os.path.split(path.replace("\\", "/"))
-        forms = [("NFC", "NFC"), ("NFD", "NFD"), ("NFC", "NFD"), ("NFD", "NFC")]  # macOS has NFD
-        candidates = [os.path.join(folder, name)] + [
-            os.path.join(*map(unicodedata.normalize, pair, (folder, name))) for pair in forms
-        ]
-        files = (found for found in candidates if os.path.isfile(self.image_path(found)))
-        return next(files, path)
+        posix = path.replace("\\", "/")
+        candidates = (posix, nfc(posix), unicodedata.normalize("NFD", posix))  # macOS has NFD
+        return next((c for c in candidates if os.path.isfile(self.image_path(c))), path)
 
 
 def find_dataset_dir(

@@ -78,12 +78,6 @@ def custom_dataset_info(name: str) -> DatasetInfo:
         return row(custom_path=path.parent, read_data=partial(read_csv, file=path.name))
     if os.path.isfile(path) and path.suffix.lower() == ".json":
         return row(custom_path=path.parent, split_file=path.name)
-    if os.path.isfile(path):
-        raise ValueError(
-            f"{path} is a file of another kind ({path.suffix or 'no extension'}): --dataset takes "
-            "a folder of class folders, a .csv with the columns path,label or a .json in the form "
-            "of split files; see DATASETS.md, section Your own images"
-        )
     raise ValueError(
         f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of these "
         "with your own images; see DATASETS.md, section Your own images"

@@ -74,21 +74,18 @@ def drop_repeats(
     Raises:
         ValueError: One path is in two parts or has two labels.
     """
-    rows = list(rows)
-    unique: dict[str, tuple[str, str, T]] = {}
-    for part, path, label in rows:
-        first = unique.setdefault(posixpath.normpath(path), (part, path, label))
-        first_part, _, first_label = first
-        if (first_part, first_label) != (part, label):
-            what = "label" if first_part == part else "part"
-            values = (first_label, label) if first_part == part else (first_part, part)
+    rows = [(part, posixpath.normpath(path), label) for part, path, label in rows]
+    unique = list(dict.fromkeys(rows))
+    places: dict[str, tuple[str, T]] = {}
+    for part, path, label in unique:
+        first = places.setdefault(path, (part, label))
+        if first != (part, label):
             raise ValueError(
-                f"{source_path} has the image {path} with more than one {what} ({values[0]}, "
-                f"{values[1]}): take all but one out"
+                f"{source_path} has the image {path} twice, in {first[0]} as {first[1]} and in "
+                f"{part} as {label}: take one of the lines out"
             )
     repeats = len(rows) - len(unique)
-    notes = (f"{plural(repeats, 'repeated line')} of {source_path} dropped",) if repeats else ()
-    return list(unique.values()), notes
+    return unique, (f"{plural(repeats, 'repeated line')} of {source_path} dropped",)[: repeats > 0]
 
 
 def is_sample(value: Any) -> bool:

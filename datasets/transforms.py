@@ -27,7 +27,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**30 // 4 // 3  # of an image, and of what it is resized to before the crop
 # What disks and networks answer for a moment; the image itself may be good.
 DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
-RETRY_DELAYS = (0.1, 0.4, 1.5, 4.0)  # in seconds
+RETRY_DELAYS = (0.1, 0.4, 1.5, 4.0, 0.0)  # in seconds, after each attempt
 # Formats of pictures that FORMATS lacks: where a file has which bytes, and what to do.
 OTHER_FORMATS = {
     "HEIC or AVIF": (4, b"ftyp", "convert it to JPEG"),
@@ -59,20 +59,18 @@ def read_image(
         ValueError: It is not an image, or damaged.
         OSError: The disk or the network failed.
     """
-    for delay in (*RETRY_DELAYS, None):
+    for delay in RETRY_DELAYS:
         try:
             return _decode(path, gray_range)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            if delay is None:
-                raise OSError(
-                    f"the disk or network failed in reading {path} ({error.strerror}; "
-                    f"{len(RETRY_DELAYS) + 1} attempts): the image may be good; check the disk or "
-                    "the connection, and start again"
-                ) from error
-            sleep(delay)
-    raise AssertionError
+            reason = error.strerror
+        sleep(delay)
+    raise OSError(
+        f"the disk or network failed in reading {path} ({reason}; {len(RETRY_DELAYS)} attempts): "
+        "the image may be good; check the disk or the connection, and start again"
+    )
 
 
 def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> Image.Image:
@@ -83,7 +81,6 @@ def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> 
             raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
-                remedy = f"scale it down to at most {MAX_PIXELS:,} pixels"
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
             image.load()
             return convert_image_to_rgb(scale_gray(image, gray_range))
@@ -97,7 +94,7 @@ def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> 
             reason = f"none of {', '.join(FORMATS)}"
             if other := detect_other_format(path):
                 reason, remedy = f"it is {other}", OTHER_FORMATS[other][2]
-        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        elif "pixels" in reason:  # Pillow's limit, or the one above
             remedy = f"scale it down to at most {MAX_PIXELS:,} pixels"
         elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
@@ -117,9 +114,9 @@ def detect_other_format(path: str | os.PathLike) -> str | None:
 
 
 def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None) -> Image.Image:
-    """Scale gray values of more than eight bits from a range to [0, 255]; others are not changed.
+    """Scale gray values of more than eight bits from a range to [0, 255].
 
-    Without a range, only negative values (Hounsfield units) are scaled: over the picture's own.
+    Without a range, negative values (Hounsfield units) are scaled over the picture's own.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image

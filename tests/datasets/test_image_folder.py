@@ -107,7 +107,7 @@ def test_known_name_wins_over_folder(tmp_path, monkeypatch):
         assert dataset_fingerprint(name, None)["split"] == "own" and dataset_name(name) == "dtd"
     (tmp_path / "dtd").rename(tmp_path / "my.set")
     get_dataset_info("my.set")
-    with pytest.raises(ValueError, match="my.set/a/0.png is a file of another kind"):
+    with pytest.raises(ValueError, match="no folder, .csv or .json .*my.set/a/0.png"):
         get_dataset_info("my.set/a/0.png")
     assert dataset_name("my.set") == "my.set" and dataset_name("x/some.csv") == "some"
 
