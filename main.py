@@ -142,7 +142,9 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
 
     elif weights and weights[0].parent == output_dir:
         check_weights_fit(weights[0], identity)
-    loader = ImageLoader(model.visual.input_resolution, args.num_workers, args.cache_mb)
+    loader = ImageLoader(
+        model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
+    )
     evaluator = Evaluator(args, model, loader, signals)
     if result or weights or not args.n_iters:
         evaluate_only(evaluator, tasks, weights, "final_accuracy" if result else "accuracy")

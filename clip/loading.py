@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchvision import transforms
 
 from clip.convert import build_model, infer_model_args
@@ -17,6 +18,7 @@ from clip.download import cache_dir, download_url, sha256_file
 from clip.files import SUFFIXES, find_weight_file, read_checkpoint
 from clip.model import ACTIVATIONS, CLIP
 from clip.model_config import OPEN_CLIP, ModelConfig, find_config_next_to, from_open_clip_pretrained
+from clip.open_clip_adapter import load_open_clip
 from clip.preprocess import image_transform
 from utils import detect_placeholder_file, did_you_mean, one_line
 
@@ -50,7 +52,7 @@ def load(
     *,
     activation: str | None = None,
     heads: tuple[int, int] | None = None,
-) -> tuple[CLIP, transforms.Compose]:
+) -> tuple[CLIP | nn.Module, transforms.Compose]:
     """Load a CLIP and the preprocessing of its images.
 
     A state dict does not tell with which GELU and how many heads it was trained. The configuration
@@ -68,8 +70,10 @@ def load(
             no configuration tells them.
 
     Returns:
-        The model in float32 and evaluation mode, nothing frozen; and a transform that turns a
-        PIL image of any size and mode into its input (3, R, R).
+        The model in float32 and evaluation mode, nothing frozen: a `CLIP`, or open_clip's own
+        model where a configuration of open_clip describes towers of another kind
+        (`clip.open_clip_adapter`). And a transform that turns a PIL image of any size and mode
+        into its input (3, R, R).
 
     Raises:
         ValueError: The name is unknown, or the file is not a CLIP's checkpoint.
@@ -81,19 +85,36 @@ def load(
     heads = None if heads is None else tuple(heads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, path = os.fspath(name_or_path), resolve_checkpoint(name_or_path, download_root)
-    state_dict = read_checkpoint(path)
     try:
         config = _find_config(name, path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+    if config.open_clip_cfg:
+        model = load_open_clip(name, path, config)
+        if activation or heads:
+            print(
+                f"note: {config.source} says how it is built; ignoring activation and heads",
+                file=sys.stderr,
+            )
+        return model.to(device), _transform_of(model)
+    state_dict = read_checkpoint(path)
+    try:
         config.validate(infer_model_args(state_dict))
         activation_used = config.activation or activation or "quickgelu"
         model = build_model(state_dict, activation_used, config.heads or heads)
     except (ValueError, RuntimeError) as error:  # torch's, of sizes that it cannot have
         raise ValueError(f"{path} cannot be used: {error}") from None
-    model.image_mean, model.image_std = config.normalization
+    (model.image_mean, model.image_std), model.image_resize = config.normalization, config.resize
     for warning in _load_warnings(path, model, config, activation, heads):
         print(f"note: {warning}", file=sys.stderr)
-    resolution = model.visual.input_resolution
-    return model.to(device), image_transform(resolution, model.image_mean, model.image_std)
+    return model.to(device), _transform_of(model)
+
+
+def _transform_of(model: CLIP | nn.Module) -> transforms.Compose:
+    """The preprocessing of a model's images."""
+    return image_transform(
+        model.visual.input_resolution, model.image_mean, model.image_std, model.image_resize
+    )
 
 
 def resolve_checkpoint(
@@ -180,11 +201,6 @@ def _load_warnings(
     for argument, used in ((activation, model.activation), (heads, model.heads)):
         if argument not in (None, used):
             yield f"{config.source} says {used}; ignoring {argument}"
-    if config.resize_mode:
-        yield (
-            f"{config.source} resizes images in another way ({config.resize_mode}) than is done "
-            "here (short side, bicubic, center crop)"
-        )
     is_unknown = not config.source and not (activation and heads)
     if is_unknown and sha256_file(path) not in {*_MODELS.values(), *BUNDLED_MODELS.values()}:
         vision_heads, text_heads = model.heads

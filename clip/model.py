@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clip.preprocess import OPENAI_MEAN, OPENAI_STD
+from clip.preprocess import OPENAI_MEAN, OPENAI_RESIZE, OPENAI_STD
 from clip.resnet import TOTAL_STRIDE, ModifiedResNet
 from clip.simple_tokenizer import SimpleTokenizer
 
@@ -48,6 +48,7 @@ class CLIP(nn.Module):
     Attributes:
         heads: Attention heads of the image tower and of the text tower.
         image_mean, image_std: Normalization of images, three floats each.
+        image_resize: Resize mode and interpolation; see `clip.preprocess.image_transform`.
 
     Raises:
         ValueError: A width cannot be shared evenly by its attention heads.
@@ -81,6 +82,7 @@ class CLIP(nn.Module):
         self.activation = activation
         self.heads = vision_heads, transformer_heads
         self.image_mean, self.image_std = OPENAI_MEAN, OPENAI_STD
+        self.image_resize = OPENAI_RESIZE
         if is_vit:
             self.visual = VisionTransformer(
                 image_resolution, vision_patch_size, embed_dim,
@@ -108,6 +110,12 @@ class CLIP(nn.Module):
     def dtype(self) -> torch.dtype:
         """Type of the weights, to which images are cast."""
         return self.visual.conv1.weight.dtype
+
+    @property
+    def settings(self) -> list:
+        """What the weights do not tell: two models with the same settings and weights are equal."""
+        settings = [self.activation, self.heads, self.image_mean, self.image_std]
+        return settings if self.image_resize == OPENAI_RESIZE else [*settings, self.image_resize]
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine similarities, as (logits_per_image (B, N), logits_per_text (N, B))."""

@@ -3,17 +3,18 @@
 The activation, the numbers of heads and the normalization of images are in the configuration next
 to a file (transformers' `config.json` and `preprocessor_config.json`, open_clip's
 `open_clip_config.json`) or in the installed open_clip package. These also tell whether a model is
-built like OpenAI's CLIP; any other is refused with a ValueError.
+built like OpenAI's CLIP. Of other models, those of open_clip are run by open_clip's own modules
+(clip/open_clip_adapter.py); those of transformers are refused with a ValueError.
 """
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip.preprocess import OPENAI_MEAN, OPENAI_STD
+from clip.preprocess import INTERPOLATIONS, OPENAI_MEAN, OPENAI_RESIZE, OPENAI_STD, RESIZE_MODES
 from clip.simple_tokenizer import VOCAB_SIZE
 from utils import did_you_mean, truncate_list
 
@@ -44,7 +45,8 @@ class ModelConfig:
         heads: Attention heads of the image tower and of the text tower.
         model_args: Arguments of `CLIP` that the weights must agree with.
         normalization: Mean and standard deviation of images, RGB.
-        resize_mode: How images were resized, where that differs from CLIP's way.
+        resize: How images are resized and interpolated; see `clip.preprocess.image_transform`.
+        open_clip_cfg: open_clip's model configuration, where its towers are built otherwise.
     """
 
     source: str = ""
@@ -52,7 +54,8 @@ class ModelConfig:
     heads: tuple[int, int] | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     normalization: tuple[tuple[float, ...], tuple[float, ...]] = (OPENAI_MEAN, OPENAI_STD)
-    resize_mode: str = ""
+    resize: tuple[str, str] = OPENAI_RESIZE
+    open_clip_cfg: Mapping[str, Any] = field(default_factory=dict)
 
     def validate(self, model_args: Mapping[str, Any]) -> None:
         """Raise a ValueError if the arguments inferred from weights are another model's."""
@@ -114,7 +117,11 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
     end = text["eos_token_id"]  # 2 where transformers, too, takes the highest token
     if isinstance(end, int) and end != 2 and end < min(text["vocab_size"], VOCAB_SIZE) - 1:
         differences.append(f"texts that end in token {end}, not in the highest")
-    _raise_for_differences(path, differences)
+    if differences:
+        raise ValueError(
+            f"{path} describes a model with {truncate_list(differences)}, which is not built "
+            "like OpenAI's CLIP"
+        )
     processor = _read_json(path.with_name("preprocessor_config.json"))
     processor = processor or _read_json(path.with_name("processor_config.json"))
     processor = processor.get("image_processor", processor)
@@ -145,14 +152,19 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
         for key, value in tower.items()
         if value and key not in {*sizes, *SIZE_OPTIONS} and value not in OPENAI_VALUES
     ]
-    _raise_for_differences(source, differences)
+    preprocess = config.get("preprocess_cfg") or {}
+    common = dict(
+        source=str(source),
+        normalization=_parse_normalization(preprocess.get("mean"), preprocess.get("std")),
+        resize=_parse_resize(preprocess, source),
+    )
+    if differences:
+        return ModelConfig(**common, open_clip_cfg=model)
     layers, width = vision["layers"], vision["width"]
     is_resnet = isinstance(layers, list | tuple)
     pool_width = (32 if is_resnet else 1) * width
-    preprocess = config.get("preprocess_cfg") or {}
-    resize = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
     return ModelConfig(
-        source=str(source),
+        **common,
         activation="quickgelu" if model.get("quick_gelu") else "gelu",
         heads=(int(pool_width // vision["head_width"]), int(text["heads"])),
         model_args={
@@ -163,17 +175,21 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
             "transformer_width": text["width"],
             "transformer_layers": text["layers"],
         },
-        normalization=_parse_normalization(preprocess.get("mean"), preprocess.get("std")),
-        resize_mode="" if resize == ("shortest", "bicubic") else " and ".join(resize),
     )
 
 
-def _raise_for_differences(source: Path | str, differences: Sequence[str]) -> None:
-    if differences:
+def _parse_resize(preprocess: Mapping[str, Any], source: Path | str) -> tuple[str, str]:
+    """Resize mode and interpolation; CLIP's where they are missing."""
+    mode, interpolation = (
+        preprocess.get(key) or default
+        for key, default in zip(("resize_mode", "interpolation"), OPENAI_RESIZE, strict=True)
+    )
+    if mode not in RESIZE_MODES or interpolation not in INTERPOLATIONS:
         raise ValueError(
-            f"{source} describes a model with {truncate_list(differences)}, which is not built "
-            "like OpenAI's CLIP"
+            f"{source} resizes images by {mode!r} and {interpolation!r}: known are "
+            f"{', '.join(RESIZE_MODES)} and {', '.join(INTERPOLATIONS)}"
         )
+    return mode, interpolation
 
 
 def _parse_normalization(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -206,8 +222,11 @@ def from_open_clip_pretrained(name: str) -> tuple[ModelConfig, dict[str, Any] | 
     record = open_clip.get_pretrained_cfg(model, pretrained)
     file = Path(pretrained).expanduser()
     if not record and not file.is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise ValueError(f"open_clip has no weights {pretrained!r} for {model}: it has {tags}")
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise ValueError(
+            f"open_clip has no weights {pretrained!r} for {model}{did_you_mean(pretrained, tags)}: "
+            f"it has {', '.join(tags) or 'none'}"
+        )
     # A model's name may be used with weights that need the other GELU; the weights know.
     quick_gelu = record.get("quick_gelu", False) or config.get("quick_gelu", False)
     content = {"model_cfg": {**config, "quick_gelu": quick_gelu}, "preprocess_cfg": record}

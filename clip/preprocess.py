@@ -1,20 +1,29 @@
 """Turn images of any size and mode into CLIP's input."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 # Of the images that OpenAI trained on, RGB in [0, 1].
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+OPENAI_RESIZE = ("shortest", "bicubic")
+RESIZE_MODES = ("shortest", "squash", "longest")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def image_transform(
-    input_resolution: int, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
+    input_resolution: int,
+    mean: Sequence[float] = OPENAI_MEAN,
+    std: Sequence[float] = OPENAI_STD,
+    resize: tuple[str, str] = OPENAI_RESIZE,
 ) -> transforms.Compose:
     """CLIP's preprocessing: resize the short side, crop the center, normalize.
 
@@ -22,19 +31,32 @@ def image_transform(
         input_resolution: Side R of the model's square input, in pixels.
         mean: Mean of red, green and blue in [0, 1]; a model's `image_mean`.
         std: Their standard deviation; a model's `image_std`.
+        resize: A model's `image_resize`: one of RESIZE_MODES and of INTERPOLATIONS. As in
+            open_clip, "squash" makes any image a square, and "longest" pads it to one with black.
 
     Returns:
         A transform of PIL images to float32 tensors (3, R, R).
     """
-    return transforms.Compose(
-        [
-            convert_image_to_rgb,
-            transforms.Resize(input_resolution, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(input_resolution),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
+    side, mode, interpolation = input_resolution, resize[0], InterpolationMode(resize[1])
+    if mode == "squash":
+        steps = [transforms.Resize((side, side), interpolation)]
+    elif mode == "longest":
+        steps = [partial(resize_and_pad, side=side, interpolation=interpolation)]
+    else:
+        steps = [transforms.Resize(side, interpolation), transforms.CenterCrop(side)]
+    to_input = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return transforms.Compose([convert_image_to_rgb, *steps, *to_input])
+
+
+def resize_and_pad(
+    image: Image.Image, side: int, interpolation: InterpolationMode = InterpolationMode.BICUBIC
+) -> Image.Image:
+    """Resize the long side to `side` pixels and pad the short one with black on both sides."""
+    scale = side / max(image.size)
+    width, height = (max(round(n * scale), 1) for n in image.size)
+    image = TF.resize(image, [height, width], interpolation)
+    left, top = (side - width) // 2, (side - height) // 2
+    return TF.pad(image, [left, top, side - width - left, side - height - top])
 
 
 def normalize(

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip.model import CLIP
@@ -24,7 +24,7 @@ class ZeroShotClassifier:
     """A CLIP and the prompts of C classes.
 
     Args:
-        model: The CLIP.
+        model: The CLIP. Shortcuts that only our own has are not taken for others'.
         text_tokens: Of P prompts of each class, (P, C, L), from `tokenize_class_prompts`;
             the features of a class's prompts are averaged.
         logit_scale: Factor of the cosines; "checkpoint" is the one that the weights carry.
@@ -35,7 +35,7 @@ class ZeroShotClassifier:
 
     def __init__(
         self,
-        model: CLIP,
+        model: CLIP | nn.Module,
         text_tokens: Tensor,
         *,
         logit_scale: float | str = 100.0,
@@ -47,7 +47,9 @@ class ZeroShotClassifier:
         if logit_scale == "checkpoint":
             logit_scale = model.logit_scale.detach().exp()
         self.logit_scale = logit_scale
-        self._frozen_text: tuple[int, Tensor | None] = 0, None  # see `precompute_frozen_text`
+        # see `precompute_frozen_text`
+        self._frozen_text: tuple[int, Tensor | None] = 0, None
+        self._frozen_features: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -69,9 +71,9 @@ class ZeroShotClassifier:
 
         After `precompute_frozen_text` only with the classes that were given there.
         """
-        start_block, hidden = self._frozen_text
-        if hidden is not None and start_block == len(self.model.transformer.resblocks):
-            return hidden  # (c, D): nothing of the text tower is trained
+        if self._frozen_features is not None:
+            return self._frozen_features
+        _, hidden = self._frozen_text
         tokens = self.text_tokens[:, classes]  # (P, c, L)
         size = self.class_batch_size
         needs_grad = torch.is_grad_enabled()
@@ -106,11 +108,13 @@ class ZeroShotClassifier:
         What enters that block, (P, c, L, W), is kept for `encode_classes` with gradients; where
         nothing is trained, the features themselves are.
         """
+        named = self.model.named_parameters()
+        if not any(p.requires_grad for name, p in named if not name.startswith("visual.")):
+            self._frozen_features = self.encode_classes(classes)
+        if self._frozen_features is not None or not isinstance(self.model, CLIP):
+            return
         blocks = self.model.transformer.resblocks
         trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-        if not any(trained):
-            self._frozen_text = len(blocks), self.encode_classes(classes)
-            return
         start_block, tokens = trained.index(True), self.text_tokens[:, classes]
         parts = tokens.flatten(0, 1).split(TEXT_BATCH_SIZE)
         hidden = torch.cat([self.model.forward_text_prefix(part, start_block) for part in parts])
@@ -118,12 +122,13 @@ class ZeroShotClassifier:
 
 
 def tokenize_class_prompts(
-    model: CLIP, classnames: Sequence[str], templates: Sequence[str]
+    model: CLIP | nn.Module, classnames: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Tokens of each class's prompts, cut after the longest one's end: (P, C, L) int64.
+    """Tokens of each class's prompts: (P, C, L) int64.
 
-    Attention is causal, so nothing behind a prompt's last token changes its feature. A prompt that
-    is too long for the model is truncated, with a note on standard error.
+    For our own CLIP they are cut after the longest one's end: attention is causal, so nothing
+    behind a prompt's last token changes its feature. A prompt that is too long for the model is
+    truncated, with a note on standard error.
     """
     texts = [t.format(name.replace("_", " ")) for t in templates for name in classnames]
     try:
@@ -139,9 +144,11 @@ def tokenize_class_prompts(
         for name, prompt in zip(classnames, tokens[: len(classnames)].tolist(), strict=True):
             if (other := by_prompt.setdefault(tuple(prompt), name)) != name:
                 print(f"note: {other!r} and {name!r} have the same prompt now", file=sys.stderr)
-    length = int(tokens.argmax(dim=-1).max()) + 1  # the end-of-text token has the highest id
-    tokens = tokens[:, :length].reshape(len(templates), len(classnames), length)
-    return tokens.to(model.text_projection.device)
+    if isinstance(model, CLIP):
+        length = int(tokens.argmax(dim=-1).max()) + 1  # the end-of-text token has the highest id
+        tokens = tokens[:, :length]
+    tokens = tokens.unflatten(0, (len(templates), len(classnames)))
+    return tokens.to(model.logit_scale.device)
 
 
 def l2_normalize(features: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from PIL import Image
 from torchvision.transforms import Compose
 
-from clip.preprocess import image_transform
+from clip.preprocess import OPENAI_RESIZE, image_transform
 from datasets.base import Datum
 from datasets.transforms import MAX_PIXELS, Batch, collate, read_image, train_transform
 
@@ -30,15 +30,22 @@ class ImageLoader:
         resolution: Side R of the model's square input, in pixels.
         num_workers: Threads that prepare batches ahead; 0 prepares them where they are used.
         cache_mb: Memory for decoded images, in MB.
+        resize: Of test images, the model's `image_resize`.
     """
 
-    def __init__(self, resolution: int, num_workers: int = 0, cache_mb: float = 0) -> None:
+    def __init__(
+        self,
+        resolution: int,
+        num_workers: int = 0,
+        cache_mb: float = 0,
+        resize: tuple[str, str] = OPENAI_RESIZE,
+    ) -> None:
         self.resolution = resolution
         self.num_workers = num_workers
         self.cache = ImageCache(cache_mb)
         self.pool = ThreadPoolExecutor(num_workers, "images") if num_workers else None
-        # CLIP's resize and crop, without tensor and normalization
-        self.test_transform = Compose(image_transform(resolution).transforms[:-2])
+        # the model's resize and crop, without tensor and normalization
+        self.test_transform = Compose(image_transform(resolution, resize=resize).transforms[:-2])
 
     def train_batches(
         self,
@@ -84,7 +91,7 @@ class ImageLoader:
         return self._prefetch(partial(make_batch, *batch) for batch in batches)
 
     def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
-        """Yield the items in their order, preprocessed as CLIP's own images are."""
+        """Yield the items in their order, preprocessed as the model's own images were."""
 
         def make_batch(start: int) -> Batch:
             chunk = items[start : start + batch_size]
@@ -98,7 +105,7 @@ class ImageLoader:
         return self._prefetch(partial(make_batch, start) for start in starts)
 
     def _read_test_image(self, path: str, gray_range: tuple[float, float] | None) -> Image.Image:
-        """Return an image resized and cropped as CLIP does."""
+        """Return an image resized and cropped as the model's own were."""
         image = read_image(path, gray_range=gray_range)
         if max(image.size) / min(image.size) * self.resolution**2 > MAX_PIXELS:
             raise ValueError(

@@ -4,7 +4,8 @@ All methods adapt the same layers under one protocol (`train.train`): same image
 order, same schedule, same evaluation. All that differs between them is here.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -26,12 +27,29 @@ POSITIONS: dict[str, tuple[float, float] | int] = {
     "top3": 3,
     "top": 1,
 }
-TRAINABLE_WEIGHTS = (
-    "attn.in_proj_weight",
-    "attn.out_proj.weight",
-    "mlp.c_fc.weight",
-    "mlp.c_proj.weight",
-)
+# The blocks of each tower: of our own CLIP and open_clip's, of timm's and of transformers' models.
+BLOCKS = {
+    "vision": ("visual.transformer.resblocks", "visual.trunk.blocks"),
+    "text": (
+        "transformer.resblocks", "text.transformer.resblocks", "text.transformer.encoder.layer",
+    ),
+}  # fmt: skip
+# The matrices of each role in a block: of CLIP's and open_clip's, timm's (ViT and EVA), and BERT's.
+ROLES = {
+    "query, key and value": (
+        "attn.in_proj_weight",
+        "attn.qkv.weight", "attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight",
+        "attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight",
+    ),
+    "attention output": (
+        "attn.out_proj.weight", "attn.proj.weight", "attention.output.dense.weight",
+    ),
+    "MLP input": (
+        "mlp.c_fc.weight", "mlp.fc1.weight", "mlp.fc1_g.weight", "mlp.fc1_x.weight",
+        "intermediate.dense.weight",
+    ),
+    "MLP output": ("mlp.c_proj.weight", "mlp.fc2.weight", "output.dense.weight"),
+}  # fmt: skip
 METHODS = ("so", "lora", "adam")
 # How the paper's SO chooses its supports and keeps its moments; other values are ablations.
 ABLATION_DEFAULTS = {"grad_support": "random", "moment_support": "magnitude", "moments": "adam"}
@@ -52,32 +70,38 @@ def layer_indices(position: str, depth: int) -> range:
 
 
 def mark_as_trainable(
-    model: CLIP, encoder: str, position: str, method: str = "so"
+    model: CLIP | nn.Module, encoder: str, position: str, method: str = "so"
 ) -> dict[str, nn.Parameter]:
     """Freeze a CLIP except for the weight matrices to adapt, and return these by name.
 
     Args:
-        model: The CLIP. In each block the attention's in_proj and out_proj and the MLP's c_fc and
-            c_proj weights are adapted; with LoRA, as in CLIP-LoRA, only queries, keys and values.
+        model: The CLIP. In each block the matrices of all ROLES are adapted; with LoRA, as in
+            CLIP-LoRA, only queries, keys and values. Attention pools, projections and embeddings
+            stay frozen.
         encoder: "text", "vision" or "both". A ResNet has no such blocks: only its text tower is
             adapted.
         position: A key of POSITIONS.
         method: One of METHODS.
 
     Raises:
-        ValueError: Nothing is left to adapt.
+        ValueError: Nothing is left to adapt, the blocks of a tower are of an unknown kind, or LoRA
+            does not know the attention.
     """
+    if method == "lora" and not isinstance(model, CLIP):
+        raise ValueError(
+            "--method lora needs the attention of a CLIP of OpenAI's kind, and open_clip's "
+            f"{type(model).__name__} has another: use --method so or adam"
+        )
     model.requires_grad_(False)
-    towers = {"vision": "visual.transformer", "text": "transformer"}
     weights = {}
-    for tower in towers.values() if encoder == "both" else [towers[encoder]]:
-        if tower == towers["vision"] and not hasattr(model.visual, "transformer"):
+    for tower in BLOCKS if encoder == "both" else [encoder]:
+        if tower == "vision" and hasattr(model.visual, "attnpool"):  # a ResNet
             continue
-        blocks = model.get_submodule(tower).resblocks
+        stack, blocks = _find_blocks(model, tower)
         for layer in layer_indices(position, len(blocks)):
-            for suffix in TRAINABLE_WEIGHTS:
-                if method != "lora" or suffix.endswith(IN_PROJ_SUFFIX):
-                    name = f"{tower}.resblocks.{layer}.{suffix}"
+            for suffix in _find_matrices(blocks[layer], tower):
+                name = f"{stack}.{layer}.{suffix}"
+                if method != "lora" or name.endswith(IN_PROJ_SUFFIX):
                     weights[name] = model.get_parameter(name).requires_grad_()
     if not weights:
         raise ValueError(
@@ -85,6 +109,36 @@ def mark_as_trainable(
             "that SO adapts; use --encoder text or both, or a ViT backbone"
         )
     return weights
+
+
+def _find_blocks(model: nn.Module, tower: str) -> tuple[str, nn.ModuleList]:
+    """The name of a tower's stack of blocks, and the stack."""
+    modules = dict(model.named_modules())
+    for name in BLOCKS[tower]:
+        if name in modules:
+            return name, modules[name]
+    root = modules["visual"] if tower == "vision" else modules.get("text", model)
+    trunk = getattr(root, "trunk", getattr(root, "transformer", root))
+    other = "text" if tower == "vision" else "vision"
+    raise ValueError(
+        f"no transformer blocks are found in the {tower} tower, a {type(trunk).__name__}: use "
+        f"--encoder {other}, or another backbone"
+    )
+
+
+def _find_matrices(block: nn.Module, tower: str) -> list[str]:
+    """The names of a block's matrices of all roles."""
+    matrices = {name for name, p in block.named_parameters() if p.dim() == 2}
+    names = []
+    for role, candidates in ROLES.items():
+        found = [name for name in candidates if name in matrices]
+        if not found:
+            raise ValueError(
+                f"no matrix of {role} is found in the blocks of the {tower} tower, "
+                f"{type(block).__name__}: use the other --encoder, or another backbone"
+            )
+        names += found
+    return names
 
 
 def build_optimizer(
@@ -130,7 +184,7 @@ def build_optimizer(
     else:
         optimizer = SOVariant(weights.values(), **settings, **ablation)
     if sparse_grad and ablation["grad_support"] == "random":
-        sample_gradients(model, optimizer)
+        optimizer.sampled_gradients = sample_gradients(model, optimizer)
     return optimizer
 
 
@@ -142,7 +196,9 @@ def describe_optimizer(
     if method == "lora":
         entries = sum(p.numel() for group in groups for p in group["params"])
         return f"{len(weights)} layers with LoRA adapters, {entries:,} entries to train"
-    matrices = f"{len(weights)} matrices, {sum(p.numel() for p in weights.values()):,} entries"
+    roles = ", ".join(f"{count} of {role}" for role, count in count_roles(weights).items())
+    entries = sum(p.numel() for p in weights.values())
+    matrices = f"{len(weights)} matrices ({roles}), {entries:,} entries"
     if method == "adam":
         return f"{matrices}, all with Adam's moments"
     density = groups[0]["density_ratio"]
@@ -154,7 +210,16 @@ def describe_optimizer(
         if few
         else ""
     )
+    if whole := getattr(getattr(optimizer, "sampled_gradients", None), "whole", None):
+        note += f"\nGradients of {len(whole)} matrices are whole ({next(iter(whole.values()))})"
     return f"{matrices}, of which SO {verb} {k:,} (density {density:.3g}){note}"
+
+
+def count_roles(names: Iterable[str]) -> Counter[str]:
+    """How many of the named matrices have each role."""
+    return Counter(
+        next(role for role, suffixes in ROLES.items() if name.endswith(suffixes)) for name in names
+    )
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

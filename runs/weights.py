@@ -33,7 +33,7 @@ class PretrainedModel:
 
     Attributes:
         sha256: `state_dict_sha256` of the model that `load` returned.
-        model_sha256: Of that and what the weights do not say: activation, heads, normalization.
+        model_sha256: Of that and what the weights do not tell: `model.settings`.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class PretrainedModel:
         """Return the model, to be trained."""
         model, _ = clip.load(self.name, device, **self.options)
         self.sha256 = state_dict_sha256(model)
-        settings = model.activation, model.heads, model.image_mean, model.image_std
-        self.model_sha256 = sha256_of_tree([self.sha256, *settings])
+        self.model_sha256 = sha256_of_tree([self.sha256, *model.settings])
         return model
 
     def reload_state_dict(self) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def predict(
     classifier = ZeroShotClassifier(model, text_tokens, **settings)
     with classifier.autocast():
         text_features = classifier.encode_classes()  # (C, D)
-    loader = ImageLoader(model.visual.input_resolution)
+    loader = ImageLoader(model.visual.input_resolution, resize=model.image_resize)
     few = read_few_shots(run)
     paths = list(find_images(images, log_error))
     trained = {image for image, *_ in few.get("train", [])}

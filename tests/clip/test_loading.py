@@ -109,10 +109,8 @@ def test_folder_without_one_checkpoint(state, tmp_path):
         ("open_clip:ViT-B-32", "should be open_clip:NAME/PRETRAINED"),
         ("open_clip:ViT-B-99/openai", "no model 'ViT-B-99'"),
         ("open_clip:ViT-B-32/nobody", "no weights 'nobody' for ViT-B-32: it has openai, "),
-        ("open_clip:ViT-B-16-SigLIP/webli", "init_logit_bias, timm_model_name"),
-        ("open_clip:coca_ViT-B-32/laion2b_s13b_b90k", "multimodal_cfg"),
-        ("open_clip:ViT-L-14-CLIPA/datacomp1b", "no_ln_pre True"),
-        ("open_clip:xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k", "hf_model_name"),
+        ("open_clip:ViT-B-16-SigLIQ/webli", "no model 'ViT-B-16-SigLIQ' (did you mean"),
+        ("open_clip:ViT-B-16-SigLIP/webly", "SigLIP (did you mean 'webli'?): it has webli"),
     ],
 )
 def test_unsupported_open_clip_name(name, words):

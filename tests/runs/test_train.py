@@ -18,7 +18,7 @@ from datasets.loader import ImageLoader
 from optimizers.build import (
     METHODS,
     POSITIONS,
-    TRAINABLE_WEIGHTS,
+    ROLES,
     build_optimizer,
     layer_indices,
     mark_as_trainable,
@@ -106,7 +106,7 @@ def test_layer_indices_at_any_depth(depth):
 def test_mark_as_trainable_freezes_the_rest(encoder, towers):
     model = build_model(random_state_dict(TINY_VIT))
     weights = mark_as_trainable(model, encoder, "top")
-    assert len(weights) == towers * len(TRAINABLE_WEIGHTS)
+    assert len(weights) == towers * len(ROLES)
     assert trainable_parameters(model).keys() == weights.keys()
     assert all(name.startswith("visual.") for name in weights) == (encoder == "vision")
 
