@@ -211,7 +211,7 @@ def describe_optimizer(
         else ""
     )
     if whole := getattr(getattr(optimizer, "sampled_gradients", None), "whole", None):
-        note += f"\nGradients of {len(whole)} matrices are whole ({next(iter(whole.values()))})"
+        note += f"\nGradients of {len(whole)} matrices stay dense ({next(iter(whole.values()))})"
     return f"{matrices}, of which SO {verb} {k:,} (density {density:.3g}){note}"
 
 

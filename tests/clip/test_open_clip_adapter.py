@@ -97,14 +97,12 @@ def test_blocks_are_trained_by_role(loaded):
     features = model.encode_image(torch.rand(1, 3, side, side))
     (features @ model.encode_text(model.tokenize(NAMES[:1])).T).sum().backward()
     for name, p in trained.items():
-        assert p.grad.is_sparse == (name not in handle.whole)
         is_linear = ".attn." not in name or ".trunk." in name
         assert p.grad.is_sparse == is_linear  # open_clip's blocks have torch's own attention
     handle.remove()
-    model.zero_grad()
 
 
-def test_bad_folders_are_refused(tmp_path):
+def test_bad_folders_are_refused(tmp_path, monkeypatch):
     write_folder("bert", tmp_path / "bert")
     model, _ = clip.load(tmp_path / "bert", "cpu")
     with pytest.raises(ValueError, match="more than 24 tokens"):
@@ -118,17 +116,14 @@ def test_bad_folders_are_refused(tmp_path):
     del model.visual.transformer.resblocks
     with pytest.raises(ValueError, match="no transformer blocks .*vision tower, a Transformer"):
         mark_as_trainable(model, "vision", "all")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ValueError, match="needs other packages: pip install transformers"):
+            clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/vocab.txt").unlink()
     with pytest.raises(ValueError, match="tokenizer of .*empty.*hf download somebody/bert"):
         clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/open_clip_config.json").unlink()
     (tmp_path / "bert/config.json").unlink()
     with pytest.raises(ValueError, match="Hugging Face text tower"):
-        clip.load(tmp_path / "bert", "cpu")
-
-
-def test_missing_package_is_named(tmp_path, monkeypatch):
-    write_folder("bert", tmp_path / "bert")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="needs other packages: pip install transformers"):
         clip.load(tmp_path / "bert", "cpu")
