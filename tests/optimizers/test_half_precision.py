@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import save_and_load
+from simulated_cuda import simulated_cuda
 from torch import nn
 
 from optimizers.SparseOptimizer import SO
@@ -147,6 +148,25 @@ def test_entries_outside_the_union_keep_their_bits():
     outside = torch.ones(p.numel(), dtype=torch.bool)
     outside[optimizer.state[p]["grad_indices"]] = False
     assert torch.equal(p.detach().flatten()[outside], before.flatten()[outside])
+
+
+def test_rounding_costs_few_kernels():
+    """Each further tensor is read, written and split; the bits of all are computed at once."""
+
+    def kernels(count):
+        with simulated_cuda() as device:
+            params = [nn.Parameter(torch.ones(40, 50 + i).bfloat16().cuda()) for i in range(count)]
+            optimizer = SO(params, density_ratio=0.05, T=9, seed=1)
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            device.kernels.clear()
+            device.waits.clear()
+            optimizer.step()
+            assert not device.waits
+            return device.kernels.total()
+
+    assert kernels(20) - kernels(10) <= 10 * 8
 
 
 @pytest.mark.gpu
