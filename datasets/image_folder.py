@@ -51,9 +51,7 @@ REMEDIES = {
     DEEPER: "move them up into the class folder",
     BESIDE: "move them into a class folder",
 }
-# Extensions of files that are not looked into, and the formats that are taken without extension:
-# the others have weak signatures, or are also those of raw photographs.
-TEXT_EXTENSIONS = (".txt", ".xml", ".json", ".csv", ".md", ".yaml")
+# Taken whatever the file is called; the others have weak signatures, or are raw photographs too.
 FORMATS_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
@@ -211,11 +209,10 @@ class _ClassLister:
             return ""
         file = self.dataset_dir.image_path(path)
         try:
-            if extension not in TEXT_EXTENSIONS:
-                if other := detect_other_format(file):
-                    return f"{other} files"
-                with Image.open(file, formats=FORMATS_BY_CONTENT):
-                    return ""
+            if other := detect_other_format(file):
+                return f"{other} files"
+            with Image.open(file, formats=FORMATS_BY_CONTENT):
+                return ""
         except Exception:  # a damaged file makes Pillow fail in any way
             pass
         return f"{extension} files" if extension else "files without extension"

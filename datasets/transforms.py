@@ -30,8 +30,8 @@ DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
 RETRY_DELAYS = (0.1, 0.4, 1.5, 4.0, 0.0)  # in seconds, after each attempt
 # Formats of pictures that FORMATS lacks: where a file has which bytes, and what to do.
 OTHER_FORMATS = {
-    "HEIC or AVIF": (4, b"ftyp", "convert it to JPEG"),
-    "DICOM": (128, b"DICM", "convert it to 16-bit PNG, for example with dcmtk's dcm2img"),
+    "HEIC or AVIF": (4, b"ftyp", "convert to JPEG"),
+    "DICOM": (128, b"DICM", "convert to 16-bit PNG, for example with dcmtk's dcm2img"),
 }
 # At this size Pillow would warn and go on.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)

@@ -46,7 +46,7 @@ def rows(names="cat dog", count=6):
 
 IGNORED = {
     "HEIC": (lambda f: f.with_suffix(".HEIC").write_bytes(b"\0\0\0\x18ftypheic"), "convert"),
-    "DICOM": (lambda f: f.with_suffix("").write_bytes(b"\0" * 128 + b"DICM"), "convert it to 16"),
+    "DICOM": (lambda f: f.with_suffix("").write_bytes(b"\0" * 128 + b"DICM"), "convert to 16"),
     "links that lead nowhere": (lambda f: f.symlink_to("annex"), "`dvc pull` or `git annex get`"),
     "images in folders": (lambda f: write_image(f.parent / "2024/x.jpg", 0, 0), "move them up"),
     ".npy files": (lambda f: f.with_suffix(".npy").write_bytes(b"\x93NUMPY"), ""),

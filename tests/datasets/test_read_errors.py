@@ -49,12 +49,6 @@ def test_lasting_error_names_disk(image, monkeypatch):
     assert "replace" not in str(caught.value)
 
 
-def test_other_errors_are_final(image, monkeypatch):
-    fail(monkeypatch, errno.EACCES, 1)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_image(image, sleep=pytest.fail)
-
-
 def test_checker_blames_the_disk(tmp_path, monkeypatch, capsys):
     for name in "ab":
         for index in range(6):
@@ -98,8 +92,8 @@ def test_eight_bits_have_no_range(image):
 @pytest.mark.parametrize(
     "content, remedy",
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "it is HEIC or AVIF.*: convert it to JPEG"),
-        (b"\0" * 128 + b"DICM", "it is DICOM.*: convert it to 16-bit PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "it is HEIC or AVIF.*: convert to JPEG"),
+        (b"\0" * 128 + b"DICM", "it is DICOM.*: convert to 16-bit PNG"),
     ],
 )
 def test_other_formats_are_named(tmp_path, content, remedy):
