@@ -8,7 +8,7 @@ checkpoints. `encode_image`, `encode_text`, `logit_scale` and `visual` are open_
 what this repository reads of a CLIP besides:
 
     tokenize(texts, truncate=False), context_length, visual.input_resolution,
-    image_mean, image_std, image_resize, settings
+    image_mean, image_std, image_resize, settings, save_config(folder)
 """
 
 import copy
@@ -131,6 +131,7 @@ def _set_interface(model: nn.Module, tokenizer: Callable[..., Tensor], config: M
     model.image_resize = config.resize
     model.tokenize = partial(tokenize, tokenizer)
     model.context_length = tokenizer.context_length
+    model.save_config = partial(save_config, model, tokenizer, config)
     model.settings = [_describe(model, config), *config.normalization, config.resize]
 
 
@@ -142,6 +143,20 @@ def _describe(model: nn.Module, config: ModelConfig) -> str:
     hf_config = getattr(getattr(model, "text", None), "config", None)
     cfg["hf"] = {key: getattr(hf_config, key, None) for key in HF_SETTINGS}
     return json.dumps(cfg, sort_keys=True)
+
+
+def save_config(
+    model: nn.Module, tokenizer: Callable[..., Tensor], config: ModelConfig, folder: Path
+) -> None:
+    """Write the files that open_clip needs beside the weights, into an existing folder."""
+    (mean, std), (mode, interpolation) = config.normalization, config.resize
+    preprocess = dict(mean=mean, std=std, resize_mode=mode, interpolation=interpolation)
+    content = {"model_cfg": config.open_clip_cfg, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    hf_config = getattr(getattr(model, "text", None), "config", None)
+    for part in (tokenizer, hf_config):
+        if hasattr(part, "save_pretrained"):  # of transformers
+            part.save_pretrained(folder)
 
 
 def tokenize(

@@ -44,16 +44,23 @@ ONNX_README = """# Classifier
 ```python
 import json, pathlib
 import numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 side, image = {side}, Image.open("image.jpg").convert("RGB")
-width, height = (max(side, int(side * n / min(image.size))) for n in image.size)
-left, top = round((width - side) / 2), round((height - side) / 2)
-image = image.resize((width, height), Image.BICUBIC).crop((left, top, left + side, top + side))
+{resize}
 pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
 probabilities = onnxruntime.InferenceSession("classifier.onnx").run(None, {{"images": pixels}})[0]
 print(json.loads(pathlib.Path("labels.json").read_bytes())[probabilities[0].argmax()])
 ```
 """
+
+RESIZE_CODE = {
+    "shortest": """\
+width, height = (max(side, int(side * n / min(image.size))) for n in image.size)
+left, top = round((width - side) / 2), round((height - side) / 2)
+image = image.resize((width, height), Image.{0}).crop((left, top, left + side, top + side))""",
+    "squash": "image = image.resize((side, side), Image.{0})",
+    "longest": "image = ImageOps.pad(image, (side, side), Image.{0})",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +85,10 @@ def export(source: Path, target: str, out: Path, base: str | None = None) -> Non
     if out.exists():
         raise ValueError(f"--out {out} exists: give another path")
     model, run = load_source(source, base)
+    if not isinstance(model, CLIP) and target not in ("open_clip", "onnx"):
+        raise ValueError(
+            f"{target} has no model with the towers of this one: use --to open_clip or onnx"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
         EXPORTERS[target](model, run, path := Path(folder, out.name))
@@ -121,6 +132,11 @@ def to_openai(model: CLIP, run: Run | None, path: Path) -> None:
 
 def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
     """Write a folder that open_clip loads as `local-dir:FOLDER`."""
+    if not isinstance(model, CLIP):
+        folder.mkdir()
+        model.save_config(folder)
+        save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
+        return
     sizes, (vision_heads, text_heads) = infer_model_args(model.state_dict()), model.heads
     width, text_width = sizes["vision_width"], sizes["transformer_width"]
     channels = width if sizes["vision_patch_size"] else TOTAL_STRIDE * width  # of attention
@@ -144,7 +160,12 @@ def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
             "mlp_ratio": sizes["transformer_mlp"] / text_width,
         },
     }
-    preprocess = {"mean": model.image_mean, "std": model.image_std}
+    preprocess = {
+        "mean": model.image_mean,
+        "std": model.image_std,
+        "resize_mode": model.image_resize[0],
+        "interpolation": model.image_resize[1],
+    }
     folder.mkdir()
     write_json(folder / "open_clip_config.json", dict(model_cfg=config, preprocess_cfg=preprocess))
     save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
@@ -229,7 +250,10 @@ def to_onnx(model: CLIP, run: Run | None, folder: Path) -> None:
             verbose=False,
         )
     write_json(folder / "labels.json", run.classnames)
-    (folder / "README.md").write_text(ONNX_README.format(side=side, classes=len(classes)))
+    mode, interpolation = model.image_resize
+    resize = RESIZE_CODE[mode].format(interpolation.upper())
+    readme = ONNX_README.format(side=side, classes=len(classes), resize=resize)
+    (folder / "README.md").write_text(readme)
 
 
 class Classifier(nn.Module):
@@ -243,8 +267,9 @@ class Classifier(nn.Module):
         self.register_buffer("weight", model.logit_scale.exp() * classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = F.normalize(self.visual((images - self.mean) / self.std), dim=-1)
-        return F.linear(features, self.weight).softmax(dim=-1)
+        features = self.visual((images - self.mean) / self.std)
+        features = features[0] if isinstance(features, tuple) else features  # CoCa has tokens, too
+        return F.linear(F.normalize(features, dim=-1), self.weight).softmax(dim=-1)
 
 
 def write_json(path: Path, content: object) -> None:

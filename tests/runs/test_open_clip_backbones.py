@@ -1,15 +1,46 @@
 """Runs on CLIPs that open_clip's modules run: from zero-shot to prediction."""
 
+import csv
+import io
 import signal
 
+import export
+import onnxruntime
 import predict
 import pytest
+import torch
 from commands import call, call_main, outcome, refused, run, run_folder
 from open_clip_folders import write_folder
+from PIL import Image
 
+import clip
 from runs.signals import Preempted, SignalHandler
+from runs.weights import find_saved_run, load_run_model
 
 pytest.importorskip("open_clip")
+
+
+def check_exports(folder, data, out, predictions):
+    """Exports to open_clip and ONNX give the run's features and probabilities."""
+    for target in ("open_clip", "onnx"):
+        status, _, err = call(export.main, folder, "--to", target, "--out", out / target)
+        assert status == 0, err
+    model = load_run_model(*find_saved_run(folder), torch.device("cpu"))
+    exported, preprocess = clip.load(out / "open_clip", "cpu")
+    tokens = model.tokenize(["annual crop", "forest"])
+    assert torch.equal(tokens, exported.tokenize(["annual crop", "forest"]))
+    assert torch.equal(exported.encode_text(tokens), model.encode_text(tokens))
+    row = next(csv.DictReader(io.StringIO(predictions)))
+    pixels = clip.image_transform(
+        model.visual.input_resolution, (0, 0, 0), (1, 1, 1), model.image_resize
+    )(Image.open(row["path"]))
+    session = onnxruntime.InferenceSession(out / "onnx/classifier.onnx")
+    (probabilities,) = session.run(None, {"images": pixels[None].numpy()})
+    assert probabilities.max() == pytest.approx(float(row["probability"]), rel=1e-4)
+    assert (
+        "use --to open_clip or onnx"
+        in call(export.main, folder, "--to", "openai", "--out", out / "x.pt")[2]
+    )
 
 
 @pytest.mark.parametrize("kind", ["siglip", "bert"])
@@ -39,4 +70,5 @@ def test_open_clip_backbone_runs(kind, data, tmp_path, monkeypatch):
     assert f"**** Test accuracy: {final} ****" in run(*whole, "--eval_only")
     status, lines, err = call(predict.main, run_folder(tmp_path / "whole"), data, "--csv")
     assert status == 0 and lines.count("\n") > 1, err
+    check_exports(run_folder(tmp_path / "whole"), data, tmp_path, lines)
     assert "--method lora needs the attention" in refused(*whole, "--method", "lora")
