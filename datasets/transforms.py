@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ OTHER_FORMATS = {
 # At this size Pillow would warn and go on.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
+T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
 
 
@@ -59,9 +61,20 @@ def read_image(
         ValueError: It is not an image, or damaged.
         OSError: The disk or the network failed.
     """
+    return retry_disk_errors(lambda: _decode(path, gray_range), path, sleep)
+
+
+def retry_disk_errors(
+    read: Callable[[], T], path: str | os.PathLike, sleep: Callable[[float], object] = time.sleep
+) -> T:
+    """Return what `read` returns; where the disk or network fails, try again for six seconds.
+
+    Raises:
+        OSError: It still fails.
+    """
     for delay in RETRY_DELAYS:
         try:
-            return _decode(path, gray_range)
+            return read()
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

@@ -7,10 +7,12 @@ import argparse
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Datum, FewShotDataset
 from datasets.base import nfc
+from datasets.transforms import retry_disk_errors
 from run_utils import default_settings
 from utils import truncate_list
 
@@ -62,13 +64,18 @@ def images_sha256(items: Sequence[Datum], image_dir: str) -> str:
         path = nfc(os.path.relpath(item.impath, image_dir))
         sha.update(f"{path}\0{item.label}\0".encode())
         try:
-            with open(item.impath, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - TAIL_BYTES, 0))
-                sha.update(f"{size} ".encode() + file.read())
-        except OSError:  # is reported where the image is read
-            sha.update(b"unreadable")
+            sha.update(retry_disk_errors(partial(read_tail, item.impath), item.impath))
+        except FileNotFoundError:  # is reported where the image is read
+            sha.update(b"missing")
     return sha.hexdigest()
+
+
+def read_tail(path: str) -> bytes:
+    """The size of a file and its last bytes."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - TAIL_BYTES, 0))
+        return f"{size} ".encode() + file.read()
 
 
 def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> str:
