@@ -1,6 +1,7 @@
-"""Helpers of several folders of tests: saving and loading, a GPU that must not be synchronized."""
+"""Helpers of several folders of tests."""
 
 import io
+import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +15,18 @@ def save_and_load(content):
     torch.save(content, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def before_call(function, count, action):
+    """Return the function, but with an action before its count-th call."""
+    calls = itertools.count(1)
+
+    def call(*args, **options):
+        if next(calls) == count:
+            action()
+        return function(*args, **options)
+
+    return call
 
 
 @contextmanager

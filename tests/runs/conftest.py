@@ -1,4 +1,4 @@
-"""What the tests of runs share: a small EuroSAT, two random checkpoints, a short command."""
+"""Fixtures for the tests of runs: a small EuroSAT, random checkpoints, a short command."""
 
 import pytest
 import torch
@@ -16,14 +16,20 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def command(data, tmp_path):
-    """Arguments of a run of four iterations into `out`."""
+@pytest.fixture(scope="module")
+def flags(data):
+    """Arguments of a run of four iterations on the CPU; the --save_path follows."""
     return [
         "--root_path", data, "--dataset", "eurosat", "--backbone", data / "tiny vit.pt",
         "--shots", 2, "--n_iters", 2, "--s", 0.9, "--lr", 1e-3, "--num_workers", 0,
-        "--threads", 1, "--save_path", tmp_path / "out",
+        "--threads", 1, "--device", "cpu", "--save_path",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def command(flags, tmp_path):
+    """Arguments of a run of four iterations into `out`."""
+    return [*flags, tmp_path / "out"]
 
 
 @pytest.fixture

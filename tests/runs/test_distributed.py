@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from commands import read_losses, run, run_folder
+from helpers import before_call
 from process_helpers import run_in_processes, run_main_in_processes
 
 import main
@@ -109,13 +111,10 @@ def test_processes_equal_one_process(world_size, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def flags(data):
+def flags(flags):
     """Arguments of a run of six iterations on batches of seven and two images."""
-    return [
-        "--root_path", data, "--dataset", "eurosat", "--backbone", data / "tiny vit.pt",
-        "--shots", 3, "--n_iters", 2, "--batch_size", 7, "--s", 0.9, "--early_stop_loss", -1,
-        "--num_workers", 0, "--threads", 1, "--device", "cpu", "--save_path",
-    ]  # fmt: skip
+    extra = ["--shots", 3, "--batch_size", 7, "--early_stop_loss", -1]
+    return [*flags[:-1], *extra, "--save_path"]
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +127,9 @@ def single(flags, tmp_path_factory):
 
 def send_signal(rank, to, signum):
     """Have one process get a signal after two iterations."""
-    check, calls = main.raise_if_any_preempted, []
-
-    def signal_and_check(signals):
-        calls.append(signals)
-        if rank == to and len(calls) == 3:
-            os.kill(os.getpid(), signum)
-        return check(signals)
-
-    main.raise_if_any_preempted = signal_and_check
+    if rank == to:
+        send = partial(os.kill, os.getpid(), signum)
+        main.raise_if_any_preempted = before_call(main.raise_if_any_preempted, 3, send)
 
 
 @pytest.mark.parametrize("to", [0, 1])

@@ -24,18 +24,14 @@ def data(tmp_path_factory):
     make_dataset("dtd", folder, classes=5, per_class=20)
     make_dataset("eurosat", folder, classes=4, per_class=20)
     make_dataset("imagenet_r", folder, classes=6, per_class=4)
-    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), folder / "tiny.pt")
+    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), folder / "tiny vit.pt")
     return folder
 
 
 @pytest.fixture
-def command(data, tmp_path):
+def command(command):
     """Arguments of a run of four iterations on five textures into `out`."""
-    return [
-        "--root_path", data, "--dataset", "dtd", "--backbone", data / "tiny.pt", "--shots", 2,
-        "--n_iters", 2, "--s", 0.5, "--lr", 1e-2, "--num_workers", 0, "--threads", 1,
-        "--save_path", tmp_path / "out", "--early_stop_loss", -1,
-    ]  # fmt: skip
+    return [*command, "--dataset", "dtd", "--s", 0.5, "--lr", 1e-2, "--early_stop_loss", -1]
 
 
 def parse_accuracies(out):
@@ -112,7 +108,7 @@ def test_test_on_other_datasets(method, command, tmp_path):
         for key, words in (("zero_shot_accuracy", "Zero-shot CLIP's"), ("final_accuracy", "Final")):
             assert round(entry[key], 2) == printed[f"{words} test accuracy on {name}"]
         assert set(entry["data"]) == {"split", "digest", "train", "val", "test"}
-    zero_shot = parse_accuracies(run(*command[:2], "--dataset", "imagenet_r", *command[4:6]))
+    zero_shot = parse_accuracies(run(*command[:6], "--dataset", "imagenet_r"))
     assert [*zero_shot.values()] == [printed["Zero-shot CLIP's test accuracy on imagenet_r"]]
     # A finished run's saved weights are tested, without training.
     path.unlink()
@@ -188,7 +184,7 @@ def test_wise_scales_what_was_learned(method, command, data, tmp_path):
     assert read_losses(wise_folder) == read_losses(folder)
     full, half = (read_delta(f / "weights.safetensors") for f in (folder, wise_folder))
     assert half.metadata == full.metadata | {"wise": "0.5"}
-    base = clip.load(data / "tiny.pt", "cpu")[0].state_dict()
+    base = clip.load(data / "tiny vit.pt", "cpu")[0].state_dict()
     for name, (indices, values, _) in full.tensors.items():
         before = base[name].flatten()[indices.long()].double()
         middle = (before + 0.5 * (values.double() - before)).float()
