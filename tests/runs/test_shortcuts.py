@@ -110,20 +110,6 @@ def test_training_equals_plain_computation(
             assert name in weights or torch.equal(p, q), name
 
 
-def test_gradients_of_several_batches_add_up():
-    (plain_model, plain_weights, _), (model, weights, optimizer) = build(sparse_grad=False), build()
-    classifier, batches = make_classifier(model, class_batch_size=2), random_batches(32)
-    classifier.precompute_frozen_text()
-    for _ in range(3):
-        (images, labels), _ = next(batches)
-        plain_loss(plain_model, images, labels, ["a {}."]).backward()
-        text_features = classifier.encode_classes()
-        F.cross_entropy(100 * classifier.encode_images(images) @ text_features.T, labels).backward()
-    for p, q in zip(weights.values(), plain_weights.values(), strict=True):
-        at = optimizer.state[p]["grad_indices"]
-        torch.testing.assert_close(p.grad.to_dense().take(at), q.grad.take(at), **CLOSE)
-
-
 def test_frozen_text_blocks_run_once():
     model, _, optimizer = build(encoder="text", position="top")
     calls = [0, 0]
@@ -137,23 +123,15 @@ def test_frozen_text_blocks_run_once():
 
 def test_class_batch_size_bounds_activations():
     model, *_ = build(encoder="text", sparse_grad=False)
-    batch_sizes, saved_bytes, names = [], [], [f"no {n}" for n in range(40)]
-    model.transformer.resblocks[1].register_forward_hook(lambda m, i, o: batch_sizes.append(len(o)))
-
-    def pack(tensor):
-        saved_bytes.append(tensor.nbytes)
-        return tensor
-
-    def activation_bytes(class_batch_size):
-        classifier = make_classifier(model, names=names, class_batch_size=class_batch_size)
-        saved_bytes.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = classifier.encode_classes()
-        features.sum().backward()
-        return sum(saved_bytes)
-
-    assert activation_bytes(4) < 0.05 * activation_bytes(0)
-    assert batch_sizes == 20 * [4] + [40]
+    names, saved_bytes = [f"no {n}" for n in range(40)], {}
+    for size in (0, 4):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.nbytes), lambda _: None
+        ):
+            make_classifier(model, names=names, class_batch_size=size).encode_classes()
+        saved_bytes[size] = sum(saved)
+    assert saved_bytes[4] < 0.05 * saved_bytes[0]
 
 
 def test_last_block_computes_one_token():

@@ -1,9 +1,9 @@
 """Which weights are trained, the training loop and its state, the evaluation."""
 
 import math
-import random
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
@@ -32,16 +32,12 @@ NAMES = ["red_one", "green", "blue"]
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
-    """Twelve images of three colors."""
-    rng, folder, items = random.Random(0), tmp_path_factory.mktemp("images"), []
+    """Twelve images of three classes."""
+    folder, rng, items = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
     for number in range(12):
-        label = number % 3
-        color = [rng.randrange(60) for _ in range(3)]
-        color[label] += 160
-        noise = Image.effect_noise((40, 30), 60).convert("RGB")
         path = folder / f"{number}.png"
-        Image.blend(noise, Image.new("RGB", (40, 30), tuple(color)), 0.7).save(path)
-        items.append(Datum(str(path), label, NAMES[label]))
+        Image.fromarray(rng.integers(256, size=(30, 40, 3), dtype=np.uint8)).save(path)
+        items.append(Datum(str(path), number % 3, NAMES[number % 3]))
     return items
 
 
@@ -168,14 +164,6 @@ def test_half_precision_follows_float32(items):
         assert {p.dtype for p in classifier.model.parameters()} == {torch.float32}
     for half in losses[1:]:
         assert half != losses[0] and half == pytest.approx(losses[0], rel=0.05, abs=0.05)
-
-
-def test_logit_scale_of_checkpoint(items):
-    losses = [
-        train_losses(items, *build(encoder="text", total_iters=1, logit_scale=scale))[0]
-        for scale in ("checkpoint", 100.0, 1.0)  # the checkpoint's is 100
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != losses[2]
 
 
 def test_get_lr_is_cosine():
