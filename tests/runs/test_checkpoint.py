@@ -208,9 +208,9 @@ def test_checkpoint_needs_resume_or_overwrite(checkpoint, flags, unbroken, tmp_p
 
 def test_damaged_checkpoint_is_refused(checkpoint, flags, tmp_path):
     content = checkpoint.read_bytes()
-    start = content.rfind(b"\x3f", 0, len(content) // 2)  # in a tensor, which torch does not check
-    flipped = content[:start] + b"\x3e" + content[start + 1 :]
-    for damaged in (content[: len(content) // 2], b"", b"\x80\x04nonsense", flipped):
+    losses = load(checkpoint)["state"]["losses"].numpy()
+    changed = content.replace(losses.tobytes(), (losses + 1).tobytes())
+    for damaged in (content[: len(content) // 2], b"", b"\x80\x04nonsense", changed):
         checkpoint.write_bytes(damaged)
         message = refused(*flags, tmp_path, "--resume")
         assert f"{checkpoint} is damaged" in message and "--overwrite" in message
@@ -220,18 +220,15 @@ def test_damaged_checkpoint_is_refused(checkpoint, flags, tmp_path):
 def test_other_checkpoint_is_refused(checkpoint, flags, tmp_path):
     content = load(checkpoint)
     content.pop("digest")
-
-    def save(**entries):
-        changed = {**content, **entries}
-        torch.save({**changed, "digest": sha256_of_tree(changed)}, checkpoint)
-
     for words, entries in (
         ("the images differ: 7 train", {"data": content["data"] | {"digest": "", "train": 7}}),
         ("the backbone differs", {"inputs": content["inputs"] | {"backbone": "0"}}),
         ("written by another version of this software", {"version": 1}),
+        ("its digest does not match", {"digest": "0"}),
         ("lr 0.1 there, 0.001 here", {"config": content["config"] | {"lr": 0.1}}),
     ):
-        save(**entries)
+        changed = content | entries
+        torch.save({"digest": sha256_of_tree(changed), **changed}, checkpoint)
         message = refused(*flags, tmp_path, "--resume")
         assert words in message and str(checkpoint) in message and "--overwrite" in message
     run(*flags, tmp_path, "--overwrite", "--resume")  # as a sweep with --overwrite is repeated
