@@ -198,21 +198,18 @@ def describe_optimizer(
         return f"{len(weights)} layers with LoRA adapters, {entries:,} entries to train"
     roles = ", ".join(f"{count} of {role}" for role, count in count_roles(weights).items())
     entries = sum(p.numel() for p in weights.values())
-    matrices = f"{len(weights)} matrices ({roles}), {entries:,} entries"
+    matrices = f"{len(weights)} matrices ({roles}),\n{entries:,} entries"
     if method == "adam":
         return f"{matrices}, all with Adam's moments"
     density = groups[0]["density_ratio"]
     k = sum(max(1, int(p.numel() * density)) for p in weights.values())
     verb = "reads" if getattr(optimizer, "moments", "") == "none" else "keeps moments for"
-    few = sum(p.numel() * density < 10 <= p.numel() for p in weights.values())
-    note = (
-        f"\nnote: {few} of them keep fewer than ten entries and barely train: lower --s"
-        if few
-        else ""
-    )
+    lines = [f"{matrices}, of which SO {verb} {k:,} (density {density:.3g})"]
+    if few := sum(p.numel() * density < 10 <= p.numel() for p in weights.values()):
+        lines.append(f"note: {few} of them keep fewer than ten entries and barely train: lower --s")
     if whole := getattr(getattr(optimizer, "sampled_gradients", None), "whole", None):
-        note += f"\nGradients of {len(whole)} matrices stay dense ({next(iter(whole.values()))})"
-    return f"{matrices}, of which SO {verb} {k:,} (density {density:.3g}){note}"
+        lines.append(f"{len(whole)} gradients stay dense ({next(iter(whole.values()))})")
+    return "\n".join(lines)
 
 
 def count_roles(names: Iterable[str]) -> Counter[str]:

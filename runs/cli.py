@@ -152,7 +152,7 @@ def print_run_summary(
         f"{dataset_name(args.dataset)}: {len(dataset.classnames)} {subsample}classes, "
         f"{len(dataset.train_x)} images to adapt with "
         f"({args.shots} per class, seed {args.seed}), {evaluated}\n"
-        f"{args.backbone} on {processes}{device_name(device)}, {args.precision}: {method}",
+        f"{args.backbone} on {processes}{device_name(device)}, {args.precision}:\n{method}",
         flush=True,
     )
 
