@@ -75,6 +75,7 @@ from runs.environment import (
 from runs.identity import get_identity
 from runs.output_dir import (
     check_weights_fit,
+    check_writable,
     find_eval_weights,
     find_saved_weights,
     get_output_dir,
@@ -146,6 +147,8 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )
     evaluator = Evaluator(args, model, loader, signals)
+    if targets and weights and weights[0].parent == output_dir:
+        check_writable(output_dir)
     if result or weights or not args.n_iters:
         evaluate_only(evaluator, tasks, weights, "final_accuracy" if result else "accuracy")
     else:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -126,6 +127,19 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def check_writable(output_dir: Path) -> None:
+    """Refuse a directory that cannot be written, before hours of work for a file in it.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise not_writable_error(output_dir, error) from error
 
 
 def not_writable_error(output_dir: Path, error: OSError) -> ValueError:

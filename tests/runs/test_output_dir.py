@@ -17,7 +17,7 @@ from commands import call_main, outcome, refused, result_of, run, run_folder
 
 from run_utils import get_arguments
 from runs import environment
-from runs.output_dir import get_output_dir, lock_output_dir
+from runs.output_dir import check_writable, get_output_dir, lock_output_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,3 +226,9 @@ def test_environment_without_resource_or_git(monkeypatch):
     assert names["peak_memory_mb"](torch.device("cpu")) == 0
     monkeypatch.setattr(environment, "REPO_ROOT", Path("/"))
     assert environment.get_git_sha() is None
+
+
+def test_check_writable_names_directory(tmp_path):
+    check_writable(tmp_path)
+    with pytest.raises(ValueError, match="cannot write to .*missing"):
+        check_writable(tmp_path / "missing")
