@@ -12,8 +12,6 @@ from dataset_helpers import ELEVEN, make_dataset
 import main
 from optimizers.build import METHODS
 from optimizers.delta import read_delta
-from run_utils import get_arguments
-from runs.cli import print_output_dir
 from utils import Predictions
 
 LINES = re.compile(
@@ -42,7 +40,7 @@ def test_methods_share_one_protocol(method, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "extra",
     [
         ["--encoder", "text", "--precision", "bf16"],
         ["--encoder", "vision"],
@@ -50,13 +48,12 @@ def test_methods_share_one_protocol(method, command, tmp_path):
     ],
     ids=" ".join,
 )
-def test_encoders_and_resnets_run(flags, command, data, monkeypatch):
+def test_encoders_and_resnets_run(extra, command, data, monkeypatch):
     monkeypatch.chdir(data)
-    assert LINES.search(run(*command, "--n_iters", 1, *flags))
+    assert LINES.search(run(*command, "--n_iters", 1, *extra))
 
 
-@pytest.mark.parametrize("method", ["so", "lora"])
-def test_best_val_weights_are_reported(method, command, tmp_path, monkeypatch):
+def test_best_val_is_reported(command, tmp_path, monkeypatch):
     val_hits, test_hits = iter([1, 5, 4]), iter([1, 2, 3, 6])  # of six images
 
     def fake_evaluate(classifier, loader, items, desc):
@@ -65,9 +62,8 @@ def test_best_val_weights_are_reported(method, command, tmp_path, monkeypatch):
         return Predictions(labels, torch.ones(6).long(), torch.full((6,), hits / 8))
 
     monkeypatch.setattr(main, "evaluate", fake_evaluate)
-    command += ["--method", method, "--early_stop_loss", 0, "--lr", 0.01, "--n_iters", 3]
-    best_val = [*command, "--eval_every", 2, "--final_model", "best_val"]
-    assert "Final test accuracy: 50.00" in run(*best_val)
+    command += ["--n_iters", 3, "--early_stop_loss", 0, "--eval_every", 2]
+    assert "Final test accuracy: 50.00" in run(*command, "--final_model", "best_val")
     result, folder = result_of(tmp_path / "out"), run_folder(tmp_path / "out")
     assert (result["final_accuracy"], result["last_accuracy"]) == (50.0, 100.0)
     assert (result["selected_iteration"], result["iterations"]) == (4, 6)
@@ -76,13 +72,6 @@ def test_best_val_weights_are_reported(method, command, tmp_path, monkeypatch):
     rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["1"] * 3 + ["0"] * 3
     assert {(row["predicted"], row["probability"]) for row in rows} == {("1", "0.375")}
-    monkeypatch.undo()
-    run(*command, "--save_path", tmp_path / "last")
-    weights = [
-        (run_folder(tmp_path / name) / "weights.safetensors").read_bytes()
-        for name in ("out", "last")
-    ]
-    assert weights[0] != weights[1]
 
 
 @pytest.mark.parametrize("name", ELEVEN)
@@ -107,18 +96,11 @@ def test_python_random_only_draws_shots(command, monkeypatch):
     assert states == [random.Random(3).getstate(), random.getstate()]
 
 
-def test_demo_hint_repeats_method(tmp_path, capsys):
-    hint = "python main.py --root_path $DATA --dataset eurosat --shots 16"
-    for flags, end in (([], ""), (["--method", "lora"], " --method lora")):
-        print_output_dir(get_arguments(flags), tmp_path)
-        assert capsys.readouterr().out.splitlines()[-1].strip() == hint + end
-
-
 # Failures
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "extra, words",
     [
         (["--root_path", "/no/such/folder"], ["/no/such/folder", "DATASETS.md"]),
         (["--root_path", "a\nb\x1b[31m"], [r"a b\x1b[31m is not a folder"]),
@@ -126,8 +108,8 @@ def test_demo_hint_repeats_method(tmp_path, capsys):
         (["--backbone", "main.py"], ["main.py"]),
     ],
 )
-def test_missing_data_leaves_nothing(flags, words, command, tmp_path, monkeypatch):
+def test_missing_data_leaves_nothing(extra, words, command, tmp_path, monkeypatch):
     monkeypatch.chdir(main.REPO_ROOT)
-    message = refused(*command, *flags)
+    message = refused(*command, *extra)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()

@@ -69,14 +69,16 @@ def test_output_dir_of_own_images(tmp_path, monkeypatch):
 def test_output_dir_shortens_templates():
     names = set()
     for templates in (
-        ["a photo of a {}, a type of pet."], ["a photo of a {}; a type of pet!"], ["{}"],
-        ["ein Bild von {}", "noch/ein\\Bild: {}"], ["a " * 99 + "{}"], ["clip", "{}"], ["ein {}ß"],
-    ):  # fmt: skip
+        ["a {}, b."],
+        ["a {}; b!"],
+        ["{}"],
+        ["noch/ein\\Bild: {}ß"],
+        ["a" * 99, "{}"],
+    ):
         args = get_arguments(["--dataset", "dtd", "--template", *templates])
-        name = get_output_dir(args).name.removeprefix("seed3-template_")
-        assert re.fullmatch(r"[\w-]{1,40}", name), name
-        names.add(name)
-    assert len(names) == 7 and "a-photo-of-a-a-type-of-pet-" in " ".join(names)
+        names.add(get_output_dir(args).name)
+    assert len(names) == 5  # with a digest each
+    assert all(re.fullmatch(r"seed3-template_[\w-]{1,40}", name) for name in names), names
 
 
 # Its files
@@ -153,7 +155,7 @@ def test_other_result_is_refused(command, tmp_path):
 # Weights
 
 
-def test_weights_of_other_model_are_refused(command, tmp_path):
+def test_weights_of_other_model_refused(command, tmp_path):
     command += ["--filename", "mine"]
     run(*command)
     other = tmp_path / "tiny vit.pt"  # another model of the same name
@@ -164,7 +166,7 @@ def test_weights_of_other_model_are_refused(command, tmp_path):
     assert "mine.safetensors is damaged" in refused(*command, "--eval_only")
 
 
-def test_state_dict_of_authors_is_evaluated(command, data, tmp_path):
+def test_authors_state_dict_is_evaluated(command, data, tmp_path):
     message = refused(*command, "--eval_only")
     assert "seed3-lr_0.001-n_iters_2-s_0.9/weights.safetensors" in message
     path = tmp_path / "out" / "weights.pt"
@@ -193,7 +195,7 @@ def test_lock_names_its_process(command, tmp_path):
     assert not (folder / ".lock").exists()
 
 
-def test_lock_of_killed_process_is_free(tmp_path):
+def test_killed_process_frees_lock(tmp_path):
     code = "from filelock import FileLock; import os, sys; FileLock(sys.argv[1]).acquire()"
     code += "; os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], check=False)

@@ -82,9 +82,10 @@ def test_subsample_new_is_another_run(command, tmp_path):
         assert not list_pending.is_finished([str(arg) for arg in [*new, *other]])
 
 
-def test_best_val_is_tested_everywhere(command, tmp_path):
+@pytest.mark.parametrize("method", ["so", "lora"])
+def test_best_val_is_tested_everywhere(method, command, tmp_path):
     command += ["--subsample", "base", "--final_model", "best_val", "--eval_every", 1]
-    command += ["--n_iters", 4, "--test_on", "eurosat"]
+    command += ["--method", method, "--n_iters", 3, "--test_on", "eurosat"]
     printed, result = parse_accuracies(run(*command)), result_of(tmp_path)
     assert result["selected_iteration"] < result["iterations"]  # or this test shows nothing
     evaluated = parse_accuracies(run(*command, "--eval_only"))
@@ -157,7 +158,7 @@ def test_test_on_rejects_bad_names(command, tmp_path):
 # Datasets for testing only
 
 
-def test_test_only_dataset_is_not_trained(command, tmp_path):
+def test_test_only_sets_skip_training(command, tmp_path):
     command += ["--dataset", "imagenet_r"]
     start = command.index("--n_iters")
     without_n_iters = command[:start] + command[start + 2 :]

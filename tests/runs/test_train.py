@@ -99,7 +99,7 @@ def test_layer_indices_at_any_depth(depth):
 
 
 @pytest.mark.parametrize("encoder, towers", [("text", 1), ("vision", 1), ("both", 2)])
-def test_mark_as_trainable_freezes_the_rest(encoder, towers):
+def test_mark_as_trainable_freezes_rest(encoder, towers):
     model = build_model(random_state_dict(TINY_VIT))
     weights = mark_as_trainable(model, encoder, "top")
     assert len(weights) == towers * len(ROLES)
