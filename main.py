@@ -140,7 +140,6 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
             return
         tasks = {name: tasks[name] for name in missing}
         weights = run_on_main(find_saved_weights, output_dir, args), 1.0
-
     elif weights and weights[0].parent == output_dir:
         check_weights_fit(weights[0], identity)
     loader = ImageLoader(

@@ -212,14 +212,6 @@ def format_error(error: Exception) -> str:
     return str(error)
 
 
-def print_quietly(text: str) -> None:
-    """Print; a reader that has closed the pipe, as `head` does, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 # Progress
 
 

@@ -31,7 +31,6 @@ from optimizers.delta import (
 from run_utils import OneLineErrorParser, backbone_arg, bounded_number
 from runs.cli import run_cli
 from runs.weights import merge_delta, resolve_base, save_state_dict
-from utils import print_quietly
 
 FILE_METADATA = ("format", "version", "base_digest", "shapes")  # that save_delta adds itself
 COLUMNS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = vars(parse_args(argv))
     command = args.pop("function")
-    return run_cli(lambda: print_quietly(command(**args)), "delta.py")
+    return run_cli(lambda: print(command(**args)), "delta.py")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

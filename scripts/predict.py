@@ -36,7 +36,6 @@ from runs.weights import find_saved_run, load_run_model
 from utils import (
     format_error,
     one_line,
-    print_quietly,
     to_csv,
     truncate_list,
     unique_classnames,
@@ -74,12 +73,13 @@ def print_predictions(args: argparse.Namespace, log_error: Callable[[str], None]
     run = replace(run, config=run.config | {"backbone": backbone})
     names = unique_classnames(run.classnames)
     if args.csv:
-        print_quietly("path,class,probability")
+        print("path,class,probability")
     for path, probabilities in predict(run, weights, args.images, args.device, log_error):
         top = probabilities.topk(min(args.top, len(names)))
         for probability, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             row = path, names[label], probability
-            print_quietly(to_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row))
+            line = to_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row)
+            print(line, flush=True)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from reporting.figures import plan_figures, render_png
 from reporting.protocols import ProtocolRow, base_to_new, protocol_sections, transfer
 from reporting.tables import Row, backbone_section, format_mean, table_rows
 from runs.records import Run
-from utils import atomic_write, format_error, plural, print_quietly, to_csv
+from utils import atomic_write, format_error, plural, to_csv
 
 MAX_WIDTH = 200  # characters of a printed line
 FIGURES = """## Figures
@@ -56,9 +56,9 @@ def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) ->
     atomic_write(out / "tables.md", "\n".join([*sections, f"{FIGURES}\n{links}\n"]))
     drawn = sum(write_figure(out / name, draw, warn) for name, draw in plan.items())
     for line in summary_lines(rows):
-        print_quietly(line)
+        print(line)
     count = plural(len(runs), "run")
-    print_quietly(f"{count}: tables and {plural(drawn, 'figure')} in {out} (tables.md)")
+    print(f"{count}: tables and {plural(drawn, 'figure')} in {out} (tables.md)")
 
 
 def write_figure(path: Path, draw: Callable[[], Figure], warn: Callable[[str], None]) -> bool:
