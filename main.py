@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import signal
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -102,6 +103,12 @@ class Task:
     split: str  # "test" or "val"
     is_target: bool = False  # of --test_on
 
+    @property
+    def has_uneven_classes(self) -> bool:
+        """Whether the classes differ in their numbers of images: balanced accuracy is printed."""
+        counts = Counter(item.label for item in get_split(self.dataset, self.split))
+        return len(set(counts.values())) > 1
+
 
 def main(argv: Sequence[str] = ()) -> None:
     """Parse arguments, set up processes and device, run."""
@@ -134,7 +141,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
     result = run_on_main(load_finished_result, output_dir, args, identity)
     if result:
         if is_main_process():
-            print_finished_run(result, output_dir, args)
+            print_finished_run(result, output_dir, args, tasks[""].has_uneven_classes)
         missing = run_on_main(print_known_targets, output_dir, targets)
         if not missing:
             return
@@ -175,11 +182,9 @@ class Evaluator:
         with self.signals.allow():
             return evaluate(self.build_classifier(task.dataset), self.loader, items, desc)
 
-    def accuracies(self, tasks: Mapping[str, Task]) -> dict[str, float]:
-        """Accuracies in percent, by name of the task."""
-        return {
-            name: self.predict(task, name or "Evaluation").accuracy for name, task in tasks.items()
-        }
+    def predict_all(self, tasks: Mapping[str, Task]) -> dict[str, Predictions]:
+        """Classify the images of each task, by name."""
+        return {name: self.predict(task, name or "Evaluation") for name, task in tasks.items()}
 
 
 def evaluate_only(
@@ -196,29 +201,33 @@ def evaluate_only(
         weights: A file, if any, and the factor of the difference to the pretrained weights.
         kind: The accuracies' key in runs.cli.ACCURACY_LINES.
     """
-    zero_shot = evaluator.accuracies(tasks)
+    zero_shot = evaluator.predict_all(tasks)
     print_by_task("zero_shot_accuracy", zero_shot, tasks)
     if weights is None:
         return
     path, alpha = weights
     load_weights(evaluator.model, path, evaluator.args.backbone, alpha)
-    final = evaluator.accuracies(tasks)
+    final = evaluator.predict_all(tasks)
     print_by_task(kind, final, tasks)
     if path.parent == get_output_dir(evaluator.args):
         save_targets(path.parent, tasks, zero_shot, final)
 
 
-def print_by_task(kind: str, accuracies: Mapping[str, float], tasks: Mapping[str, Task]) -> None:
-    """Print one accuracy of each task."""
+def print_by_task(
+    kind: str, predictions: Mapping[str, Predictions], tasks: Mapping[str, Task]
+) -> None:
+    """Print one accuracy of each task; of --eval_only also the balanced one of uneven classes."""
     for name, task in tasks.items():
-        print_accuracy(kind, accuracies[name], task.split, name)
+        print_accuracy(kind, predictions[name].accuracy, task.split, name)
+        if kind == "accuracy" and not name and task.has_uneven_classes:
+            print_accuracy("balanced", predictions[name].balanced_accuracy, task.split)
 
 
 def save_targets(
     output_dir: Path,
     tasks: Mapping[str, Task],
-    zero_shot: Mapping[str, float],
-    final: Mapping[str, float],
+    zero_shot: Mapping[str, Predictions],
+    final: Mapping[str, Predictions],
 ) -> None:
     """Write the accuracies on the datasets of --test_on, if there are any."""
     targets = {name: task.dataset for name, task in tasks.items() if task.is_target}
@@ -303,12 +312,13 @@ def finetune(
         except OSError as error:
             raise ValueError(f"{format_error(error)}: make room, then --resume") from error
         saver.remove()
-        print_accuracies(state.final_accuracies(), args.eval_split)
+        uneven = tasks[""].has_uneven_classes
+        print_accuracies(state.final_accuracies(), args.eval_split, uneven)
         if targets := {name: task for name, task in tasks.items() if task.is_target}:
             with evaluation_weights(model, weights, pretrained, args.wise):
-                final = evaluator.accuracies(targets)
+                final = evaluator.predict_all(targets)
             restore_pretrained(trained, pretrained.reload_state_dict())
-            zero_shot = evaluator.accuracies(targets)
+            zero_shot = evaluator.predict_all(targets)
             save_targets(output_dir, targets, zero_shot, final)
             print_by_task("zero_shot_accuracy", zero_shot, targets)
             print_by_task("final_accuracy", final, targets)

@@ -145,7 +145,10 @@ class TrainState:
 
     def final_accuracies(self) -> dict[str, float]:
         """Accuracies of the weights to report, as in result.json."""
-        final = {"final_accuracy": self.accuracies[self.reported_iteration]}
+        final = {
+            "final_accuracy": self.accuracies[self.reported_iteration],
+            "balanced_accuracy": self.predictions.balanced_accuracy,
+        }
         if self.new_accuracies:
             final["new_accuracy"] = self.new_accuracies[self.reported_iteration]
         return final

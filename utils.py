@@ -36,6 +36,19 @@ class Predictions(NamedTuple):
         """Top-1 accuracy in percent."""
         return accuracy(self.labels, self.preds)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean accuracy in percent of the classes that have images."""
+        hits, counts = count_per_class(self.labels, self.preds)
+        return 100.0 * (hits.double() / counts)[counts > 0].mean().item()
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 score in percent of the classes that have images."""
+        hits, counts = count_per_class(self.labels, self.preds)
+        predicted = self.preds.bincount(minlength=len(counts))[: len(counts)]
+        return 100.0 * (2.0 * hits.double() / (counts + predicted))[counts > 0].mean().item()
+
 
 def accuracy(labels: Tensor, preds: Tensor) -> float:
     """Top-1 accuracy in percent of predictions (N,) for labels (N,)."""
@@ -44,9 +57,14 @@ def accuracy(labels: Tensor, preds: Tensor) -> float:
 
 def per_class_accuracy(labels: Tensor, preds: Tensor, num_classes: int) -> list[float | None]:
     """Accuracy in percent of each class, by label; None for a class without images."""
-    counts = labels.bincount(minlength=num_classes).tolist()
-    hits = labels[preds == labels].bincount(minlength=num_classes).tolist()
+    hits, counts = (x.tolist() for x in count_per_class(labels, preds, num_classes))
     return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
+
+
+def count_per_class(labels: Tensor, preds: Tensor, num_classes: int = 0) -> tuple[Tensor, Tensor]:
+    """Correct predictions and images of each class (C,), int64; C is at least `num_classes`."""
+    counts = labels.bincount(minlength=num_classes)
+    return labels[preds == labels].bincount(minlength=len(counts)), counts
 
 
 def expected_calibration_error(correct: Tensor, probs: Tensor, n_bins: int = N_BINS) -> float:

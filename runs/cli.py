@@ -28,8 +28,10 @@ ACCURACY_LINES = {
     "zero_shot_accuracy": "Zero-shot CLIP's {} accuracy",
     "zero_shot_new_accuracy": "Zero-shot CLIP's {} accuracy on new classes",
     "final_accuracy": "Final {} accuracy",
+    "balanced_accuracy": "Final balanced accuracy",
     "new_accuracy": "Final {} accuracy on new classes",
     "accuracy": "{} accuracy",
+    "balanced": "Balanced accuracy",
 }
 
 
@@ -128,10 +130,10 @@ def print_accuracy(kind: str, value: float, split: str, target: str = "") -> Non
     print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
 
 
-def print_accuracies(accuracies: Mapping[str, Any], split: str) -> None:
-    """Print the accuracies among the values of a result."""
+def print_accuracies(accuracies: Mapping[str, Any], split: str, uneven: bool = False) -> None:
+    """Print the accuracies among the values of a result; the balanced one of uneven classes."""
     for kind in ACCURACY_LINES:
-        if kind in accuracies:
+        if kind in accuracies and (uneven or kind != "balanced_accuracy"):
             print_accuracy(kind, accuracies[kind], split)
 
 
@@ -157,11 +159,13 @@ def print_run_summary(
     )
 
 
-def print_finished_run(result: dict[str, Any], output_dir: Path, args: argparse.Namespace) -> None:
+def print_finished_run(
+    result: dict[str, Any], output_dir: Path, args: argparse.Namespace, uneven: bool
+) -> None:
     """Print a finished run's accuracies, and remove what it may have left behind."""
     remove_stale_files(output_dir)
     print(f"This run is finished: {output_dir}")
-    print_accuracies(result, args.eval_split)
+    print_accuracies(result, args.eval_split, uneven)
     weights = weights_path(output_dir, args)
     if args.save_weights and not weights.exists():
         print(f"note: it saved no {weights.name}; --overwrite runs it again", file=sys.stderr)

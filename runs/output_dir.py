@@ -190,6 +190,7 @@ def save_result(
         **subset(args, *PATH_KEYS),
         "dataset": dataset_name(args.dataset),
         **summary,
+        "macro_f1": predictions.macro_f1,
         "ece": expected_calibration_error(preds == labels, probs),
         "per_class": dict(zip(classnames, accuracies, strict=True)),
         "classnames": dataset.classnames,

@@ -10,7 +10,7 @@ from datasets import FewShotDataset, build_test_dataset, dataset_name
 from runs.cli import print_accuracy
 from runs.output_dir import not_writable_error
 from runs.records import read_transfer
-from utils import atomic_write
+from utils import Predictions, atomic_write
 
 TRANSFER_FILENAME = "transfer.json"
 
@@ -61,24 +61,24 @@ def print_known_targets(output_dir: Path, targets: Mapping[str, FewShotDataset])
 def save_transfer(
     output_dir: Path,
     targets: Mapping[str, FewShotDataset],
-    zero_shot: Mapping[str, float],
-    final: Mapping[str, float],
+    zero_shot: Mapping[str, Predictions],
+    final: Mapping[str, Predictions],
 ) -> None:
     """Write accuracies in percent into transfer.json; entries of other targets stay.
 
     Args:
         output_dir: The run's directory.
         targets: By name.
-        zero_shot: Accuracies before training, by name.
-        final: Accuracies after training, by name.
+        zero_shot: Predictions before training, by name.
+        final: Predictions after training, by name.
     """
     entries = _read_entries(output_dir)
     for name, dataset in targets.items():
         if name not in final:
             continue
         entries[name] = {
-            "zero_shot_accuracy": zero_shot[name],
-            "final_accuracy": final[name],
+            "zero_shot_accuracy": zero_shot[name].accuracy,
+            "final_accuracy": final[name].accuracy,
             "classes": len(dataset.classnames),
             "images": len(dataset.test),
             "data": dataset.fingerprint,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from utils import (
     Predictions,
@@ -18,6 +19,16 @@ def test_accuracy_overall_and_per_class():
     assert accuracy(labels, preds) == pytest.approx(400 / 6)
     expected = [pytest.approx(200 / 3), 50.0, None, 100.0, None]
     assert per_class_accuracy(labels, preds, num_classes=5) == expected
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_class_means_equal_scikit_learns():
+    labels, preds = torch.randint(0, 4, (50,)), torch.randint(0, 7, (50,))  # 4 to 6 have no images
+    predictions = Predictions(labels, preds, None)
+    balanced = balanced_accuracy_score(labels, preds)
+    f1 = f1_score(labels, preds, labels=range(4), average="macro")
+    assert predictions.balanced_accuracy == pytest.approx(100 * balanced)
+    assert predictions.macro_f1 == pytest.approx(100 * f1)
 
 
 @pytest.mark.parametrize(

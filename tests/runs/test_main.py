@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from commands import read_losses, refused, result_of, run, run_folder
-from dataset_helpers import ELEVEN, make_dataset
+from dataset_helpers import ELEVEN, change_split, make_dataset
 
 import main
 from optimizers.build import METHODS
@@ -69,9 +69,26 @@ def test_best_val_is_reported(command, tmp_path, monkeypatch):
     assert (result["selected_iteration"], result["iterations"]) == (4, 6)
     assert result["per_class"] == dict(zip(result["classnames"], (0.0, 100.0, None), strict=True))
     assert result["ece"] == 100 * abs(0.5 - 3 / 8)
+    assert result["balanced_accuracy"] == 50 and result["macro_f1"] == pytest.approx(100 / 3)
     rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["1"] * 3 + ["0"] * 3
     assert {(row["predicted"], row["probability"]) for row in rows} == {("1", "0.375")}
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_uneven_classes_print_balanced_accuracy(uneven, command, tmp_path):
+    folder = make_dataset("eurosat", tmp_path)
+    if uneven:
+        change_split(folder, lambda split: split["test"].pop())
+    command += ["--root_path", tmp_path]
+    printed, again, evaluated = run(*command), run(*command), run(*command, "--eval_only")
+    accuracy, balanced = (
+        f"{result_of(tmp_path / 'out')[key]:.2f}. ****"
+        for key in ("final_accuracy", "balanced_accuracy")
+    )
+    lines = f"**** Final test accuracy: {accuracy}\n\n**** Final balanced accuracy: {balanced}\n"
+    assert (lines in printed) == (lines in again) == uneven
+    assert (f"**** Balanced accuracy: {balanced}\n" in evaluated) == uneven
 
 
 @pytest.mark.parametrize("name", ELEVEN)
