@@ -71,32 +71,39 @@ def normalize(
     return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
-def convert_image_to_rgb(image: Image.Image) -> Image.Image:
+def convert_image_to_rgb(
+    image: Image.Image, gray_range: tuple[float, float] | None = None
+) -> Image.Image:
     """Convert an image of any mode to RGB; transparency is dropped.
 
     Pillow's `convert`, which OpenAI's preprocessing uses, would clip gray values of more than eight
-    bits. They are scaled here: sixteen bits to eight, and floating point by the range that holds
-    its values, [0, 1], [0, 255] or [0, 65535].
-
-    Raises:
-        ValueError: Floating-point values are in none of these ranges.
+    bits. They are scaled here, see `scale_gray`.
     """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int32).clip(0, 65535)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = (values + 128) // 257
-        image = Image.fromarray(values.astype(np.uint8))
-    elif image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(initial=0), values.max(initial=0)
-        if not 0 <= low <= high <= 65535:  # NaN is in no range either
-            raise ValueError(
-                f"its gray values are between {low:g} and {high:g}: save it with eight bits"
-            )
-        scale = 255 if high <= 1 else 1 if high <= 255 else 1 / 257
-        image = Image.fromarray((scale * values + 0.5).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = scale_gray(image, gray_range)
     elif image.mode in ("P", "PA", "La", "RGBa"):
         image = image.convert({"La": "LA"}.get(image.mode, "RGBA"))
     return image.convert("RGB")
+
+
+def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None = None) -> Image.Image:
+    """Scale gray values of more than eight bits to [0, 255].
+
+    Args:
+        image: Of mode I, I;16 or F.
+        gray_range: The values that become black and white. None: the least of [0, 255] and
+            [0, 65535] that holds the image's values, for floating point also [0, 1]; from its least
+            to its largest value where neither does, as in Hounsfield units.
+
+    Raises:
+        ValueError: Values are not finite.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = gray_range or (values.min(initial=0), values.max(initial=0))
+    if not np.isfinite(values).all():
+        raise ValueError("some of its gray values are not finite: save it with eight bits")
+    if not gray_range and low >= 0:
+        limits = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+        high = next((limit for limit in limits if high <= limit), high)
+    values = (values - low) / max(high - low, 1) * 255
+    return Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))

@@ -1,9 +1,8 @@
 """The dataset checker: `python -m datasets --root_path ROOT [--dataset NAME] [--decode]`.
 
 It prints which datasets were found and where, their numbers of classes and images beside the
-published ones, and what to do about each fault. It writes nothing, except with `--fetch NAME`,
-which downloads a dataset first. Exit status: 0 if all are well, 1 if one is missing or has a fault,
-2 for wrong usage and for a download that failed.
+published ones, and what to do about each fault. It writes nothing. Exit status: 0 if all are well,
+1 if one is missing or has a fault, 2 for wrong usage.
 """
 
 import argparse
@@ -21,30 +20,20 @@ from dataclasses import dataclass, field
 from datasets.base import SPLITS, DatasetDir, Split, dataset_errors, find_dataset_dir, resolve_root
 from datasets.build import dataset_name, find_gray_range, get_dataset_info
 from datasets.catalog import DATASETS
-from datasets.download import DOWNLOADS, download_dataset
 from datasets.splits import CHECKS, count_mismatch, format_counts, read_split
 from datasets.transforms import read_image
-from utils import format_error, one_line, progress, truncate_list
+from utils import progress, truncate_list
 
 COLUMNS = ("dataset", "folder", "split", "classes", *SPLITS, "status")
 
 
 @dataclass
 class CheckResult:
-    """A row of the checker's table, and the lines below it."""
+    """A row of the checker's table, by COLUMNS, and the lines below it."""
 
-    name: str
-    folder: str = "-"
-    split: str = "-"
-    counts: dict[str, str] = field(default_factory=dict)
-    status: str = "ok"
+    row: dict[str, str]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # on own images
-
-    def row(self) -> tuple[str, ...]:
-        """Return the row's texts, in the order of COLUMNS."""
-        counts = [self.counts.get(key, "-") for key in ("classes", *SPLITS)]
-        return (self.name, self.folder, self.split, *counts, self.status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,13 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root_path", help="folder that holds all datasets")
     parser.add_argument("--dataset", help="only this dataset: a name, or the path of your own")
     parser.add_argument("--decode", action="store_true", help="open every image as well")
-    parser.add_argument(
-        "--fetch", metavar="NAME", help=f"download a dataset: {', '.join(DOWNLOADS)}"
-    )
     args = parser.parse_args(argv)
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs each TIFF of many bands
-    only = args.fetch or args.dataset
-    names = [only] if only else list(DATASETS)
+    names = [args.dataset] if args.dataset else list(DATASETS)
     try:
         needs_root = any(get_dataset_info(name).needs_root for name in names)
     except ValueError as error:
@@ -68,18 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--root_path, the folder that holds the datasets, is missing")
     if args.root_path and not os.path.isdir(resolve_root(args.root_path)):
         parser.error(f"--root_path {args.root_path} is not a folder")
-    if args.fetch:
-        try:
-            download_dataset(args.fetch, args.root_path)
-        except (ValueError, OSError) as error:
-            print(one_line(f"python -m datasets: error: {format_error(error)}"), file=sys.stderr)
-            return 2
     bar = progress(names, desc="datasets", unit="dataset")
     results = [check_dataset(name, args.root_path, args.decode) for name in bar]
-    for result in results:
-        if not only and DATASETS[result.name].test_only and result.status == "not found":
-            result.problems = []  # few people have these
-    print_table([COLUMNS, *(result.row() for result in results)])
+    if not args.dataset:
+        for name, result in zip(names, results, strict=True):
+            if DATASETS[name].test_only and result.row["status"] == "not found":
+                result.problems = []  # few people have these
+    print_table([result.row for result in results])
     for note in (note for result in results for note in result.notes):
         print(note)
     problems = [problem for result in results for problem in result.problems]
@@ -91,23 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_dataset(name: str, root_path: str | None, decode: bool) -> CheckResult:
     """Check a dataset of the catalog, or own images; `decode` opens every image."""
     info, name = get_dataset_info(name), dataset_name(name)
-    result = CheckResult(name)
+    result = CheckResult({"dataset": name, "status": "not found"})
     if info.prepare and not (resolve_root(root_path) / info.dataset_dirs[0]).exists():
-        result.status = "made on first use"
+        result.row["status"] = "made on first use"
         return result
     try:
-        result.status = "not found"
         dataset_dir = find_dataset_dir(name, info, root_path)
-        result.status, result.folder = (
-            "incomplete",
-            str(dataset_dir.path.relative_to(dataset_dir.root)),
-        )
+        folder = str(dataset_dir.path.relative_to(dataset_dir.root))
+        result.row |= {"folder": folder, "status": "incomplete"}
         with dataset_errors(dataset_dir):
             split = read_split(dataset_dir)
     except (OSError, ValueError) as error:
         result.problems = [str(error)]
         return result
-    result.split, result.counts = split.origin, format_counts(info, split)
+    result.row |= {"split": split.origin, **format_counts(info, split)}
     checks = [*CHECKS, *([find_corrupt_images] if decode else [])]
     if info.custom_path:
         result.notes = [*count_by_class(split), *(f"note: {note}" for note in split.notes)]
@@ -121,7 +98,8 @@ def check_dataset(name: str, root_path: str | None, decode: bool) -> CheckResult
             result.problems.append(str(error))
     if mismatch := count_mismatch(dataset_dir, split):
         result.problems.append(mismatch)
-    result.status = "incomplete" if result.problems else "ok"
+    if not result.problems:
+        result.row["status"] = "ok"
     return result
 
 
@@ -132,28 +110,6 @@ def count_by_class(split: Split) -> list[str]:
         "{}: {} train, {} val, {} test".format(name, *(count[label] for count in counts))
         for label, name in split.lab2cname.items()
     ]
-
-
-def find_equal_images(dataset_dir: DatasetDir, split: Split) -> None:
-    """Raise ValueError if images of different parts or classes are equal byte for byte."""
-    places = {path: (part, name) for part in SPLITS for path, _, name in getattr(split, part)}
-    by_size: dict[int, list[str]] = {}
-    by_content: dict[str, list[str]] = {}
-    for path in places:
-        with suppress(OSError):  # is reported by the other checks
-            by_size.setdefault(os.path.getsize(dataset_dir.image_path(path)), []).append(path)
-    for path in (path for paths in by_size.values() if len(paths) > 1 for path in paths):
-        with suppress(OSError), open(dataset_dir.image_path(path), "rb") as file:
-            by_content.setdefault(hashlib.sha256(file.read()).hexdigest(), []).append(path)
-    equal = [
-        " = ".join(f"{path} ({', '.join(places[path])})" for path in paths)
-        for paths in by_content.values()
-        if len({places[path] for path in paths}) > 1
-    ]
-    if equal:
-        raise ValueError(
-            f"equal images in different parts or classes: {truncate_list(equal)}: keep one of each"
-        )
 
 
 def find_corrupt_images(dataset_dir: DatasetDir, split: Split) -> None:
@@ -182,15 +138,32 @@ def find_corrupt_images(dataset_dir: DatasetDir, split: Split) -> None:
         )
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns: text to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if 3 <= column < 7 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print(" ".join(cells).rstrip())
+def find_equal_images(dataset_dir: DatasetDir, split: Split) -> None:
+    """Raise ValueError if images of different parts or classes are equal byte for byte."""
+    places = {path: (part, name) for part in SPLITS for path, _, name in getattr(split, part)}
+    by_content: dict[str, list[str]] = {}
+    for path in places:
+        with suppress(OSError), open(dataset_dir.image_path(path), "rb") as file:
+            by_content.setdefault(hashlib.sha256(file.read()).hexdigest(), []).append(path)
+    equal = [
+        " = ".join(f"{path} ({', '.join(places[path])})" for path in paths)
+        for paths in by_content.values()
+        if len({places[path] for path in paths}) > 1
+    ]
+    if equal:
+        raise ValueError(
+            f"equal images in different parts or classes: {truncate_list(equal)}: keep one of each"
+        )
+
+
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    """Print rows in COLUMNS: text to the left, numbers to the right."""
+    cells = [COLUMNS, *([row.get(column, "-") for column in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    for row in cells:
+        line = " ".join(f"{c:{a}{w}}" for c, a, w in zip(row, "<<<>>>><", widths, strict=True))
+        print(line.rstrip())
     print()
 
 

@@ -216,15 +216,8 @@ def find_dataset_dir(
 
 
 def resolve_root(root_path: str | os.PathLike | None) -> Path:
-    """Return the folder of all datasets, or DEFAULT_ROOT if none is given.
-
-    Raises:
-        ValueError: None is given, and this user has no home.
-    """
-    root = os.path.expanduser(os.fspath(root_path or DEFAULT_ROOT))
-    if not root_path and not os.path.isabs(root):
-        raise ValueError("this user has no home folder: name a folder with --root_path")
-    return Path(root)
+    """Return the folder of all datasets, or DEFAULT_ROOT if none is given."""
+    return Path(os.path.expanduser(root_path or DEFAULT_ROOT))
 
 
 @contextmanager
@@ -275,18 +268,13 @@ def _walk(folder: Path, max_depth: int = 2) -> Iterator[Path]:
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """Return the sorted names of a folder's images; hidden files are left out."""
-    return [name for name in list_files(folder) if name.lower().endswith(IMAGE_EXTENSIONS)]
+    """Return the sorted names of a folder's images, by their extensions."""
+    return [name for name in list_entries(folder)[0] if name.lower().endswith(IMAGE_EXTENSIONS)]
 
 
 def list_subdirs(folder: str | os.PathLike) -> list[str]:
-    """Return the sorted names of a folder's subfolders, without hidden and ignored ones."""
+    """Return the sorted names of a folder's subfolders."""
     return list_entries(folder)[1]
-
-
-def list_files(folder: str | os.PathLike) -> list[str]:
-    """Return the sorted names of a folder's files; hidden ones are left out."""
-    return list_entries(folder)[0]
 
 
 def list_entries(folder: str | os.PathLike) -> tuple[list[str], list[str], list[str]]:
@@ -324,13 +312,13 @@ def read_text(path: str | os.PathLike, remedy: str = "get the file again") -> st
         raise ValueError(f"{path} is not UTF-8 text ({error}): {remedy}") from error
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; a ValueError says what else is in its place."""
-    text = read_text(path)
+def read_json(path: str | os.PathLike, remedy: str = "get the file again") -> Any:
+    """Read a JSON file; a ValueError says what else is in its place, and the remedy."""
+    text = read_text(path, remedy)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): get the file again") from error
+        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
 
 
 def check_file(path: str | os.PathLike) -> None:

@@ -153,12 +153,14 @@ def dataset_name(name: str) -> str:
 def find_gray_range(dataset_dir: DatasetDir, split: Split) -> tuple[float, float] | None:
     """Return the range of own gray pictures of more than eight bits, and print a note on it.
 
-    500 files tell, the same ones each time.
+    The first 500 files by their digests tell, of the formats that can have so many bits.
     """
     if not dataset_dir.info.custom_path:
         return None
-    paths = sorted({path for path, _, _ in split.samples()}, key=digest_key)
-    gray_range = detect_gray_range([dataset_dir.image_path(path) for path in paths])
+    paths = {path for path, _, _ in split.samples()}
+    paths = [path for path in paths if path.lower().endswith((".png", ".pgm", ".tif", ".tiff"))]
+    files = [dataset_dir.image_path(path) for path in sorted(paths, key=digest_key)[:500]]
+    gray_range = detect_gray_range(files)
     if gray_range:
         print(
             f"note: {dataset_dir.name} has gray pictures of more than eight bits: values from "

@@ -14,8 +14,8 @@ from datasets.base import (
     group_by_label,
     nfc,
     read_json,
-    read_text,
 )
+from datasets.readers import parse_lines
 from datasets.splits import is_sample
 from utils import truncate_list
 
@@ -97,14 +97,16 @@ def load_fewshot_split(
             dataset does not have.
     """
     path = os.path.expanduser(path)
-    parts_by_image: dict[str, str] = {}
-    finder = _ImageFinder([*split.train, *split.val])
+    by_filename: dict[str, list[RawSample]] = {}
+    for sample in (*split.train, *split.val):
+        by_filename.setdefault(nfc(os.path.basename(sample[0])), []).append(sample)
     num_new = len(split.subsample_classes("new").lab2cname)
     offset = len(split.lab2cname) - num_new if subsample == "new" else 0
+    parts_by_image: dict[str, str] = {}
     few = {"train": [], "val": []}
     for part, entries in _read_list(path).items():
         for image, label, name in entries:
-            matches = finder.find(image)
+            matches = _find_image(image, by_filename)
             if len(matches) != 1:
                 which = "which several images have" if matches else "which is not a training image"
                 raise ValueError(f"{path} names the image {image}, {which} in {split.source_path}")
@@ -112,9 +114,8 @@ def load_fewshot_split(
             if parts_by_image.setdefault(true_image, part) != part:
                 raise ValueError(f"{path} has the image {image} in train and in val: take one out")
             true_name = original.lab2cname[true_label]
-            names = [nfc(n.replace("_", " ")) for n in (true_name, prompt_name)]
-            same_name = nfc(name.replace("_", " ")) in names
-            if true_label not in (label, label + offset) or not same_name:
+            names = [nfc(n.replace("_", " ")) for n in (name, true_name, prompt_name)]
+            if true_label not in (label, label + offset) or names[0] not in names[1:]:
                 raise ValueError(
                     f"{path} gives {image} the label {label} and the class {name!r}, which are "
                     f"{true_label} and {true_name!r} in {split.source_path}"
@@ -123,51 +124,14 @@ def load_fewshot_split(
     return few["train"], few["val"]
 
 
-def dump_fewshot_split(dataset: FewShotDataset) -> str:
-    """Return a dataset's few images as the JSON that `load_fewshot_split` reads on any disk."""
-
-    def entries(items: list[Datum]) -> list[RawSample]:
-        start = os.path.join(dataset.image_dir, "")
-        return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
-
-    parts = {"train": entries(dataset.train_x), "val": entries(dataset.val)}
-    gray_range = dataset.train_x[0].gray_range if dataset.train_x else None
-    return json.dumps(parts | ({"gray_range": gray_range} if gray_range else {}))
-
-
-class _ImageFinder:
-    """Finds samples by paths that begin in another folder."""
-
-    def __init__(self, samples: list[RawSample]) -> None:
-        self.by_path = {nfc(sample[0]): sample for sample in samples}
-        self.by_filename: dict[str, list[str]] = {}
-        for path in self.by_path:
-            self.by_filename.setdefault(os.path.basename(path), []).append(path)
-
-    def find(self, path: str) -> list[RawSample]:
-        """Return the samples whose path ends as this one does: one, if the path is right."""
-        path = nfc(path)
-        if path in self.by_path:
-            return [self.by_path[path]]
-        path = path.replace("\\", "/")
-        candidates = self.by_filename.get(os.path.basename(path), [])
-        longer = [candidate for candidate in candidates if candidate.endswith(f"/{path}")]
-        shorter = [candidate for candidate in candidates if path.endswith(f"/{candidate}")]
-        return [self.by_path[match] for match in sorted(shorter, key=len)[-1:] or longer]
-
-
 def _read_list(path: str) -> dict[str, list[list]]:
     """Return the entries [path, label, class name] of a list, by part."""
     if not os.path.isfile(path):
         raise ValueError(
             f"there is no file {path}: --fewshot_split takes a list of the form {FORM}"
         )
-    if path.lower().endswith((".pkl", ".csv", ".tsv", ".txt")):
-        raise ValueError(
-            f"{path} is neither .json nor .jsonl: --fewshot_split takes a list of the form {FORM}, "
-            "as fewshot.json in a run's folder"
-        )
-    data = _read_jsonl_pair(path) if path.endswith(".jsonl") else read_json(path)
+    is_jsonl = path.endswith(".jsonl")
+    data = _read_jsonl_pair(path) if is_jsonl else read_json(path, f"it must be {FORM}")
     parts = {}
     for part in ("train", "val"):
         entries = data.get(part) if isinstance(data, dict) else None
@@ -187,20 +151,30 @@ def _read_jsonl_pair(path: str) -> dict[str, list[Any]]:
     match = re.fullmatch(r"(.*)_(train|val)\.jsonl", path)
     if not match:
         raise ValueError(f"{path} is not one of a pair ..._train.jsonl and ..._val.jsonl")
-    return {part: _read_jsonl(f"{match[1]}_{part}.jsonl") for part in ("train", "val")}
+    files = {part: f"{match[1]}_{part}.jsonl" for part in ("train", "val")}
+    for file in files.values():
+        if not os.path.isfile(file):
+            raise ValueError(f"there is no file {file}: --fewshot_split needs both of the pair")
+    form = '{"impath": ..., "label": ..., "classname": ...}'
+    return {part: parse_lines(file, form, json.loads) for part, file in files.items()}
 
 
-def _read_jsonl(path: str) -> list[Any]:
-    """Read a file with one JSON object a line."""
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"there is no file {path}: --fewshot_split reads a pair ..._train.jsonl and "
-            "..._val.jsonl, and needs both"
-        )
-    entries = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        try:
-            entries += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is not JSON ({error})") from error
-    return entries
+def _find_image(path: str, by_filename: dict[str, list[RawSample]]) -> list[RawSample]:
+    """Return the samples whose path ends as this one does: one, if the path is right."""
+    path = nfc(path.replace("\\", "/"))
+    candidates = by_filename.get(os.path.basename(path), [])
+    whole = [sample for sample in candidates if f"/{path}".endswith(f"/{nfc(sample[0])}")]
+    ends = [sample for sample in candidates if nfc(sample[0]).endswith(f"/{path}")]
+    return sorted(whole, key=lambda sample: len(sample[0]))[-1:] or ends
+
+
+def dump_fewshot_split(dataset: FewShotDataset) -> str:
+    """Return a dataset's few images as the JSON that `load_fewshot_split` reads on any disk."""
+
+    def entries(items: list[Datum]) -> list[RawSample]:
+        start = os.path.join(dataset.image_dir, "")
+        return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
+
+    parts = {"train": entries(dataset.train_x), "val": entries(dataset.val)}
+    gray_range = dataset.train_x[0].gray_range if dataset.train_x else None
+    return json.dumps(parts | ({"gray_range": gray_range} if gray_range else {}))

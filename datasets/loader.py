@@ -18,7 +18,7 @@ from torchvision.transforms import Compose
 
 from clip.preprocess import OPENAI_RESIZE, image_transform
 from datasets.base import Datum
-from datasets.transforms import MAX_PIXELS, Batch, collate, read_image, train_transform
+from datasets.transforms import Batch, collate, read_image, train_transform
 
 T = TypeVar("T")
 
@@ -79,9 +79,7 @@ class ImageLoader:
         def make_batch(epoch: int, order: dict[int, int]) -> tuple[Batch, bool]:
             images = []
             for position, index in list(order.items())[local_slice(len(order))]:
-                item = items[index]
-                read = partial(read_image, gray_range=item.gray_range)
-                image = self.cache.get("train", item.impath, read)
+                image = self.cache.get("train", items[index], _read_item)
                 rng = random.Random(f"{seed} {epoch} {position}")
                 images.append(transform(image, rng=rng))
             labels = [items[index].label for index in order.values()]
@@ -93,25 +91,16 @@ class ImageLoader:
     def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as the model's own images were."""
 
+        def read(item: Datum) -> Image.Image:
+            return self.test_transform(_read_item(item))
+
         def make_batch(start: int) -> Batch:
             chunk = items[start : start + batch_size]
-            images = []
-            for item in chunk:
-                read = partial(self._read_test_image, gray_range=item.gray_range)
-                images.append(self.cache.get("test", item.impath, read))
+            images = [self.cache.get("test", item, read) for item in chunk]
             return collate(images, [item.label for item in chunk], self.resolution)
 
         starts = range(0, max(len(items), 1), batch_size)  # an empty share is an empty batch
         return self._prefetch(partial(make_batch, start) for start in starts)
-
-    def _read_test_image(self, path: str, gray_range: tuple[float, float] | None) -> Image.Image:
-        """Return an image resized and cropped as the model's own were."""
-        image = read_image(path, gray_range=gray_range)
-        if max(image.size) / min(image.size) * self.resolution**2 > MAX_PIXELS:
-            raise ValueError(
-                f"the image {path} is too thin ({image.width}x{image.height} pixels): replace it"
-            )
-        return self.test_transform(image)
 
     def _prefetch(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """Run jobs in order, the next few of them in threads while the caller works.
@@ -144,17 +133,22 @@ class ImageCache:
         self.images: dict[tuple[str, str], Image.Image] = {}
         self.lock = threading.Lock()
 
-    def get(self, kind: str, path: str, read: Callable[[str], Image.Image]) -> Image.Image:
+    def get(self, kind: str, item: Datum, read: Callable[[Datum], Image.Image]) -> Image.Image:
         """Return an image from the cache, or what `read` returns, which is kept if it fits."""
-        if (kind, path) in self.images:
-            return self.images[kind, path]
-        image = read(path)
+        key = kind, item.impath
+        if key in self.images:
+            return self.images[key]
+        image = read(item)
         num_bytes = 4 * image.width * image.height  # Pillow stores RGB in four bytes
         with self.lock:
-            if (kind, path) not in self.images and num_bytes <= self.bytes_left:
+            if key not in self.images and num_bytes <= self.bytes_left:
                 self.bytes_left -= num_bytes
-                self.images[kind, path] = image
+                self.images[key] = image
         return image
+
+
+def _read_item(item: Datum) -> Image.Image:
+    return read_image(item.impath, item.gray_range)
 
 
 def shuffled(

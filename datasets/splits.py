@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split, list_files, nfc, read_json
+from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split, list_entries, nfc, read_json
 from utils import atomic_write, plural, truncate_list
 
 SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
@@ -188,7 +188,7 @@ def check_files(dataset_dir: DatasetDir, split: Split) -> None:
     @cache
     def list_folder(folder: str) -> set[str]:
         try:
-            return set(list_files(dataset_dir.image_path(folder)))
+            return set(list_entries(dataset_dir.image_path(folder))[0])
         except (OSError, ValueError):  # no such folder, or a name that no folder can have
             return set()
 

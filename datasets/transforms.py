@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from utils import detect_placeholder_file
 
 # By content, whatever a file is called. Pillow knows more; for EPS it would run Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 2**30 // 4 // 3  # of an image, and of what it is resized to before the crop
+MAX_PIXELS = 2**30 // 4 // 3  # of an image: Pillow's limit, at which it would warn and go on
 # What disks and networks answer for a moment; the image itself may be good.
 DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
 RETRY_DELAYS = (0.1, 0.4, 1.5, 4.0, 0.0)  # in seconds, after each attempt
@@ -34,39 +35,32 @@ OTHER_FORMATS = {
     "HEIC or AVIF": (4, b"ftyp", "convert to JPEG"),
     "DICOM": (128, b"DICM", "convert to 16-bit PNG, for example with dcmtk's dcm2img"),
 }
-# At this size Pillow would warn and go on.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
 
 
 def read_image(
-    path: str | os.PathLike,
-    gray_range: tuple[float, float] | None = None,
-    sleep: Callable[[float], object] = time.sleep,
+    path: str | os.PathLike, gray_range: tuple[float, float] | None = None
 ) -> Image.Image:
     """Decode an image file completely, into RGB: the first picture if there are several.
 
     As in CLIP's own preprocessing, the rotation that a camera noted in EXIF data is not applied.
-    Errors of disks and networks are tried again for six seconds.
 
     Args:
         path: The file.
         gray_range: The values of gray pictures of more than eight bits that become black and white.
-        sleep: Waits for so many seconds.
 
     Raises:
         FileNotFoundError: It is missing.
         ValueError: It is not an image, or damaged.
-        OSError: The disk or the network failed.
+        OSError: The disk or the network failed, for six seconds.
     """
-    return retry_disk_errors(lambda: _decode(path, gray_range), path, sleep)
+    return retry_disk_errors(partial(_decode, path, gray_range), path)
 
 
-def retry_disk_errors(
-    read: Callable[[], T], path: str | os.PathLike, sleep: Callable[[float], object] = time.sleep
-) -> T:
+def retry_disk_errors(read: Callable[[], T], path: str | os.PathLike) -> T:
     """Return what `read` returns; where the disk or network fails, try again for six seconds.
 
     Raises:
@@ -79,7 +73,7 @@ def retry_disk_errors(
             if error.errno not in DISK_ERRORS:
                 raise
             reason = error.strerror
-        sleep(delay)
+        time.sleep(delay)
     raise OSError(
         f"the disk or network failed in reading {path} ({reason}; {len(RETRY_DELAYS)} attempts): "
         "the image may be good; check the disk or the connection, and start again"
@@ -93,10 +87,10 @@ def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> 
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
-            if not 0 < image.width * image.height <= MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
             image.load()
-            return convert_image_to_rgb(scale_gray(image, gray_range))
+            return convert_image_to_rgb(image, gray_range)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error
     except Exception as error:  # a damaged file makes Pillow fail in any way
@@ -107,7 +101,7 @@ def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> 
             reason = f"none of {', '.join(FORMATS)}"
             if other := detect_other_format(path):
                 reason, remedy = f"it is {other}", OTHER_FORMATS[other][2]
-        elif "pixels" in reason:  # Pillow's limit, or the one above
+        elif "pixels" in reason:  # from twice the limit on Pillow refuses
             remedy = f"scale it down to at most {MAX_PIXELS:,} pixels"
         elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
@@ -126,34 +120,15 @@ def detect_other_format(path: str | os.PathLike) -> str | None:
     return None
 
 
-def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None) -> Image.Image:
-    """Scale gray values of more than eight bits from a range to [0, 255].
-
-    Without a range, negative values (Hounsfield units) are scaled over the picture's own.
-    """
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image, dtype=np.float64)
-    low, high = gray_range or (values.min(initial=0), values.max(initial=0))
-    if not np.isfinite(values).all() or (low >= 0 and (image.mode == "F" or not gray_range)):
-        return image
-    values = (values - low) / max(high - low, 1) * 255
-    return Image.fromarray((values.clip(0, 255) + 0.5).astype(np.uint8))
-
-
 def detect_gray_range(paths: Sequence[str]) -> tuple[float, float] | None:
     """Return the range of the gray pictures of more than eight bits among image files.
 
-    The first 500 PNG, PGM and TIFF files tell. The range is [0, 2^bits - 1] for 8, 10, 12, 14 or 16
-    bits; from the least to the largest value where some are negative; None where there is no such
-    picture. Files that cannot be read do not count.
+    It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits; from the least to the largest value where
+    some are negative or larger; None where there is no such picture. Files that cannot be read do
+    not count, nor does floating point from 0 on, whose range each picture tells.
     """
     low, high = 0.0, -1.0
-    # Only these formats have more than eight bits.
-    candidates = [
-        path for path in paths if path.lower().endswith((".png", ".pgm", ".tif", ".tiff"))
-    ]
-    for path in candidates[:500]:
+    for path in paths:
         with suppress(Exception), Image.open(path, formats=FORMATS) as image:
             if image.mode == "F" or image.mode.startswith("I"):
                 values = np.asarray(image, dtype=np.float64)

@@ -203,13 +203,6 @@ def test_list_is_refused_with_remedy(tmp_path, kind):
     assert message in refusal(write_list(write_folder(tmp_path), entries, **options))
 
 
-@pytest.mark.parametrize("name", ["few.pkl", "few.csv"])
-def test_few_shots_take_json(tmp_path, name):
-    (tmp_path / name).write_bytes(b"\x80\x04")
-    write_folder(tmp_path)
-    assert "neither .json nor .jsonl" in refusal(tmp_path, fewshot_split=tmp_path / name)
-
-
 @pytest.mark.parametrize(
     "train, test", [("Training", "Testing"), ("training_set", "test_set"), ("train", "val")]
 )
