@@ -408,7 +408,8 @@ def published_figures(
     for row in PUBLISHED["figures"] if results.name == PUBLISHED["backbone"] else ():
         if row["method"] == method and row.get("shots", shots) == shots:
             accuracies = dict(zip(names, row.get("accuracies", []), strict=False))
-            if set(datasets) == set(names):
+            accuracies |= row.get("by_dataset", {})
+            if set(datasets) == set(names) and "mean" in row:
                 figures.append((row["source"], row["mean"]))
             elif datasets and set(datasets) <= accuracies.keys():
                 figures.append((row["source"], fmean(accuracies[name] for name in datasets)))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from datasets import DATASETS
 from reporting.aggregate import (
+    PUBLISHED,
     BackboneResults,
     MeanStd,
     Variant,
@@ -137,5 +138,17 @@ def protocol_sections(rows: Sequence[ProtocolRow]) -> str:
         body = [[*key, *(line.get(name, "-") for name in columns)] for key, line in lines.items()]
         header = ["dataset", "shots", "method", *map(display_name, columns)]
         explanation = EXPLANATIONS.get(protocol, EXPLANATIONS[""])
+        if protocol == BASE_TO_NEW:
+            explanation += f" {published_base_to_new()}"
         parts += [f"### {protocol}", explanation, markdown(header, body, left=3)]
     return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def published_base_to_new() -> str:
+    """Return the sentence with the figures that others published."""
+    figures = [
+        f"{row['method']} {row['base']:.2f}, {row['new']:.2f}, "
+        f"{harmonic_mean(row['base'], row['new']):.2f} ({row['source']})"
+        for row in PUBLISHED["base_to_new"]
+    ]
+    return f"Published, {PUBLISHED['backbone']}, mean over eleven: {'; '.join(figures)}."

@@ -116,6 +116,7 @@ def test_published_rows_match_their_means():
         if "accuracies" in row:
             assert len(row["accuracies"]) == len(ELEVEN)
             assert sum(row["accuracies"]) / len(ELEVEN) == pytest.approx(row["mean"], abs=0.06)
+        assert set(row.get("by_dataset", ())) < set(ELEVEN)
         assert row["source"] in PUBLISHED["sources"]
     others = {name for name, row in DATASETS.items() if row.test_only} | {"digits"}
     assert set(ELEVEN) == set(DATASETS) - others
@@ -133,7 +134,16 @@ def test_mean_over_eleven_uses_published_mean(run, tmp_path):
     assert zero_shot["published"] == "63.87"
     text = (tmp_path / "report" / "tables.md").read_text()
     assert "Published means of other methods: CLIP-SVD 73.20 [2], TCP 70.63 [3]" in text
+    assert "SD-LoRA (selected on test images) 74.90 [5]" in text
     assert "[2] CLIP-SVD: the README of" in text
+
+
+def test_published_rows_of_some_datasets(lines, tmp_path):
+    for dataset in ("caltech101", "eurosat"):
+        make_seeds(tmp_path, "lora", dataset, (90,))
+    table = lines()
+    mean = table["mean over 2 of 2"]["CLIP-LoRA rerun [3]"]
+    assert mean == "90.45 (-0.45)"  # of 95.4 and 85.5
 
 
 def test_mean_is_over_common_datasets(lines, tmp_path):
