@@ -118,8 +118,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="ablation of so's moment support: by magnitude of the first moment, random, fixed, "
         "or reset to the gradient support at each refresh")
     add("--moments", type=one_of("moments", MOMENTS), default=ABLATION_DEFAULTS["moments"],
-        help="ablation of so's moments: adam; per_entry, with bias corrections by the steps since "
-        "each entry was taken up; none, signSGD")
+        help="ablation of so's moments: adam; none, signSGD")
+    add("--bias_correction", type=one_of("bias correction", ["tensor", "entry"]),
+        default=ABLATION_DEFAULTS["bias_correction"],
+        help="steps that so's bias corrections count: all of the tensor, as in the paper, or those "
+        "since each entry entered the support")
     add("--rank", type=bounded_number(int, 1), default=2, help="rank of lora's adapters")
     add("--wise", type=bounded_number(float, 0), default=1.0, metavar="ALPHA",
         help="WiSE-FT: evaluate and save base + ALPHA * (trained - base)")

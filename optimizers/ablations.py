@@ -25,7 +25,7 @@ from optimizers.SparseOptimizer import SO
 
 GRAD_SUPPORTS = ("random", "magnitude")
 MOMENT_SUPPORTS = ("magnitude", "random", "fixed", "reset")
-MOMENTS = ("adam", "per_entry", "none")
+MOMENTS = ("adam", "none")
 MOMENT_STATE = ("indices", "exp_avg", "exp_avg_sq")
 
 
@@ -39,13 +39,13 @@ class SOVariant(SO):
         moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
             "random" ones of it, "fixed", the first S_g for good, or "reset": always S_g, with all
             moments forgotten where it is drawn.
-        moments: "adam"; "per_entry", which is SO's bias_correction="entry"; or "none": see the
-            module's docstring. The state of a tensor is then only `step` and `grad_indices`.
+        moments: "adam" or "none": see the module's docstring. Without moments the state of a
+            tensor is only `step` and `grad_indices`.
         **settings: SO's.
 
     Raises:
-        ValueError: A name is none of these, there are no moments to choose a support for, or SO
-            refuses its arguments.
+        ValueError: A name is none of these, there are no moments to choose a support for or to
+            correct, or SO refuses its arguments.
     """
 
     def __init__(
@@ -64,15 +64,14 @@ class SOVariant(SO):
         ):
             if name not in valid:
                 raise ValueError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
-        if moments == "none" and moment_support != "magnitude":
+        correction = settings.get("bias_correction", "tensor")
+        if moments == "none" and (moment_support, correction) != ("magnitude", "tensor"):
             raise ValueError(
-                f"without moments there is no support of them to be {moment_support}: leave out "
-                "either moment_support or moments"
+                "without moments there is no support of them to choose, and no bias to correct: "
+                "leave out moment_support and bias_correction, or moments"
             )
         self.grad_support, self.moment_support = grad_support, moment_support
         self.moments = moments
-        if moments == "per_entry":
-            settings["bias_correction"] = "entry"
         super().__init__(params, **settings)
 
     @torch.no_grad()

@@ -52,7 +52,12 @@ ROLES = {
 }  # fmt: skip
 METHODS = ("so", "lora", "adam")
 # How the paper's SO chooses its supports and keeps its moments; other values are ablations.
-ABLATION_DEFAULTS = {"grad_support": "random", "moment_support": "magnitude", "moments": "adam"}
+ABLATION_DEFAULTS = {
+    "grad_support": "random",
+    "moment_support": "magnitude",
+    "moments": "adam",
+    "bias_correction": "tensor",
+}
 LORA_WEIGHT_DECAY = 1e-2  # CLIP-LoRA's
 IN_PROJ_SUFFIX = ".in_proj_weight"  # queries, keys and values of an attention layer
 

@@ -1,8 +1,8 @@
 """The 70 classes of glyphs that the tiny CLIP is pre-trained on, drawn and distorted.
 
 The ten digits, 52 letters and 8 shapes, in the fonts that matplotlib ships. pretrain.py trains on
-them, study.py measures what is forgotten of them. `strength` is that of all distortions, from 0
-for none to 1; all randomness comes from a torch generator.
+them, study.py measures what is forgotten of them, greek.py draws other letters. `strength` is that
+of all distortions, from 0 for none to 1; all randomness comes from a torch generator.
 """
 
 import math
@@ -63,11 +63,18 @@ def render_glyphs(
     Returns:
         Images (B, 3, 32, 32), normalized, and the index in COLORS of each one's ink (B,).
     """
+    images, colors = distort_glyphs(distances, strength, generator)
+    return normalize(images, OPENAI_MEAN, OPENAI_STD), colors
+
+
+def distort_glyphs(
+    distances: Tensor, strength: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """As `render_glyphs`, with images from 0 to 1."""
     ink = random_warp(distances, strength, generator)
     ink = random_affine(random_downsample(ink, strength, generator), strength, generator)
     colors = torch.randint(len(COLORS), (len(ink),), generator=generator)
-    images = colorize(ink, colors, strength, generator)
-    return normalize(images, OPENAI_MEAN, OPENAI_STD), colors
+    return colorize(ink, colors, strength, generator), colors
 
 
 @torch.no_grad()
@@ -88,22 +95,30 @@ def draw_glyphs() -> tuple[Tensor, Tensor]:
         Distances to the outline in pixels, positive inside the ink (N, 64, 64), and the labels
         (N,). Distances, because a stroke gets wider or thinner by adding to them.
     """
+    shapes = torch.stack([to_distances(draw_shape(name)) for name in SHAPES])
+    characters, labels = draw_characters("".join(CHARACTERS.values()), FONTS)
+    shape_labels = torch.arange(len(SHAPES)) + len(CHARACTERS)
+    return torch.cat([characters, shapes]), torch.cat([labels, shape_labels])
+
+
+def draw_characters(characters: str, fonts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Draw every character in every font, character by character, as `draw_glyphs` does."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    images, labels = [], []
-    paths = [folder / f"{name}.ttf" for name in FONTS]
+    paths = [folder / f"{name}.ttf" for name in fonts]
+    distances = []
     for path in filter(Path.is_file, paths):  # cmti10 is missing in older versions of matplotlib
         font = ImageFont.truetype(str(path), 160)
         _, top, _, bottom = font.getbbox("H")
         scale = CAPITAL / (bottom - top)
-        for label, character in enumerate(CHARACTERS.values()):
-            images.append(draw_character(character, font, scale))
-            labels.append(label)
-    for label, name in enumerate(SHAPES, start=len(CHARACTERS)):
-        images.append(draw_shape(name))
-        labels.append(label)
-    distances = [distance_transform_edt(ink) - distance_transform_edt(~ink) for ink in images]
-    order = torch.tensor(labels).argsort(stable=True)
-    return torch.from_numpy(np.stack(distances)).float()[order], torch.tensor(labels)[order]
+        inks = [draw_character(character, font, scale) for character in characters]
+        distances.append(torch.stack([to_distances(ink) for ink in inks]))
+    labels = torch.arange(len(characters)).repeat_interleave(len(distances))
+    return torch.stack(distances, dim=1).flatten(0, 1), labels
+
+
+def to_distances(ink: np.ndarray) -> Tensor:
+    """Return the signed distances of all pixels to the outline of ink (64, 64)."""
+    return torch.from_numpy(distance_transform_edt(ink) - distance_transform_edt(~ink)).float()
 
 
 def draw_character(character: str, font: ImageFont.FreeTypeFont, scale: float) -> np.ndarray:

@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 make_environment requirements.txt
 export JOBS=${JOBS:-2} LOGS=${LOGS:-results/digits_study/logs}
-for part in lr compare overfitting grid ablation moments; do
+[ -d data/greek ] || .venv/bin/python scripts/digits/greek.py --out data/greek
+for part in greek_lr greek lr compare overfitting grid ablation moments; do
     .venv/bin/python scripts/experiment.py "configs/experiments/digits_$part.yaml" "$@"
 done
 .venv/bin/python scripts/digits/study.py "$@"

@@ -18,6 +18,7 @@ from scipy.stats import t as student
 
 import clip
 from datasets import DATASETS
+from optimizers.build import ABLATION_DEFAULTS
 from run_utils import default_settings
 from runs.identity import NON_HPARAMS
 from runs.output_dir import PATH_KEYS, slugify_templates
@@ -27,7 +28,7 @@ from utils import sha256_of_tree
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 METHODS = {"so": "SO", "lora": "LoRA", "adam": "Adam"}
 LABELS = {"zero_shot": "zero-shot", **METHODS}
-SO_HPARAMS = {"s", "t", "grad_support", "moment_support", "moments", "dense_grad"}
+SO_HPARAMS = {"s", "t", *ABLATION_DEFAULTS, "dense_grad"}
 IGNORED_HPARAMS = {  # settings that a method does not read: its runs do not differ by them
     "so": {"rank"},
     "lora": SO_HPARAMS,

@@ -30,16 +30,18 @@ def test_with_the_papers_supports_it_is_so():
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("moments", ["adam", "per_entry"])
+@pytest.mark.parametrize("correction", ["tensor", "entry"])
 @pytest.mark.parametrize("moment_support", MOMENT_SUPPORTS)
 @pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
-def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_support, moments):
+def test_every_step_is_the_plain_twins_with_these_supports(
+    grad_support, moment_support, correction
+):
     shape = (12, 15)
     w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     other = nn.Parameter(torch.randn(7, 9, dtype=torch.float64))  # alone no tensor has its state
     twin = Twin(w, lr=1e-2)
-    supports = dict(grad_support=grad_support, moment_support=moment_support, moments=moments)
-    optimizer = SOVariant([w, other], **supports, **SETTINGS)
+    supports = dict(grad_support=grad_support, moment_support=moment_support)
+    optimizer = SOVariant([w, other], **supports, bias_correction=correction, **SETTINGS)
     k = int(w.numel() * 0.1)
     first = before = None
     for step in range(10):
@@ -53,11 +55,11 @@ def test_every_step_is_the_plain_twins_with_these_supports(grad_support, moment_
             assert torch.equal(state["grad_indices"], before)
         before = state["grad_indices"]
         first = before if first is None else first
-        if moments == "per_entry":  # steps so far of each entry's moments, in place of the tensor's
+        if correction == "entry":  # steps so far of each entry's moments, in place of the tensor's
             twin.t = twin.t * twin.S_m if step else torch.zeros_like(twin.W)
         if step % 3 == 0 and moment_support == "reset":
             twin.S_m, twin.m, twin.v = mask(before, shape), twin.m * 0, twin.v * 0
-            twin.t = twin.t * 0 if moments == "per_entry" else twin.t
+            twin.t = twin.t * 0 if correction == "entry" else twin.t
         twin.step(w.grad, mask(before, shape))
         torch.testing.assert_close(w.detach(), twin.W, rtol=1e-12, atol=1e-12)
         kept = mask(state["indices"], shape)
@@ -96,7 +98,7 @@ def test_without_moments_every_move_has_one_size_and_no_state_is_kept_but_the_su
 
 @pytest.mark.parametrize(
     "variant",
-    [{"moments": "none"}, {"moments": "per_entry"}, {"moment_support": "reset"}],
+    [{"moments": "none"}, {"bias_correction": "entry"}, {"moment_support": "reset"}],
     ids=lambda variant: "-".join(variant.values()),
 )
 def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant):
@@ -116,11 +118,12 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant)
 
 
 @pytest.mark.parametrize(
-    "moments, size", [("adam", 3.16228e-2), ("none", 3.16228e-2), ("per_entry", 1e-2)]
+    "variant, size",
+    [({}, 3.16228e-2), ({"moments": "none"}, 3.16228e-2), ({"bias_correction": "entry"}, 1e-2)],
 )
-def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(moments, size):
+def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(variant, size):
     w = nn.Parameter(torch.zeros(30, 30, dtype=torch.float64))
-    optimizer = SOVariant([w], moments=moments, **SETTINGS | {"T": 1, "eps": 0.0})
+    optimizer = SOVariant([w], **variant, **SETTINGS | {"T": 1, "eps": 0.0})
     steps(optimizer, [w], 1)
     first = optimizer.state[w]["grad_indices"]
     optimizer.state[w]["step"] += 20_000
@@ -155,8 +158,10 @@ def test_unknown_supports_are_refused():
     w = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="'largest'; valid: random, magnitude"):
         SOVariant([w], grad_support="largest")
-    with pytest.raises(ValueError, match="no support of them to be fixed: leave out"):
+    with pytest.raises(ValueError, match="no support of them to choose"):
         SOVariant([w], moments="none", moment_support="fixed")
+    with pytest.raises(ValueError, match="no bias to correct"):
+        SOVariant([w], moments="none", bias_correction="entry")
 
 
 def test_main_puts_ablations_into_folders_of_their_own(tmp_path):

@@ -60,14 +60,17 @@ def write_and_read(path, folder):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_experiment_files_list_runs(path, tmp_path):
+def test_experiment_files_list_runs(path, tmp_path, monkeypatch):
+    (tmp_path / "data/greek").mkdir(parents=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     found = read_experiment(path, root=tmp_path)
     assert found.report in REPORTS
     assert len(found.runs) >= 9 and len({run.folder for run in found.runs}) == len(found.runs)
     assert all(tmp_path in run.folder.parents for run in found.runs)
     assert f"python scripts/experiment.py configs/experiments/{path.name}" in path.read_text()
     assert {run.config.save_weights for run in found.runs} == {
-        path.stem in ("digits_compare", "digits_moments")
+        path.stem in ("digits_compare", "digits_moments", "digits_greek")
     }
 
 

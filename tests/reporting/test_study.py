@@ -66,8 +66,8 @@ def make_study(root):
             yield make("compare", 70.0 + len(method), *flags)
             yield make("overfitting", 60.0, *flags)
         yield make("grid", 60.0, *common)
-        for moments in ("none", "per_entry"):
-            yield make("moments", 71.0, *common, "--moments", moments)
+        yield make("moments", 71.0, *common, "--bias_correction", "entry")
+        yield make("moments", 71.0, *common, "--moments", "none")
         for support in ("magnitude", "fixed"):
             yield make("ablation", 71.0, *common, "--moment_support", support)
 
@@ -87,7 +87,7 @@ def test_page_is_made_of_runs(tmp_path):
     assert "Best: SO 0.1; LoRA 0.1; Adam 0.1." in sections["lr"]
     assert read_lines(sections["grid"])["T = 5"]["0.01"] == "61.5 ± 0.7"
     assert list(read_lines(sections["moments"])) == [
-        "SO", "SO, moments none", "SO, moments per_entry",
+        "SO", "SO, bias_correction entry", "SO, moments none",
     ]  # fmt: skip
     assert read_lines(sections["interpolation"])["0.5"]["SO, 4 shots"] == "56.0 / 54.0"
     assert sections["time"] == (

@@ -75,7 +75,7 @@ def load(checkpoint):
     [
         "",
         "--final_model best_val --eval_every 3 --grad_accum_steps 3 --subsample base",
-        "--moment_support random --grad_support magnitude --moments per_entry",
+        "--moment_support random --grad_support magnitude --bias_correction entry",
         "--moments none --precision fp16 --encoder text",
         "--method lora --class_batch_size 2 --precision bf16 --final_model best_val --eval_every 3",
         "--method adam --grad_accum_steps 2",
