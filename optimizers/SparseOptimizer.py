@@ -48,7 +48,7 @@ STATE_NAMES = ("step", "grad_indices", "indices", "exp_avg", "exp_avg_sq", "entr
 FLAGS = ("maximize", "decoupled_weight_decay", "stochastic_rounding")
 LATER = dict(zip(FLAGS, (False, False, True)), bias_correction="tensor", foreach=None)
 CHUNK = 2**18  # slots updated at once: what a core's cache holds; on GPUs 16 times as many
-LARGE = 2**15  # slots from which a tensor of a density of 1/32 or more is a chunk of its own
+LARGE = 2**15  # slots from which `_unite_large` and counting in place of a sort are faster
 
 Group = State = "dict[str, Any]"
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -116,8 +116,7 @@ class SO(Optimizer):
         self._ready: set[Tensor] = set()  # tensors that have their support for the coming step
         self._local_seeds: list[dict] = []  # groups with a seed that other ranks do not know
         self._positions: dict[Tensor, int] = {}  # places among all parameters
-        self._shapes: dict[Tensor, torch.Size] = {}  # at the last step
-        self._reduced: dict[Tensor, Tensor] = {}  # g of sharded tensors in this step
+        self._kinds: dict[Tensor, tuple] = {}  # shape and dtype at the last step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -128,30 +127,32 @@ class SO(Optimizer):
                 loss = closure()
         self.draw_supports(lambda p: p.grad is not None)
         self._ready.clear()
-        self._reduce_sharded_gradients()
+        chunks = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if dense := [p for p in params if _is_dense(p, group)]:
                 self._dense_update(dense, group)
-            sparse = [p for p in params if not _is_dense(p, group)]
-            for p in sparse:
+            for chunk in self._chunks([p for p in params if not _is_dense(p, group)]):
+                chunks.append((chunk, self._read_gradients(chunk, group), group))
+        _all_reduce_shards([pair for params, parts, _ in chunks for pair in zip(params, parts)])
+        for params, gradients, group in chunks:
+            for p in params:
                 self.state[p]["step"] += 1
-            for chunk in self._chunks(sparse):
-                self._sparse_update(chunk, group)
-        self._reduced.clear()
+            self._sparse_update(params, gradients, group)
         return loss
 
-    def _sparse_update(self, params: list[Tensor], group: Group) -> None:
-        """Take a step on sparse tensors of one group, dtype, device and kind of gradient."""
-        states = [self.state[p] for p in params]
-        g = self._read_gradients(params, group)
-        if group["foreach"] is False:
-            parts = g.split([len(state["grad_indices"]) for state in states])
-            updates = [_single_tensor_so(s, g, group, self._score) for s, g in zip(states, parts)]
+    def _sparse_update(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+        """Take a step on a chunk of sparse tensors, whose gradients at S_g are given."""
+        states, numels = [self.state[p] for p in params], [p.numel() for p in params]
+        large = _is_large(params[0], states[0])
+        if group["foreach"] is False or large:
+            updates = []
+            for state, g, numel in zip(states, gradients, numels):
+                unite = partial(_unite_large, numel) if large else _unite
+                updates.append(_single_tensor_so(state, g, group, self._score, unite, _topk))
         else:
-            numels = [p.numel() for p in params]
-            updates = _multi_tensor_so(states, numels, g, group, self._score)
-        self._add(params, list(updates), group)
+            updates = _multi_tensor_so(states, numels, gradients, group, self._score)
+        self._add(params, updates, group)
 
     def _score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
         """Importance of the union's slots, 0 or more; the k highest are the next S_m."""
@@ -191,20 +192,20 @@ class SO(Optimizer):
         self._init_seeds(broadcast=True)
         generator = torch.Generator("cpu")
         draws = defaultdict(list)  # by device
-        every = ((group, p) for group in self.param_groups for p in group["params"])
-        for position, (group, p) in enumerate(every):
-            self._positions[p] = position
+        every = [(group, p) for group in self.param_groups for p in group["params"]]
+        self._positions = {p: position for position, (_, p) in enumerate(every)}
+        for group, p in every:
             skip = not (filter_fn(p) if filter_fn else p.requires_grad)
             if skip or p.numel() == 0 or p in self._ready:
                 continue
-            self._follow(p)
+            self._check_kind(p)
             state = self.state.get(p, {})
             step = int(state.get("step", 0))
             if _is_dense(p, group) or ("step" in state and step % group["T"]):
                 continue
             # A draw depends on seed, position and step only: there is no generator to save, the
             # other tensors do not matter, and it is the same on every device.
-            generator.manual_seed(_hash(group["seed"], position, step))
+            generator.manual_seed(_hash(group["seed"], self._positions[p], step))
             k = max(1, int(p.numel() * group["density_ratio"]))
             draws[p.device].append((p, group, draw_support(p.numel(), k, generator)))
             self._ready.add(p)
@@ -223,17 +224,20 @@ class SO(Optimizer):
                         state["entry_steps"] = torch.zeros_like(S_g)
                 state["grad_indices"] = S_g
 
-    def _follow(self, p: Tensor) -> None:
-        """Fit p's state to what has become of p since the last step."""
-        _validate_parameter(p)
-        shape, state = self._shapes.get(p, p.shape), self.state.get(p, {})
-        self._shapes[p] = p.shape
-        if shape != p.shape and "step" in state:
+    def _check_kind(self, p: Tensor) -> None:
+        """Fit p's state to p's shape and dtype, where these are not those of the last step."""
+        shape, dtype = self._kinds.get(p, (p.shape, p.dtype))
+        if p not in self._kinds:
+            _validate_parameter(p)
+        if shape != p.shape:
             change = f"a parameter of shape {tuple(shape)} now has shape {tuple(p.shape)}"
             _warn(f"{change}: its supports and moments start anew")
-            self.state[p] = {name: state[name] for name in state if name not in STATE_NAMES}
-        for name in ("exp_avg", "exp_avg_sq") if "exp_avg" in self.state.get(p, {}) else ():
-            self.state[p][name] = self.state[p][name].to(_moment_dtype(p))
+            state = self.state[p]
+            self.state[p] = {name: state[name] for name in state.keys() - set(STATE_NAMES)}
+        elif dtype != p.dtype:
+            for name in {"exp_avg", "exp_avg_sq"} & self.state[p].keys():
+                self.state[p][name] = self.state[p][name].to(_moment_dtype(p))
+        self._kinds[p] = p.shape, p.dtype
 
     def _init_seeds(self, broadcast: bool = False) -> None:
         """Draw the seeds that were not given; with `broadcast`, take those of rank 0."""
@@ -253,27 +257,21 @@ class SO(Optimizer):
         """Sort tensors into lists to update at once, of one dtype, device and kind of gradient."""
         kinds = defaultdict(list)
         for p in sorted(params, key=Tensor.numel):  # equal sizes together, for `_segment_topk`
-            source = "shards" if _is_sharded(p) else _sparse_layout(p.grad)
-            kinds[p.dtype, p.device, source, "entry_steps" in self.state[p]].append(p)
+            state, kind = self.state[p], _is_sharded(p)
+            if p.grad.layout == torch.sparse_coo:
+                kind = p.grad.sparse_dim(), p.grad._values().shape[1:]
+            key = p.dtype, p.device, kind, "entry_steps" in state, _is_large(p, state)
+            kinds[key].append(p)
         for same in kinds.values():
-            chunk, slots = [], 0
-            for p in same:
-                limit = CHUNK if p.is_cpu else 16 * CHUNK
-                size = 2 * len(self.state[p]["grad_indices"])
-                size = limit if _is_large(size, p.numel(), p) else size  # alone
-                if chunk and slots + size > limit:
-                    yield chunk
-                    chunk, slots = [], 0
-                chunk.append(p)
-                slots += size
-            yield chunk
+            limit = CHUNK if same[0].is_cpu else 16 * CHUNK
+            slots = accumulate(2 * len(self.state[p]["grad_indices"]) for p in same)
+            for _, pairs in groupby(zip(same, slots), key=lambda pair: pair[1] // limit):
+                yield [p for p, _ in pairs]
 
-    def _read_gradients(self, params: list[Tensor], group: Group) -> Tensor:
-        """The g of the module's docstring for all tensors in a row, (sum of k,)."""
-        if params[0] in self._reduced:
-            return torch.cat([self._reduced[p] for p in params])
+    def _read_gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
+        """The g of the module's docstring of each tensor, (k,); of a sharded one this rank's."""
         supports = [self.state[p]["grad_indices"] for p in params]
-        if _sparse_layout(params[0].grad):
+        if params[0].grad.layout == torch.sparse_coo:
             g = _gather_coo([p.grad for p in params], supports)
         else:
             g = torch.cat([_take(_grad(p), S_g) for p, S_g in zip(params, supports)])
@@ -282,26 +280,7 @@ class SO(Optimizer):
         if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
             W = torch.cat([_take(p, S_g) for p, S_g in zip(params, supports)])
             g = g + group["weight_decay"] * W.to(g.dtype)
-        return g
-
-    def _reduce_sharded_gradients(self) -> None:
-        """Complete the g of all sharded tensors by one all-reduce of their k values over a mesh."""
-        rows = defaultdict(list)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if _is_sharded(p) and p.grad is not None and not _is_dense(p, group):
-                    g = self._read_gradients([p], group)
-                    rows[p.device_mesh, g.dtype].append((p, g))
-        for (mesh, _), row in rows.items():
-            params, parts = zip(*row)
-            dims = {d for p in params for d, cut in enumerate(p.placements) if hasattr(cut, "dim")}
-            for p, g in row:  # of replicas, the first one contributes
-                if any(mesh.get_coordinate()[d] for d in dims if p.placements[d].is_replicate()):
-                    g.zero_()
-            total = torch.cat(parts)
-            for d in sorted(dims):
-                dist.all_reduce(total, group=mesh.get_group(d))
-            self._reduced.update(zip(params, total.split(list(map(len, parts)))))
+        return g.split([len(S_g) for S_g in supports])
 
     def _add(
         self, params: list[Tensor], updates: list[tuple[Tensor, Tensor, Tensor]], group: Group
@@ -378,26 +357,20 @@ class SO(Optimizer):
         Raises:
             ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
         """
-        states: dict[Tensor, dict] = {}
+        states: dict[Tensor, State] = {}
 
-        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             states.update(self._restored(saved))  # as other hooks have left it
             return {**saved, "state": {}}  # torch would cast it to the dtypes of the parameters
 
-        def give(_: Optimizer) -> None:
-            self.state.update(states)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(give, prepend=True),
-        ]
+        hook = self.register_load_state_dict_pre_hook(take_states)
         try:
             super().load_state_dict(state_dict)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"this is not a state dict of SO: {error!r} in it") from error
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
+        self.state.update(states)
 
     def _restored(self, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Each parameter with its saved state, which must fit it, in its precision and place."""
@@ -438,12 +411,12 @@ def _single_tensor_so(
     g: Tensor,
     group: Group,
     score: Score,
-    unite: Callable | None = None,
-    topk: Callable | None = None,
+    unite: Callable,
+    topk: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the step of the module's docstring on one tensor, whose gradient at S_g is g.
 
-    `unite` and `topk` do what `_unite` and torch's topk do, in the way of `_multi_tensor_so`.
+    `unite` and `topk` are `_unite` and `_topk`, or do the same otherwise.
 
     Returns:
         The union, what to add to W there, and which of its slots are void, (|S_m| + k,) each.
@@ -454,7 +427,7 @@ def _single_tensor_so(
     if "entry_steps" in state:
         decayed.append(state["entry_steps"])
         new.append(torch.zeros_like(S_g))
-    U, void, rows = (unite or _unite)(S_m, S_g, decayed, new)
+    U, void, rows = unite(S_m, S_g, decayed, new)
     m, v = rows[:2]
     if "entry_steps" in state:
         t = rows[2].add_(1).to(m.dtype)
@@ -466,8 +439,7 @@ def _single_tensor_so(
         bias1, bias2 = 1 - beta1**t, 1 - beta2**t
     denom = (v / bias2).sqrt_().add_(group["eps"])
     update = (-group["lr"] / bias1 * m).div_(denom).masked_fill_(void, 0)
-    importance = score(U, m, S_m).masked_fill_(void, -1)
-    keep = topk(importance) if topk else importance.topk(len(S_g)).indices
+    keep = topk(score(U, m, S_m).masked_fill_(void, -1), len(S_g))
     for name, row in zip(("indices", "exp_avg", "exp_avg_sq", "entry_steps"), (U, *rows)):
         state[name] = row.index_select(0, keep)
     return U, update, void
@@ -492,36 +464,28 @@ def _unite(
 
 
 def _multi_tensor_so(
-    states: list[State],
-    numels: list[int],
-    g: Tensor,
-    group: Group,
-    score: Score,
+    states: list[State], numels: list[int], gradients: list[Tensor], group: Group, score: Score
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """Take the step of `_single_tensor_so` on many tensors at once, as if they were one.
 
     Entry i of tensor j is entry i + offsets[j] of a long row, of whose sorted union sizes[j] slots
     belong to tensor j.
     """
-    ks = [len(state["grad_indices"]) for state in states]
-    sizes = [len(state["indices"]) + k for state, k in zip(states, ks)]
     names = [name for name in STATE_NAMES[1:] if name in states[0]]
-    steps, like = [state["step"].item() for state in states], states[0]["exp_avg"]
-    bias = [_repeat([1 - beta**t for t in steps], sizes, like) for beta in group["betas"]]
-    if len(states) == 1 and _is_large(sizes[0], numels[0], g):
-        row = {**states[0], "bias": bias}
-        how = partial(_unite_large, numels[0]), partial(_topk_large, ks[0])
-        updates = [_single_tensor_so(row, g, group, score, *how)]
-        states[0].update({name: row[name] for name in names})
-        return updates
     row = {name: torch.cat([state[name] for state in states]) for name in names}
     S_g, offsets = row["grad_indices"], list(accumulate(numels, initial=0))[:-1]
-    for name, counts in (("grad_indices", ks), ("indices", [n - k for n, k in zip(sizes, ks)])):
-        row[name] = row[name] + _repeat(offsets, counts, S_g)
-        if g.is_cpu and sum(numels) < 2**31:
+    counts = {name: [len(state[name]) for state in states] for name in ("grad_indices", "indices")}
+    for name in counts:
+        row[name] = row[name] + _repeat(offsets, counts[name], S_g)
+        if S_g.is_cpu and sum(numels) < 2**31:
             row[name] = row[name].int()  # is sorted in half the time
-    row["bias"], topk = bias, partial(_segment_topk, sizes, ks)
-    U, update, void = _single_tensor_so(row, g, group, score, topk=topk)
+    ks, sizes = counts["grad_indices"], [sum(pair) for pair in zip(*counts.values())]
+    steps = [state["step"].item() for state in states]
+    row["bias"] = [
+        _repeat([1 - beta**t for t in steps], sizes, row["exp_avg"]) for beta in group["betas"]
+    ]
+    g, topk = torch.cat(gradients), partial(_segment_topk, sizes, ks)
+    U, update, void = _single_tensor_so(row, g, group, score, _unite, topk)
     U = U.long() - _repeat(offsets, sizes, S_g)
     row["indices"] = row["indices"].long() - _repeat(offsets, ks, S_g)
     for name in names[1:]:  # all but S_g
@@ -530,21 +494,40 @@ def _multi_tensor_so(
     return zip(U.split(sizes), update.split(sizes), void.split(sizes))
 
 
-def _segment_topk(sizes: list[int], ks: list[int], score: Tensor) -> Tensor:
+def _segment_topk(sizes: list[int], ks: list[int], score: Tensor, _: int) -> Tensor:
     """Positions of the ks[j] highest scores in each segment, of sizes[j], of a row."""
-    found, start = [], 0
+    positions, start = [], 0
     for (size, k), same in groupby(zip(sizes, ks)):
         end = start + size * len(list(same))
         first = torch.arange(start, end, size, device=score.device)
-        top = score[start:end].view(-1, size).topk(k, dim=-1, sorted=False).indices
-        found.append((first[:, None] + top).view(-1))
+        positions.append((first[:, None] + _topk(score[start:end].view(-1, size), k)).view(-1))
         start = end
-    return torch.cat(found)
+    return torch.cat(positions)
 
 
-def _is_large(slots: int, numel: int, t: Tensor) -> bool:
-    """Whether a tensor is updated by the two functions below, with scratch of its own size."""
-    return slots >= LARGE and 16 * slots >= numel and t.is_cpu and t.dtype != torch.float64
+def _topk(score: Tensor, k: int) -> Tensor:
+    """Positions of the k highest scores in each row, (..., size) -> (..., k), in any order.
+
+    Long rows are sorted by the leading 16 bits of their float32 numbers only: those that are not
+    negative have the order of their bits, and void slots, of -1, come last.
+    """
+    if not score.is_cpu or score.dtype == torch.float64 or score.shape[-1] < LARGE:
+        return score.topk(k, sorted=False).indices
+    if score.dim() > 1:
+        return torch.stack([_topk(row, k) for row in score])
+    bucket = (score.view(torch.int32) >> 16).add_(1).clamp_(min=0)
+    at_least = bucket.bincount(minlength=2**15 + 2).flip(0).cumsum(0).flip(0)
+    last = int((at_least >= k).sum()) - 1  # the bucket of the k-th
+    keep = bucket > last
+    some = (bucket == last).nonzero().view(-1)
+    more = score[some].topk(k - int(at_least[last + 1]), sorted=False).indices
+    return keep.index_fill_(0, some[more], True).nonzero().view(-1)
+
+
+def _is_large(p: Tensor, state: State) -> bool:
+    """Whether p's supports are united by `_unite_large`, with scratch of p's size."""
+    slots = 2 * len(state["grad_indices"])
+    return slots >= LARGE and 16 * slots >= p.numel() and p.is_cpu
 
 
 def _unite_large(
@@ -561,20 +544,6 @@ def _unite_large(
         row.index_add_(0, slot, at_S_g.index_select(0, both))
     U = torch.cat([S_m, S_g])
     return U, torch.zeros_like(U, dtype=torch.bool).index_fill_(0, both + len(S_m), True), rows
-
-
-def _topk_large(k: int, score: Tensor) -> Tensor:
-    """Positions of the k highest scores, which are sorted by their leading 16 bits only.
-
-    Floats that are not negative have the order of their bits; void slots, of -1, come last.
-    """
-    bucket = (score.view(torch.int32) >> 16).add_(1).clamp_(min=0)
-    at_least = bucket.bincount(minlength=2**15 + 2).flip(0).cumsum(0).flip(0)
-    last = int((at_least >= k).sum()) - 1  # the bucket of the k-th
-    keep = bucket > last
-    some = (bucket == last).nonzero().view(-1)
-    more = score[some].topk(k - int(at_least[last + 1]), sorted=False).indices
-    return keep.index_fill_(0, some[more], True).nonzero().view(-1)
 
 
 def _repeat(values: list, counts: list[int], like: Tensor) -> Tensor:
@@ -638,7 +607,7 @@ def _locate(t: Tensor, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     at, extent = torch.zeros_like(flat), 1
     outside = torch.zeros_like(flat, dtype=torch.bool)
     dims = list(zip(t.shape, *_shard_box(t), local.stride()))
-    for full, first, length, stride in reversed(dims):
+    for full, length, first, stride in reversed(dims):
         i, flat = flat % full - first, flat // full
         outside |= (i < 0) | (i >= length)
         at, extent = at + i * stride, extent + (length - 1) * stride
@@ -683,38 +652,52 @@ def _grad(p: Tensor) -> Tensor:
     return grad
 
 
-def _shard_box(t: Tensor) -> tuple[list[int], list[int]]:
-    """First index and length in each dimension of this rank's shard, as torch.chunk cuts."""
-    start, size = [0] * t.dim(), list(t.shape)
+def _all_reduce_shards(gradients: list[tuple[Tensor, Tensor]]) -> None:
+    """Complete the g of sharded tensors, in place, by one all-reduce of all k values over a mesh.
+
+    Args:
+        gradients: Each parameter and its g; only those of sharded ones are completed.
+    """
+    rows = defaultdict(list)
+    for p, g in gradients:
+        if _is_sharded(p):
+            rows[p.device_mesh, g.dtype].append((p, g))
+    for (mesh, _), row in rows.items():
+        dims = {d for p, _ in row for d, cut in enumerate(p.placements) if hasattr(cut, "dim")}
+        for p, g in row:  # of replicas, the first one contributes
+            if any(mesh.get_coordinate()[d] for d in dims if p.placements[d].is_replicate()):
+                g.zero_()
+        parts = [g for _, g in row]
+        total = torch.cat(parts)
+        for d in sorted(dims):
+            dist.all_reduce(total, group=mesh.get_group(d))
+        torch._foreach_copy_(parts, list(total.split(list(map(len, parts)))))
+
+
+def _shard_box(t: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    """Length and first index in each dimension of this rank's shard."""
     if not _is_sharded(t):
-        return start, size
-    cuts = zip(t.placements, t.device_mesh.shape, t.device_mesh.get_coordinate())
-    for placement, ranks, rank in sorted(cuts, key=lambda cut: hasattr(cut[0], "split_factor")):
-        if hasattr(placement, "dim"):
-            dim, length = placement.dim, -(-size[placement.dim] // ranks)
-            first = min(rank * length, size[dim])
-            start[dim], size[dim] = start[dim] + first, min(length, size[dim] - first)
-    return start, size
+        return t.shape, [0] * t.dim()
+    from torch.distributed.tensor import _utils
+
+    return _utils.compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
 
 
 def _flat_indices(t: Tensor) -> Tensor:
     """The flat index of each entry of t, in a sharded tensor those of this rank's shard."""
     flat = torch.zeros((), dtype=torch.int64, device=t.device)
-    for full, first, length in zip(t.shape, *_shard_box(t)):
+    for full, length, first in zip(t.shape, *_shard_box(t)):
         flat = flat[..., None] * full + torch.arange(first, first + length, device=t.device)
     return flat
 
 
 def _shard_like(value: Tensor, p: Tensor) -> Tensor:
     """A saved moment of a dense tensor, whole or sharded as p is."""
-    if _is_sharded(value) and _is_sharded(p) and value.placements == p.placements:
-        if value.device_mesh == p.device_mesh:
-            return value
     whole = value.full_tensor() if _is_sharded(value) else value
     if not _is_sharded(p):
         return whole
     shard = torch.zeros_like(p, dtype=value.dtype)
-    box = (slice(first, first + length) for first, length in zip(*_shard_box(p)))
+    box = (slice(first, first + length) for length, first in zip(*_shard_box(p)))
     _local(shard).copy_(whole[tuple(box)])
     return shard
 
@@ -725,13 +708,6 @@ def _shard_like(value: Tensor, p: Tensor) -> Tensor:
 def _is_dense(p: Tensor, group: Group) -> bool:
     """Whether plain Adam updates this tensor: as its group says, else by its dimensions."""
     return sum(size > 1 for size in p.shape) < 2 if group["dense"] is None else group["dense"]
-
-
-def _sparse_layout(grad: Tensor) -> tuple[int, int] | None:
-    """What sparse COO gradients must share to be read together; None for others."""
-    if grad.layout != torch.sparse_coo:
-        return None
-    return grad.sparse_dim(), grad.shape[grad.sparse_dim() :].numel()
 
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
@@ -799,34 +775,29 @@ def _is_number(value: Any, below: float = math.inf) -> bool:
     return hasattr(value, "__float__") and 0 <= value < below
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and [_is_number(b, 1) for b in value] == [True, True]
-
-
-RULES = {  # what a setting must be: of which settings, and the test
-    "a number of 0 or more": (("lr", "eps", "weight_decay"), _is_number),
-    "two numbers in [0, 1)": (("betas",), _is_pair),
-    "in (0, 1]": (("density_ratio",), lambda d: _is_number(d) and 0 < d <= 1),
-    "an int of 1 or more": (("T",), lambda T: type(T) is int and T >= 1),
-    "an int or None": (("seed",), lambda seed: seed is None or hasattr(seed, "__index__")),
-    "tensor or entry": (("bias_correction",), lambda kind: kind in ("tensor", "entry")),
-    "True or False": (FLAGS, lambda flag: type(flag) is bool),
-    "True, False or None": (("dense", "foreach"), lambda flag: flag is None or type(flag) is bool),
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a setting must be, and the test
+    **dict.fromkeys(("lr", "eps", "weight_decay"), ("a number of 0 or more", _is_number)),
+    "betas": ("two numbers in [0, 1)", lambda b: [_is_number(x, 1) for x in b] == [True, True]),
+    "density_ratio": ("in (0, 1]", lambda density: _is_number(density) and 0 < density <= 1),
+    "T": ("an int of 1 or more", lambda T: type(T) is int and T >= 1),
+    "seed": ("an int or None", lambda seed: seed is None or hasattr(seed, "__index__")),
+    "bias_correction": ("'tensor' or 'entry'", lambda kind: kind in ("tensor", "entry")),
+    **dict.fromkeys(FLAGS, ("True or False", lambda flag: type(flag) is bool)),
+    **dict.fromkeys(
+        ("dense", "foreach"), ("True, False or None", lambda f: f is None or type(f) is bool)
+    ),
 }
 
 
 def _validate_group(group: Group) -> None:
     """Raise ValueError where a setting of a group is out of range, or a parameter is unfit."""
-    for allowed, (names, test) in RULES.items():
-        for name in names:
-            if not test(value := group[name]):
-                kind = type(value).__name__
-                raise ValueError(f"{name} must be {allowed}, not {value!r} ({kind})")
-    known = {name.lower(): name for names, _ in RULES.values() for name in names}
-    for key in group.keys() - known.values() - {"params", "param_names"}:
-        near = difflib.get_close_matches(str(key).lower(), known, 1, 0.9)
-        if near or key == "density":
-            name = known[near[0]] if near else "density_ratio"
+    for name, (allowed, test) in RULES.items():
+        if not test(value := group[name]):
+            raise ValueError(f"{name} must be {allowed}, not {value!r} ({type(value).__name__})")
+    for key in group.keys() - RULES.keys() - {"params", "param_names"}:
+        near = difflib.get_close_matches(str(key), [*RULES, "t", "density"], 1, 0.9)
+        if near:
+            name = {"t": "T", "density": "density_ratio"}.get(near[0], near[0])
             raise ValueError(f"a group has the unknown key {key!r}: write {name!r}")
     for p in group["params"]:
         _validate_parameter(p)
