@@ -4,8 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -304,8 +302,9 @@ def nfc(text: str) -> str:
 
 
 def read_text(path: str | os.PathLike, remedy: str = "get the file again") -> str:
-    """Read a text file in UTF-8; a ValueError says what else is in its place, and the remedy."""
-    check_file(path)
+    """Read a text file in UTF-8; a ValueError says what else it is, and the remedy."""
+    if placeholder := detect_placeholder_file(path):
+        raise ValueError(f"{path} is {placeholder}")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -313,20 +312,12 @@ def read_text(path: str | os.PathLike, remedy: str = "get the file again") -> st
 
 
 def read_json(path: str | os.PathLike, remedy: str = "get the file again") -> Any:
-    """Read a JSON file; a ValueError says what else is in its place, and the remedy."""
+    """Read a JSON file; a ValueError says what else it is, and the remedy."""
     text = read_text(path, remedy)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
-
-
-def check_file(path: str | os.PathLike) -> None:
-    """Raise ValueError if a pipe, a Git LFS pointer or a web page is in a file's place."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path} is not a regular file")  # reading a pipe would never end
-    if placeholder := detect_placeholder_file(path):
-        raise ValueError(f"{path} is {placeholder}")
 
 
 def group_by_label(samples: Iterable[RawSample]) -> list[list[RawSample]]:
@@ -335,10 +326,3 @@ def group_by_label(samples: Iterable[RawSample]) -> list[list[RawSample]]:
     for sample in samples:
         groups.setdefault(sample[1], []).append(sample)
     return list(groups.values())
-
-
-def natural_sort(names: Iterable[str]) -> list[str]:
-    """Return distinct names, sorted; by value if all of them are numbers."""
-    names = sorted(set(names))
-    all_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    return sorted(names, key=float) if all_numbers else names

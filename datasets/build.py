@@ -5,9 +5,9 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from datasets.base import (
-    SPLITS,
     DatasetDir,
     DatasetInfo,
     Datum,
@@ -67,7 +67,6 @@ def build_dataset(
             "more, two in each half, since one class is always right"
         )
     _print_notes(dataset_dir, original)
-    gray_range = find_gray_range(dataset_dir, original)
     split = rename_classes(original, classnames)
     if fewshot_split:
         train, val = load_fewshot_split(fewshot_split, original, split, subsample)
@@ -75,20 +74,19 @@ def build_dataset(
         with dataset_errors(dataset_dir):
             train, val = generate_fewshot_dataset(split, shots, info.val_from_train)
     few = replace(split, train=train, val=val)
-    task = few.subsample_classes(subsample)
-    if fewshot_split and len(task.train) != shots * len(task.lab2cname):
+    gray_range = find_gray_range(dataset_dir, original)
+    make = partial(_make_dataset, dataset_dir, templates=templates, gray_range=gray_range)
+    dataset = make(few.subsample_classes(subsample), _fingerprint(split, subsample))
+    if fewshot_split and len(dataset.train_x) != shots * len(dataset.classnames):
         print(
-            f"note: {fewshot_split} has {len(task.train)} training images for "
-            f"{len(task.lab2cname)} classes, not {shots} for each, as the results' folder says",
+            f"note: {fewshot_split} has {len(dataset.train_x)} training images for "
+            f"{len(dataset.classnames)} classes, not {shots} for each, as the results' folder says",
             file=sys.stderr,
         )
-    settings = dict(templates=templates, gray_range=gray_range)
-    dataset = _make_dataset(dataset_dir, task, _fingerprint(split, subsample), **settings)
-    if subsample != "base":
-        return dataset
-    new_fingerprint = _fingerprint(split, "new")
-    new = _make_dataset(dataset_dir, few.subsample_classes("new"), new_fingerprint, **settings)
-    return replace(dataset, new_classes=new)
+    if subsample == "base":
+        new_classes = make(few.subsample_classes("new"), _fingerprint(split, "new"))
+        dataset = replace(dataset, new_classes=new_classes)
+    return dataset
 
 
 def build_test_dataset(
@@ -192,18 +190,19 @@ def _read_dataset(
 
 def _print_notes(dataset_dir: DatasetDir, split: Split, test_only: bool = False) -> None:
     """Print what a user should know of the data on standard error; save a split made here."""
+    name = dataset_dir.name
     if split.origin == "made":
         save_generated_split(dataset_dir, split)
-    for note in split.notes:
-        print(f"note: {dataset_dir.name}: {note}", file=sys.stderr)
+    notes = [f"{name}: {note}" for note in split.notes]
     if mismatch := count_mismatch(dataset_dir, split):
-        print(f"note: {mismatch}", file=sys.stderr)
+        notes.append(mismatch)
     if dataset_dir.info.test_only and not test_only:
-        print(
-            f"note: {dataset_dir.name} has only test images; `--dataset imagenet --test_on "
-            f"{dataset_dir.name}` trains on imagenet and tests on it",
-            file=sys.stderr,
+        notes.append(
+            f"{name} has only test images; `--dataset imagenet --test_on {name}` trains on "
+            "imagenet and tests on it"
         )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _fingerprint(split: Split, subsample: str) -> dict[str, str | int]:
@@ -222,11 +221,8 @@ def _make_dataset(
 ) -> FewShotDataset:
     """Make a dataset of all samples of a split."""
     parts = [
-        [
-            Datum(dataset_dir.image_path(path), *sample, gray_range)
-            for path, *sample in getattr(task, part)
-        ]
-        for part in SPLITS
+        [Datum(dataset_dir.image_path(path), *rest, gray_range) for path, *rest in samples]
+        for samples in (task.train, task.val, task.test)
     ]
     classnames, image_dir = list(task.lab2cname.values()), str(dataset_dir.image_dir)
     return FewShotDataset(dataset_dir.name, *parts, classnames, templates, fingerprint, image_dir)

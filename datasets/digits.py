@@ -30,8 +30,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.base import RawSample
-
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLIT_FILE = "split_zhou_Digits.json"
 CANVAS_SIZE = 32
@@ -64,23 +62,17 @@ def build_digits(folder: str | os.PathLike) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             draft = Path(scratch) / folder.name  # has the umask's permissions, unlike the scratch
             _write(draft, images, labels)
-            try:
-                os.rename(draft, folder)
-            except OSError:
-                if not (folder / SPLIT_FILE).is_file():  # else another process was faster
-                    raise
+            os.rename(draft, folder)
     except OSError as error:
-        raise OSError(
-            f"cannot write the digits to {folder} ({error.strerror or error}): "
-            "name a folder that can be written with --root_path"
-        ) from error
+        if not (folder / SPLIT_FILE).is_file():  # else another process was faster
+            raise OSError(
+                f"cannot write the digits to {folder} ({error.strerror or error}): "
+                "name a folder that can be written with --root_path"
+            ) from error
 
 
 def render() -> tuple[np.ndarray, np.ndarray]:
-    """Draw every digit of the source on its canvas.
-
-    Returns:
-        Images (1797, 32, 32) uint8 in the source's order, and their labels (1797,).
+    """Draw the digits of the source, in its order: (1797, 32, 32) uint8; and their labels (1797,).
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -152,12 +144,13 @@ def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
 
 def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write images and split file into a new folder."""
-    samples: list[RawSample] = []
-    for name in CLASSNAMES:
-        (folder / "images" / name).mkdir(parents=True)
-    for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        path = f"{CLASSNAMES[label]}/{index:04d}.png"
-        Image.fromarray(image).save(folder / "images" / path)
-        samples.append((path, label, CLASSNAMES[label]))
-    split = {part: [samples[i] for i in indices] for part, indices in split_indices(labels).items()}
+    split = {}
+    for part, indices in split_indices(labels).items():
+        split[part] = []
+        for index, label in zip(indices, labels[indices].tolist(), strict=True):
+            name = CLASSNAMES[label]
+            path = folder / "images" / name / f"{index:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[index]).save(path)
+            split[part].append((f"{name}/{path.name}", label, name))
     (folder / SPLIT_FILE).write_text(json.dumps(split), encoding="utf-8")

@@ -7,9 +7,12 @@ import csv
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -24,7 +27,6 @@ from datasets.base import (
     list_entries,
     list_images,
     list_subdirs,
-    natural_sort,
     nfc,
     read_text,
 )
@@ -39,20 +41,17 @@ SPLIT_ALIASES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "test_set"), "test"),
 }
-DEAD_LINKS, BESIDE = "links that lead nowhere", "images beside the class folders"
-DEEPER, OTHER_FOLDERS = (
-    "images in folders within class folders",
-    "folders beside those of the parts",
-)
+# Taken whatever the file is called; the others have weak signatures, or are raw photographs too.
+FORMATS_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 # What is not taken of an own folder, and what to do about it.
+DEAD_LINKS, BESIDE = "links that lead nowhere", "images beside the class folders"
+DEEPER = "images in folders within class folders"
 REMEDIES = {
     **{f"{name} files": remedy for name, (_, _, remedy) in OTHER_FORMATS.items()},
     DEAD_LINKS: "run `dvc pull` or `git annex get`, or mount the disk that they lead to",
     DEEPER: "move them up into the class folder",
     BESIDE: "move them into a class folder",
 }
-# Taken whatever the file is called; the others have weak signatures, or are raw photographs too.
-FORMATS_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
 def custom_dataset_info(name: str) -> DatasetInfo:
@@ -69,13 +68,15 @@ def custom_dataset_info(name: str) -> DatasetInfo:
         image_dir=".",
         num_classes=None,
         num_images=(None, None, None),
+        custom_path=path if path.is_dir() else path.parent,
     )
-    if os.path.isdir(path):
-        return row(custom_path=path, read_data=read_image_folder)
-    if os.path.isfile(path) and path.suffix.lower() in (".csv", ".tsv"):
-        return row(custom_path=path.parent, read_data=partial(read_csv, file=path.name))
-    if os.path.isfile(path) and path.suffix.lower() == ".json":
-        return row(custom_path=path.parent, split_file=path.name)
+    extension = path.suffix.lower()
+    if path.is_dir():
+        return row(read_data=read_image_folder)
+    if path.is_file() and extension in (".csv", ".tsv"):
+        return row(read_data=partial(read_csv, file=path.name))
+    if path.is_file() and extension == ".json":
+        return row(split_file=path.name)
     raise ValueError(
         f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of these "
         "with your own images; see DATASETS.md, section Your own images"
@@ -98,42 +99,40 @@ def dataset_stem(path: str) -> str:
 
 def read_image_folder(dataset_dir: DatasetDir) -> Split:
     """Read class folders, or train/, test/ and perhaps val/ with class folders in them."""
-    lister = _ClassLister(dataset_dir)
-    files, folders, dead_links = list_entries(dataset_dir.image_dir)
+    image_dir, lister = dataset_dir.image_dir, _ClassLister(dataset_dir)
+    files, folders, dead_links = list_entries(image_dir)
     by_part = {
-        folder: list_subdirs(dataset_dir.image_path(folder))
+        folder: list_subdirs(image_dir / folder)
         for folder in folders
         if folder.lower() in SPLIT_ALIASES
     }
     if len(by_part) > 1 or any(by_part.values()):
-        lister.add_ignored(OTHER_FOLDERS, [name for name in folders if name not in by_part])
-        split = _read_parts(dataset_dir, by_part, lister)
+        others = [name for name in folders if name not in by_part]
+        lister.ignored["folders beside those of the parts"] = others
+        split = _read_parts(image_dir, by_part, lister)
         return replace(split, notes=split.notes + lister.notes())
     if not folders:
         raise ValueError(
-            f"{dataset_dir.image_dir} has no class folders: sort its images into a folder for each "
-            "class"
+            f"{image_dir} has no class folders ({truncate_list(files) or 'it is empty'}): sort its "
+            "images into a folder for each class"
         )
-    lister.add_ignored(DEAD_LINKS, dead_links)
-    lister.add_ignored(BESIDE, [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)])
+    lister.ignored[DEAD_LINKS] = dead_links
+    lister.ignored[BESIDE] = [f for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
     by_name = lister.group_by_name(folders)
     classes = [(name, lister.list_images(by_name[name])) for name in natural_sort(by_name)]
-    first = dataset_dir.image_path(folders[0])
+    first = image_dir / folders[0]
     if len(folders) == 1 and not classes[0][1] and list_subdirs(first):
         raise ValueError(
-            f"{dataset_dir.image_dir} has only the folder {folders[0]}, with folders in it: name "
-            f"{first} as --dataset"
+            f"{image_dir} has only the folder {folders[0]}, with folders in it: name {first} as "
+            "--dataset"
         )
-    split = split_trainvaltest(dataset_dir.image_dir, classes)
+    split = split_trainvaltest(image_dir, classes)
     notes = lister.notes()
     return replace(split, origin="own", files_exist=True, has_parts=False, notes=notes)
 
 
-def _read_parts(
-    dataset_dir: DatasetDir, by_part: dict[str, list[str]], lister: "_ClassLister"
-) -> Split:
+def _read_parts(image_dir: Path, by_part: dict[str, list[str]], lister: "_ClassLister") -> Split:
     """Read folders called as the parts are, given the class folders in each."""
-    image_dir = dataset_dir.image_dir
     folders = {SPLIT_ALIASES[folder.lower()]: folder for folder in by_part}
     complete = {"train", "test"} <= folders.keys() or folders.keys() in ({"test"}, {"train", "val"})
     if len(folders) < len(by_part) or not complete:
@@ -169,19 +168,14 @@ class _ClassLister:
 
     def __init__(self, dataset_dir: DatasetDir) -> None:
         self.dataset_dir = dataset_dir
-        self.ignored: dict[str, list[str]] = {}
+        self.ignored: dict[str, list[str]] = defaultdict(list)  # paths by kind
         self.twins: list[str] = []  # names of which both of Unicode's forms are there
-
-    def add_ignored(self, kind: str, paths: Sequence[str]) -> None:
-        """Count paths that are not taken."""
-        if paths:
-            self.ignored.setdefault(kind, []).extend(paths)
 
     def group_by_name(self, names: Sequence[str], folder: str = "") -> dict[str, list[str]]:
         """Return the paths of entries of a folder by their names in NFC."""
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            groups.setdefault(nfc(name), []).append(os.path.join(folder, name))
+            groups[nfc(name)].append(os.path.join(folder, name))
         self.twins += [paths[0] for paths in groups.values() if len(paths) > 1]
         return groups
 
@@ -190,16 +184,15 @@ class _ClassLister:
         images = []
         for folder in folders:
             files, subdirs, dead_links = list_entries(self.dataset_dir.image_path(folder))
-            taken = []
-            for name in files:
-                kind = self._ignored_kind(f"{folder}/{name}")
-                self.add_ignored(kind, [f"{folder}/{name}"]) if kind else taken.append(name)
-            self.add_ignored(DEAD_LINKS, [f"{folder}/{name}" for name in dead_links])
+            kinds = {name: self._ignored_kind(f"{folder}/{name}") for name in files}
+            for name in filter(kinds.get, files):
+                self.ignored[kinds[name]].append(f"{folder}/{name}")
+            self.ignored[DEAD_LINKS] += [f"{folder}/{name}" for name in dead_links]
             for subdir in (f"{folder}/{name}" for name in subdirs):
                 inner = list_images(self.dataset_dir.image_path(subdir))
-                self.add_ignored(DEEPER, [f"{subdir}/{name}" for name in inner])
-            for paths in self.group_by_name(taken, folder).values():
-                images += paths
+                self.ignored[DEEPER] += [f"{subdir}/{name}" for name in inner]
+            taken = [name for name in files if not kinds[name]]
+            images += chain.from_iterable(self.group_by_name(taken, folder).values())
         return images
 
     def _ignored_kind(self, path: str) -> str:
@@ -208,13 +201,11 @@ class _ClassLister:
         if extension in IMAGE_EXTENSIONS:
             return ""
         file = self.dataset_dir.image_path(path)
-        try:
+        with suppress(Exception):  # a damaged file makes Pillow fail in any way
             if other := detect_other_format(file):
                 return f"{other} files"
             with Image.open(file, formats=FORMATS_BY_CONTENT):
                 return ""
-        except Exception:  # a damaged file makes Pillow fail in any way
-            pass
         return f"{extension} files" if extension else "files without extension"
 
     def notes(self) -> tuple[str, ...]:
@@ -223,6 +214,7 @@ class _ClassLister:
             f"not taken: {len(paths)} {kind} ({truncate_list(sorted(paths))})"
             + (f": {REMEDIES[kind]}" if kind in REMEDIES else "")
             for kind, paths in self.ignored.items()
+            if paths
         ]
         if self.twins:
             notes.append(
@@ -300,13 +292,14 @@ def _make_split(source_path: Path, parts: dict[str, list[RawSample]], names: lis
         notes = ("there is no test part: its validation images are the test images",)
     train, val, test = (parts.get(part, []) for part in SPLITS)
     lab2cname = dict(enumerate(names))
+    split = Split(str(source_path), train, val, test, lab2cname)
     if "val" not in parts:
         split = split_trainval(source_path, train, test, lab2cname)
-        return replace(split, origin="own", notes=notes)
-    present = {label for _, label, _ in val}
-    if lacking := [repr(name) for label, name in lab2cname.items() if label not in present]:
-        raise ValueError(
-            f"{source_path} has no validation images of the class {truncate_list(lacking)}: add "
-            "some, or take the validation part out"
-        )
-    return Split(str(source_path), train, val, test, lab2cname, origin="own")
+    return replace(split, origin="own", notes=notes)
+
+
+def natural_sort(names: Iterable[str]) -> list[str]:
+    """Return distinct names, sorted; by value if all of them are numbers."""
+    names = sorted(set(names))
+    all_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
+    return sorted(names, key=float) if all_numbers else names

@@ -1,6 +1,7 @@
 """Prompts: the templates around class names, and names that a user gives the classes."""
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,11 +49,9 @@ def rename_classes(split: Split, path: str | os.PathLike | None) -> Split:
     """
     if not path:
         return split
-    labels: dict[str, list[int]] = {}
-    for label, name in split.lab2cname.items():
-        labels.setdefault(nfc(name), []).append(
-            label
-        )  # two pairs of ImageNet's classes share a name
+    labels: dict[str, list[int]] = defaultdict(list)
+    for label, name in split.lab2cname.items():  # two pairs of ImageNet's classes share a name
+        labels[nfc(name)].append(label)
     if not any(name.isdecimal() for name in labels):
         labels |= {str(label): [label] for label in split.lab2cname}
     new_names = {nfc(name): new for name, new in _read_names(path).items()}
@@ -79,12 +78,12 @@ def _read_names(path: str | os.PathLike) -> dict[str, str]:
         names = yaml.load(text, Loader=yaml.BaseLoader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not YAML ({one_line(str(error))})") from error
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{path} is not made of {form}")
-    if bad := [str(key) for key in names if not _is_text(key) or not _is_text(names[key])]:
-        raise ValueError(f"{path} has no name for {truncate_list(bad)}: it takes {form}")
+    entries = names.items() if isinstance(names, dict) else [(names, "")]
+    bad = [
+        f"{key}: {name}"[:60]
+        for key, name in entries
+        if not all(isinstance(text, str) and text.strip() for text in (key, name))
+    ]
+    if bad or not names:
+        raise ValueError(f"{path} is not made of {form}: {truncate_list(bad) or 'it is empty'}")
     return names
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())

@@ -19,7 +19,6 @@ from datasets.base import (
     DatasetDir,
     RawSample,
     Split,
-    check_file,
     group_by_label,
     list_images,
     list_subdirs,
@@ -158,23 +157,21 @@ def read_ucf101(dataset_dir: DatasetDir) -> Split:
 
 def read_imagenet(dataset_dir: DatasetDir) -> Split:
     """Read train/ and val/; labels follow the sorted WordNet ids of the folders in train/."""
-    wnids, tested = (list_subdirs(dataset_dir.image_dir / split) for split in ("train", "val"))
+    image_dir = dataset_dir.image_dir
+    wnids, tested = (list_subdirs(image_dir / split) for split in ("train", "val"))
     if not wnids or wnids != tested:
         differing = sorted(set(wnids) ^ set(tested))
         raise ValueError(
-            f"train/ and val/ in {dataset_dir.image_dir} need the same class folders like "
-            f"n01440764, but only one of them has {truncate_list(differing) or 'any'}: sort the "
-            "images of both into class folders"
+            f"train/ and val/ in {image_dir} need the same class folders like n01440764, but only "
+            f"one of them has {truncate_list(differing) or 'any'}: sort the images of both into "
+            "class folders"
         )
     names = _wnid_classnames(dataset_dir, wnids)
-    return Split(
-        str(dataset_dir.image_dir),
-        _list_classes(dataset_dir, [f"train/{wnid}" for wnid in wnids], names),
-        [],
-        _list_classes(dataset_dir, [f"val/{wnid}" for wnid in wnids], names),
-        names,
-        files_exist=True,
+    train, test = (
+        _list_classes(dataset_dir, [f"{split}/{wnid}" for wnid in wnids], names)
+        for split in ("train", "val")
     )
+    return Split(str(image_dir), train, [], test, names, files_exist=True)
 
 
 def read_imagenet_variant(dataset_dir: DatasetDir) -> Split:
@@ -211,17 +208,16 @@ def _wnid_classnames(dataset_dir: DatasetDir, wnids: list[str]) -> dict[int, str
     called images, or in ImageNet's; and from the published list if it does not name a class.
     """
     path, imagenet = dataset_dir.path, dataset_dir.root / "imagenet"
-    folders = [path, imagenet, imagenet / "images"]
-    if path.name == "images":
-        folders.insert(0, path.parent)
-    files = [folder / "classnames.txt" for folder in folders]
+    folder = path.parent if path.name == "images" else path
+    files = [place / "classnames.txt" for place in (path, folder, imagenet, imagenet / "images")]
     names = _read_classnames(IMAGENET_CLASSNAMES)
-    for path in list(filter(Path.is_file, files))[:1]:
-        names.update(_read_classnames(path))
+    if file := next(filter(Path.is_file, files), None):
+        names |= _read_classnames(file)
     if unnamed := [wnid for wnid in wnids if wnid not in names]:
         raise ValueError(
             f"there is no class name for the folder {truncate_list(unnamed)} in "
-            f"{dataset_dir.image_dir}: give it one in {files[0]}, in a line like 'n01440764 tench'"
+            f"{dataset_dir.image_dir}: give it one in {folder / 'classnames.txt'}, in a line like "
+            "'n01440764 tench'"
         )
     return {label: names[wnid] for label, wnid in enumerate(wnids)}
 
@@ -296,11 +292,11 @@ def _read_mat(path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
     import numpy as np
     from scipy.io import loadmat  # only three datasets need it, and without their split file
 
-    check_file(path)
-    try:
-        values = loadmat(path, simplify_cells=True, variable_names=[key])[key]
-        return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]
-    except Exception as error:  # a damaged file makes the reader fail in any way
-        raise ValueError(
-            f"{path} has no readable '{key}' ({type(error).__name__}: {error}): get the file again"
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            values = loadmat(file, simplify_cells=True, variable_names=[key])[key]
+            return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]
+        except Exception as error:  # a damaged file makes the reader fail in any way
+            raise ValueError(
+                f"{path} has no readable '{key}' ({type(error).__name__}: {error}): get it again"
+            ) from error

@@ -101,36 +101,26 @@ def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
     It is saved beside the data under a name of its own, with the SHA-256 of its samples. An earlier
     one of other samples is replaced.
     """
-    split_file, sha256 = dataset_dir.info.split_file, split.sha256()
-    path = dataset_dir.path / generated_split_name(split_file)
-    state = "made earlier"
-    if _saved_sha256(path) != sha256:
-        state = "made again, since the data has changed" if path.exists() else "made now"
-        note = "made from the raw download; not comparable to published figures"
-        parts = {part: getattr(split, part) for part in SPLITS}
-        try:
-            atomic_write(path, json.dumps({"note": note, "digest": sha256, **parts}))
-        except OSError as error:
-            state += f", not saved: {error.strerror or error}"
+    split_file = dataset_dir.info.split_file
+    path = dataset_dir.path / split_file.replace("split_zhou_", "split_so_")
+    note = "made from the raw download; not comparable to published figures"
+    parts = {part: getattr(split, part) for part in SPLITS}
+    content = json.dumps({"note": note, "digest": split.sha256(), **parts}).encode()
+    state = "made now"
+    try:
+        if path.exists():
+            is_same = path.read_bytes() == content
+            state = "made earlier" if is_same else "made again, since the data has changed"
+        if state != "made earlier":
+            atomic_write(path, content)
+    except OSError as error:
+        state += f", not saved: {error.strerror or error}"
     print(
         f"note: {dataset_dir.name}: there is no {split_file} in {dataset_dir.path}; using a split "
         f"made from the raw data ({path.name}, {state}), not comparable to published figures; see "
         f"DATASETS.md, section {dataset_dir.info.title}, for the published one",
         file=sys.stderr,
     )
-
-
-def generated_split_name(split_file: str) -> str:
-    """Return the name of the split made here in place of a published one."""
-    return split_file.replace("split_zhou_", "split_so_")
-
-
-def _saved_sha256(path: Path) -> str | None:
-    """Return the SHA-256 that a saved split has of its samples, if there is one."""
-    try:
-        return read_json(path)["digest"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def check_split(dataset_dir: DatasetDir, split: Split) -> None:
@@ -144,9 +134,7 @@ def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
     names = split.lab2cname
     labels = sorted({*names, *(label for _, label, _ in split.samples())})
     if not labels:
-        raise FileNotFoundError(
-            f"{split.source_path} has no images: add them or get it again{format_notes(split)}"
-        )
+        raise FileNotFoundError(f"{split.source_path} has no images: add them or get it again")
     if dataset_dir.info.custom_path and len(labels) == 1:
         raise ValueError(
             f"{split.source_path} has one class, {names[labels[0]]!r}; a task takes two or more"
@@ -210,19 +198,15 @@ def check_files(dataset_dir: DatasetDir, split: Split) -> None:
 
 def check_classes(dataset_dir: DatasetDir, split: Split) -> None:
     """Check that each class has images to train and to test with."""
+    notes = "".join(f"; {note}" for note in split.notes)
     for part in ("test",) if dataset_dir.info.test_only else ("train", "test"):
         present = {label for _, label, _ in getattr(split, part)}
         if lacking := [repr(name) for i, name in split.lab2cname.items() if i not in present]:
             raise ValueError(
                 f"{split.source_path} has no {SPLIT_TITLES[part]} images of the class "
                 f"{truncate_list(lacking)}: add some, 4 if the class is divided here, or remove "
-                f"the class{format_notes(split)}"
+                f"the class{notes}"
             )
-
-
-def format_notes(split: Split) -> str:
-    """Return the notes on a user's data as the end of an error message."""
-    return "".join(f"; {note}" for note in split.notes)
 
 
 CHECKS = (check_labels, check_paths, check_files, check_classes)

@@ -164,7 +164,7 @@ def test_templates_are_texts_or_words(mine):
 # Bad input: what it concerns (beside folders a and b of six images), its content, and what the
 # error must say, with {} for the folder. "csv" and "parts" have the right header.
 REFUSED = [
-    ("folder", "", "{} has no class folders: sort"),
+    ("folder", "", "{} has no class folders (list.csv): sort"),
     ("folder", "a:6", "{} has one class, 'a'; a task takes two or more"),
     ("folder", "in/a:6 in/b:6", "name {}/in as --dataset"),
     ("folder", "a:6 b:0", "no training images of the class 'b': add some"),
@@ -172,7 +172,6 @@ REFUSED = [
     ("folder", "train/a:2 train/b:2 test/a:1 test/b:0", "no test images of the class 'b'"),
     ("folder", "train/a:2 train/b:2 test/a:1 test/c:1", "same class folders, but only some have b"),
     ("folder", "train/a:2 test/a:2 val/a:2 valid/a:2", "has the folders test, train, val, valid"),
-    ("folder", "train/a:2 test/a:2 val/a:0", "no validation images of the class 'a': add some, or"),
     ("folder", "train/a:2 val/a:2", "{} has one class, 'a'; a task takes two or more"),
     ("folder", "train:2 test:2", "need the same class folders, but they have none"),
     ("text", "file;label\na;b", "has the columns file, label: its first line must be path,label"),
@@ -191,7 +190,7 @@ REFUSED = [
     ("classnames", "A: x\nzzz: y", "names 'A' (did you mean 'a'?), 'zzz', a class that {} does"),
     ("classnames", "0: x\n7: y", "names '7', a class"),
     ("classnames", "- a", "is not made of lines like"),
-    ("classnames", "a:", "has no name for a: it takes lines like"),
+    ("classnames", "a:", "is not made of lines like 'folder: name for the prompt': a: "),
     ("classnames", "a: [", "is not YAML"),
     ("template", ["a photo"], "the template 'a photo' must have {{}} exactly"),
     ("template", ["a {}", "{x} {}", "{} {}"], "'{{x}} {{}}', '{{}} {{}}' must have {{}} exactly"),

@@ -109,8 +109,6 @@ def test_unreadable_list_is_named(tmp_path, name, file):
     for content in contents:
         path.write_bytes(content)
         check_refused(name, tmp_path, f"{path}.*get (it|the file) again")
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:58\nsize 1\n")
-    check_refused(name, tmp_path, f"{path} is a Git LFS pointer")
     path.unlink()
     check_refused(name, tmp_path, f"no {LAYOUTS[name][2]}, and the download lacks {path}")
 
