@@ -43,6 +43,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 __all__ = ["SO"]
+__version__ = "1.1"
 
 STATE_NAMES = ("step", "grad_indices", "indices", "exp_avg", "exp_avg_sq", "entry_steps")
 FLAGS = ("maximize", "decoupled_weight_decay", "stochastic_rounding")
