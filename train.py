@@ -250,7 +250,7 @@ def train_step(
     if get_world_size() > 1:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         with comm_errors_as_peer_exit():
-            sum_gradients(params, also=[loss])
+            sum_gradients(params, extra=[loss])
     state.losses[state.iteration] = loss
     state.mid_step = True
     state.scaler.step(optimizer)

@@ -60,7 +60,7 @@ def sum_all_gradients(optimizer: torch.optim.Optimizer) -> Exchange:
     def run() -> float:
         for p in params:
             (p.grad._values() if p.grad.is_sparse else p.grad).normal_()
-        return time_slowest(lambda: sum_gradients(params, also=[loss]))
+        return time_slowest(lambda: sum_gradients(params, extra=[loss]))
 
     return run
 

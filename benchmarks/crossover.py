@@ -4,7 +4,7 @@
 
 One weight of ViT-B/16's image tower (3072 x 768) and one of its text tower (512 x 512), in float32
 and bfloat16. Both ways of `SampledGradients._products` take turns; the least time of several is
-printed. `SampledGradients.PRODUCT_FROM` and `EARLIER` were set by it.
+printed. `SampledGradients.DENSE_MATMUL_DENSITY` and `DENSE_MATMUL_FACTOR` were set by it.
 """
 
 import argparse
@@ -33,14 +33,14 @@ def milliseconds(dy: Tensor, x: Tensor, density: float, repeats: int) -> list[fl
     k, generator = int(rows * columns * density), torch.Generator().manual_seed(0)
     support = draw_support(rows * columns, k, generator).to(dy.device)
     (plan,) = SampledGradients._make_plans([support], [columns])
-    kept = x if plan.kept is None else SampledGradients._columns(x, plan.kept)
+    columns = x if plan.columns is None else SampledGradients._gather_columns(x, plan.columns)
     least = [float("inf"), float("inf")]
     for _ in range(repeats):
         for way, product_from in enumerate((1e9, 0)):
-            with mock.patch.object(SampledGradients, "PRODUCT_FROM", product_from):
+            with mock.patch.object(SampledGradients, "DENSE_MATMUL_DENSITY", product_from):
                 synchronize(dy.device)
                 start = time.perf_counter()
-                SampledGradients._products(dy, kept, plan, None)
+                SampledGradients._products(dy, columns, plan, None)
                 synchronize(dy.device)
             least[way] = min(least[way], 1e3 * (time.perf_counter() - start))
     return least

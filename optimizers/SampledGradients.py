@@ -13,8 +13,8 @@ sparse COO tensor, which torch accumulates, clips and unscales, and which SO rea
     print(sample_gradients(model, optimizer))
     ...  # train as before
 
-Needs torch, and SparseOptimizer.py where the optimizer comes from. From the density of PRODUCT_FROM
-on, values are taken from the matrix product, which is faster then.
+Needs torch, and SparseOptimizer.py where the optimizer comes from. From a density of
+DENSE_MATMUL_DENSITY on, values are taken from the matrix product, which is faster then.
 """
 
 import weakref
@@ -35,12 +35,17 @@ __all__ = ["SampledGradients", "sample_gradients", "sampled_linear", "sum_gradie
 
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
 CHUNK = {"cpu": 2**18}
-CHUNK_ELSEWHERE = 2**23
+DEFAULT_CHUNK = 2**23
 # Density from which the whole matrix product is faster: for float32 factors on a CPU, and how many
 # times as early it is otherwise. The CPU's were measured (benchmarks/crossover.py); a GPU's follow
 # from an H100's bandwidth and arithmetic, and were not.
-PRODUCT_FROM = 1 / 150
-EARLIER = {("cpu", False): 1, ("cpu", True): 1.4, ("cuda", False): 1.3, ("cuda", True): 10}
+DENSE_MATMUL_DENSITY = 1 / 150
+DENSE_MATMUL_FACTOR = {
+    ("cpu", False): 1,
+    ("cpu", True): 1.4,
+    ("cuda", False): 1.3,
+    ("cuda", True): 10,
+}
 # Modules that use their matrices otherwise than by F.linear.
 FUSED_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -55,8 +60,10 @@ class _Plan(NamedTuple):
 
     support: Tensor  # (k,) flat
     positions: Tensor  # (2, k): rows i and columns j
-    kept: Tensor | None  # columns of x that the forward pass keeps, (c,); None for all
-    slots: Tensor | None  # of each entry's column among these, (k,); None if it is the i-th's own
+    columns: Tensor | None  # columns of x that the forward pass keeps, (c,); None for all
+    column_pos: (
+        Tensor | None
+    )  # of each entry's column among these, (k,); None if it is the i-th's own
     in_features: int
 
 
@@ -138,7 +145,7 @@ class SampledGradients:
 
     Attributes:
         params: The matrices that get sampled gradients wherever F.linear uses them.
-        whole: The optimizer's other sparse tensors of the model, by name, and why their gradients
+        dense: The optimizer's other sparse tensors of the model, by name, and why their gradients
             stay whole. A backward pass adds those that it gave whole gradients.
     """
 
@@ -153,7 +160,7 @@ class SampledGradients:
         if isinstance(model, DistributedDataParallel):
             raise ValueError(DDP_ERROR)
         _refuse_shards(optimizer)
-        names, self.whole = _partition_params(model, optimizer.param_groups)
+        names, self.dense = _partition_params(model, optimizer.param_groups)
         self._names, self.params = {id(p): name for name, p in names.items()}, list(names.values())
         self._is_sampled: dict[int, bool] = {}  # by id, whether the last gradient was
         if any(_handle_of(p) is not None for p in self.params):
@@ -191,51 +198,42 @@ class SampledGradients:
         missing = len(self.params) - len(self._is_sampled)
         lines = [
             f"{'expected: ' * expected}sampled gradients in {len(sampled)} matrices, {k:,} of "
-            f"{entries:,} entries; whole in {len(self.whole)} others",
-            *(f"    whole: {name} ({reason})" for name, reason in self.whole.items()),
+            f"{entries:,} entries; whole in {len(self.dense)} others",
+            *(f"    whole: {name} ({reason})" for name, reason in self.dense.items()),
         ]
         if missing and not expected:
             lines.append(f"    without a gradient so far: {missing}")
         return "\n".join(lines)
 
-    def _record(self, p: Tensor) -> None:
-        """Note whether p's new gradient is sampled."""
-        name, sampled = self._names[id(p)], p.grad.layout == torch.sparse_coo
-        self._is_sampled[id(p)] = sampled
-        if sampled:
-            self.whole.pop(name, None)
-        else:
-            self.whole[name] = "not used by F.linear only, or compiled"
-
     def _replicate(self, model: nn.Module) -> None:
         """Give all processes the first one's model, and average what they add to its gradients."""
         for t in (*model.parameters(), *model.buffers()):
-            whole = t.detach().contiguous()
-            dist.broadcast(whole, dist.get_global_rank(self._group, 0), group=self._group)
-            t.detach().copy_(whole)
+            value = t.detach().contiguous()
+            dist.broadcast(value, dist.get_global_rank(self._group, 0), group=self._group)
+            t.detach().copy_(value)
         in_groups = (p for group in self._optimizer.param_groups for p in group["params"])
         params = self._replicated = list(dict.fromkeys((*model.parameters(), *in_groups)))
         self._hooks += [
             *(
-                p.register_post_accumulate_grad_hook(self._at_the_end)
+                p.register_post_accumulate_grad_hook(self._queue_all_reduce)
                 for p in params
                 if p.requires_grad
             ),
-            self._optimizer.register_step_pre_hook(self._join),
+            self._optimizer.register_step_pre_hook(self._sync_before_step),
         ]
 
-    def _at_the_end(self, _: Tensor) -> None:
-        """Have this backward pass end with `_average`."""
+    def _queue_all_reduce(self, _: Tensor) -> None:
+        """Have this backward pass end with `_all_reduce_gradients`."""
         if not self._queued:
             self._queued = True
-            Variable._execution_engine.queue_callback(self._average)
+            Variable._execution_engine.queue_callback(self._all_reduce_gradients)
 
-    def _join(self, *_: Any) -> None:
+    def _sync_before_step(self, *_: Any) -> None:
         """Before a step, take part in the average of the others if no backward pass did."""
         if not self._averaged:
-            self._average()
+            self._all_reduce_gradients()
 
-    def _average(self) -> None:
+    def _all_reduce_gradients(self) -> None:
         """Average the gradients; repeating it changes nothing, as what is equal stays equal."""
         self._queued, self._averaged = False, True
         sum_gradients(self._replicated, self._group, average=True)
@@ -284,7 +282,7 @@ def sum_gradients(
     params: Iterable[Tensor],
     process_group: "dist.ProcessGroup | None" = None,
     average: bool = False,
-    also: Iterable[Tensor] = (),
+    extra: Iterable[Tensor] = (),
 ) -> None:
     """Sum gradients over processes, in one row of numbers, or one for each dtype.
 
@@ -295,7 +293,7 @@ def sum_gradients(
         params: Parameters that all processes have in the same order; frozen ones are left out.
         process_group: The processes; None for all.
         average: Divide by the number of processes.
-        also: Tensors to sum with them, in place.
+        extra: Tensors to sum with them, in place.
     """
     rows = defaultdict(list)
     for p in (p for p in params if p.requires_grad):
@@ -307,7 +305,7 @@ def sum_gradients(
             p.grad = p.grad.to_dense()
         values = p.grad._values() if p.grad.is_sparse else p.grad
         rows[values.dtype, values.device].append(values)
-    for t in also:
+    for t in extra:
         rows[t.dtype, t.device].append(t)
     for some in rows.values():
         row = torch.cat([t.reshape(-1) for t in some])
@@ -338,63 +336,56 @@ def _is_sparse(p: Tensor, group: dict[str, Any]) -> bool:
 def _partition_params(
     model: nn.Module, groups: list[dict]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split the sparse tensors, by name, into those to sample and those whole for a reason."""
+    """Split the sparse tensors, by name, into those to sample and those to leave, and why."""
     sparse = {id(p) for group in groups for p in group["params"] if _is_sparse(p, group)}
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         fused = isinstance(module, FUSED_MODULES)
         for p in module.parameters() if fused else module._parameters.values():
             users.setdefault(id(p), []).append(module)
-    sampled, whole = {}, {}
+    sampled, dense = {}, {}
     for name, p in model.named_parameters():
         fused = [type(m).__name__ for m in users[id(p)] if isinstance(m, FUSED_MODULES)]
         if id(p) not in sparse or p.dim() < 2:
             continue
         if p.dim() != 2:
-            whole[name] = f"{p.dim()} dimensions"
+            dense[name] = f"{p.dim()} dimensions"
         elif fused:
-            whole[name] = f"used by torch's own {fused[0]}"
+            dense[name] = f"used by torch's own {fused[0]}"
         elif all(isinstance(module, EMBEDDINGS) for module in users[id(p)]):
-            whole[name] = "an embedding"
+            dense[name] = "an embedding"
         elif type(p) not in (nn.Parameter, _SampledParameter):
-            whole[name] = f"of class {type(p).__name__}"
+            dense[name] = f"of class {type(p).__name__}"
         else:
             sampled[name] = p
-    return sampled, whole
+    return sampled, dense
 
 
-class _SampledParameter(nn.Parameter):
-    """A parameter that F.linear multiplies with a sampled gradient; other uses are torch's own."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                if func is F.linear:
-                    return _linear(*args, **(kwargs or {}))
-                if func is Tensor.__getitem__ and isinstance(args[1], slice):
-                    return _SampledRows.of(*args)
-            return func(*args, **(kwargs or {}))
-
-
-class _SampledRows(Tensor):
-    """Rows of a sampled parameter; to all but F.linear they are what torch's own slice is."""
-
-    @staticmethod
-    def of(parent: Tensor, rows: slice) -> Tensor:
-        part = parent[rows]
-        if rows.step not in (None, 1) or len(part) == 0:
-            return part
-        part.__class__ = _SampledRows
-        part.parent, part.rows = parent, rows
-        return part
+class _Sampled:
+    """Tensors that F.linear multiplies with a sampled gradient; other uses are torch's own."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return func(*args, **(kwargs or {}))
+            if func is F.linear:
                 return _linear(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if func is Tensor.__getitem__ and isinstance(args[1], slice):
+                parent, rows = args
+                if isinstance(parent, _SampledParameter) and rows.step in (None, 1) and len(result):
+                    result.__class__ = _SampledRows
+                    result.parent, result.rows = parent, rows
+            return result
+
+
+class _SampledParameter(_Sampled, nn.Parameter):
+    """A parameter whose class `SampledGradients` has set to this one."""
+
+
+class _SampledRows(_Sampled, Tensor):
+    """Rows of a sampled parameter; to all but F.linear they are what torch's own slice is."""
 
 
 def _handle_of(p: Tensor) -> SampledGradients | None:
@@ -404,18 +395,18 @@ def _handle_of(p: Tensor) -> SampledGradients | None:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear (whose names of arguments these are), sampled where weight has a support."""
-    whole, rows = weight, slice(None)
+    parent, rows = weight, slice(None)
     if isinstance(weight, _SampledRows):
-        whole, rows = weight.parent, weight.rows
-    handle = _handle_of(whole) if isinstance(whole, _SampledParameter) else None
-    plan = handle.plan(whole) if handle is not None and whole.requires_grad else None
+        parent, rows = weight.parent, weight.rows
+    handle = _handle_of(parent) if isinstance(parent, _SampledParameter) else None
+    plan = handle.plan(parent) if handle is not None and parent.requires_grad else None
     if plan is None:
         return F.linear(input, weight, bias)
-    return _apply(input, whole, bias, plan, rows)
+    return _apply(input, parent, bias, plan, rows)
 
 
 def _coalesce(p: Tensor) -> None:
-    """Give an accumulated gradient its k entries and the mark of being coalesced.
+    """Note whether a new gradient is sampled; give it its k entries and the mark of coalescing.
 
     autograd drops the mark, and appends the entries of each use and pass to those before. Without
     it `clip_grad_norm_` would sort the entries of each matrix.
@@ -423,9 +414,12 @@ def _coalesce(p: Tensor) -> None:
     handle, grad = _handle_of(p), p.grad
     if handle is None or grad is None:
         return
-    handle._record(p)
-    if grad.layout != torch.sparse_coo:
+    name, sampled = handle._names[id(p)], grad.layout == torch.sparse_coo
+    handle._is_sampled[id(p)] = sampled
+    if not sampled:
+        handle.dense[name] = "not used by F.linear only, or compiled"
         return
+    handle.dense.pop(name, None)
     plan, values = handle._plans[id(p)], grad._values()
     k = len(plan.support)
     if len(values) % k == 0 and len(values) > 0:
@@ -458,22 +452,22 @@ class _SampledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, factor, bias, plan, first):
         ctx.plan, ctx.first, ctx.shape, ctx.dtype = plan, first, weight.shape, weight.dtype
-        kept = x if plan.kept is None else _columns(x, plan.kept)  # (..., c)
-        ctx.save_for_backward(kept, factor if ctx.needs_input_grad[0] else None)
+        x_columns = x if plan.columns is None else _gather_columns(x, plan.columns)  # (..., c)
+        ctx.save_for_backward(x_columns, factor if ctx.needs_input_grad[0] else None)
         return F.linear(x, factor, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        kept, factor = ctx.saved_tensors
+        x_columns, factor = ctx.saved_tensors
         shape = (*dy.shape[:-1], ctx.shape[1])
         dy = dy.reshape(-1, dy.shape[-1])  # (N, rows)
         dx = db = dw = None
         if ctx.needs_input_grad[0]:
             dx = dy.mm(factor).view(shape)
         if ctx.needs_input_grad[1]:
-            kept = kept.reshape(-1, kept.shape[-1])
-            values = _products(dy, kept, ctx.plan, ctx.first).to(ctx.dtype)
+            x_columns = x_columns.reshape(-1, x_columns.shape[-1])
+            values = _products(dy, x_columns, ctx.plan, ctx.first).to(ctx.dtype)
             dw = _sparse(ctx.plan, values, ctx.shape)
         if ctx.needs_input_grad[3]:
             db = dy.sum(dim=0)
@@ -481,7 +475,7 @@ class _SampledLinear(torch.autograd.Function):
 
 
 def _make_plans(supports: Sequence[Tensor], widths: Sequence[int]) -> list[_Plan]:
-    """Split flat indices into rows and columns, and choose what is kept of each x.
+    """Split flat indices into rows and columns, and choose the columns of each x.
 
     All positions are computed in one row, since on a GPU each kernel counts.
     """
@@ -496,23 +490,23 @@ def _make_plans(supports: Sequence[Tensor], widths: Sequence[int]) -> list[_Plan
     torch.split_with_sizes_copy(positions, sizes, dim=1, out=parts)
     plans = []
     for support, part, in_features in zip(supports, parts, widths, strict=True):
-        kept, slots = part[1], None
+        columns, column_pos = part[1], None
         if device.type == "cpu":  # elsewhere counting distinct columns waits for the device
-            distinct, inverse = kept.unique(return_inverse=True)
-            if len(distinct) < len(kept):
-                kept, slots = distinct, inverse
-        if len(kept) >= in_features:
-            kept, slots = None, part[1]
-        plans.append(_Plan(support, part, kept, slots, in_features))
+            distinct, inverse = columns.unique(return_inverse=True)
+            if len(distinct) < len(columns):
+                columns, column_pos = distinct, inverse
+        if len(columns) >= in_features:
+            columns, column_pos = None, part[1]
+        plans.append(_Plan(support, part, columns, column_pos, in_features))
     return plans
 
 
-def _columns(x: Tensor, columns: Tensor) -> Tensor:
+def _gather_columns(x: Tensor, columns: Tensor) -> Tensor:
     """Copy columns (c,) of x (..., n): (..., c); on a CPU faster than index_select."""
     return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
-def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int | None) -> Tensor:
+def _products(dy: Tensor, x_columns: Tensor, plan: _Plan, first: int | None) -> Tensor:
     """Sum dy[:, i - first] * x[:, j] over N tokens: (N, rows), (N, c) -> (k,)."""
     rows, inside = plan.positions[0], None
     if first is not None:  # a slice of W: entries elsewhere have no gradient here
@@ -521,18 +515,25 @@ def _products(dy: Tensor, kept: Tensor, plan: _Plan, first: int | None) -> Tenso
         rows = rows.clamp(0, dy.shape[1] - 1)
     device, exact = dy.device.type, torch.promote_types(dy.dtype, torch.float32)
     density = len(rows) / max(dy.shape[1] * plan.in_features, 1)
-    if density * EARLIER.get((device, dy.dtype.itemsize == 2), 1) >= PRODUCT_FROM:
-        product = dy.t().mm(kept)  # (rows, c)
-        columns = plan.slots
+    if (
+        density * DENSE_MATMUL_FACTOR.get((device, dy.dtype.itemsize == 2), 1)
+        >= DENSE_MATMUL_DENSITY
+    ):
+        product = dy.t().mm(x_columns)  # (rows, c)
+        columns = plan.column_pos
         if columns is None:
             columns = torch.arange(len(rows), device=rows.device)
         total = product[rows, columns]
     else:
-        step = max(CHUNK.get(device, CHUNK_ELSEWHERE) // max(len(rows), 1), 1)
+        step = max(CHUNK.get(device, DEFAULT_CHUNK) // max(len(rows), 1), 1)
         total = None
         for part in (slice(start, start + step) for start in range(0, max(len(dy), 1), step)):
-            product = _columns(dy[part], rows).to(exact)  # (step, k)
-            product *= kept[part] if plan.slots is None else _columns(kept[part], plan.slots)
+            product = _gather_columns(dy[part], rows).to(exact)  # (step, k)
+            product *= (
+                x_columns[part]
+                if plan.column_pos is None
+                else _gather_columns(x_columns[part], plan.column_pos)
+            )
             chunk = product.sum(dim=0)
             total = chunk if total is None else total.add_(chunk)
     return total if inside is None else total * inside

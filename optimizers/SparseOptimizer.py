@@ -364,14 +364,19 @@ class SO(Optimizer):
             states.update(self._restored(saved))  # as other hooks have left it
             return {**saved, "state": {}}  # torch would cast it to the dtypes of the parameters
 
-        hook = self.register_load_state_dict_pre_hook(take_states)
+        hooks = [
+            self.register_load_state_dict_pre_hook(take_states),
+            self.register_load_state_dict_post_hook(
+                lambda _: self.state.update(states), prepend=True
+            ),
+        ]
         try:
             super().load_state_dict(state_dict)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"this is not a state dict of SO: {error!r} in it") from error
         finally:
-            hook.remove()
-        self.state.update(states)
+            for hook in hooks:
+                hook.remove()
 
     def _restored(self, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Each parameter with its saved state, which must fit it, in its precision and place."""

@@ -212,8 +212,8 @@ def describe_optimizer(
     lines = [f"{matrices}, of which SO {verb} {k:,} (density {density:.3g})"]
     if few := sum(p.numel() * density < 10 <= p.numel() for p in weights.values()):
         lines.append(f"note: {few} of them keep fewer than ten entries and barely train: lower --s")
-    if whole := getattr(getattr(optimizer, "sampled_gradients", None), "whole", None):
-        lines.append(f"{len(whole)} gradients stay dense ({next(iter(whole.values()))})")
+    if dense := getattr(getattr(optimizer, "sampled_gradients", None), "dense", None):
+        lines.append(f"{len(dense)} gradients stay dense ({next(iter(dense.values()))})")
     return "\n".join(lines)
 
 

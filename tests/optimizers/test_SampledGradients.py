@@ -59,7 +59,7 @@ def mlp_loss(model, seed):
 @pytest.fixture(autouse=True)
 def products_entry_by_entry(monkeypatch):
     """Matrices here are so small that all would be computed whole."""
-    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", 2)
+    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", 2)
 
 
 CASES = pytest.mark.parametrize("make, loss", [(make_mlp, mlp_loss), (make_clip, clip_loss)])
@@ -93,9 +93,9 @@ def assert_equal_weights(a, b):
 @pytest.mark.parametrize("shape", [(0, 7), (7,), (9, 7), (2, 3, 7), (2, 0, 7), (2, 3, 4, 7)])
 @pytest.mark.parametrize("k", [1, 4, 20, 35])
 @pytest.mark.parametrize("chunk, product_from", [(1, 2), (2**18, 2), (1, 0)])
-def test_values_are_those_of_the_plain_gradient(shape, k, chunk, product_from, monkeypatch):
+def test_sampled_linear_equals_plain_gradient(shape, k, chunk, product_from, monkeypatch):
     monkeypatch.setitem(SampledGradients.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", product_from)
+    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", product_from)
     x, weight, bias = leaf(*shape), leaf(5, 7), leaf(5)
     at = support((5, 7), k)
     out = F.linear(x, weight, bias)
@@ -124,7 +124,7 @@ def test_strides_do_not_matter():
         torch.testing.assert_close(weight.grad.to_dense().take(at), expected.t().take(at), **CLOSE)
 
 
-def test_the_same_support_serves_matrices_of_other_widths():
+def test_support_serves_other_widths():
     at = torch.tensor([3, 5, 11])
     for shape in [(4, 3), (3, 4), (2, 6)]:
         x, weight = leaf(5, shape[1]), leaf(*shape)
@@ -147,7 +147,7 @@ def test_frozen_parts_cost_and_give_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("product_from, close", [(2, 1e-4), (0, 1e-2)])  # by entry; whole
 def test_autocast_multiplies_low_and_sums_high(dtype, product_from, close, monkeypatch):
-    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", product_from)
+    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", product_from)
     x, weight, bias = (leaf(*shape, dtype=torch.float32) for shape in [(4, 900, 7), (5, 7), (5,)])
     at = support((5, 7), 9)
     with torch.autocast("cpu", dtype):
@@ -164,7 +164,7 @@ def test_autocast_multiplies_low_and_sums_high(dtype, product_from, close, monke
         torch.testing.assert_close(ours.grad, plain, rtol=1e-2, atol=1e-2)
 
 
-def test_half_precision_weights_get_gradients_of_their_own():
+def test_half_precision_gradients_keep_dtype():
     x, weight = leaf(600, 7, dtype=torch.bfloat16), leaf(5, 7, dtype=torch.bfloat16)
     at = support((5, 7), 9)
     out = sampled_linear(x, weight, None, at)
@@ -174,7 +174,7 @@ def test_half_precision_weights_get_gradients_of_their_own():
     assert torch.equal(weight.grad.to_dense().take(at), exact.take(at))
 
 
-def test_other_than_a_matrix_and_a_support_is_refused():
+def test_sampled_linear_refuses_other_shapes():
     with pytest.raises(ValueError, match="two dimensions"):
         sampled_linear(leaf(3, 4), leaf(4), None, torch.tensor([0]))
     with pytest.raises(ValueError, match="indices"):
@@ -188,7 +188,7 @@ def test_other_than_a_matrix_and_a_support_is_refused():
 
 @CASES
 @pytest.mark.parametrize("T", [1, 3])
-def test_training_gives_the_weights_of_the_plain_computation(make, loss, T):
+def test_training_equals_plain_computation(make, loss, T):
     plain, ours, a, b = twice(make, T=T)
     handle = sample_gradients(ours, b)
     for step in range(8):
@@ -209,7 +209,7 @@ def test_training_gives_the_weights_of_the_plain_computation(make, loss, T):
 
 
 @CASES
-def test_micro_batches_and_repeated_use_add_up(make, loss):
+def test_micro_batches_add_up(make, loss):
     plain, ours, a, b = twice(make)
     handle = sample_gradients(ours, b)
     for step in range(5):
@@ -236,7 +236,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_low_precision_products_are_of_the_weights_as_they_are(write):
+def test_autocast_uses_current_weights(write):
     plain, ours, a, b = twice(lambda: make_mlp().float())
     sample_gradients(ours, b)
     x = torch.randn(6, 20)
@@ -255,7 +255,7 @@ def test_low_precision_products_are_of_the_weights_as_they_are(write):
 
 
 @needs_sparse_clipping
-def test_the_clipped_norm_is_that_of_the_wanted_entries():
+def test_clipped_norm_is_of_support():
     plain, ours, a, b = twice(make_mlp)
     sample_gradients(ours, b)
     for step in range(4):
@@ -276,7 +276,7 @@ def test_the_clipped_norm_is_that_of_the_wanted_entries():
     assert_equal_weights(plain, ours)
 
 
-def test_grad_scaler_unscales_and_skips_as_ever():
+def test_grad_scaler_unscales_and_skips():
     plain, ours, a, b = twice(make_mlp)
     sample_gradients(ours, b)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -293,7 +293,7 @@ def test_grad_scaler_unscales_and_skips_as_ever():
     assert_equal_weights(plain, ours)
 
 
-def test_bf16_training_stays_near_the_plain_one():
+def test_bf16_training_stays_near_plain():
     plain, ours, a, b = twice(lambda: make_mlp().float())
     sample_gradients(ours, b)
     for _ in range(5):
@@ -332,7 +332,7 @@ def test_recomputed_activations_and_closures_work(reentrant):
     assert_equal_weights(plain, ours)
 
 
-def test_a_parameter_thawed_between_forward_passes_is_drawn_for_too():
+def test_thawed_parameter_is_drawn():
     plain, ours, a, b = twice(make_mlp, T=1)
     sample_gradients(ours, b)
     for step in range(6):
@@ -358,14 +358,14 @@ def test_loading_a_state_brings_its_supports(steps):
     assert_equal_weights(plain, ours)
 
 
-def test_torchs_own_attention_keeps_plain_gradients_beside_sampled_ones():
+def test_multihead_attention_keeps_dense_gradients():
     plain, ours, a, b = twice(
         lambda: nn.TransformerEncoderLayer(20, 2, 32, dropout=0.0, batch_first=True).double()
     )
     handle = sample_gradients(ours, b)
     assert [id(p) for p in handle.params] == [id(ours.linear1.weight), id(ours.linear2.weight)]
     attention = "used by torch's own MultiheadAttention"
-    assert handle.whole == dict.fromkeys(
+    assert handle.dense == dict.fromkeys(
         ["self_attn.in_proj_weight", "self_attn.out_proj.weight"], attention
     )
     train([(plain, a), (ours, b)], range(4))
@@ -389,7 +389,7 @@ def saved(model, x):
     return sum(storages.values()), x.untyped_storage().data_ptr() in storages
 
 
-def test_columns_are_kept_instead_of_the_input():
+def test_forward_saves_columns_only():
     model = nn.Linear(256, 256, bias=False)
     x = torch.randn(1000, 256)
     optimizer = SO(model.parameters(), density_ratio=1e-3)
@@ -404,7 +404,7 @@ def test_columns_are_kept_instead_of_the_input():
             assert (kept == whole and whole_input) if all_columns else kept < whole
 
 
-def test_nothing_of_the_size_of_the_matrix_or_the_input_is_allocated_going_back():
+def test_backward_allocates_nothing_large():
     model = nn.Linear(1000, 2000)
     optimizer = SO(model.parameters(), density_ratio=5e-4, seed=0)
     sample_gradients(model, optimizer)
@@ -424,7 +424,7 @@ def test_nothing_of_the_size_of_the_matrix_or_the_input_is_allocated_going_back(
 # Giving back
 
 
-def test_remove_gives_everything_back_and_the_next_step_is_plain():
+def test_remove_restores_plain_gradients():
     plain, ours, a, b = twice(make_clip)
     before = [(type(p), id(p)) for p in ours.parameters()]
     hooks = len(b._optimizer_step_post_hooks), len(b._optimizer_load_state_dict_post_hooks)
@@ -482,7 +482,7 @@ def test_nothing_is_kept_alive():
     assert handle() is None and matrix() is None
 
 
-def test_dense_groups_and_other_tensors_are_left_alone():
+def test_dense_groups_are_left():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(2, 2, 1))
     groups = [
         {"params": model[0].parameters(), "dense": True},
@@ -496,7 +496,7 @@ def test_dense_groups_and_other_tensors_are_left_alone():
     ]
 
 
-def test_models_and_optimizers_that_do_not_fit_are_refused():
+def test_unfit_models_are_refused():
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="Adam"):
         sample_gradients(model, torch.optim.Adam(model.parameters()))
@@ -522,7 +522,7 @@ def test_compiled_code_computes_plain_gradients():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_gpu_gives_the_cpus_gradients_without_a_synchronisation(precision):
+def test_gpu_gradients_equal_cpu(precision):
     ours = make_mlp().float()
     theirs = copy.deepcopy(ours).cuda()
     pairs = [(m, SO(m.parameters(), **SETTINGS)) for m in (ours, theirs)]
@@ -585,7 +585,7 @@ def test_fused_modules_are_expected_whole(layer):
     assert [id(p) for p in handle.params] == [id(model[1].weight)]
 
 
-def test_a_matrix_of_one_row_is_dense():
+def test_one_row_matrix_is_dense():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     handle = sample_gradients(model, SO(model.parameters(), density_ratio=0.1))
     assert [id(p) for p in handle.params] == [id(model[0].weight)]

@@ -147,7 +147,7 @@ def test_chunks_change_nothing(monkeypatch):
         assert all(map(torch.equal, train(limit), train(10**9)))
 
 
-def test_many_tensors_at_once_equal_each_on_its_own():
+def test_many_tensors_equal_single_ones():
     shapes = [(6, 7), (7, 6), (6, 7), (50, 40), (3,), (5, 2, 3)]
     together = [parameter(*shape) for shape in shapes]
     optimizer = SO(together, lr=1e-2, density_ratio=0.1, T=3, weight_decay=0.05, seed=1)
@@ -202,7 +202,7 @@ def test_dense_tensors_are_exactly_adam(dtype, decoupled, maximize, foreach):
 
 @pytest.mark.parametrize("coalesced", [True, False])
 @pytest.mark.parametrize("rows", [True, False])
-def test_sparse_gradients_are_read_like_the_strided_ones(coalesced, rows):
+def test_coo_gradients_equal_strided_ones(coalesced, rows):
     dense, sparse = [parameter(8, 6) for _ in range(2)]
     sparse.data.copy_(dense.data)
     a = SO([dense], lr=1e-2, density_ratio=0.2, T=2, seed=1)
@@ -226,7 +226,7 @@ def test_sparse_gradients_are_read_like_the_strided_ones(coalesced, rows):
 @pytest.mark.parametrize(
     "strided", [lambda w: w.t(), lambda w: w[:, ::2], lambda w: w.expand(1, *w.shape).mT]
 )
-def test_non_contiguous_parameters_and_gradients_are_updated_in_place(strided):
+def test_strided_parameters_update_in_place(strided):
     storage = torch.randn(10, 12, dtype=torch.float64)
     w = nn.Parameter(strided(storage))
     assert not w.is_contiguous() and w.data_ptr() == storage.data_ptr()
@@ -244,7 +244,7 @@ def test_non_contiguous_parameters_and_gradients_are_updated_in_place(strided):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dense", [True, False])
-def test_half_precision_follows_float32_and_keeps_its_moments_there(dtype, dense):
+def test_half_precision_keeps_float32_moments(dtype, dense):
     half = nn.Parameter(torch.randn(20, 20).to(dtype))
     full = nn.Parameter(half.detach().float())
     settings = dict(lr=1e-2, density_ratio=0.1, T=2, seed=1)
@@ -260,7 +260,7 @@ def test_half_precision_follows_float32_and_keeps_its_moments_there(dtype, dense
     assert torch.equal(a.state[half]["exp_avg"], b.state[full]["exp_avg"])
 
 
-def test_a_late_entry_first_moves_by_lr():
+def test_late_entry_moves_by_lr():
     w = nn.Parameter(torch.zeros(30, 30, dtype=torch.float64))
     optimizer = SO([w], lr=1e-2, density_ratio=0.1, T=1, eps=0.0, seed=5, bias_correction="entry")
     run(optimizer, [w], 3)
@@ -322,7 +322,7 @@ def test_supports_are_distinct_and_uniform(numel, k):
     assert (counts - expected).abs().max() <= 5 * spread
 
 
-def test_pairs_of_a_support_are_uniform_too():
+def test_support_pairs_are_uniform():
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(16, 16)
     for _ in range(6000):
@@ -333,7 +333,7 @@ def test_pairs_of_a_support_are_uniform_too():
     assert (counts[counts.triu(1) > 0] - expected).abs().max() < 5 * expected**0.5
 
 
-def test_support_is_kept_for_T_steps_and_has_floor_of_density_entries():
+def test_support_lasts_T_steps():
     w = parameter(30, 40)
     optimizer = SO([w], density_ratio=0.0146, T=3)
     seen = []
@@ -355,7 +355,7 @@ def test_tensors_steps_and_optimizers_draw_independently():
     assert len(seen) == 2 * 5 * 3
 
 
-def test_seeded_supports_ignore_and_leave_the_global_generator():
+def test_seeded_supports_leave_global_generator():
     def supports(disturbance):
         w = parameter(30, 30)
         optimizer = SO([w], density_ratio=0.05, T=2, seed=7)
@@ -384,7 +384,7 @@ def test_unseeded_supports_follow_manual_seed():
     assert supports(1) == supports(1) != supports(2)
 
 
-def test_draw_supports_tells_what_the_coming_step_reads():
+def test_draw_supports_precedes_step():
     drawn, plain = parameter(30, 30), parameter(30, 30)
     frozen = parameter(5, 5).requires_grad_(False)
     plain.data.copy_(drawn.data)
@@ -411,7 +411,7 @@ def test_draw_supports_tells_what_the_coming_step_reads():
 
 @pytest.mark.parametrize("at", [0, 1, 4, 5, 7])
 @pytest.mark.parametrize("seed", [None, 5])
-def test_a_saved_state_continues_bit_for_bit(at, seed):
+def test_saved_state_continues_bit_exactly(at, seed):
     shapes = [(300, 30), (8,), (4, 5, 6)]
     torch.manual_seed(1)
     unbroken = [parameter(*shape) for shape in shapes]
@@ -430,7 +430,7 @@ def test_a_saved_state_continues_bit_for_bit(at, seed):
             assert torch.equal(value, b.state[q][name]), name
 
 
-def test_loading_copies_so_that_both_optimizers_go_their_own_way():
+def test_loading_copies_tensors():
     w, u = parameter(20, 20), parameter(20, 20)
     a, b = SO([w], density_ratio=0.1), SO([u], density_ratio=0.1)
     run(a, [w], 3)
@@ -443,7 +443,7 @@ def test_loading_copies_so_that_both_optimizers_go_their_own_way():
 
 @pytest.mark.parametrize("to", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_state_saved_from_another_precision_loads(source, to):
+def test_other_precision_state_loads(source, to):
     w = parameter(70, 50, dtype=source)
     a = SO([w], density_ratio=0.05, T=5)
     run(a, [w], 3)
@@ -459,7 +459,7 @@ def test_a_state_saved_from_another_precision_loads(source, to):
 
 
 @pytest.mark.parametrize("plain", [float, int])
-def test_a_step_saved_as_a_plain_number_loads(plain):
+def test_plain_number_step_loads(plain):
     w, u = parameter(20, 20), parameter(20, 20)
     a, b = (SO([p], density_ratio=0.1, T=5, seed=1) for p in (w, u))
     run(a, [w], 3)
@@ -494,7 +494,7 @@ SETTINGS["density_ratio"] = lambda g: g.update(density_ratio=2.0)
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, *SETTINGS])
-def test_a_state_that_does_not_fit_is_refused_and_not_loaded(damage):
+def test_unfit_state_is_refused(damage):
     w = parameter(20, 20)
     optimizer = SO([w], density_ratio=0.1)
     run(optimizer, [w], 3)
@@ -523,12 +523,12 @@ def test_a_state_that_does_not_fit_is_refused_and_not_loaded(damage):
     ],
     ids=["None", "a list", "empty", "groups", "a list of states"],
 )
-def test_what_is_not_a_state_dict_is_refused(state):
+def test_other_objects_are_refused(state):
     with pytest.raises(ValueError, match="not a state dict of SO"):
         SO([parameter(3, 3)]).load_state_dict(state)
 
 
-def test_state_of_other_programs_is_left_as_it_is():
+def test_foreign_state_is_left():
     params = [parameter(20, 20, dtype=torch.float32), parameter(20, dtype=torch.float32)]
     optimizer = SO(params, density_ratio=0.1, seed=1)
     foreign = dict(slow=torch.randn(3), mask=torch.rand(4) > 0.5, note=3, name="w", tags=["a"])
@@ -620,7 +620,7 @@ def test_copies_and_pickles_continue_alike(duplicate):
         assert torch.equal(p, q)
 
 
-def test_state_has_k_entries_and_torchs_names():
+def test_state_has_k_entries():
     w, bias = parameter(100, 100), parameter(100)
     optimizer = SO([w, bias], density_ratio=0.01)
     run(optimizer, [w, bias], 7)
@@ -631,7 +631,7 @@ def test_state_has_k_entries_and_torchs_names():
     assert int(optimizer.state[w]["step"]) == 7
 
 
-def test_nothing_of_the_size_of_the_matrix_is_allocated():
+def test_step_allocates_nothing_large():
     w = parameter(1000, 1000, dtype=torch.float32)
     optimizer = SO([w], density_ratio=1e-3, T=2, weight_decay=0.1)
     w.grad = torch.randn_like(w)
@@ -646,7 +646,7 @@ def test_nothing_of_the_size_of_the_matrix_is_allocated():
 # Living in a training loop
 
 
-def test_the_readme_snippet_trains_any_module_after_copying_the_file_alone(tmp_path):
+def test_copied_file_trains_module(tmp_path):
     shutil.copy(ROOT / "optimizers" / "SparseOptimizer.py", tmp_path)
     script = """
 import torch
@@ -676,7 +676,7 @@ assert losses[-1] < 0.5 * losses[0]
     assert done.returncode == 0, done.stderr
 
 
-def test_closures_are_run_with_gradients_and_their_loss_returned():
+def test_step_returns_closure_loss():
     w = parameter(4, 4)
     optimizer = SO([w], density_ratio=0.5)
 
@@ -703,7 +703,7 @@ def test_step_hooks_and_added_groups_work():
     assert len(optimizer.state[u]["indices"]) == 36 and len(optimizer.state[w]["indices"]) == 8
 
 
-def test_grad_scaler_and_accumulation_give_the_plain_update():
+def test_grad_scaler_gives_plain_update():
     plain, scaled = [nn.Linear(20, 10) for _ in range(2)]
     scaled.load_state_dict(plain.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -726,7 +726,7 @@ def test_grad_scaler_and_accumulation_give_the_plain_update():
     assert torch.equal(before, scaled.weight)
 
 
-def test_parameters_without_a_gradient_keep_no_state_and_do_not_move():
+def test_no_gradient_keeps_no_state():
     w, unused = parameter(5, 5), parameter(5, 5)
     before = unused.detach().clone()
     optimizer = SO([unused, w], density_ratio=0.2)
@@ -734,7 +734,7 @@ def test_parameters_without_a_gradient_keep_no_state_and_do_not_move():
     assert torch.equal(before, unused) and not optimizer.state.get(unused)
 
 
-def test_density_and_T_may_change_while_training():
+def test_density_and_T_may_change():
     w = parameter(20, 20)
     optimizer = SO([w], density_ratio=0.01, T=4)
     run(optimizer, [w], 5)
@@ -755,7 +755,7 @@ def test_tiny_and_empty_tensors_are_taken(shape):
     assert w.numel() == 0 or not torch.equal(before, w)
 
 
-def test_a_scalar_may_be_sparse_and_a_matrix_dense():
+def test_dense_key_overrides_dimensions():
     scalar, matrix = parameter(), parameter(3, 3)
     groups = [{"params": [scalar], "dense": False}, {"params": [matrix], "dense": True}]
     optimizer = SO(groups, density_ratio=0.1)
@@ -828,7 +828,7 @@ def test_deterministic_algorithms_take_every_layout():
     assert not torch.equal(before[0], w) and not torch.equal(before[1], half)
 
 
-def test_the_file_can_be_read_by_python_3_9():
+def test_file_parses_on_python39():
     source = (ROOT / "optimizers/SparseOptimizer.py").read_text(encoding="utf-8")
     ast.parse(source, feature_version=(3, 9))
     assert "from __future__ import annotations" in source and "strict=" not in source
@@ -866,7 +866,7 @@ def test_the_file_can_be_read_by_python_3_9():
         {"stochastic_rounding": "no"},
     ],
 )
-def test_settings_outside_their_range_are_refused_by_name(wrong):
+def test_settings_out_of_range_refused(wrong):
     (name,) = wrong
     if name != "dense":  # which only a group may say
         with pytest.raises(ValueError, match=name):
@@ -904,7 +904,7 @@ def test_frozen_complex_parameters_are_left():
         optimizer.step()
 
 
-def test_no_parameters_and_complex_ones_are_refused():
+def test_empty_and_complex_are_refused():
     with pytest.raises(ValueError, match="empty parameter list"):
         SO([])
     with pytest.raises(ValueError, match="complex"):
@@ -916,7 +916,7 @@ def test_no_parameters_and_complex_ones_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_gpu_gives_the_cpus_supports_and_update_without_a_synchronisation(dtype):
+def test_gpu_update_equals_cpu(dtype):
     ours = [parameter(64, 96, dtype=dtype), parameter(64, dtype=dtype), parameter(20, 30)]
     theirs = [nn.Parameter(p.detach().cuda()) for p in ours]
     a = SO(ours, lr=1e-2, density_ratio=0.05, T=2, seed=1)

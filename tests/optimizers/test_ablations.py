@@ -23,7 +23,7 @@ def steps(optimizer, params, count, seed=0):
         optimizer.step()
 
 
-def test_with_the_papers_supports_it_is_so():
+def test_default_variant_is_so():
     ours, theirs = (nn.Parameter(torch.ones(20, 30)) for _ in range(2))
     steps(SOVariant([ours], **SETTINGS), [ours], 10)
     steps(SO([theirs], **SETTINGS), [theirs], 10)
@@ -33,9 +33,7 @@ def test_with_the_papers_supports_it_is_so():
 @pytest.mark.parametrize("correction", ["tensor", "entry"])
 @pytest.mark.parametrize("moment_support", MOMENT_SUPPORTS)
 @pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
-def test_every_step_is_the_plain_twins_with_these_supports(
-    grad_support, moment_support, correction
-):
+def test_variant_steps_equal_twin(grad_support, moment_support, correction):
     shape = (12, 15)
     w = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     other = nn.Parameter(torch.randn(7, 9, dtype=torch.float64))  # alone no tensor has its state
@@ -78,7 +76,7 @@ def test_every_step_is_the_plain_twins_with_these_supports(
 
 
 @pytest.mark.parametrize("grad_support", GRAD_SUPPORTS)
-def test_without_moments_every_move_has_one_size_and_no_state_is_kept_but_the_support(grad_support):
+def test_signsgd_moves_have_one_size(grad_support):
     w = nn.Parameter(torch.randn(12, 15, dtype=torch.float64))
     plain, size = w.detach().clone(), 1e-2 * 0.1 / 0.001**0.5
     settings = SETTINGS | {"weight_decay": 0.5}
@@ -101,7 +99,7 @@ def test_without_moments_every_move_has_one_size_and_no_state_is_kept_but_the_su
     [{"moments": "none"}, {"bias_correction": "entry"}, {"moment_support": "reset"}],
     ids=lambda variant: "-".join(variant.values()),
 )
-def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant):
+def test_loaded_variant_continues_bit_exactly(variant):
     def make():
         w = nn.Parameter(torch.ones(20, 30))
         return w, SOVariant([w], **variant, **SETTINGS)
@@ -121,7 +119,7 @@ def test_a_loaded_state_continues_bit_for_bit_in_the_middle_of_a_window(variant)
     "variant, size",
     [({}, 3.16228e-2), ({"moments": "none"}, 3.16228e-2), ({"bias_correction": "entry"}, 1e-2)],
 )
-def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(variant, size):
+def test_late_entry_first_move_size(variant, size):
     w = nn.Parameter(torch.zeros(30, 30, dtype=torch.float64))
     optimizer = SOVariant([w], **variant, **SETTINGS | {"T": 1, "eps": 0.0})
     steps(optimizer, [w], 1)
@@ -137,7 +135,7 @@ def test_a_late_entrys_first_move_has_this_size_whatever_its_gradient(variant, s
     torch.testing.assert_close(moved, torch.full_like(moved, size), rtol=1e-5, atol=0)
 
 
-def test_random_moment_supports_are_of_the_union_and_follow_the_seed():
+def test_random_moment_support_follows_seed():
     def run(seed):
         w = nn.Parameter(torch.zeros(40, 40))
         optimizer = SOVariant([w], moment_support="random", **SETTINGS | {"seed": seed})
@@ -164,7 +162,7 @@ def test_unknown_supports_are_refused():
         SOVariant([w], moments="none", bias_correction="entry")
 
 
-def test_main_puts_ablations_into_folders_of_their_own(tmp_path):
+def test_ablations_have_own_folders(tmp_path):
     common = ["--shots", "1", "--n_iters", "2", "--save_path", str(tmp_path), "--num_workers", "0"]
     main.main([*common, "--grad_support", "magnitude", "--moment_support", "fixed"])
     folder = tmp_path / "so/ViT-Tiny-8/digits/1shots"
@@ -175,7 +173,7 @@ def test_main_puts_ablations_into_folders_of_their_own(tmp_path):
         main.main([*common, "--method", "adam", "--moment_support", "random"])
 
 
-def test_accuracies_can_be_of_the_few_validation_images(tmp_path, capsys):
+def test_eval_split_val_is_measured(tmp_path, capsys):
     common = ["--shots", "1", "--n_iters", "2", "--num_workers", "0", "--eval_split", "val"]
     main.main([*common, "--save_path", str(tmp_path)])
     text = capsys.readouterr().out

@@ -92,7 +92,7 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_replicas_with_generators_of_their_own_stay_equal_and_use_the_seed_of_rank_0(tmp_path):
+def test_replicas_use_rank_0_seed(tmp_path):
     def work(rank):
         torch.manual_seed(7 + rank)
         model = DistributedDataParallel(Wrapped(make_model(rank)))
@@ -109,7 +109,7 @@ def test_replicas_with_generators_of_their_own_stay_equal_and_use_the_seed_of_ra
     assert seed == other and torch.equal(first, second)
 
 
-def test_a_given_seed_is_taken_as_it_is(alone):
+def test_given_seed_is_used(alone):
     optimizer = SO(make_model().parameters(), seed=5)
     optimizer.draw_supports()
     assert optimizer.param_groups[0]["seed"] == 5
@@ -120,7 +120,7 @@ def test_a_given_seed_is_taken_as_it_is(alone):
     [dict(), pytest.param(dict(clip=0.1), marks=needs_sparse_clipping), dict(accumulate=2)],
     ids=str,
 )
-def test_sampled_gradients_of_a_process_group_train_as_one_process_does(case, tmp_path):
+def test_process_group_equals_one_process(case, tmp_path):
     def work(rank):
         model = make_model(rank)  # that of the first process becomes everyone's
         optimizer = SO(model.parameters(), seed=5, **settings)
@@ -147,7 +147,7 @@ def test_sampled_gradients_of_a_process_group_train_as_one_process_does(case, tm
     assert numbers == [row] * (STEPS * case.get("accumulate", 1))
 
 
-def test_what_another_optimizer_trains_stays_equal_in_all_processes(tmp_path):
+def test_other_optimizers_parameters_stay_equal(tmp_path):
     def work(rank):
         model = make_model(rank)
         optimizer = SO(model["body"].parameters(), seed=5, **settings)
@@ -164,7 +164,7 @@ def test_what_another_optimizer_trains_stays_equal_in_all_processes(tmp_path):
     assert torch.equal(first, second)
 
 
-def test_a_process_without_images_takes_part_in_the_exchange(tmp_path):
+def test_idle_process_joins_exchange(tmp_path):
     def work(rank):
         model = make_model()
         optimizer = SO(model.parameters(), seed=5, **settings)
@@ -182,7 +182,7 @@ def test_a_process_without_images_takes_part_in_the_exchange(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4's own
-def test_zero_redundancy_optimizer_takes_so_and_its_state_comes_back(tmp_path):
+def test_zero_redundancy_optimizer_takes_so(tmp_path):
     line = re.search(r"^optimizer = ZeroRedundancyOptimizer\(.*\)$", PAGE.read_text(), re.M)[0]
 
     def work(rank):
@@ -233,7 +233,7 @@ def test_what_fsdp_has_flattened_is_refused(original, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["another exchange", "more groups"])
-def test_seedless_ranks_must_hold_the_same_so(other, tmp_path):
+def test_seedless_ranks_must_agree(other, tmp_path):
     """What rank 0 sends is not this optimizer's seed: told in one sentence, which names seed=."""
 
     def work(rank):
@@ -254,7 +254,7 @@ def test_seedless_ranks_must_hold_the_same_so(other, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["sampled first", "wrapped first", "the wrapper given"])
-def test_sampled_gradients_within_distributed_data_parallel_are_refused(order, tmp_path):
+def test_ddp_around_sampling_is_refused(order, tmp_path):
     def work(rank):
         model = Wrapped(make_model())
         optimizer = SO(model.parameters(), **settings)

@@ -141,7 +141,7 @@ def test_wider_weights_are_not_rounded(dtype):
     assert torch.equal(train(True), train(False))
 
 
-def test_entries_outside_the_union_keep_their_bits():
+def test_other_entries_keep_bits():
     p, optimizer = make(torch.randn(50, 40).bfloat16(), lr=1e-3, weight_decay=0.1)
     before = p.detach().clone()
     run(optimizer, p, 1)
@@ -172,7 +172,7 @@ def test_rounding_costs_few_kernels():
 @pytest.mark.gpu
 @HALF
 @DENSE
-def test_a_gpu_rounds_by_the_same_bits(dtype, dense):
+def test_gpu_rounds_by_same_bits(dtype, dense):
     ours, a = make(torch.ones(64, 96, dtype=dtype), dense, lr=1.0)
     theirs, b = make(torch.ones(64, 96, dtype=dtype).cuda(), dense, lr=1.0)
     for p, optimizer in ((ours, a), (theirs, b)):

@@ -37,7 +37,7 @@ BOTH = pytest.mark.parametrize("sample", [False, pytest.param(True, marks=needs_
 @pytest.fixture(autouse=True)
 def products_entry_by_entry(monkeypatch):
     """Matrices here are so small that all would be computed whole."""
-    monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", 2)
+    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", 2)
 
 
 def make_model():
@@ -129,7 +129,7 @@ def runs(tmp_path_factory):
 
 @BOTH
 @pytest.mark.parametrize("loop", IMPORTS)
-def test_a_loop_of_the_readme_killed_within_a_window_continues_bit_for_bit(loop, sample, request):
+def test_killed_loop_continues_bit_exactly(loop, sample, request):
     if not installed(loop):
         pytest.skip(f"needs {IMPORTS[loop].split('.')[0]}, which is not installed")
     folder = request.getfixturevalue("runs") / (f"{loop}-sampled" if sample else loop)
@@ -162,7 +162,7 @@ SCHEDULERS = {
 @pytest.mark.filterwarnings("ignore:The epoch parameter")  # old versions' SequentialLR uses it
 @BOTH
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_schedule_saved_with_its_optimizer_continues_bit_for_bit(name, sample):
+def test_saved_schedule_continues_bit_exactly(name, sample):
     def train(parts, steps):
         model, optimizer, scheduler = parts
         for step in steps:
@@ -180,7 +180,7 @@ def test_a_schedule_saved_with_its_optimizer_continues_bit_for_bit(name, sample)
 
 
 @BOTH
-def test_averaged_weights_are_those_of_the_iterates_and_continue_bit_for_bit(sample):
+def test_averaged_weights_continue_bit_exactly(sample):
     def train(parts, steps):
         model, optimizer, *averages = parts
         for step in steps:
@@ -212,7 +212,7 @@ def test_averaged_weights_are_those_of_the_iterates_and_continue_bit_for_bit(sam
 
 
 @BOTH
-def test_a_compiled_model_trains_as_the_plain_one_and_continues_bit_for_bit(sample):
+def test_compiled_model_trains_alike(sample):
     if not is_dynamo_supported():
         pytest.skip("torch.compile does not work with this version of Python")
 
@@ -253,7 +253,7 @@ class Tied(nn.Module):
 
 
 @BOTH
-def test_tied_weights_get_one_update_of_the_sum_of_their_gradients(sample):
+def test_tied_weights_sum_gradients(sample):
     model, optimizer = make(sample, build=Tied)
     assert len(optimizer.param_groups[0]["params"]) == 5
     apart = Tied()
@@ -284,7 +284,7 @@ FROZEN = {0: {1, 2, 6}, 3: {0, 1, 2, 3, 9, 10}}  # steps in which a layer's matr
 
 @BOTH
 @pytest.mark.parametrize("how", ["requires_grad", "grad is None"])
-def test_a_frozen_matrix_rests_and_then_goes_on_where_it_was(how, sample):
+def test_frozen_matrix_resumes(how, sample):
     model, optimizer = make(sample)
     matrices = {number: model[number].weight for number in FROZEN}
     twins = {number: twin_of(p) for number, p in matrices.items()}
@@ -313,7 +313,7 @@ def test_a_frozen_matrix_rests_and_then_goes_on_where_it_was(how, sample):
         assert len({tuple(window[0]) for window in windows}) == len(windows)
 
 
-def test_hooks_on_loading_are_heard_and_see_the_state_as_it_is():
+def test_loading_hooks_see_state():
     w = nn.Parameter(torch.randn(20, 30).bfloat16())
     optimizer = SO([w], density_ratio=0.05, seed=1)
     w.grad = torch.ones_like(w)

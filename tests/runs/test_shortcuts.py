@@ -93,7 +93,7 @@ def test_training_equals_plain_computation(
     plain_model, plain_weights, plain_optimizer = build(config, encoder, position, False)
     losses = train_plainly(plain_model, plain_optimizer, templates)
     for product_from in (0, 2):  # always and never by way of the dense product
-        monkeypatch.setattr(SampledGradients, "PRODUCT_FROM", product_from)
+        monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", product_from)
         model, weights, optimizer = build(config, encoder, position)
         classifier = make_classifier(model, templates, class_batch_size=class_batch_size)
         assert classifier.text_tokens.shape[-1] < model.context_length
