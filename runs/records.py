@@ -40,6 +40,7 @@ RESULT_SCHEMA = {
 }
 OPTIONAL_FIELDS = (
     "git_commit", "new_accuracy", "zero_shot_new_accuracy", "inputs", "fewer_images",
+    "balanced_accuracy", "macro_f1",
 )  # fmt: skip
 DATA_SCHEMA = {"split": (str, r"\w+"), "digest": (str, r"\w+")}  # of `data`
 TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
@@ -77,6 +78,8 @@ class Run:
     zero_shot_new_accuracy: float | None
     inputs: dict[str, Any] | None  # content of its files, as runs.identity has it
     fewer_images: dict[str, int] | None  # classes with fewer different images than shots
+    balanced_accuracy: float | None  # mean of the classes' accuracies
+    macro_f1: float | None  # mean F1 score of the classes, in percent
     transfer: dict[str, dict[str, Any]]  # TRANSFER_SCHEMA by target dataset
     loss_curve: np.ndarray  # (iterations,)
     eval_curve: np.ndarray  # (E, 2): iteration, accuracy; begins with iteration 0, zero-shot
@@ -122,23 +125,34 @@ def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
     return targets
 
 
-def load_confusion_matrix(run: Run) -> np.ndarray:
-    """Count how often each class of a run was predicted as each: (C, C) int64, true class first.
+def load_predictions(run: Run) -> list[tuple[str, int, int, float]]:
+    """Return path, label, predicted label and its probability of each test image of a run.
 
     Raises:
         ValueError: predictions.csv is missing or malformed.
         OSError: It cannot be read.
     """
-    counts = np.zeros((len(run.classnames), len(run.classnames)), int)
+    labels, rows = range(len(run.classnames)), []
 
-    def add(path: str, label: str, predicted: str, *_: str) -> None:
-        if min(int(label), int(predicted)) < 0:
+    def add(path: str, label: str, predicted: str, probability: str, *_: str) -> None:
+        if int(label) not in labels or int(predicted) not in labels:
             raise ValueError
-        counts[int(label), int(predicted)] += 1
+        rows.append((path, int(label), int(predicted), float(probability)))
 
     _read_csv(run.folder / "predictions.csv", PREDICTION_COLUMNS[:4], add)
-    if not counts.any():
+    if not rows:
         raise ValueError("predictions.csv has 0 rows")
+    return rows
+
+
+def load_confusion_matrix(run: Run) -> np.ndarray:
+    """Count how often each class of a run was predicted as each: (C, C) int64, true class first.
+
+    Errors are those of `load_predictions`.
+    """
+    counts = np.zeros((len(run.classnames), len(run.classnames)), int)
+    for _, label, predicted, _ in load_predictions(run):
+        counts[label, predicted] += 1
     return counts
 
 

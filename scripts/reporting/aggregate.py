@@ -354,13 +354,15 @@ def seed_means(
 ) -> list[float]:
     """Return each seed's mean over datasets of a field of its runs.
 
-    `seeds` None stands for all seeds of the first dataset. [] where the variant lacks a run.
+    `seeds` None stands for all seeds of the first dataset. [] where the variant lacks a run, or a
+    run the field.
     """
     cells = [results.cell(name, shots, variant) for name in datasets]
     seeds = set(cells[0] if cells and seeds is None else seeds)
     if not cells or not all(cell.keys() >= seeds for cell in cells):
         return []
-    return [fmean(getattr(cell[seed], key) for cell in cells) for seed in sorted(seeds)]
+    values = [[getattr(cell[seed], key) for cell in cells] for seed in sorted(seeds)]
+    return [] if any(None in row for row in values) else [fmean(row) for row in values]
 
 
 def mean_over_seeds(*args: Any) -> MeanStd | None:

@@ -20,10 +20,15 @@ from reporting.aggregate import BackboneResults, Variant, display_name, summariz
 from reporting.figures import drawable_characters, figure_path, make_figure
 from reporting.markdown import markdown
 from reporting.tables import format_spread
-from runs.records import load_confusion_matrix, slugify
+from runs.records import Run, load_confusion_matrix, slugify
 from utils import plural, to_csv, unique_classnames
 
 NUM_HARDEST = 5  # classes in the table
+UNEVEN_COLUMNS = {"balanced accuracy": "balanced_accuracy", "macro F1": "macro_f1"}
+UNEVEN_NOTE = (
+    "where test classes differ in size, the means of their accuracies (balanced accuracy) and of "
+    "their F1 scores (macro F1), in percent; "
+)
 MAX_NUMBERS, MAX_NAMES = 20, 120  # classes up to which a matrix has numbers in it, names beside it
 UNDRAWABLE = "; no font here has the names of the numbered classes: predictions.csv has both"
 CSV_HEADER = ["backbone", "dataset", "shots", "method", "settings", "class", "images", "accuracy"]
@@ -39,7 +44,7 @@ class ConfusionCell(NamedTuple):
     variant: Variant
     names: list[str]  # by label, all different
     counts: np.ndarray  # (C, C): how often each true class (row) was predicted as each (column)
-    calibration_errors: list[float]  # of each seed, in percent
+    runs: list[Run]  # of each seed
 
     @property
     def row_percent(self) -> np.ndarray:
@@ -65,7 +70,7 @@ class ConfusionCell(NamedTuple):
     @property
     def title(self) -> str:
         """What was run, in words."""
-        seeds = plural(len(self.calibration_errors), "seed")
+        seeds = plural(len(self.runs), "seed")
         shots = plural(self.shots, "shot")
         images = plural(int(self.images.sum()), "test image")
         what = f"{display_name(self.dataset)}, {shots}, {self.variant.label}, {self.backbone}"
@@ -75,7 +80,22 @@ class ConfusionCell(NamedTuple):
     @property
     def images(self) -> np.ndarray:
         """The number of test images of each class (C,)."""
-        return self.counts.sum(axis=1) // len(self.calibration_errors)
+        return self.counts.sum(axis=1) // len(self.runs)
+
+    @property
+    def has_uneven_classes(self) -> bool:
+        """Whether the classes that have test images differ in their numbers of them."""
+        return len(set(self.images[self.images > 0].tolist())) > 1
+
+    def mean(self, key: str) -> str:
+        """Return mean and standard deviation over seeds of a field of runs; "-" where it lacks."""
+        values = [getattr(run, key) for run in self.runs]
+        return "-" if None in values else format_spread(*summarize(values)[:2], ".1f")
+
+    def figure_path(self, kind: str) -> str:
+        """Return the path of a figure of the cell in the report."""
+        parts = [self.dataset, f"{self.shots}shots", *filter(None, self.variant)]
+        return figure_path(self.backbone, f"{kind}-{slugify('-'.join(parts))}")
 
     def tick_labels(self) -> list[str]:
         """Return the classes as figures name them: cut, or by label where no font has the name."""
@@ -98,9 +118,9 @@ def confusion_cells(results: BackboneResults, warn: Callable[[str], None]) -> li
                 except (ValueError, OSError) as error:
                     warn(f"the classes of {run.folder} are left out: {error}")
         if runs:
-            names, errors = unique_classnames(runs[0].classnames), [run.ece for run in runs]
+            names = unique_classnames(runs[0].classnames)
             key = results.name, dataset, shots, variant
-            cells.append(ConfusionCell(*key, names, np.sum(counts, axis=0), errors))
+            cells.append(ConfusionCell(*key, names, np.sum(counts, axis=0), runs))
     return cells
 
 
@@ -108,17 +128,23 @@ def classes_section(cells: Sequence[ConfusionCell]) -> str:
     """Return the Markdown section on a backbone's classes; "" where there are no cells."""
     if not cells:
         return ""
+    uneven = any(cell.has_uneven_classes for cell in cells)
+    columns = {"ECE": "ece"} | (UNEVEN_COLUMNS if uneven else {})
     lines = []
     for cell in cells:
         hardest = [f"{name} ({acc:.1f})" for name, _, acc, *_ in cell.worst_first[:NUM_HARDEST]]
-        error = format_spread(*summarize(cell.calibration_errors)[:2], ".1f")
-        line = display_name(cell.dataset), cell.variant.label, str(cell.shots), error
-        lines.append([*line, ", ".join(hardest)])
-    table = markdown(["dataset", "method", "shots", "ECE", "hardest classes"], lines, left=2)
+        values = [
+            cell.mean(key) if key == "ece" or cell.has_uneven_classes else "-"
+            for key in columns.values()
+        ]
+        line = display_name(cell.dataset), cell.variant.label, str(cell.shots)
+        lines.append([*line, *values, ", ".join(hardest)])
+    header = ["dataset", "method", "shots", *columns, "hardest classes"]
     return (
         "### Classes\n\nExpected calibration error (ECE) in percent, over 15 bins of confidence; "
-        f"the {NUM_HARDEST} classes of lowest accuracy (in percent, all seeds together). "
-        f"classes.csv has all classes, worst first.\n\n{table}\n"
+        f"{UNEVEN_NOTE if uneven else ''}the {NUM_HARDEST} classes of lowest accuracy (in percent, "
+        "all seeds together). classes.csv has all classes, worst first.\n\n"
+        f"{markdown(header, lines, left=2)}\n"
     )
 
 
@@ -132,10 +158,8 @@ def plan_class_figures(cells: Iterable[ConfusionCell]) -> dict[str, Callable[[],
     """Return what to draw: by file name, functions that return a Figure."""
     plan = {}
     for cell in cells:
-        parts = [cell.dataset, f"{cell.shots}shots", *filter(None, cell.variant)]
         for kind, draw in {"confusion": draw_confusion, "classes": draw_accuracies}.items():
-            name = f"{kind}-{slugify('-'.join(parts))}"
-            plan[figure_path(cell.backbone, name)] = partial(draw, cell)
+            plan[cell.figure_path(kind)] = partial(draw, cell)
     return plan
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from reporting.aggregate import display_name, group_by_backbone, warnings_for
 from reporting.classes import classes_csv, classes_section, confusion_cells, plan_class_figures
 from reporting.figures import plan_figures, render_png
+from reporting.html import render_html
 from reporting.protocols import ProtocolRow, base_to_new, protocol_sections, transfer
 from reporting.tables import Row, backbone_section, format_mean, table_rows
 from runs.records import Run
@@ -54,22 +55,26 @@ def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) ->
     if protocol_rows:
         atomic_write(out / "protocols.csv", to_csv(ProtocolRow._fields, protocol_rows))
     atomic_write(out / "tables.md", "\n".join([*sections, f"{FIGURES}\n{links}\n"]))
-    drawn = sum(write_figure(out / name, draw, warn) for name, draw in plan.items())
+    figures = {name: write_figure(out / name, draw, warn) for name, draw in plan.items()}
+    figures = {name: png for name, png in figures.items() if png}
+    atomic_write(out / "report.html", render_html(sections[1:], figures, cells))
     for line in summary_lines(rows):
         print(line)
     count = plural(len(runs), "run")
-    print(f"{count}: tables and {plural(drawn, 'figure')} in {out} (tables.md)")
+    drawn = plural(len(figures), "figure")
+    print(f"{count}: tables and {drawn} in {out} (report.html, tables.md)")
 
 
-def write_figure(path: Path, draw: Callable[[], Figure], warn: Callable[[str], None]) -> bool:
-    """Draw a figure into a file; return whether it could be drawn and written."""
+def write_figure(path: Path, draw: Callable[[], Figure], warn: Callable[[str], None]) -> bytes:
+    """Draw a figure into a file; return its content, b"" where it could not be drawn or written."""
     try:
+        png = render_png(draw)
         path.parent.mkdir(exist_ok=True)
-        atomic_write(path, render_png(draw))
+        atomic_write(path, png)
+        return png
     except Exception as error:  # of matplotlib, of fonts, of the disk: the others are still drawn
         warn(f"left out the figure {path.name}: {format_error(error)}")
-        return False
-    return True
+        return b""
 
 
 def summary_lines(rows: Sequence[Row]) -> list[str]:

@@ -56,6 +56,8 @@ class Row(NamedTuple):
     published_source: str | None
     difference: float | None  # ours minus published
     within_spread: str | None  # yes or no: whether the difference is at most std
+    balanced_accuracy: float | None  # mean over seeds
+    macro_f1: float | None
 
     @property
     def variant(self) -> Variant:
@@ -78,9 +80,15 @@ def table_rows(results: BackboneResults) -> list[Row]:
                 if variant == ZERO_SHOT and zero_shot is not None:
                     ours = MeanStd(zero_shot, None, None)
                 figures = published_figures(results, variant.method, shots, datasets)
+                by_class = (
+                    mean_over_seeds(results, datasets, seeds, shots, variant, key)
+                    for key in ("balanced_accuracy", "macro_f1")
+                )
+                by_class = [mean and mean.mean for mean in by_class]
                 for source, figure in figures or [(None, None)] * (variant.method not in others):
                     cell = results.name, name, shots, *variant, *(ours or (None, None, 0))
-                    rows.append(Row(*cell, zero_shot, figure, source, *compare(ours, figure)))
+                    compared = zero_shot, figure, source, *compare(ours, figure)
+                    rows.append(Row(*cell, *compared, *by_class))
     return rows
 
 

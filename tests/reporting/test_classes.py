@@ -2,6 +2,7 @@
 
 import csv
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from reporting.figures import render_png
 COUNTS = np.array([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0], [2, 2, 0, 4]])
 
 
-def cell(counts=COUNTS, names=("a", "b|c", "none", "$d$"), errors=(4.0, 6.0)):
+def cell(counts=COUNTS, names=("a", "b|c", "none", "$d$"), errors=(4.0, 6.0), **fields):
+    """A cell with a run for each calibration error; `fields` are other fields of the runs."""
     variant = Variant("so", "lr 0.01")
-    return ConfusionCell("ViT-B/16", "dtd", 4, variant, list(names), counts, list(errors))
+    runs = [SimpleNamespace(ece=error, **fields) for error in errors]
+    return ConfusionCell("ViT-B/16", "dtd", 4, variant, list(names), counts, runs)
 
 
 def many_classes(count):
@@ -47,10 +50,20 @@ def test_classes_are_worst_first():
         "settings": "lr 0.01", "class": "a", "images": "2", "accuracy": "75.0",
         "confused_with": "b|c", "confused_percent": "25.0",
     }  # fmt: skip
-    assert read_table(classes_section([cell()]))[-1] == [
-        "DTD", "SO, lr 0.01", "4", "5.0 ± 1.4", "$d$ (50.0), b!c (50.0), a (75.0)",
-    ]  # fmt: skip
     assert classes_section([]) == ""
+
+
+def test_uneven_classes_have_balanced_columns():
+    even = cell(np.array([[3, 1], [2, 2]]), names=("a", "b"))
+    new, old = (cell(balanced_accuracy=b, macro_f1=f) for b, f in ((58.3, 50.0), (None, None)))
+    hardest = "$d$ (50.0), b!c (50.0), a (75.0)"
+    assert read_table(classes_section([even, new, old])) == [
+        ["dataset", "method", "shots", "ECE", "balanced accuracy", "macro F1", "hardest classes"],
+        ["DTD", "SO, lr 0.01", "4", "5.0 ± 1.4", "-", "-", "b (50.0), a (75.0)"],
+        ["DTD", "SO, lr 0.01", "4", "5.0 ± 1.4", "58.3 ± 0.0", "50.0 ± 0.0", hardest],
+        ["DTD", "SO, lr 0.01", "4", "5.0 ± 1.4", "-", "-", hardest],
+    ]  # fmt: skip
+    assert "balanced" not in classes_section([even])
 
 
 def test_confusion_cells_add_seeds(tmp_path):
@@ -63,7 +76,7 @@ def test_confusion_cells_add_seeds(tmp_path):
     both, one = confusion_cells(results, sentences.append)
     (sentence,) = sentences
     assert str(folder) in sentence and "there is no predictions.csv" in sentence
-    assert (both.counts.sum(), both.calibration_errors) == (64, [6.0, 7.0])
+    assert (both.counts.sum(), [run.seed for run in both.runs]) == (64, [1, 2])
     assert (one.counts.sum(), one.variant.settings) == (32, "classnames names, lr 0.001")
     assert list(plan_class_figures([both, one])) == [
         "ViT-B-16/confusion-dtd-4shots-so.png", "ViT-B-16/classes-dtd-4shots-so.png",

@@ -47,7 +47,7 @@ def test_report_draws_same_files_twice(tmp_path, capsys):
     names += ["accuracy-dtd", "accuracy-eurosat", "cost", "differences"]
     names += ["curves-dtd-1shots", "curves-eurosat-1shots"]
     names = {f"ViT-B-16/{name}.png" for name in names}
-    assert set(files[0]) == names | {"classes.csv", "tables.csv", "tables.md"}
+    assert set(files[0]) == names | {"classes.csv", "report.html", "tables.csv", "tables.md"}
     text = (outs[0] / "tables.md").read_text()
     for name in names:
         assert f"({name})" in text

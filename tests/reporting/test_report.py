@@ -60,7 +60,8 @@ def load_results(folder):
 def test_values_are_rounded_when_printed(lines, tmp_path):
     make_seeds(tmp_path, "so", "digits", (60, 62, 67), backbone="ViT-Tiny/8")
     make_seeds(tmp_path, "lora", "digits", (60, 61.80318), backbone="ViT-Tiny/8")
-    make_seeds(tmp_path, "adam", "digits", (61.5,), backbone="ViT-Tiny/8")
+    by_class = {"balanced_accuracy": 61.25, "macro_f1": 60.0}
+    make_seeds(tmp_path, "adam", "digits", (61.5,), backbone="ViT-Tiny/8", **by_class)
     # (60 + 62 + 67) / 3 = 63; squares 9 + 1 + 16 = 26; sqrt(26 / 2) = 3.6056. 1.80318 / sqrt(2) is
     # 1.27504, which is 1.2750 first and 1.27 then where it is rounded twice.
     assert lines()["Digits"] == {
@@ -72,6 +73,7 @@ def test_values_are_rounded_when_printed(lines, tmp_path):
     assert float(so["std"]) == pytest.approx(13**0.5, rel=1e-12)
     assert float(lora["std"]) == pytest.approx(1.80318 / 2**0.5, rel=1e-9)
     assert (adam["mean"], adam["std"], adam["seeds"]) == ("61.5", "", "1")
+    assert [adam[key] for key in by_class] == ["61.25", "60.0"] and so["macro_f1"] == ""
 
 
 def test_published_figures_have_source_and_verdict(lines, tmp_path):
