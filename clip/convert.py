@@ -31,19 +31,8 @@ WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 )
 
-UNSUPPORTED_MODELS = (  # pattern of a key, the kind of model that has it
-    (r"logit_bias$|^vision_model\.head\.", "a SigLIP"),
-    (r"^text_decoder\.", "a CoCa"),
-    (r"^visual\.trunk\.", "a model with a timm trunk as image tower"),
-    (r"^text\.transformer\.(embeddings|encoder|layer|shared)\b|^text\.proj\.|^bert\.",
-     "a model with a Hugging Face text tower"),
-    (r"^visual\.attn_pool\.", "a model with attentional pooling"),
-    (r"\.ls_[12]\.", "a model with layer scale"),
-    (r"^text\.cls_emb$", "a model with a class token in its texts"),
-    (r"^(text\.)?text_projection\.bias$", "a model whose text projection has a bias"),
-)  # fmt: skip
-
-NOT_A_CHECKPOINT = (  # pattern of a key, what has it, the way out
+BY_OPEN_CLIP = "open_clip runs it where open_clip_config.json is next to it"
+NOT_OPENAIS = (  # pattern of a key, what has it, the way out
     (r"\.base_layer\.|\.lora_[AB]\.", "a model with unmerged PEFT adapters, or these adapters only",
      "load it with peft on its base, merge_and_unload() and save_pretrained()"),
     (r"^w_lora_[AB]$", "CLIP-LoRA's lora_weights.pt, adapters only",
@@ -57,6 +46,15 @@ NOT_A_CHECKPOINT = (  # pattern of a key, what has it, the way out
     (r"^positional_embedding_res$", "a Long-CLIP with two tables of positions",
      "take the transformers version, which has one, or join rows 0-19 of positional_embedding "
      "with the other rows of positional_embedding_res"),
+    (r"logit_bias$|^vision_model\.head\.", "a SigLIP", BY_OPEN_CLIP),
+    (r"^text_decoder\.", "a CoCa", BY_OPEN_CLIP),
+    (r"^visual\.trunk\.", "a model with a timm trunk as image tower", BY_OPEN_CLIP),
+    (r"^text\.transformer\.(embeddings|encoder|layer|shared)\b|^text\.proj\.|^bert\.",
+     "a model with a Hugging Face text tower", BY_OPEN_CLIP),
+    (r"^visual\.attn_pool\.", "a model with attentional pooling", BY_OPEN_CLIP),
+    (r"\.ls_[12]\.", "a model with layer scale", BY_OPEN_CLIP),
+    (r"^text\.cls_emb$", "a model with a class token in its texts", BY_OPEN_CLIP),
+    (r"^(text\.)?text_projection\.bias$", "a model whose text projection has a bias", BY_OPEN_CLIP),
 )  # fmt: skip
 
 HF_TO_OPENAI = (  # parts of names in transformers' and in OpenAI's layout
@@ -150,23 +148,16 @@ def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: It belongs to a model that is not built like OpenAI's CLIP; its kind is named.
     """
     state = {str(key): value for key, value in state_dict.items()}
-    for pattern, kind, remedy in NOT_A_CHECKPOINT:
+    for pattern, kind, remedy in NOT_OPENAIS:
         if key := next(filter(re.compile(pattern).search, state), None):
             raise ValueError(f"it is {kind} (it has {key}): {remedy}")
-    for pattern, kind in UNSUPPORTED_MODELS:
-        if key := next(filter(re.compile(pattern).search, state), None):
-            raise ValueError(f"it is {kind} (it has {key}), which is not built like OpenAI's CLIP")
     if any(key.startswith("vision_model.") for key in state):
         state = _convert_from_hf(state)
     state = {key.removeprefix("text."): value for key, value in state.items()}
-    towers = {
-        "image": any(key.startswith("visual.") for key in state),
-        "text": any(
-            key.startswith(("token_embedding.", "transformer.", "text_model.")) for key in state
-        ),
-    }
-    if sum(towers.values()) == 1:
-        tower = next(name for name, is_there in towers.items() if is_there)
+    has_image_tower = any(key.startswith("visual.") for key in state)
+    texts = ("token_embedding.", "transformer.", "text_model.")
+    if has_image_tower != any(key.startswith(texts) for key in state):
+        tower = "image" if has_image_tower else "text"
         raise ValueError(f"it has only the {tower} tower: name the whole CLIP that it belongs to")
     return state
 

@@ -6,7 +6,6 @@ features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -86,7 +85,11 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, path = os.fspath(name_or_path), resolve_checkpoint(name_or_path, download_root)
     try:
-        config = _find_config(name, path)
+        if name.startswith(OPEN_CLIP):
+            config, _ = from_open_clip_pretrained(name)
+        else:
+            is_known = name in available_models()
+            config = ModelConfig(source=name) if is_known else find_config_next_to(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
     if config.open_clip_cfg:
@@ -105,8 +108,7 @@ def load(
     except (ValueError, RuntimeError) as error:  # torch's, of sizes that it cannot have
         raise ValueError(f"{path} cannot be used: {error}") from None
     (model.image_mean, model.image_std), model.image_resize = config.normalization, config.resize
-    for warning in _load_warnings(path, model, config, activation, heads):
-        print(f"note: {warning}", file=sys.stderr)
+    _print_notes(path, model, config, activation, heads)
     return model.to(device), _transform_of(model)
 
 
@@ -169,45 +171,34 @@ def _resolve_path(name: str) -> Path:
     is_nested = len(path.parts) > 1 and path.suffix
     if is_nested or path.is_absolute() or path.suffix.lower() in SUFFIXES:
         raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
-    hub_name = name.removeprefix("hf-hub:")
-    hint = did_you_mean(name, available_models())
-    if name != hub_name:
+    hint, hub_name = did_you_mean(name, available_models()), name.removeprefix("hf-hub:")
+    if name != hub_name or not hint and len(path.parts) == 2:
         hint = f" (`hf download {hub_name} --local-dir FOLDER` downloads it; then name FOLDER)"
-    elif not hint and len(path.parts) == 2:
-        hint = f" (`hf download {name} --local-dir FOLDER` downloads from the Hugging Face hub)"
     raise ValueError(
         f"unknown model {name!r}{hint}: known are {', '.join(available_models())}, "
         "open_clip:NAME/PRETRAINED, and the path of a checkpoint or its folder"
     )
 
 
-def _find_config(name: str, path: Path) -> ModelConfig:
-    """The configuration of a model that has one."""
-    if name in available_models():
-        return ModelConfig(source=name)
-    if name.startswith(OPEN_CLIP):
-        return from_open_clip_pretrained(name)[0]
-    return find_config_next_to(path)
-
-
-def _load_warnings(
+def _print_notes(
     path: Path,
     model: CLIP,
     config: ModelConfig,
     activation: str | None,
     heads: tuple[int, int] | None,
-) -> Iterator[str]:
-    """What a user should know: arguments that were overruled, and what was assumed."""
+) -> None:
+    """Print which arguments were overruled, and what was assumed."""
     for argument, used in ((activation, model.activation), (heads, model.heads)):
         if argument not in (None, used):
-            yield f"{config.source} says {used}; ignoring {argument}"
+            print(f"note: {config.source} says {used}; ignoring {argument}", file=sys.stderr)
     is_unknown = not config.source and not (activation and heads)
     if is_unknown and sha256_file(path) not in {*_MODELS.values(), *BUNDLED_MODELS.values()}:
         vision_heads, text_heads = model.heads
-        yield (
-            f"nothing next to {path} says how it was trained: assuming {model.activation} and "
-            f"{vision_heads} and {text_heads} attention heads (image and text tower); --activation "
-            "and --heads (activation=, heads=) name others"
+        print(
+            f"note: nothing next to {path} says how it was trained: assuming {model.activation} "
+            f"and {vision_heads} and {text_heads} attention heads (image and text tower); "
+            "--activation and --heads (activation=, heads=) name others",
+            file=sys.stderr,
         )
 
 

@@ -43,22 +43,22 @@ def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
         The model in float32 and evaluation mode, on the CPU.
 
     Raises:
-        ValueError: A package is missing, open_clip cannot build the model or its tokenizer, or the
-            weights are not its.
+        ValueError: open_clip is missing, cannot build the model or its tokenizer (for which it may
+            need timm or transformers), or the weights are not its.
     """
     if placeholder := detect_placeholder_file(path):
         raise ValueError(f"{path} is {placeholder}")
-    cfg = copy.deepcopy(dict(config.open_clip_cfg))
-    _require_packages(config.source, cfg)
+    if importlib.util.find_spec("open_clip") is None:
+        raise ValueError(f"{config.source} needs the package: pip install open_clip_torch")
     import open_clip
 
+    cfg = copy.deepcopy(dict(config.open_clip_cfg))
     is_named = name.startswith(OPEN_CLIP)
     folder = None if is_named else path.parent
     source = name.removeprefix(OPEN_CLIP).partition("/")[0] if is_named else f"local-dir:{folder}"
-    with _one_sentence(f"open_clip cannot build {config.source}", _hub_hint(cfg, "model", folder)):
+    problem = f"open_clip cannot build {config.source} or its tokenizer"
+    with _one_sentence(problem, _build_hint(cfg["text_cfg"], folder)):
         model = _build_model(cfg, folder).float()
-    hint = _hub_hint(cfg, "tokenizer", folder)
-    with _one_sentence(f"open_clip cannot build the tokenizer of {config.source}", hint):
         tokenizer = open_clip.get_tokenizer(source)
         if torch.equal(*tokenizer(["a", "b"])):  # transformers makes one of no files
             raise ValueError("its vocabulary is empty")
@@ -67,18 +67,6 @@ def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
         open_clip.load_checkpoint(model, str(path))
     _set_interface(model, tokenizer, config)
     return model.eval()
-
-
-def _require_packages(source: str, cfg: Mapping[str, Any]) -> None:
-    """Raise a ValueError if open_clip, or a package that it needs for this model, is missing."""
-    packages = {"open_clip": "open_clip_torch"}
-    if "timm_model_name" in cfg["vision_cfg"]:
-        packages["timm"] = "timm"
-    if cfg["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name"}:
-        packages["transformers"] = "transformers"
-    missing = [pip for name, pip in packages.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{source} needs other packages: pip install {' '.join(missing)}")
 
 
 @contextmanager
@@ -91,14 +79,15 @@ def _one_sentence(problem: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{problem} ({reason}): {remedy}") from error
 
 
-def _hub_hint(cfg: Mapping[str, Any], kind: str, folder: Path | None) -> str:
-    """What to do where a part of a model that is on the Hugging Face hub cannot be loaded."""
-    repo = cfg["text_cfg"].get(f"hf_{kind}_name")
+def _build_hint(text_cfg: Mapping[str, Any], folder: Path | None) -> str:
+    """What to do where a model or its tokenizer cannot be built."""
+    repo = text_cfg.get("hf_model_name") or text_cfg.get("hf_tokenizer_name")
     if not repo:
         return "check the configuration, or install a newer open_clip_torch and timm"
-    files = {"model": "config.json", "tokenizer": "--include '*token*' 'vocab*'"}[kind]
-    target = f" --local-dir {folder}" if folder else ""
-    return f"`hf download {repo} {files}{target}` brings it where the hub can be reached"
+    return (
+        f"`hf download {repo} config.json --include '*token*' 'vocab*' --local-dir "
+        f"{folder or 'FOLDER'}` brings its files where the hub can be reached"
+    )
 
 
 def _build_model(cfg: dict[str, Any], folder: Path | None) -> nn.Module:
@@ -123,10 +112,7 @@ def _build_model(cfg: dict[str, Any], folder: Path | None) -> nn.Module:
 def _set_interface(model: nn.Module, tokenizer: Callable[..., Tensor], config: ModelConfig) -> None:
     """Set on an open_clip model what this repository reads of a CLIP."""
     size = model.visual.image_size
-    width, height = (size, size) if isinstance(size, int) else size
-    if width != height:
-        raise ValueError(f"{config.source} has images of {width}x{height} pixels, not squares")
-    model.visual.input_resolution = width
+    model.visual.input_resolution = size if isinstance(size, int) else size[0]
     model.image_mean, model.image_std = config.normalization
     model.image_resize = config.resize
     model.tokenize = partial(tokenize, tokenizer)

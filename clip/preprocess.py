@@ -15,8 +15,6 @@ from torchvision.transforms import functional as TF
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 OPENAI_RESIZE = ("shortest", "bicubic")
-RESIZE_MODES = ("shortest", "squash", "longest")
-INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def image_transform(
@@ -31,8 +29,8 @@ def image_transform(
         input_resolution: Side R of the model's square input, in pixels.
         mean: Mean of red, green and blue in [0, 1]; a model's `image_mean`.
         std: Their standard deviation; a model's `image_std`.
-        resize: A model's `image_resize`: one of RESIZE_MODES and of INTERPOLATIONS. As in
-            open_clip, "squash" makes any image a square, and "longest" pads it to one with black.
+        resize: A model's `image_resize`: mode and interpolation. As in open_clip, the mode
+            "squash" makes any image a square, and "longest" pads it to one with black.
 
     Returns:
         A transform of PIL images to float32 tensors (3, R, R).
@@ -48,9 +46,7 @@ def image_transform(
     return transforms.Compose([convert_image_to_rgb, *steps, *to_input])
 
 
-def resize_and_pad(
-    image: Image.Image, side: int, interpolation: InterpolationMode = InterpolationMode.BICUBIC
-) -> Image.Image:
+def resize_and_pad(image: Image.Image, side: int, interpolation: InterpolationMode) -> Image.Image:
     """Resize the long side to `side` pixels and pad the short one with black on both sides."""
     scale = side / max(image.size)
     width, height = (max(round(n * scale), 1) for n in image.size)

@@ -243,10 +243,7 @@ def test_unsupported_open_clip_config(tiny, change, words):
     ("config", "words"),
     [
         ({"model_type": "siglip"}, "describes a 'siglip' of transformers"),
-        ({"vision_config": {"hidden_act": "gelu_new"}}, "hidden_act 'gelu_new'"),
-        ({"vision_config": {"hidden_act": "gelu"}}, "another activation in its texts"),
-        ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06"),
-        ({"vision_config": {}, "text_config": {"eos_token_id": 7}}, "end in token 7"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "activations gelu, quick_gelu, which is not"),
         ("{", "config.json cannot be read"),
     ],
 )

@@ -118,10 +118,12 @@ def test_bad_folders_are_refused(tmp_path, monkeypatch):
         mark_as_trainable(model, "vision", "all")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ValueError, match="needs other packages: pip install transformers"):
+        with pytest.raises(
+            ValueError, match="cannot build .* .*transformers.*hf download somebody"
+        ):
             clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/vocab.txt").unlink()
-    with pytest.raises(ValueError, match="tokenizer of .*empty.*hf download somebody/bert"):
+    with pytest.raises(ValueError, match="vocabulary is empty.*hf download somebody/bert"):
         clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/open_clip_config.json").unlink()
     (tmp_path / "bert/config.json").unlink()
