@@ -117,6 +117,7 @@ class SO(Optimizer):
         self._ready: set[Tensor] = set()  # tensors that have their support for the coming step
         self._local_seeds: list[dict] = []  # groups with a seed that other ranks do not know
         self._positions: dict[Tensor, int] = {}  # places among all parameters
+        self._reduced: dict[Tensor, Tensor] = {}  # g of sharded tensors in this step
         self._kinds: dict[Tensor, tuple] = {}  # shape and dtype at the last step
 
     @torch.no_grad()
@@ -128,23 +129,23 @@ class SO(Optimizer):
                 loss = closure()
         self.draw_supports(lambda p: p.grad is not None)
         self._ready.clear()
-        chunks = []
+        self._reduced = self._reduce_shards()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if dense := [p for p in params if _is_dense(p, group)]:
                 self._dense_update(dense, group)
-            for chunk in self._chunks([p for p in params if not _is_dense(p, group)]):
-                chunks.append((chunk, self._read_gradients(chunk, group), group))
-        _all_reduce_shards([pair for params, parts, _ in chunks for pair in zip(params, parts)])
-        for params, gradients, group in chunks:
-            for p in params:
+            sparse = [p for p in params if not _is_dense(p, group)]
+            for p in sparse:
                 self.state[p]["step"] += 1
-            self._sparse_update(params, gradients, group)
+            for chunk in self._chunks(sparse):
+                self._sparse_update(chunk, group)
+        self._reduced = {}
         return loss
 
-    def _sparse_update(self, params: list[Tensor], gradients: list[Tensor], group: Group) -> None:
-        """Take a step on a chunk of sparse tensors, whose gradients at S_g are given."""
+    def _sparse_update(self, params: list[Tensor], group: Group) -> None:
+        """Take a step on a chunk of sparse tensors."""
         states, numels = [self.state[p] for p in params], [p.numel() for p in params]
+        gradients = self._read_gradients(params, group)
         large = _is_large(params[0], states[0])
         if group["foreach"] is False or large:
             updates = []
@@ -270,7 +271,9 @@ class SO(Optimizer):
                 yield [p for p, _ in pairs]
 
     def _read_gradients(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """The g of the module's docstring of each tensor, (k,); of a sharded one this rank's."""
+        """The g of the module's docstring of each tensor, (k,)."""
+        if params[0] in self._reduced:
+            return [self._reduced[p] for p in params]
         supports = [self.state[p]["grad_indices"] for p in params]
         if params[0].grad.layout == torch.sparse_coo:
             g = _gather_coo([p.grad for p in params], supports)
@@ -282,6 +285,27 @@ class SO(Optimizer):
             W = torch.cat([_take(p, S_g) for p, S_g in zip(params, supports)])
             g = g + group["weight_decay"] * W.to(g.dtype)
         return g.split([len(S_g) for S_g in supports])
+
+    def _reduce_shards(self) -> dict[Tensor, Tensor]:
+        """The g of all sharded tensors, by one all-reduce of their k values over a mesh."""
+        rows = defaultdict(list)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if _is_sharded(p) and p.grad is not None and not _is_dense(p, group):
+                    (g,) = self._read_gradients([p], group)  # zero at entries of other ranks
+                    rows[p.device_mesh, g.dtype].append((p, g))
+        reduced = {}
+        for (mesh, _), row in rows.items():
+            params, parts = zip(*row)
+            dims = {d for p in params for d, cut in enumerate(p.placements) if hasattr(cut, "dim")}
+            for p, g in row:  # of replicas, the first one contributes
+                if any(mesh.get_coordinate()[d] for d in dims if p.placements[d].is_replicate()):
+                    g.zero_()
+            total = torch.cat(parts)
+            for d in sorted(dims):
+                dist.all_reduce(total, group=mesh.get_group(d))
+            reduced.update(zip(params, total.split(list(map(len, parts)))))
+        return reduced
 
     def _add(
         self, params: list[Tensor], updates: list[tuple[Tensor, Tensor, Tensor]], group: Group
@@ -656,28 +680,6 @@ def _grad(p: Tensor) -> Tensor:
     if _is_sharded(p) and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     return grad
-
-
-def _all_reduce_shards(gradients: list[tuple[Tensor, Tensor]]) -> None:
-    """Complete the g of sharded tensors, in place, by one all-reduce of all k values over a mesh.
-
-    Args:
-        gradients: Each parameter and its g; only those of sharded ones are completed.
-    """
-    rows = defaultdict(list)
-    for p, g in gradients:
-        if _is_sharded(p):
-            rows[p.device_mesh, g.dtype].append((p, g))
-    for (mesh, _), row in rows.items():
-        dims = {d for p, _ in row for d, cut in enumerate(p.placements) if hasattr(cut, "dim")}
-        for p, g in row:  # of replicas, the first one contributes
-            if any(mesh.get_coordinate()[d] for d in dims if p.placements[d].is_replicate()):
-                g.zero_()
-        parts = [g for _, g in row]
-        total = torch.cat(parts)
-        for d in sorted(dims):
-            dist.all_reduce(total, group=mesh.get_group(d))
-        torch._foreach_copy_(parts, list(total.split(list(map(len, parts)))))
 
 
 def _shard_box(t: Tensor) -> tuple[Sequence[int], Sequence[int]]:

@@ -93,25 +93,21 @@ class SOVariant(SO):
                     if name in state:
                         state[name] = torch.zeros_like(state[name])
 
-    def _sparse_update(
-        self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
-    ) -> None:
+    def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if self.moments == "none":
-            return self._signsgd_update(params, gradients, group)
+            return self._signsgd_update(params, group)
         # Like the draws of S_g a function of seed and step: there is no generator to save.
         seed = hash((group["seed"], int(self.state[params[0]]["step"]))) % 2**63
         self._scores = torch.Generator("cpu").manual_seed(seed)
-        super()._sparse_update(params, gradients, group)
+        super()._sparse_update(params, group)
         del self._scores
 
-    def _signsgd_update(
-        self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
-    ) -> None:
+    def _signsgd_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Take the step without moments on many tensors at once."""
         beta1, beta2 = group["betas"]
         move = -group["lr"] * (1 - beta1) / math.sqrt(1 - beta2)
         updates = []
-        for p, g in zip(params, gradients, strict=True):
+        for p, g in zip(params, self._read_gradients(params, group), strict=True):
             void = torch.zeros_like(g, dtype=torch.bool)
             updates.append((self.state[p]["grad_indices"], move * g.sign(), void))
         self._add(params, updates, group)
