@@ -28,7 +28,7 @@ def test_wheel_contains_two_modules(tmp_path, monkeypatch):
     files = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert set(files) == {
         *(f"{module}.py" for module in MODULES),
-        *(f"{module}-stubs/__init__.pyi" for module in MODULES),
+        *(f"{module}-stubs/{name}" for module in MODULES for name in ("__init__.pyi", "py.typed")),
     }
     (about,) = (wheel.read(name).decode() for name in wheel.namelist() if "METADATA" in name)
     needed = [line for line in about.splitlines() if line.startswith("Requires-Dist: ")]

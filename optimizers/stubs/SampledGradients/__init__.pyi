@@ -30,5 +30,5 @@ def sum_gradients(
     params: Iterable[Tensor],
     process_group: ProcessGroup | None = None,
     average: bool = False,
-    also: Iterable[Tensor] = (),
+    extra: Iterable[Tensor] = (),
 ) -> None: ...
