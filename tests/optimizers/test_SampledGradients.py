@@ -225,35 +225,6 @@ def test_micro_batches_add_up(make, loss):
     assert_equal_weights(plain, ours)
 
 
-WRITES = {
-    "copy_": lambda ps: [p.data.copy_(2 * p.data) for p in ps],
-    "mul_": lambda ps: [p.data.mul_(2) for p in ps],
-    "=": lambda ps: [setattr(p, "data", 2 * p.data) for p in ps],
-    "vector_to_parameters": lambda ps: nn.utils.vector_to_parameters(
-        2 * nn.utils.parameters_to_vector(ps).detach(), ps
-    ),
-}
-
-
-@pytest.mark.parametrize("write", WRITES)
-def test_autocast_uses_current_weights(write):
-    plain, ours, a, b = twice(lambda: make_mlp().float())
-    sample_gradients(ours, b)
-    x = torch.randn(6, 20)
-
-    def out(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
-    for model, optimizer in ((plain, a), (ours, b)):
-        out(model).float().square().mean().backward()
-        optimizer.step()
-    ours.load_state_dict(plain.state_dict())
-    for model in (plain, ours):
-        WRITES[write](list(model.parameters()))
-    assert torch.equal(out(plain), out(ours))
-
-
 @needs_sparse_clipping
 def test_clipped_norm_is_of_support():
     plain, ours, a, b = twice(make_mlp)
@@ -291,23 +262,6 @@ def test_grad_scaler_unscales_and_skips():
         scaler.update()
     assert scaler.get_scale() == 512
     assert_equal_weights(plain, ours)
-
-
-def test_bf16_training_stays_near_plain():
-    plain, ours, a, b = twice(lambda: make_mlp().float())
-    sample_gradients(ours, b)
-    for _ in range(5):
-        x = torch.randn(32, 20)
-        for model, optimizer in ((plain, a), (ours, b)):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-    assert ours[0].weight.grad.dtype == torch.float32
-    # Adam's first steps are lr * sign(g), so near-zero gradients may differ by a step or two.
-    difference = plain[0].weight - ours[0].weight
-    assert difference.abs().max() <= 0.05 and difference.abs().mean() < 1e-4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -483,10 +437,11 @@ def test_nothing_is_kept_alive():
 
 
 def test_dense_groups_are_left():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(2, 2, 1))
+    one_row = nn.Linear(8, 1)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(2, 2, 1), one_row)
     groups = [
         {"params": model[0].parameters(), "dense": True},
-        {"params": [*model[1].parameters(), *model[2].parameters()]},
+        {"params": [p for layer in model[1:] for p in layer.parameters()]},
     ]
     handle = sample_gradients(model, SO(groups, density_ratio=0.1))
     assert [id(p) for p in handle.params] == [id(model[1].weight)]
@@ -583,10 +538,3 @@ def test_fused_modules_are_expected_whole(layer):
     model = nn.ModuleList([layer, nn.Linear(8, 8)])
     handle = sample_gradients(model, SO(model.parameters(), density_ratio=0.1))
     assert [id(p) for p in handle.params] == [id(model[1].weight)]
-
-
-def test_one_row_matrix_is_dense():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
-    handle = sample_gradients(model, SO(model.parameters(), density_ratio=0.1))
-    assert [id(p) for p in handle.params] == [id(model[0].weight)]
-    assert "whole in 0 others" in repr(handle)

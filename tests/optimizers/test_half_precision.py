@@ -108,6 +108,7 @@ def test_bits_follow_seed_and_step(dtype, dense):
             optimizer.load_state_dict(state)
         run(optimizer, p, 4, seed=1)
         assert torch.equal(before, torch.get_rng_state())
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float32
         return p.detach()
 
     assert torch.equal(train(5), train(5, disturb=3))
