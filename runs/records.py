@@ -39,8 +39,8 @@ RESULT_SCHEMA = {
     "versions": (dict,),
 }
 OPTIONAL_FIELDS = (
-    "git_commit", "new_accuracy", "zero_shot_new_accuracy", "inputs", "fewer_images",
-    "balanced_accuracy", "macro_f1",
+    "git_commit", "new_accuracy", "zero_shot_new_accuracy", "inputs", "balanced_accuracy",
+    "macro_f1",
 )  # fmt: skip
 DATA_SCHEMA = {"split": (str, r"\w+"), "digest": (str, r"\w+")}  # of `data`
 TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
@@ -77,7 +77,6 @@ class Run:
     new_accuracy: float | None  # of a run on base classes, on the new ones
     zero_shot_new_accuracy: float | None
     inputs: dict[str, Any] | None  # content of its files, as runs.identity has it
-    fewer_images: dict[str, int] | None  # classes with fewer different images than shots
     balanced_accuracy: float | None  # mean of the classes' accuracies
     macro_f1: float | None  # mean F1 score of the classes, in percent
     transfer: dict[str, dict[str, Any]]  # TRANSFER_SCHEMA by target dataset

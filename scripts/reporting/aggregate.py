@@ -4,8 +4,9 @@ Values stay as they were measured. They are rounded where they are printed.
 """
 
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,10 @@ IGNORED_HPARAMS = {  # settings that a method does not read: its runs do not dif
     "lora": SO_HPARAMS,
     "adam": SO_HPARAMS | {"rank"},
 }
+FILE_SETTINGS = {  # settings that name files, and what `inputs` of a result call their contents
+    "backbone": "backbone", "classnames": "classnames", "template": "template",
+    "fewshot_split": "train_images",
+}  # fmt: skip
 ZERO_SHOT_TOLERANCE = 0.1  # percent: one model's zero-shot accuracies differ by rounding
 
 
@@ -131,53 +136,47 @@ def run_key(run: Run) -> str:
 
 
 def unify_spellings(runs: Sequence[Run]) -> list[Run]:
-    """Give settings that name files one value where the files had the same content.
+    """Name files in settings without their folders, so that a moved file is the same setting.
 
-    A file is named by its stem; a digest follows where one name stands for several contents.
+    A digest follows where one name stands for several contents.
     """
-    keys = ("backbone", "activation", "heads"), ("classnames",), ("template",), ("fewshot_split",)
-    for first, *others in keys:
-        names: dict[tuple, tuple] = {}  # by content; the name of no file, if there is one
-        spellings = [(spelling(run, first), *map(run.config.get, others)) for run in runs]
-        contents = [content(run, first) for run in runs]
-        for name, key in sorted(
-            zip(spellings, contents, strict=True), key=lambda pair: (pair[0][0] or "", repr(pair))
-        ):
-            names.setdefault(key, name)
-        counts = Counter((scope, repr(name)) for (scope, _), name in names.items())
-        unified = []
-        for run, (scope, sha256) in zip(runs, contents, strict=True):
-            value, *rest = names[scope, sha256]
-            changes = {"backbone": value} if first == "backbone" else {}
-            if counts[scope, repr((value, *rest))] > 1:
-                value = f"{value or 'default'}, {sha256[:7]}"
-            settings = dict(zip([first, *others], [value, *rest], strict=True))
-            unified.append(replace(run, config=run.config | settings, **changes))
-        runs = unified
+    for key, content in FILE_SETTINGS.items():
+        names, scopes, digests = [], [], []
+        for run in runs:
+            names.append(spelling(run, key))
+            value = run.inputs[content] if run.inputs else run.config.get(key)
+            digests.append(value if isinstance(value, str) else sha256_of_tree(value))
+            data = run.dataset, run.data["digest"], run.config.get("subsample")
+            draw = (run.shots, run.seed) if key == "fewshot_split" else ()
+            scopes.append((names[-1], *(() if key == "backbone" else data), *draw))
+        suffixes = digest_suffixes(scopes, digests)
+        values = [(n or "default") + s if s else n for n, s in zip(names, suffixes, strict=True)]
+        runs = [
+            replace(run, config=run.config | {key: value})
+            for run, value in zip(runs, values, strict=True)
+        ]
     return runs
 
 
 def spelling(run: Run, key: str) -> str | None:
-    """Return the value of a setting that names a file, without its folders."""
+    """Return the value of a setting that names a file, without its folders, seed and shots."""
     if key == "backbone":
         return run.backbone
     value = run.config.get(key)
-    return value and (slugify_templates(value) if key == "template" else Path(value).stem)
+    if key == "template":
+        return value and slugify_templates(value)
+    return value and re.sub(r"(seed|shots?)_?\d+", r"\1", Path(value).stem)
 
 
-def content(run: Run, key: str) -> tuple[tuple, str]:
-    """Return what a setting's content can be compared within, and the content's digest."""
-    scope = ()
-    if key != "backbone":
-        scope = run.dataset, run.data["digest"], run.config.get("subsample")
-    if key == "fewshot_split":  # without a list, the images follow from shots and seed
-        scope += run.shots, run.seed, run.config.get(key) is None
-    if run.inputs is None:  # of an older version: only equal paths have equal contents
-        known = run.backbone in clip.available_models() or "backbone" not in run.config
-        path = run.backbone if key == "backbone" and known else run.config.get(key)
-        return scope, sha256_of_tree(path)
-    value = run.inputs["train_images" if key == "fewshot_split" else key]
-    return scope, value if isinstance(value, str) else sha256_of_tree(value)
+def digest_suffixes(names: Sequence[Hashable], digests: Sequence[str]) -> list[str]:
+    """Return what tells equal names of different contents apart: ", 1a2b3c4", or ""."""
+    contents: dict[Hashable, set[str]] = defaultdict(set)
+    for name, digest in zip(names, digests, strict=True):
+        contents[name].add(digest)
+    return [
+        f", {digest[:7]}" if len(contents[name]) > 1 else ""
+        for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 # Grouping
@@ -275,13 +274,8 @@ def label_datasets(data: Sequence[tuple[str, dict]]) -> tuple[list[str], list[st
         one name would stand for several sets of images; and all these names in order.
     """
     names = [name + " (made split)" * (info["split"] == "made") for name, info in data]
-    digests: dict[str, set] = defaultdict(set)
-    for name, (_, info) in zip(names, data, strict=True):
-        digests[name].add(info["digest"])
-    labels = [
-        f"{name}, {info['digest'][:7]}" if len(digests[name]) > 1 else name
-        for name, (_, info) in zip(names, data, strict=True)
-    ]
+    suffixes = digest_suffixes(names, [info["digest"] for _, info in data])
+    labels = [name + suffix for name, suffix in zip(names, suffixes, strict=True)]
     ranks = sort_by_known([name for name, _ in data], DATASETS)
     datasets = {label: name for label, (name, _) in zip(labels, data, strict=True)}
     return labels, sorted(datasets, key=lambda label: (ranks.index(datasets[label]), label))
@@ -386,18 +380,6 @@ def mean_if_equal(values: Iterable[float]) -> float | None:
     """Return the mean of values that differ only by rounding; None where they differ by more."""
     values = list(values)
     return fmean(values) if max(values) - min(values) <= ZERO_SHOT_TOLERANCE else None
-
-
-def warnings_for(results: BackboneResults) -> Iterable[str]:
-    """Yield sentences on runs of this backbone that are hard to compare."""
-    for dataset in results.datasets:
-        values = [run.zero_shot_accuracy for run in results.runs(dataset)]
-        if mean_if_equal(values) is None:
-            yield (
-                f"{results.name}, {dataset}: zero-shot accuracy goes from {min(values):.2f} to "
-                f"{max(values):.2f}, and is left out; weights, images or precision differ between "
-                "runs"
-            )
 
 
 # Comparisons

@@ -4,7 +4,6 @@ Everything is about one cell, as in the tables: runs on the same data with the s
 seeds together.
 """
 
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -196,24 +195,18 @@ def draw_confusion(cell: ConfusionCell) -> Figure:
 
 
 def draw_accuracies(cell: ConfusionCell) -> Figure:
-    """Draw the accuracy of each class as a bar, worst first, in as many columns as that takes."""
+    """Draw the accuracy of each class as a bar, worst first."""
     rows, labels = cell.worst_first, dict(zip(cell.names, cell.tick_labels(), strict=True))
-    columns = math.ceil(len(rows) / (50 if len(rows) <= 100 else 100))
-    length = math.ceil(len(rows) / columns)
-    size, height = (8, 0.17) if length <= 50 else (6.5, 0.135)
-    figure, panels = make_figure("", panels=columns)
-    figure.set_size_inches(max(3.6 * columns, 6), height * length + 1.2)
+    figure, (axes,) = make_figure("")
+    figure.set_size_inches(6, 0.17 * len(rows) + 1.2)
     set_title(figure, cell.title)
-    for number, axes in enumerate(panels):
-        part = rows[number * length : (number + 1) * length]
-        _, _, values, *_ = zip(*part, strict=True)
-        names = [f"{labels[name]} (n={n})" for name, n, *_ in part]
-        bars = axes.barh(range(len(part)), values, color="#0072B2", height=0.75)
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=size)
-        axes.set_yticks(range(len(part)), labels=names, fontsize=size)
-        axes.set(xlim=(0, 110), ylim=(length - 0.4, -0.6), xlabel="accuracy (%)")
-        axes.set_xticks([0, 25, 50, 75, 100])
-        axes.grid(False, axis="y")
+    bars = axes.barh(range(len(rows)), [row[2] for row in rows], color="#0072B2", height=0.75)
+    axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    names = [f"{labels[name]} (n={n})" for name, n, *_ in rows]
+    axes.set_yticks(range(len(rows)), labels=names, fontsize=8)
+    axes.set(xlim=(0, 110), ylim=(len(rows) - 0.4, -0.6), xlabel="accuracy (%)")
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.grid(False, axis="y")
     return figure
 
 

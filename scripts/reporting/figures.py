@@ -65,8 +65,6 @@ def plan_figures(
     if len(results.variants) > 1:
         panels = {f"Test accuracy, {results.name}": "final_accuracy"}
         plan["differences"] = partial(draw_differences, results, panels)
-    if any(common):
-        plan["cost"] = partial(draw_cost, results)
     for name, shots in sorted({key[:2] for key in results.cells}):
         plan[f"curves-{slugify(name)}-{shots}shots"] = partial(draw_curves, results, name, shots)
     return {figure_path(results.name, name): draw for name, draw in plan.items()}
@@ -99,16 +97,6 @@ def draw_accuracy(results: BackboneResults, datasets: Sequence[str]) -> Figure:
     if (zero_shot := zero_shot_mean(results, datasets)) is not None:
         plot_zero_shot(axes, zero_shot)
     set_shots_axis(axes, ticks)
-    return add_legend(figure, MEAN_STD)
-
-
-def draw_cost(results: BackboneResults) -> Figure:
-    """Draw peak memory and time against shots, over the datasets that all methods have."""
-    figure, panels = make_figure(f"Memory and time of a run, {results.name}", panels=2)
-    plot_by_shots(panels[0], results, None, "peak_memory_mb", "peak memory (MB)")
-    plot_by_shots(panels[1], results, None, "wall_seconds", "time (s)")
-    for axes in panels:
-        axes.set_ylim(bottom=0)
     return add_legend(figure, MEAN_STD)
 
 
@@ -193,16 +181,14 @@ def make_figure(title: str, panels: int = 1) -> tuple[Any, Any]:
 
 
 def plot_by_shots(
-    axes: Axes, results: BackboneResults, datasets: Sequence[str] | None, key: str, label: str
+    axes: Axes, results: BackboneResults, datasets: Sequence[str], key: str, label: str
 ) -> None:
-    """Plot a field of runs against shots: means over datasets (None: those all methods have)."""
+    """Plot a field of runs against shots: means over datasets."""
     for number, variant in enumerate(results.variants):
         points = []
         for shots in results.shots:
-            common, seeds = common_datasets_and_seeds(results, shots)
-            seeds = None if datasets and len(datasets) == 1 else seeds
-            where = datasets or common, seeds, shots, variant
-            points.append((shots, mean_over_seeds(results, *where, key)))
+            seeds = common_datasets_and_seeds(results, shots)[1] if len(datasets) > 1 else None
+            points.append((shots, mean_over_seeds(results, datasets, seeds, shots, variant, key)))
         plot_means(axes, points, style(number), variant.label)
     set_shots_axis(axes, results.shots)
     axes.set_ylabel(label)

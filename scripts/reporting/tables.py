@@ -21,15 +21,16 @@ from reporting.aggregate import (
     zero_shot_mean,
 )
 from reporting.markdown import markdown
-from utils import plural, truncate_list
+from utils import plural
 
 ZERO_SHOT = Variant("zero_shot")
 ACCURACIES = (
     "Test accuracy in percent: mean ± standard deviation over seeds (number of seeds). Where a "
     "method ran with several settings, those that differ follow its name; a flag at its default is "
-    "not named. Beside ours are figures that others published, by the numbers of their sources: in "
-    "brackets ours minus theirs, and whether that is within our standard deviation. They belong to "
-    "a method, not to one of its settings, and stand beside the first; tables.csv compares all. "
+    "not named. Zero-shot accuracies that differ between runs are left out. Beside ours are those "
+    "that others published, by the numbers of their sources: in brackets ours minus theirs. They "
+    "belong to a method, not to one of its settings, and stand beside the first; tables.csv "
+    "compares all. "
     "The mean, also of published figures, is over the datasets on which every method ran with the "
     "same seeds; its standard deviation is that of each seed's mean."
 )
@@ -55,7 +56,6 @@ class Row(NamedTuple):
     published: float | None
     published_source: str | None
     difference: float | None  # ours minus published
-    within_spread: str | None  # yes or no: whether the difference is at most std
     balanced_accuracy: float | None  # mean over seeds
     macro_f1: float | None
 
@@ -87,26 +87,16 @@ def table_rows(results: BackboneResults) -> list[Row]:
                 by_class = [mean and mean.mean for mean in by_class]
                 for source, figure in figures or [(None, None)] * (variant.method not in others):
                     cell = results.name, name, shots, *variant, *(ours or (None, None, 0))
-                    compared = zero_shot, figure, source, *compare(ours, figure)
-                    rows.append(Row(*cell, *compared, *by_class))
+                    difference = ours.mean - figure if ours and figure is not None else None
+                    rows.append(Row(*cell, zero_shot, figure, source, difference, *by_class))
     return rows
-
-
-def compare(ours: MeanStd | None, figure: float | None) -> tuple[float | None, str | None]:
-    """Return ours minus a published figure, and whether that is within our standard deviation."""
-    if ours is None or figure is None:
-        return None, None
-    difference = ours.mean - figure
-    if ours.std is None:
-        return difference, None
-    return difference, "yes" if abs(difference) <= ours.std + 1e-9 else "no"
 
 
 def backbone_section(results: BackboneResults, rows: Sequence[Row]) -> str:
     """Return the Markdown section of a backbone."""
     sources = [s for s in PUBLISHED["sources"] if any(row.published_source == s for row in rows)]
     footnotes = {source: number for number, source in enumerate(sources, start=1)}
-    parts = [f"## {results.name}", provenance_line(results), *fewer_images_lines(results)]
+    parts = [f"## {results.name}", provenance_line(results)]
     parts.append(ACCURACIES)
     if sources:
         lines = [
@@ -140,20 +130,6 @@ def provenance_line(results: BackboneResults) -> str:
     return "{}. Commit: {}. PyTorch: {}. Device: {}.".format(plural(len(runs), "run"), *texts)
 
 
-def fewer_images_lines(results: BackboneResults) -> list[str]:
-    """Return a sentence for each dataset and shots whose classes lack different images."""
-    sentences: dict[str, None] = {}
-    for (dataset, shots, _), cell in sorted(results.cells.items()):
-        for run in cell.values():
-            if run.fewer_images:
-                classes = [f"{name}: {n}" for name, n in run.fewer_images.items()]
-                sentences[
-                    f"{display_name(dataset)}, {plural(shots, 'shot')}: classes with fewer "
-                    f"different training images, which were repeated ({truncate_list(classes)})."
-                ] = None
-    return list(sentences)
-
-
 def accuracy_table(results: BackboneResults, rows: Sequence[Row], footnotes: dict[str, int]) -> str:
     """Return the table of one number of shots: datasets down, variants across.
 
@@ -170,7 +146,8 @@ def accuracy_table(results: BackboneResults, rows: Sequence[Row], footnotes: dic
         if row.published is not None and row.variant in with_published:
             column = column[0], footnotes[row.published_source]
             headers[column] = f"{row.published_source} [{column[1]}]"
-            cells[row.dataset, column] = format_published(row)
+            difference = "" if row.difference is None else f" ({row.difference:+.2f})"
+            cells[row.dataset, column] = f"{round(row.published, 2)}{difference}"
     lines = (
         [display_name(name), *(cells.get((name, column), "-") for column in sorted(headers))]
         for name in dict.fromkeys(row.dataset for row in rows)
@@ -234,15 +211,6 @@ def format_mean(mean: float | None, spread: float | None = None, seeds: int | No
 def format_spread(mean: float, spread: float | None, form: str = ".2f") -> str:
     """Return "63.00 ± 3.61"; without the latter where there is none."""
     return f"{mean:{form}}" + ("" if spread is None else f" ± {spread:{form.lstrip('+')}}")
-
-
-def format_published(row: Row) -> str:
-    """Return a published cell: figure (our difference, whether within the spread)."""
-    figure = str(round(row.published, 2))
-    if row.difference is None:
-        return figure
-    verdict = {"yes": ", within", "no": ", outside", None: ""}[row.within_spread]
-    return f"{figure} ({row.difference:+.2f}{verdict})"
 
 
 def format_paired(test: PairedTest | None) -> str:

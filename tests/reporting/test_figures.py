@@ -44,13 +44,11 @@ def test_report_draws_same_files_twice(tmp_path, capsys):
     assert files[0] == files[1]
     cells = ["dtd-1shots-so", "dtd-1shots-lora", "eurosat-1shots-so"]
     names = [f"{kind}-{cell}" for kind in ("classes", "confusion") for cell in cells]
-    names += ["accuracy-dtd", "accuracy-eurosat", "cost", "differences"]
+    names += ["accuracy-dtd", "accuracy-eurosat", "differences"]
     names += ["curves-dtd-1shots", "curves-eurosat-1shots"]
     names = {f"ViT-B-16/{name}.png" for name in names}
     assert set(files[0]) == names | {"classes.csv", "report.html", "tables.csv", "tables.md"}
-    text = (outs[0] / "tables.md").read_text()
     for name in names:
-        assert f"({name})" in text
         image = Image.open(outs[0] / name)
         assert image.width >= 900 and image.height > 250
         assert len(image.convert("RGB").getcolors(10**6)) > 50

@@ -133,7 +133,7 @@ def test_page_has_bounded_size(runs, page, monkeypatch):
     assert len(shown.thumbnails()) == 9
     assert "Not shown: 3 few-shot images and 1 mistake." in shown.text
     assert "Classes not shown:\n1 of higher accuracy." in shown.text
-    assert shown.text.count("is left out to keep this page small") == 4
+    assert shown.text.count("is left out to keep this page small") == 3
 
 
 def test_markdown_becomes_blocks():

@@ -1,7 +1,6 @@
 """The report: numbers checked by hand, and bad input named and left out."""
 
 import csv
-import json
 
 import pytest
 import report
@@ -76,29 +75,26 @@ def test_values_are_rounded_when_printed(lines, tmp_path):
     assert [adam[key] for key in by_class] == ["61.25", "60.0"] and so["macro_f1"] == ""
 
 
-def test_published_figures_have_source_and_verdict(lines, tmp_path):
+def test_published_figures_have_source_and_difference(lines, tmp_path):
     make_seeds(tmp_path, "so", "dtd", (66, 67))
     make_seeds(tmp_path, "lora", "dtd", (63, 64))
     make_seeds(tmp_path, "adam", "dtd", (60,))
     make_seeds(tmp_path, "lora", "eurosat", (85,))
-    make_seeds(tmp_path, "so", "food101", (60, 61))
     table = lines()
     found = {
         (r["method"], r["published_source"]): (
-            r["published"], r["difference"] and round(float(r["difference"]), 6), r["within_spread"]
+            r["published"], r["difference"] and round(float(r["difference"]), 6)
         )
         for r in csv_rows(tmp_path, dataset="dtd")
     }  # fmt: skip
-    assert found == {  # ours are 66.5 and 63.5 with a deviation of 0.7071
-        ("zero_shot", "CLIP"): ("44.27", -0.27, ""),
-        ("so", "SO's paper"): ("66.4", 0.1, "yes"),
-        ("lora", "SO's table"): ("63.5", 0.0, "yes"),
-        ("lora", "CLIP-LoRA"): ("63.8", -0.3, "yes"),
-        ("adam", ""): ("", "", ""),
+    assert found == {  # ours are 66.5 and 63.5
+        ("zero_shot", "CLIP"): ("44.27", -0.27),
+        ("so", "SO's paper"): ("66.4", 0.1),
+        ("lora", "SO's table"): ("63.5", 0.0),
+        ("lora", "CLIP-LoRA"): ("63.8", -0.3),
+        ("adam", ""): ("", ""),
     }
-    assert table["DTD"]["SO's paper [1]"] == "66.4 (+0.10, within)"
-    assert table["Food-101"]["SO's paper [1]"] == "85.3 (-24.80, outside)"
-    assert table["EuroSAT"]["CLIP-LoRA [3]"] == "84.9 (+0.10)"  # one seed has no spread
+    assert table["DTD"]["SO's paper [1]"] == "66.4 (+0.10)"
     assert table["EuroSAT"]["SO"] == "-" and table["EuroSAT"]["SO's paper [1]"] == "87.7"
     text = (tmp_path / "report" / "tables.md").read_text()
     assert "two points below" in text and "arXiv 2405.18541" in text
@@ -159,7 +155,7 @@ def test_mean_is_over_common_datasets(lines, tmp_path):
     # Seeds' means are 70 and 73; published is (66.4 + 87.7) / 2.
     assert (so["mean"], so["std"][:6], so["seeds"]) == ("71.5", "2.1213", "2")
     assert float(so["published"]) == pytest.approx(77.05)
-    assert table["mean over 2 of 3"]["SO's paper [1]"] == "77.05 (-5.55, outside)"
+    assert table["mean over 2 of 3"]["SO's paper [1]"] == "77.05 (-5.55)"
     assert table["mean over 2 of 3"]["SO, s 0.9"] == "-"
     assert table["DTD"]["SO, s 0.9"] == "50.00 (1)"
     assert table["FGVC-Aircraft"]["LoRA"] == "29.00 (1)"
@@ -257,39 +253,15 @@ def test_settings_are_compared_by_content(tmp_path):
     assert len(set(labels)) == 2 and all("SO, classnames names, " in label for label in labels)
 
 
-def test_long_settings_leave_all_figures(run, tmp_path, monkeypatch):
-    calls = []
-
-    def render(draw):
-        calls.append(draw)
-        if len(calls) == 2:
-            raise RuntimeError("no such glyph")
-        return b"png"
-
-    monkeypatch.setattr(reporting.report, "render_png", render)
-    keys = ["rank_" * 9 + str(i) for i in range(9)]
-    for seed, values in ((1, 1), (2, 2)):
-        make_run(tmp_path / str(seed), seed=seed)
-        settings = dict.fromkeys(keys, 0.123456789 * values)
-        (folder,) = tmp_path.glob(f"{seed}/so/*/dtd/4shots/*")
-        result = json.loads((folder / "result.json").read_text())
-        result["config"] |= settings
-        (folder / "result.json").write_text(json.dumps(result))
-    status, out, err = run(tmp_path)
-    assert status == 0 and max(map(len, out.splitlines())) <= 200
-    assert err.startswith("report.py: left out the figure") and err.count("\n") == 1
-    names = [path.name for path in (tmp_path / "report").rglob("*.png")]
-    assert len(names) == len(calls) - 1 and max(len(name.encode()) for name in names) < 210
-    text = (tmp_path / "report" / "tables.md").read_text()
-    assert "rank_" in text and "### Memory" not in out and "tables.md" in out
-
-
-def test_repeated_images_are_reported(lines, tmp_path):
-    make_run(tmp_path, fewer_images={"rare owl": 2})
-    lines()
-    text = (tmp_path / "report" / "tables.md").read_text()
-    assert "DTD, 4 shots: classes with fewer different training images" in text
-    assert "(rare owl: 2)" in text
+def test_fewshot_lists_of_seeds_are_one_setting(tmp_path):
+    for seed, digest in ((1, "a"), (2, "b")):
+        inputs = {"backbone": "", "classnames": [], "template": [], "train_images": digest}
+        settings = {"fewshot_split": f"/2sfs/shot_4-seed_{seed}_train.jsonl"}
+        make_run(tmp_path, seed=seed, settings=settings, inputs=inputs)
+    make_run(tmp_path, seed=1, inputs=inputs | {"train_images": "c"})
+    assert [variant.label for variant in load_results(tmp_path).variants] == [
+        "SO", "SO, fewshot_split shot-seed_train",
+    ]  # fmt: skip
 
 
 def test_variants_are_named_by_differences(tmp_path):
@@ -318,16 +290,14 @@ def test_backbones_have_sections(run, tmp_path):
     run(tmp_path)
     text = (tmp_path / "report" / "tables.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings[:-1] == ["## RN50", "## ViT-B/16"]
+    assert headings == ["## RN50", "## ViT-B/16"]
     (row,) = csv_rows(tmp_path, backbone="ViT-B/16", method="so")
     assert row["seeds"] == "2"
 
 
-def test_disagreeing_zero_shot_is_left_out(run, lines, tmp_path):
+def test_disagreeing_zero_shot_is_left_out(lines, tmp_path):
     make_run(tmp_path, seed=1)
     make_run(tmp_path, seed=2, zero_shot=50.0)
-    status, _, err = run(tmp_path)
-    assert status == 0 and "zero-shot accuracy goes from 44.00 to 50.00" in err
     assert lines()["DTD"]["zero-shot"] == "-"
 
 
