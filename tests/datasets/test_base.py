@@ -43,12 +43,8 @@ def test_missing_image_dir_is_named(tmp_path, name, split):
     "name, split, link",
     [
         ("eurosat", True, ""),
-        ("eurosat", True, "2750"),
-        ("eurosat", True, "2750/Forest/Forest_0000.jpg"),
         ("dtd", False, "images/meshed"),
         ("dtd", False, "images/meshed/meshed_0000.jpg"),
-        ("stanford_cars", True, "cars_train"),
-        ("imagenet", False, "train/n01440764"),
     ],
 )
 def test_links_are_followed(tmp_path, name, split, link):
@@ -86,25 +82,17 @@ def test_left_overs_are_ignored(tmp_path, name, images):
 
 # dataset, where its folder is instead, what to do
 MOVED = [
-    ("caltech101", "caltech101", "rename {}/caltech101 to {}/caltech-101"),
     ("caltech101", "caltech-101/caltech-101", "move all that is in {}/caltech-101/caltech-101 to"),
     ("food101", "food101", "rename {}/food101 to {}/food-101"),
-    ("dtd", "dtd/dtd", "move all that is in {}/dtd/dtd to {}/dtd;"),
-    ("oxford_pets", "oxford-iiit-pet", "rename {}/oxford-iiit-pet to {}/oxford_pets"),
     ("oxford_flowers", "oxford_flowers/flowers-102", "s/flowers-102 to {}/oxford_flowers;"),
-    ("eurosat", "EuroSAT", "rename {}/EuroSAT to {}/eurosat"),
-    ("stanford_cars", "stanford_cars/stanford_cars", "s/stanford_cars to {}/stanford_cars;"),
-    ("ucf101", "UCF-101", "rename {}/UCF-101 to {}/ucf101"),
     ("fgvc", "fgvc_aircraft/fgvc-aircraft-2013b/data", "-2013b/data to {}/fgvc_aircraft;"),
-    ("sun397", "sun397/sun397", "move all that is in {}/sun397/sun397 to {}/sun397;"),
     ("imagenet", "ILSVRC/Data/CLS-LOC", "move {}/ILSVRC/Data/CLS-LOC to {}/imagenet/images"),
 ]
 
 
-@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("name, place, hint", MOVED)
-def test_moved_dataset_gets_a_hint(tmp_path, name, place, hint, split):
-    folder = make_small_dataset(name, tmp_path / "made", split=split)
+def test_moved_dataset_gets_a_hint(tmp_path, name, place, hint):
+    folder = make_small_dataset(name, tmp_path / "made", split=False)
     root = tmp_path / "root"
     (root / place).parent.mkdir(parents=True)
     folder.rename(root / place)
@@ -114,20 +102,15 @@ def test_moved_dataset_gets_a_hint(tmp_path, name, place, hint, split):
 # dataset, a folder below its own, where that is instead, what to do
 MOVED_IMAGES = [
     ("eurosat", "2750", "EuroSAT_RGB", "rename {}/EuroSAT_RGB to {}/2750"),
-    ("eurosat", "2750", "../EuroSAT_RGB", "move {}/../EuroSAT_RGB to {}/2750"),
-    ("eurosat", "2750", "2750/2750", "move all that is in {}/2750/2750 to {}/2750"),
     ("sun397", "SUN397", "../SUN397", "move {}/../SUN397 to {}/SUN397"),
     ("stanford_cars", "cars_test", "cars_test/cars_test", "{}/cars_test/cars_test to {}/cars_test"),
-    ("oxford_pets", "images", "images/images", "move all that is in {}/images/images to {}/images"),
-    ("imagenet_sketch", "images", "sketch", "rename {}/sketch to {}/images"),
     ("imagenet_a", "imagenet-a", "../imagenet-a", "move {}/../imagenet-a to {}/imagenet-a"),
 ]
 
 
-@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("name, images, place, hint", MOVED_IMAGES)
-def test_moved_images_get_a_hint(tmp_path, name, images, place, hint, split):
-    folder = make_small_dataset(name, tmp_path / "root", split=split)
+def test_moved_images_get_a_hint(tmp_path, name, images, place, hint):
+    folder = make_small_dataset(name, tmp_path / "root")
     (folder / images).rename(tmp_path / "aside")
     (folder / place).parent.mkdir(exist_ok=True)
     (tmp_path / "aside").rename(folder / place)

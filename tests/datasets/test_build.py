@@ -67,18 +67,6 @@ def test_imagenet_classnames_are_clips():
     assert names == ast.literal_eval(values["IMAGENET_CLASSNAMES"])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_build_dataset_reads_each_row(complete, name):
-    dataset = build_dataset(name, complete[0], 2)
-    assert dataset.template == ["a photo of a {}."]
-    few = 0 if name in VARIANTS else 6
-    assert len(dataset.classnames) == 3 and len(dataset.train_x) == len(dataset.val) == few
-    assert len(dataset.test) == (12 if name.startswith("imagenet") else 6)
-    for item in dataset.train_x + dataset.val + dataset.test:
-        assert item.classname == dataset.classnames[item.label]
-        assert item.impath.startswith(str(complete[0])) and Path(item.impath).is_file()
-
-
 # The draw
 
 
@@ -178,21 +166,12 @@ def test_base_and_new_fingerprints_differ(tmp_path):
         assert tuple(fingerprint[part] for part in ("train", "val", "test")) == counts
         digests[subsample] = fingerprint["digest"]
     assert len(set(digests.values())) == 3
-
-    def changed_by_losing(part, label):
-        """The halves that another digest has without one image of this part and class."""
-        found = []
-        change_split(
-            folder,
-            lambda s: s[part].remove(next(entry for entry in s[part] if entry[1] == label)),
-        )
-        for subsample, digest in digests.items():
-            if dataset_fingerprint("dtd", tmp_path, subsample=subsample)["digest"] != digest:
-                found.append(subsample)
-        return found
-
-    assert changed_by_losing("train", 2) == ["all", "new"]
-    assert changed_by_losing("test", 2) == ["all", "base", "new"]  # base tests on new ones, too
+    change_split(folder, lambda s: s["test"].remove([e for e in s["test"] if e[1] == 2][0]))
+    for subsample, digest in digests.items():  # base tests on new classes, too
+        assert dataset_fingerprint("dtd", tmp_path, subsample=subsample)["digest"] != digest
+    before = dataset_fingerprint("dtd", tmp_path, subsample="base")
+    change_split(folder, lambda s: s["train"].remove([e for e in s["train"] if e[1] == 2][0]))
+    assert dataset_fingerprint("dtd", tmp_path, subsample="base") == before
 
 
 # Fingerprints
@@ -216,7 +195,6 @@ def test_fingerprint_ignores_place_and_draw(complete, tmp_path, capsys, name):
 
 CHANGES = {
     "image removed": lambda split: split["train"].pop(),
-    "image added": lambda split: split["test"].append(split["train"][0]),
     "order": lambda split: split["train"].reverse(),
     "part": lambda split: split["val"].append(split["train"].pop()),
     "class name": lambda split: split.update(

@@ -1,9 +1,7 @@
 """The checker, `python -m datasets`: what it prints, and how it ends."""
 
 import os
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -153,13 +151,3 @@ def test_wrong_usage_ends_with_two(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_checker_runs_as_module(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "datasets.__main__")
-    monkeypatch.setattr(sys, "argv", ["", "--root_path", str(tmp_path), "--dataset", "dtd"])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_module("datasets", run_name="__main__")
-    printed = capsys.readouterr()
-    assert caught.value.code == 1 and "there is no dtd or DTD in" in printed.out
-    assert printed.err == ""

@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from dataset_helpers import make_small_dataset
+from dataset_helpers import change_split, make_small_dataset, write_image
 
 from datasets import build_dataset, dump_fewshot_split
 
@@ -89,20 +89,16 @@ def test_path_may_lack_first_folders(root):
     assert item.impath.endswith(f"/images/{image[0]}")
 
 
-def test_ambiguous_path_is_refused(tmp_path):
-    folder = make_small_dataset("stanford_cars", tmp_path) / "cars_train"
-    (folder / "other").mkdir()
-    (split,) = folder.parent.glob("split_*.json")
-    entries = json.loads(split.read_text())
-    image = entries["train"][0][0].split("/")[-1]
-    (folder / "other" / image).write_bytes((folder / image).read_bytes())
-    entries["train"].append([f"cars_train/other/{image}", *entries["train"][0][1:]])
-    split.write_text(json.dumps(entries))
-    (tmp_path / "few.json").write_text(
-        json.dumps({"train": [[image, *entries["train"][0][1:]]], "val": []})
+def test_ambiguous_path_is_refused(root):
+    (root / "dtd/images/banded/more").mkdir()
+    write_image(root / "dtd/images/banded/more/banded_0000.jpg", 0, 0)
+    entry = ["banded/more/banded_0000.jpg", 0, "banded"]
+    change_split(root / "dtd", lambda split: split["train"].append(entry))
+    (root / "few.json").write_text(
+        json.dumps({"train": [["banded_0000.jpg", 0, "banded"]], "val": []})
     )
-    with pytest.raises(ValueError, match=f"names the image {image}, which several images have"):
-        build_dataset("stanford_cars", tmp_path, 1, fewshot_split=tmp_path / "few.json")
+    with pytest.raises(ValueError, match="the image banded_0000.jpg, which several images have"):
+        build(root, fewshot_split=root / "few.json")
 
 
 @pytest.mark.parametrize("subsample", ["base", "new"])

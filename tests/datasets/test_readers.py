@@ -71,13 +71,6 @@ def test_classnames_are_published_ones(tmp_path):
         assert build_dataset(name, tmp_path, 1).classnames == names
 
 
-def test_caltech_leaves_out_two_folders(tmp_path):
-    make_small_dataset("caltech101", tmp_path, split=False)
-    dataset = build_dataset("caltech101", tmp_path, 4)
-    folders = {Path(item.impath).parent.name for item in dataset.train_x + dataset.test}
-    assert folders == {"Faces", "Leopards", "Motorbikes"}
-
-
 def test_cars_list_in_devkit(tmp_path):
     folder = make_small_dataset("stanford_cars", tmp_path, split=False)
     name = "cars_test_annos_withlabels.mat"
@@ -90,13 +83,9 @@ def test_cars_list_in_devkit(tmp_path):
 
 LISTS = [
     ("sun397", "ClassName.txt"),
-    ("sun397", "Testing_01.txt"),
-    ("oxford_pets", "annotations/trainval.txt"),
     ("oxford_flowers", "imagelabels.mat"),
     ("oxford_flowers", "cat_to_name.json"),
     ("stanford_cars", "devkit/cars_meta.mat"),
-    ("stanford_cars", "cars_test_annos_withlabels.mat"),
-    ("ucf101", "ucfTrainTestlist/classInd.txt"),
 ]
 
 
@@ -117,15 +106,11 @@ def test_unreadable_list_is_named(tmp_path, name, file):
     "name, file, line, message",
     [
         ("sun397", "Training_01.txt", "/q/quarry/sun_1.jpg", "line 19 of .*'/q/quarry/sun_1.jpg'"),
-        ("sun397", "Training_01.txt", "/a/abbey/sun_0.jpg", "a/abbey/sun_0.jpg: named in"),
         ("sun397", "ClassName.txt", "/q/quarry", "no training images of the class 'quarry'"),
         ("oxford_pets", "annotations/test.txt", "beagle_1", "line 7 of .*'beagle_1'"),
         ("oxford_pets", "annotations/test.txt", "beagle_1 1 1 1", "label 0 stands for 'abyss"),
         ("ucf101", "ucfTrainTestlist/testlist01.txt", "TaiChi/v_TaiChi_g01_c01.avi", "line 7 of"),
-        ("ucf101", "ucfTrainTestlist/classInd.txt", "4 TaiChi", "the class 'Tai_Chi'"),
         ("fgvc", "images_variant_train.txt", "0000001 Concorde", "line 13 of .*Concorde"),
-        ("fgvc", "images_variant_val.txt", "7777777 A300B4", "7777777.jpg: named in .*, missing"),
-        ("fgvc", "variants.txt", "Concorde", "the class 'Concorde'"),
     ],
 )
 def test_wrong_line_is_named(tmp_path, name, file, line, message):
@@ -139,8 +124,6 @@ def test_wrong_line_is_named(tmp_path, name, file, line, message):
     [
         ({"other": [1]}, "no readable 'labels' .KeyError"),
         ({"labels": np.array([[1, 1, 9]])}, "does not have a name for each label .*KeyError.9"),
-        ({"labels": np.array([[np.nan]])}, "no readable 'labels'"),
-        ({"labels": np.array([["__import__('os').abort()"]], object)}, "no readable 'labels'"),
         ({"labels": np.array([[1] * 25])}, "image_00025.jpg: named in .*imagelabels.mat"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import os
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -32,14 +31,9 @@ def save(form, mode="RGB", **options):
     return lambda path: picture(mode).save(path, form, **options)
 
 
-def half(form):
-    """A writer of the first half of a picture's file."""
-
-    def write(path):
-        picture(size=(200, 200)).save(path, form)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    return write
+def half_jpeg(path):
+    picture(size=(200, 200)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def rotated(path):
@@ -54,13 +48,9 @@ READ = {
     "black and white": save("PNG", "1"),
     "gray with transparency": save("PNG", "LA"),
     "transparency": save("PNG", "RGBA"),
-    "palette": save("PNG", "P"),
-    "palette with one transparent": save("PNG", "P", transparency=3),
     "palette with transparency": save("PNG", "P", transparency=bytes(range(0, 256, 16))),
     "rotated": rotated,
     "animated GIF": save("GIF", save_all=True, append_images=[picture(seed=1)]),
-    "pages": save("TIFF", save_all=True, append_images=[picture(seed=1)]),
-    "PGM": save("PPM", "L"),
     "one column": lambda path: picture(size=(1, 300)).save(path, "PNG"),
 }
 
@@ -84,23 +74,12 @@ def test_sixteen_bit_gray_keeps_shades(tmp_path, form):
     assert np.asarray(read_image(tmp_path / "x.png"))[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
-def text(content):
-    return lambda path: path.write_text(content)
-
-
 POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 REFUSED = {
-    "text": (text("a text"), r"cannot be read \(none of JPEG"),
-    "PostScript": (text(POSTSCRIPT), "none of JPEG"),  # Pillow would run Ghostscript
-    "icon": (save("ICO"), "none of JPEG"),
-    "folder": (lambda path: path.mkdir(), "it is not a regular file"),
+    "PostScript": (lambda path: path.write_text(POSTSCRIPT), "none of JPEG"),  # or Ghostscript runs
     "pipe": (os.mkfifo, "it is not a regular file"),
-    "large": (lambda path: Image.new("1", (10_000, 9_000)).save(path, "PNG"), "pixels"),
-    "half a JPEG": (half("JPEG"), "truncated"),
-    "half a PNG": (half("PNG"), "truncated"),
-    "half a WebP": (half("WEBP"), ""),
-    "pointer": (text("version https://git-lfs.github.com/spec/v1\noid x"), "is a Git LFS pointer"),
-    "page": (text("<!DOCTYPE html><html>403 Forbidden</html>"), "is a web page, not the file"),
+    "half a JPEG": (half_jpeg, "truncated"),
+    "page": (lambda path: path.write_text("<!DOCTYPE html>403"), "is a web page, not the file"),
 }
 
 
@@ -109,10 +88,8 @@ def test_read_image_refuses_by_name(tmp_path, kind):
     write, words = REFUSED[kind]
     path = tmp_path / "an image.jpg"
     write(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # not to depend on it
-        with pytest.raises(ValueError, match=rf"the image {path} .*{words}") as caught:
-            read_image(path)
+    with pytest.raises(ValueError, match=rf"the image {path} .*{words}") as caught:
+        read_image(path)
     assert "\n" not in str(caught.value)
 
 
@@ -157,10 +134,6 @@ def test_crops_have_torchvisions_distribution(size):
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (9.0, 9.0), (0.1, 0.1)])
 def test_smallest_images_have_crops(size, ratio):
     for seed in range(5):
-        left, top, right, bottom = random_resized_crop_params(
-            *size, random.Random(seed), (0.08, 1.0), ratio
-        )
+        rng = random.Random(seed)
+        left, top, right, bottom = random_resized_crop_params(*size, rng, (0.08, 1.0), ratio)
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-        image = Image.new("RGB", size)
-        cropped = train_transform(image, 8, random.Random(seed), (0.08, 1.0), ratio, True)
-        assert cropped.size == (8, 8)
