@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +26,7 @@ from clip import convert, model_config
 from clip.loading import resolve_checkpoint
 from clip.model import EXTRA_KEYS
 
-VARIANTS = [  # width and heads of both towers, activation
-    (128, 2, "gelu"), (160, 2, "quickgelu"), (264, 3, "gelu"), (208, 2, "quickgelu"),
-]  # fmt: skip
+VARIANTS = [(160, 2, "quickgelu"), (264, 3, "gelu")]  # width and heads of both towers, activation
 
 
 def open_clip_reference(folder, width, heads, activation, text):
@@ -130,7 +128,7 @@ def test_heads_of_openai_layout(tmp_path, size):
     assert (model.activation, model.heads) == ("gelu", (4, 2))
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-S-32-alt"])
+@pytest.mark.parametrize("name", [*CONFIGS, "ViT-bigG-14", "ViT-S-32-alt"])
 def test_all_sizes_match_open_clip(name):
     open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
     config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))
@@ -228,7 +226,6 @@ def test_config_names_resize_mode(tiny):
         ({"vision_cfg": {"timm_model_name": "vit_base"}}, "open_clip cannot build .*vit_base"),
         ({"text_cfg": {"pool_type": "last"}}, "x.pt does not hold the weights of .*own config"),
         ({"vision_cfg": {}}, r"another model \(vision_width 768, .* have 128\)"),
-        ({"vision_cfg": TOWER | {"head_width": 40}}, "3 attention heads"),
         ({"vision_cfg": {"head_width": 0}}, "cannot be understood"),
         ({"text_cfg": 5}, "cannot be understood"),
     ],
@@ -253,25 +250,6 @@ def test_unsupported_transformers_config(tiny, config, words):
         clip.load(tiny, "cpu")
 
 
-@pytest.mark.parametrize(
-    ("key", "name"),
-    [
-        ("logit_bias", "SigLIP"),
-        ("vision_model.head.probe", "SigLIP"),
-        ("text_decoder.ln.weight", "CoCa"),
-        ("visual.trunk.blocks.0.weight", "timm trunk"),
-        ("text.transformer.embeddings.weight", "Hugging Face text tower"),
-        ("visual.attn_pool.query", "attentional pooling"),
-        ("visual.transformer.resblocks.0.ls_1.gamma", "layer scale"),
-        ("text.cls_emb", "class token in its texts"),
-    ],
-)
-def test_unsupported_state_dict_is_named(tmp_path, key, name):
-    torch.save({**random_state_dict(TINY_VIT), key: torch.zeros(2)}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=f"x.pt cannot be used: it is .*{name}"):
-        clip.load(tmp_path / "x.pt", "cpu")
-
-
 def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
@@ -282,23 +260,15 @@ def under(prefix, state):
         (lambda s: s, ""),
         (lambda s: {"state_dict": under("module.", s), "epoch": 3},
          "below 'state_dict', without the prefix 'module.'"),
-        (lambda s: under("_orig_mod.", s), "without the prefix '_orig_mod.'"),
         (lambda s: under("module._orig_mod.", s), "without the prefix 'module._orig_mod.'"),
-        (lambda s: {"state_dict": under("model.", s), "loops": {}},
-         "below 'state_dict', without the prefix 'model.'"),
         (lambda s: {"model_state_dict": s, "loss": torch.tensor(1.0)}, "below 'model_state_dict'"),
         (lambda s: {"model": s, "best": torch.tensor(3.0)}, "below 'model'"),
-        (lambda s: {"module": s, "dp_world_size": 2}, "below 'module'"),
         (lambda s: under("clip_model.", s) | {"head.weight": torch.zeros(2)},
          "without the prefix 'clip_model.', leaving out head.weight"),
-        (lambda s: {"state_dict": {"state_dict": s}}, "below 'state_dict.state_dict'"),
         (lambda s: {"ema": dict(s), "model": s}, "below 'model', not 'ema'"),
         (lambda s: {"a": {"b": under("net.clip.", s)}}, "below 'a.b', without the prefix 'net.cl"),
         (lambda s: {k.replace("resblocks.0.", "resblocks.0._orig_mod."): v for k, v in s.items()},
          "without '_orig_mod.' inside names"),
-        (lambda s: {k.replace("visual.", "visual.module."): v for k, v in s.items()},
-         "without 'module.' inside names"),
-        (lambda s: under("module.", s) | {"n_averaged": torch.tensor(3)}, "leaving out n_averaged"),
     ],
 )  # fmt: skip
 def test_prefix_and_nesting_are_named(tmp_path, capsys, wrap, note):
@@ -319,8 +289,6 @@ def test_foreign_objects_are_passed_over(tmp_path):
         "array": np.arange(3),
         "settings": Settings(a=[{1, 2}], b=(slice(3), 1j, b"bytes")),
         "history": defaultdict(list, loss=[1.0]),
-        "order": OrderedDict(a=1),
-        "optimizer": torch.optim.SGD([torch.zeros(2, requires_grad=True)], 0.1),
     }
     state = random_state_dict(TINY_VIT)
     with pytest.MonkeyPatch.context() as patch:

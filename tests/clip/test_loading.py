@@ -18,12 +18,7 @@ from clip.loading import resolve_checkpoint
 from utils import detect_placeholder_file
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 350939004\n"
-PAGES = [
-    "<!DOCTYPE html><html><body>403 Forbidden</body></html>",
-    "\n <HTML>\n",
-    '<?xml version="1.0"?>\n<!DOCTYPE html>',
-    "<!-- a proxy's -->\n<html lang=en>",
-]
+PAGE = '<?xml version="1.0"?>\n<!-- a proxy -->\n<!DOCTYPE html><html>403 Forbidden</html>'
 
 
 @pytest.fixture
@@ -48,19 +43,11 @@ def test_available_models():
         clip.validate_name(name)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("ViT-B16", "ViT-B/16"), ("vit-b/32", "ViT-B/32"), ("RN50x46", "RN50x4"), ("rn101", "RN101")],
-)
-def test_unknown_name_suggests_nearest(name, nearest):
-    assert f"unknown model '{name}' (did you mean '{nearest}'?)" in refused(name)
-
-
-@pytest.mark.parametrize("name", ["resnext", "openai/clip-vit-base-patch16"])
-def test_unknown_name_lists_models(name):
-    message = refused(name)
+def test_unknown_name_gets_a_hint():
+    assert "unknown model 'vit-b16' (did you mean 'ViT-B/16'?)" in refused("vit-b16")
+    message = refused("openai/clip-vit-base-patch16")
     assert all(known in message for known in clip.available_models())
-    assert ("hf download openai/clip-vit-base-patch16" in message) == ("/" in name)
+    assert "hf download openai/clip-vit-base-patch16" in message
 
 
 @pytest.mark.parametrize("path", ["missing.pt", "a/b/missing.ckpt", "missing.safetensors", "/no/x"])
@@ -69,7 +56,7 @@ def test_missing_path_is_named(path, tmp_path, monkeypatch):
     assert path in refused(path, FileNotFoundError)
 
 
-@pytest.mark.parametrize("text", [POINTER, *PAGES], ids=["LFS", "page", "html", "xml", "comment"])
+@pytest.mark.parametrize("text", [POINTER, PAGE], ids=["LFS", "page"])
 def test_placeholder_file_is_named(text, tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_text(text)
@@ -107,8 +94,6 @@ def test_folder_without_one_checkpoint(state, tmp_path):
     ("name", "words"),
     [
         ("open_clip:ViT-B-32", "should be open_clip:NAME/PRETRAINED"),
-        ("open_clip:ViT-B-99/openai", "no model 'ViT-B-99'"),
-        ("open_clip:ViT-B-32/nobody", "no weights 'nobody' for ViT-B-32: it has openai, "),
         ("open_clip:ViT-B-16-SigLIQ/webli", "no model 'ViT-B-16-SigLIQ' (did you mean"),
         ("open_clip:ViT-B-16-SigLIP/webly", "SigLIP (did you mean 'webli'?): it has webli"),
     ],
@@ -123,8 +108,6 @@ def test_unsupported_open_clip_name(name, words):
     [
         ("ViT-B-32/laion2b_s34b_b79k", "gelu", (12, 8)),
         ("ViT-B-32/openai", "quickgelu", (12, 8)),
-        ("ViT-B-32-quickgelu/laion400m_e32", "quickgelu", (12, 8)),
-        ("ViT-g-14/laion2b_s34b_b88k", "gelu", (16, 16)),
         ("ViT-bigG-14/laion2b_s39b_b160k", "gelu", (16, 20)),
         ("RN50x4/openai", "quickgelu", (40, 10)),
     ],

@@ -137,20 +137,13 @@ def having(key, value):
     ("change", "words"),
     [
         (without("logit_scale"), "lacks logit_scale"),
-        (without("visual.conv1.weight"), "lacks visual.conv1.weight"),
         (without("transformer.resblocks.1.attn.in_proj_bias"), "lacks .*in_proj_bias"),
         (having("head.weight", torch.zeros(2)), "unexpected head.weight"),
-        (having("transformer.resblocks.7.ln_1.weight", torch.zeros(64)), "lacks .* and 7 more"),
         (having("logit_scale", torch.zeros(3)), r"logit_scale \(3,\) instead of \(\)"),
         (having("visual.conv1.weight", torch.zeros(5)), "wrongly shaped visual.conv1.weight"),
-        (having("visual.conv1.weight", torch.zeros(8, 3, 0, 0)), "wrongly shaped visual.conv1"),
         (having("visual.positional_embedding", torch.zeros(16, 128)), r"instead of \(10, 128\)"),
-        (without("visual.class_embedding"), "lacks visual.class_embedding"),
-        (having("text_projection", torch.zeros(100, 64)), "instead of"),
         (having("logit_scale", 4.6), "no tensor in logit_scale"),
-        (lambda _: {}, "lacks positional_embedding"),
         (lambda _: {"fc.weight": torch.zeros(2, 2)}, "lacks positional_embedding, .* and 1 more"),
-        (lambda _: {7: torch.zeros(2, 2)}, "lacks"),
     ],
 )
 def test_wrong_state_dict_is_named(change, words):

@@ -23,6 +23,10 @@ CASES = {
     "gmp": ({**STATE, "visual.transformer.resblocks.0.mlp.c_fc.r": ROW}, "GmP"),
     "eva": ({**STATE, "visual.blocks.0.attn.q_proj.weight": ROW}, "open_clip:EVA"),
     "long clip": ({**STATE, "positional_embedding_res": ROW}, "rows 0-19"),
+    "siglip": ({**STATE, "logit_bias": ROW}, "SigLIP .*open_clip_config.json"),
+    "coca": ({**STATE, "text_decoder.ln.weight": ROW}, "CoCa"),
+    "timm": ({**STATE, "visual.trunk.blocks.0.weight": ROW}, "timm trunk"),
+    "bert": ({**STATE, "text.transformer.embeddings.weight": ROW}, "Hugging Face text tower"),
 }
 
 
