@@ -128,7 +128,7 @@ def collect_images(cell: ConfusionCell, limit: int) -> CellImages:
     problems = [] if few else [f"There is no readable fewshot.json in {run.folder}."]
     try:
         folder = find_image_dir(run)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         folder = run.folder
         problems.append(f"The images are gone: {one_line(format_error(error))}.")
     mistakes = defaultdict(list)

@@ -70,14 +70,6 @@ def test_accuracy_has_published_points(plan):
     assert len(so.lines[0].get_ydata()) == 2 and so.has_yerr
 
 
-def test_differences_are_to_the_first(plan):
-    (axes,) = plan("differences").axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
-        "SO, moment_support random", "LoRA",
-    ]  # fmt: skip
-    assert [list(c.lines[0].get_xdata()) for c in axes.containers] == [[2.5], [1.5, 2.5]]
-
-
 def test_curves_have_loss_and_accuracy(plan):
     figure = plan("curves-dtd-4shots")
     loss, accuracy = figure.axes
