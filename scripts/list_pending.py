@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import reporting  # noqa: F401  (which puts the repository on the path)
@@ -36,10 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The first argument is sweep.sh's, which may be contradicted by those that follow.
         arguments = {x: ["--no-save_weights", *split_line(x), *shared] for x in lines}
         pending = [x for x in lines if not is_finished(arguments[x])]
-    check_data([arguments[x] for x in pending])
+    check_inputs([arguments[x] for x in pending])
     print(*pending, sep="\n", end="\n" * bool(pending))
-    finished = len(lines) - len(pending)
-    print(f"{plural(len(lines), 'run')}, {finished} of them finished", file=sys.stderr)
+    finished = [x for x in lines if x not in pending]
+    text = f"{plural(len(lines), 'run')}, {len(finished)} of them finished"
+    if finished and pending:
+        hours = estimate_hours(*([arguments[x] for x in group] for group in (finished, pending)))
+        text += f"; the others take some {hours:.2g} hours, run after run, by the time of these"
+    print(text, file=sys.stderr)
 
 
 def split_line(line: str) -> list[str]:
@@ -49,13 +54,14 @@ def split_line(line: str) -> list[str]:
     return list(lexer)
 
 
-def check_data(runs: Sequence[Sequence[str]]) -> None:
-    """Raise what is wrong with the first run's data, if no run's data can be read."""
+def check_inputs(runs: Sequence[Sequence[str]]) -> None:
+    """Raise what is wrong with the first run's data or weights, if no run's can be read."""
     errors = []
     for arguments in runs:
         args = get_arguments(arguments)
         try:
             cached_fingerprint(args.dataset, args.root_path, args.classnames)
+            cached_model_sha256(args.backbone, args.activation, args.heads and tuple(args.heads))
             return
         except (ValueError, OSError) as error:
             errors.append(error)
@@ -88,6 +94,20 @@ def is_finished(arguments: Sequence[str]) -> bool:
     if finished:
         remove_stale_files(folder)
     return finished
+
+
+def estimate_hours(finished: Sequence[Sequence[str]], pending: Sequence[Sequence[str]]) -> float:
+    """Return the time of the pending runs, by the finished ones' time of an iteration.
+
+    Iterations of a method take the mean of its finished runs, or that of all of them.
+    """
+    times: dict[str, list[float]] = {}
+    for args in map(get_arguments, finished):
+        result = json.loads((get_output_dir(args) / "result.json").read_text())
+        times.setdefault(args.method, []).append(result["wall_seconds"] / result["iterations"])
+    mean = fmean(time for values in times.values() for time in values)
+    runs = [get_arguments(arguments) for arguments in pending]
+    return sum(a.n_iters * a.shots * fmean(times.get(a.method, [mean])) for a in runs) / 3600
 
 
 @cache

@@ -17,14 +17,14 @@ from dataset_helpers import make_dataset
 
 from runs.cli import run_cli
 
-SWEEP = Path(__file__).parents[2] / "scripts/sweep.sh"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def start(*flags, **variables):
+def start(*flags, script="sweep.sh", **variables):
     defaults = {"PYTHON": sys.executable, "SHOTS": 1, "SEEDS": 1, "METHODS": "so"}
     return subprocess.Popen(
-        ["bash", SWEEP, *map(str, flags)], text=True, start_new_session=True,
+        ["bash", SCRIPTS / script, *map(str, flags)], text=True, start_new_session=True,
         env=os.environ | {key: str(value) for key, value in (defaults | variables).items()},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # A shell cannot trap what was ignored as it started, as where the tests run behind a `&`.
@@ -119,3 +119,19 @@ def test_wrong_data_ends_sweep(tmp_path, monkeypatch, capsys):
     status, out, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)))
     assert status == 2 and out == "" and str(tmp_path / "no") in err
     assert len(err.splitlines()) == 1
+
+
+def test_reproduce_goes_from_data_to_report(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "results"
+    make_dataset("eurosat", data)
+    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), data / "tiny.pt")
+    flags = ["--backbone", data / "tiny.pt", "--n_iters", 2, "--s", 0.9, "--num_workers", 0]
+    common = {"script": "reproduce.sh", "DATA": data, "RESULTS": out, "INCOMPLETE": 1}
+    status, text, err = sweep(*flags, DATASETS="eurosat dtd", **common)
+    assert status == 1 and "get these first" in err and not out.exists()
+    assert "* dtd: there is no dtd" in text and f'DTD("{data}", download=True)' in text
+    assert "eurosat: not the published numbers" in text  # which INCOMPLETE bears
+    status, text, err = sweep(*flags, DATASETS="eurosat", SEEDS="1 2", **common)
+    assert status == 0 and "2 runs, 1 of them finished; the others take some" in err
+    assert "EuroSAT" in text.split("== Report")[1] and (out / "report/tables.md").exists()
+    assert len(list(out.rglob("result.json"))) == 2
