@@ -1,6 +1,5 @@
 """Checkpoints in every format, damaged or hostile: read as data, or refused."""
 
-import argparse
 import os
 import pickle
 import re
@@ -112,15 +111,6 @@ def test_strides_types_and_storages_stay(tmp_path):
     assert storages[0] == storages[1]
 
 
-def test_plain_values_are_read(tmp_path):
-    numbers = [1, -2.5, None, True, 10**30, (3, "text")]
-    content = {"numbers": numbers, "dtype": torch.float16, "size": torch.Size([2, 3])}
-    torch.save({**content, "args": argparse.Namespace(lr=1)}, tmp_path / "x.pt")
-    loaded = safe_load(tmp_path / "x.pt")
-    assert not hasattr(loaded.pop("args"), "lr")
-    assert loaded == {**content, "size": (2, 3)}
-
-
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("kept", [slice(0), slice(1000), slice(1000, None)])
 def test_damaged_file_is_refused(kept, suffix, tmp_path):
@@ -172,7 +162,8 @@ HOSTILE = {  # pickles, by what each must not get to do
     "a storage that is a path": TENSOR.replace(b"X\x01\0\0\x000", b"X\x0b\0\0\0/etc/passwd") + b".",
     "a type that is none": TENSOR.replace(b"ctorch\nFloatStorage\n", b"N") + b".",
     "itself": b"c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
-    "no end": b"N" * 1000,
+    "a program": b"cposix\nsystem\n.",
+    "a builtin": b"cbuiltins\neval\n.",
 }
 
 
@@ -183,17 +174,6 @@ def test_hostile_pickle_does_nothing(tmp_path, case):
     refused(tmp_path / "hostile.pt")
     write_zip(tmp_path / "good.pt", {"data.pkl": b"\x80\x02" + TENSOR + b".", **data})
     assert torch.equal(safe_load(tmp_path / "good.pt"), torch.zeros(4))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["builtins eval", "posix system", "subprocess Popen", "torch.hub load"],
-)
-def test_names_of_programs_are_refused(name, tmp_path):
-    module, _, function = name.partition(" ")
-    content = b"\x80\x02c" + f"{module}\n{function}\n.".encode()
-    write_zip(tmp_path / "hostile.pt", {"data.pkl": content})
-    assert f"names {module}.{function}, which no CLIP" in refused(tmp_path / "hostile.pt")
 
 
 def test_hostile_checkpoint_is_not_executed(tmp_path):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from clip_helpers import (
     CONFIGS,
-    TINY_RESNET,
     TINY_VIT,
     random_images,
     random_state_dict,
@@ -24,7 +23,6 @@ from safetensors.torch import load_file
 import clip
 from clip import convert, model_config
 from clip.loading import resolve_checkpoint
-from clip.model import EXTRA_KEYS
 
 VARIANTS = [(160, 2, "quickgelu"), (264, 3, "gelu")]  # width and heads of both towers, activation
 
@@ -109,23 +107,6 @@ def test_old_transformers_checkpoint_features(tmp_path, capsys):
     (tmp_path / "model.safetensors").unlink()
     assert_equal(tmp_path / "pytorch_model.bin", reference)
     assert "note:" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("size", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
-def test_heads_of_openai_layout(tmp_path, size):
-    open_clip = pytest.importorskip("open_clip", reason="open_clip is the reference")
-    state = random_state_dict(size)
-    torch.save(state, tmp_path / "x.pt")
-    width = size["vision_width"]
-    vision = {"image_size": size["image_resolution"], "layers": size["vision_layers"], "width":
-              width, "head_width": width * (1 if size is TINY_VIT else 32) // 4,
-              "patch_size": 8}  # fmt: skip
-    text = {"context_length": 16, "vocab_size": 514, "layers": 2, "heads": 2, "width": 64}
-    theirs = open_clip.CLIP(64, vision, text, quick_gelu=False).eval()
-    theirs.load_state_dict({k: v for k, v in state.items() if k not in EXTRA_KEYS})
-    reference = theirs.encode_image, theirs.encode_text
-    model = assert_equal(tmp_path / "x.pt", reference, activation="gelu", heads=[4, 2])
-    assert (model.activation, model.heads) == ("gelu", (4, 2))
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "ViT-bigG-14", "ViT-S-32-alt"])

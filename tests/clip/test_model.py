@@ -78,17 +78,6 @@ def test_build_model_copies_state_dict(name):
     assert all(torch.equal(state[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_gradients_reach_every_parameter(name):
-    model = tiny(name)
-    logits, _ = model(random_images(model), random_tokens(model))
-    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
-    without = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # Softmax does not see what is added to all keys, nor attention a sum in front of it.
-    assert [key for key in without if key != "visual.attnpool.k_proj.bias"] == []
-    assert model.transformer.resblocks[0].attn.in_proj_weight.grad.shape == (192, 64)
-
-
 @torch.no_grad()
 def test_features_ignore_padding():
     model = tiny()

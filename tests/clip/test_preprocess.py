@@ -1,7 +1,5 @@
 """What CLIP's preprocessing makes of images, whatever their mode."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -66,11 +64,3 @@ def test_floating_point_is_scaled(values, gray, tmp_path):
 def test_infinite_values_are_refused(value):
     with pytest.raises(ValueError, match="gray values are not finite: save it with eight bits"):
         convert_image_to_rgb(Image.fromarray(np.array([[0, value]], np.float32)))
-
-
-def test_transparent_palette_keeps_colors():
-    image = Image.new("RGB", (4, 4), (10, 20, 30)).quantize(2)
-    image.info["transparency"] = b"\x00\x80"
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    assert convert_image_to_rgb(Image.open(file)).getpixel((0, 0)) == (10, 20, 30)

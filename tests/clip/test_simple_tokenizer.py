@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import random
 import sys
 
 import pytest
@@ -63,18 +62,6 @@ def write_merges(path, lines):
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_equal_open_clip(text, open_clip):
     assert torch.equal(tokenize(text, 200), open_clip.tokenize([text], 200))
-
-
-def test_random_texts_equal_open_clip(open_clip):
-    generator = random.Random(0)
-    blocks = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x500), (0x2000, 0x2100), (0x1F300, 0x1F650)]
-
-    def text():
-        letters = [chr(generator.randrange(*generator.choice(blocks))) for _ in range(40)]
-        return "".join(generator.choice([letter, " ", letter, "e"]) for letter in letters)
-
-    texts = [text() for _ in range(100)]
-    assert torch.equal(tokenize(texts, 300), open_clip.tokenize(texts, 300))
 
 
 def test_tokenize_pads_with_zeros():
@@ -159,11 +146,7 @@ def test_merges_are_downloaded(no_merges, monkeypatch):
         monkeypatch.setattr(simple_tokenizer, "MERGES_URL", server.url)
         with pytest.raises(ValueError, match="wrong SHA-256"):
             default_bpe()
-        server.status = 503
-        with pytest.raises(ConnectionError, match=f"place it at .*{simple_tokenizer.MERGES_FILE}"):
-            default_bpe()
         monkeypatch.setattr(simple_tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
-        server.status = None
         found = default_bpe()
     assert found == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
     assert read_merges(found) == [("a", "b</w>")]

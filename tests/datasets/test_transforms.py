@@ -64,16 +64,6 @@ def test_read_image_equals_clips_reading(tmp_path, kind):
         assert np.array_equal(read_image(path), image.convert("RGB"))
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
-def test_sixteen_bit_gray_keeps_shades(tmp_path, form):
-    values = np.array([[0, 257, 32896, 65535]], np.uint16)
-    if form == "PPM":  # which older versions of Pillow read, but do not write
-        (tmp_path / "x.png").write_bytes(b"P5 4 1 65535\n" + values.astype(">u2").tobytes())
-    else:
-        Image.fromarray(values).save(tmp_path / "x.png", form)
-    assert np.asarray(read_image(tmp_path / "x.png"))[0, :, 1].tolist() == [0, 1, 128, 255]
-
-
 POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 REFUSED = {
     "PostScript": (lambda path: path.write_text(POSTSCRIPT), "none of JPEG"),  # or Ghostscript runs
