@@ -14,7 +14,9 @@ from typing import Any
 
 from utils import detect_placeholder_file, format_error
 
+PathLike = str | os.PathLike
 RawSample = tuple[str, int, str]  # path below the image folder with "/", label, class name
+GrayRange = tuple[float, float]  # the values that become black and white (`transforms.read_image`)
 
 SPLITS = ("train", "val", "test")
 SUBSAMPLES = ("all", "base", "new")  # halves of the classes (see `Split.subsample_classes`)
@@ -35,7 +37,7 @@ class Datum:
     impath: str
     label: int
     classname: str
-    gray_range: tuple[float, float] | None = None  # see `transforms.read_image`
+    gray_range: GrayRange | None = None
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,7 @@ class DatasetDir:
         return next((c for c in candidates if os.path.isfile(self.image_path(c))), path)
 
 
-def find_dataset_dir(
-    name: str, info: DatasetInfo, root_path: str | os.PathLike | None
-) -> DatasetDir:
+def find_dataset_dir(name: str, info: DatasetInfo, root_path: PathLike | None) -> DatasetDir:
     """Find a dataset's folder below the root: by the first of its names, or the most complete one.
 
     A dataset that is made, not downloaded, is made if it does not exist, and needs no root.
@@ -213,7 +213,7 @@ def find_dataset_dir(
     return replace(preferred, path=path)
 
 
-def resolve_root(root_path: str | os.PathLike | None) -> Path:
+def resolve_root(root_path: PathLike | None) -> Path:
     """Return the folder of all datasets, or DEFAULT_ROOT if none is given."""
     return Path(os.path.expanduser(root_path or DEFAULT_ROOT))
 
@@ -265,17 +265,17 @@ def _walk(folder: Path, max_depth: int = 2) -> Iterator[Path]:
         level = [path / name for path in level for name in list_subdirs(path)]
 
 
-def list_images(folder: str | os.PathLike) -> list[str]:
+def list_images(folder: PathLike) -> list[str]:
     """Return the sorted names of a folder's images, by their extensions."""
     return [name for name in list_entries(folder)[0] if name.lower().endswith(IMAGE_EXTENSIONS)]
 
 
-def list_subdirs(folder: str | os.PathLike) -> list[str]:
+def list_subdirs(folder: PathLike) -> list[str]:
     """Return the sorted names of a folder's subfolders."""
     return list_entries(folder)[1]
 
 
-def list_entries(folder: str | os.PathLike) -> tuple[list[str], list[str], list[str]]:
+def list_entries(folder: PathLike) -> tuple[list[str], list[str], list[str]]:
     """Return the sorted names of a folder's files, subfolders, and links that lead nowhere.
 
     Hidden and ignored ones are left out; links are followed.
@@ -301,7 +301,7 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def read_text(path: str | os.PathLike, remedy: str = "get the file again") -> str:
+def read_text(path: PathLike, remedy: str = "get the file again") -> str:
     """Read a text file in UTF-8; a ValueError says what else it is, and the remedy."""
     if placeholder := detect_placeholder_file(path):
         raise ValueError(f"{path} is {placeholder}")
@@ -311,7 +311,7 @@ def read_text(path: str | os.PathLike, remedy: str = "get the file again") -> st
         raise ValueError(f"{path} is not UTF-8 text ({error}): {remedy}") from error
 
 
-def read_json(path: str | os.PathLike, remedy: str = "get the file again") -> Any:
+def read_json(path: PathLike, remedy: str = "get the file again") -> Any:
     """Read a JSON file; a ValueError says what else it is, and the remedy."""
     text = read_text(path, remedy)
     try:

@@ -12,6 +12,8 @@ from datasets.base import (
     DatasetInfo,
     Datum,
     FewShotDataset,
+    GrayRange,
+    PathLike,
     Split,
     dataset_errors,
     find_dataset_dir,
@@ -28,12 +30,12 @@ from utils import did_you_mean
 
 def build_dataset(
     name: str,
-    root_path: str | os.PathLike | None,
+    root_path: PathLike | None,
     shots: int,
     *,
-    classnames: str | os.PathLike | None = None,
+    classnames: PathLike | None = None,
     template: str | Sequence[str] | None = None,
-    fewshot_split: str | os.PathLike | None = None,
+    fewshot_split: PathLike | None = None,
     subsample: str = "all",
 ) -> FewShotDataset:
     """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
@@ -91,7 +93,7 @@ def build_dataset(
 
 def build_test_dataset(
     name: str,
-    root_path: str | os.PathLike | None,
+    root_path: PathLike | None,
     *,
     template: str | Sequence[str] | None = None,
 ) -> FewShotDataset:
@@ -111,8 +113,8 @@ def build_test_dataset(
 
 def dataset_fingerprint(
     name: str,
-    root_path: str | os.PathLike | None,
-    classnames: str | os.PathLike | None = None,
+    root_path: PathLike | None,
+    classnames: PathLike | None = None,
     subsample: str = "all",
     *,
     test_only: bool = False,
@@ -148,7 +150,7 @@ def dataset_name(name: str) -> str:
     return name if name in DATASETS else dataset_stem(name)
 
 
-def find_gray_range(dataset_dir: DatasetDir, split: Split) -> tuple[float, float] | None:
+def find_gray_range(dataset_dir: DatasetDir, split: Split) -> GrayRange | None:
     """Return the range of own gray pictures of more than eight bits, and print a note on it.
 
     The first 500 files by their digests tell, of the formats that can have so many bits.
@@ -169,7 +171,7 @@ def find_gray_range(dataset_dir: DatasetDir, split: Split) -> tuple[float, float
 
 
 def _read_dataset(
-    name: str, root_path: str | os.PathLike | None, test_only: bool = False
+    name: str, root_path: PathLike | None, test_only: bool = False
 ) -> tuple[DatasetDir, Split]:
     """Read and check all samples, leaving Python's global `random` as it was."""
     info, state = get_dataset_info(name), random.getstate()
@@ -217,7 +219,7 @@ def _make_dataset(
     task: Split,
     fingerprint: dict[str, str | int],
     templates: list[str],
-    gray_range: tuple[float, float] | None,
+    gray_range: GrayRange | None,
 ) -> FewShotDataset:
     """Make a dataset of all samples of a split."""
     parts = [

@@ -53,8 +53,7 @@ def build_digits(folder: str | os.PathLike) -> None:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise OSError(
-            f"{folder} exists but has no {SPLIT_FILE}: move it away to have the digits made there, "
-            "or name another folder with --root_path"
+            f"{folder} exists but has no {SPLIT_FILE}: move it away, or name another --root_path"
         )
     images, labels = render()
     try:
@@ -81,8 +80,7 @@ def render() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits  # takes a second, and only this dataset needs it
     except ImportError as error:
         raise ValueError(
-            f"the digits come from scikit-learn, which cannot be imported ({error}): "
-            "pip install scikit-learn, or name another --dataset"
+            f"the digits come from scikit-learn ({error}): pip install scikit-learn"
         ) from error
     source, rng = load_digits(), np.random.RandomState(RENDER_SEED)
     images = []

@@ -9,6 +9,7 @@ from typing import Any
 from datasets.base import (
     Datum,
     FewShotDataset,
+    PathLike,
     RawSample,
     Split,
     group_by_label,
@@ -54,8 +55,7 @@ def generate_fewshot_dataset(
         if len(samples) < shots + num_val:
             raise ValueError(
                 f"class {samples[0][2]!r} has {len(samples)} training images, but {shots} shots "
-                f"take {shots + num_val} ({num_val} of them for validation): lower --shots or "
-                "complete the class"
+                f"take {shots + num_val}, with those for validation: lower --shots"
             )
         drawn = random.sample(samples, shots + num_val)
         train += drawn[:shots]
@@ -73,7 +73,7 @@ def _draw(samples: list[RawSample], count: int) -> list[RawSample]:
 
 
 def load_fewshot_split(
-    path: str | os.PathLike, original: Split, split: Split, subsample: str = "all"
+    path: PathLike, original: Split, split: Split, subsample: str = "all"
 ) -> tuple[list[RawSample], list[RawSample]]:
     """Take the few images from a list instead of a draw.
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -78,8 +77,8 @@ def custom_dataset_info(name: str) -> DatasetInfo:
     if path.is_file() and extension == ".json":
         return row(split_file=path.name)
     raise ValueError(
-        f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of these "
-        "with your own images; see DATASETS.md, section Your own images"
+        f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of these; "
+        "see DATASETS.md, section Your own images"
     )
 
 
@@ -112,21 +111,17 @@ def read_image_folder(dataset_dir: DatasetDir) -> Split:
         split = _read_parts(image_dir, by_part, lister)
         return replace(split, notes=split.notes + lister.notes())
     if not folders:
-        raise ValueError(
-            f"{image_dir} has no class folders ({truncate_list(files) or 'it is empty'}): sort its "
-            "images into a folder for each class"
-        )
+        files = truncate_list(files) or "it is empty"
+        raise ValueError(f"{image_dir} has no class folders ({files}): sort its images into some")
     lister.ignored[DEAD_LINKS] = dead_links
     lister.ignored[BESIDE] = [f for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
     by_name = lister.group_by_name(folders)
-    classes = [(name, lister.list_images(by_name[name])) for name in natural_sort(by_name)]
+    names = natural_sort(by_name)
+    samples = lister.list_samples(names, by_name)
     first = image_dir / folders[0]
-    if len(folders) == 1 and not classes[0][1] and list_subdirs(first):
-        raise ValueError(
-            f"{image_dir} has only the folder {folders[0]}, with folders in it: name {first} as "
-            "--dataset"
-        )
-    split = split_trainvaltest(image_dir, classes)
+    if len(folders) == 1 and not samples and list_subdirs(first):
+        raise ValueError(f"{image_dir} has only the folder {folders[0]}: name {first} as --dataset")
+    split = split_trainvaltest(image_dir, samples, dict(enumerate(names)))
     notes = lister.notes()
     return replace(split, origin="own", files_exist=True, has_parts=False, notes=notes)
 
@@ -138,7 +133,7 @@ def _read_parts(image_dir: Path, by_part: dict[str, list[str]], lister: "_ClassL
     if len(folders) < len(by_part) or not complete:
         raise ValueError(
             f"{image_dir} has the folders {truncate_list(by_part)}: it needs train/ and test/, and "
-            "can have val/, each once; or name a folder of class folders"
+            "can have val/, each once"
         )
     by_name = {
         part: lister.group_by_name(by_part[folder], folder) for part, folder in folders.items()
@@ -148,18 +143,10 @@ def _read_parts(image_dir: Path, by_part: dict[str, list[str]], lister: "_ClassL
     if differing or not classes[0]:
         only = f"only some have {truncate_list(differing)}" if differing else "they have none"
         raise ValueError(
-            f"{truncate_list(by_part)} in {image_dir} need the same class folders, but {only}: "
-            "sort their images into a folder for each class"
+            f"{truncate_list(by_part)} in {image_dir} need the same class folders, but {only}"
         )
     names = natural_sort(classes[0])
-    parts = {
-        part: [
-            (path, label, name)
-            for label, name in enumerate(names)
-            for path in lister.list_images(by_name[part][name])
-        ]
-        for part in folders
-    }
+    parts = {part: lister.list_samples(names, by_name[part]) for part in folders}
     return replace(_make_split(image_dir, parts, names), files_exist=True)
 
 
@@ -179,21 +166,26 @@ class _ClassLister:
         self.twins += [paths[0] for paths in groups.values() if len(paths) > 1]
         return groups
 
-    def list_images(self, folders: Sequence[str]) -> list[str]:
-        """Return the sorted paths of the images of a class."""
-        images = []
-        for folder in folders:
-            files, subdirs, dead_links = list_entries(self.dataset_dir.image_path(folder))
-            kinds = {name: self._ignored_kind(f"{folder}/{name}") for name in files}
-            for name in filter(kinds.get, files):
-                self.ignored[kinds[name]].append(f"{folder}/{name}")
-            self.ignored[DEAD_LINKS] += [f"{folder}/{name}" for name in dead_links]
-            for subdir in (f"{folder}/{name}" for name in subdirs):
-                inner = list_images(self.dataset_dir.image_path(subdir))
-                self.ignored[DEEPER] += [f"{subdir}/{name}" for name in inner]
-            taken = [name for name in files if not kinds[name]]
-            images += chain.from_iterable(self.group_by_name(taken, folder).values())
-        return images
+    def list_samples(self, names: Sequence[str], by_name: dict[str, list[str]]) -> list[RawSample]:
+        """Return the samples of classes, given each one's folders by its name."""
+        return [
+            (path, label, name)
+            for label, name in enumerate(names)
+            for folder in by_name[name]
+            for path in self._list_images(folder)
+        ]
+
+    def _list_images(self, folder: str) -> list[str]:
+        files, subdirs, dead_links = list_entries(self.dataset_dir.image_path(folder))
+        kinds = {name: self._ignored_kind(f"{folder}/{name}") for name in files}
+        for name in filter(kinds.get, files):
+            self.ignored[kinds[name]].append(f"{folder}/{name}")
+        self.ignored[DEAD_LINKS] += [f"{folder}/{name}" for name in dead_links]
+        for subdir in (f"{folder}/{name}" for name in subdirs):
+            inner = list_images(self.dataset_dir.image_path(subdir))
+            self.ignored[DEEPER] += [f"{subdir}/{name}" for name in inner]
+        taken = self.group_by_name([name for name in files if not kinds[name]], folder)
+        return [path for paths in taken.values() for path in paths]
 
     def _ignored_kind(self, path: str) -> str:
         """Return the kind of a file that is not taken, or ""."""
@@ -217,10 +209,8 @@ class _ClassLister:
             if paths
         ]
         if self.twins:
-            notes.append(
-                f"{truncate_list(sorted(self.twins))}: there twice, in both of Unicode's forms; "
-                "both are taken: remove one if it is a copy"
-            )
+            names = truncate_list(sorted(self.twins))
+            notes.append(f"{names}: there twice, in both of Unicode's forms; both are taken")
         return tuple(notes)
 
 
@@ -239,10 +229,8 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
     try:
         columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"path", "label"} <= set(columns):
-            raise ValueError(
-                f"{path} has the columns {truncate_list(columns) or 'none'}: its first line must "
-                "be path,label or path,label,split"
-            )
+            found = truncate_list(columns) or "none"
+            raise ValueError(f"{path} has the columns {found}: the first line must be path,label")
         for row in reader:
             cells = {column: (row[column] or "").strip() for column in columns}
             part = cells.get("split", "train").lower()
@@ -253,8 +241,7 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
                 )
             if "://" in cells["path"]:
                 raise ValueError(
-                    f"line {reader.line_num} of {path} names the URL {cells['path']}: download the "
-                    "images, and write the paths of their files"
+                    f"line {reader.line_num} of {path} names the URL {cells['path']}: download it"
                 )
             image = dataset_dir.find_path(cells["path"])
             rows.append((SPLIT_ALIASES[part], image, nfc(cells["label"])))
@@ -264,19 +251,16 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
     names = natural_sort(name for _, _, name in rows)
     if names and all(re.fullmatch(r"-?\d+\.0+", name) for name in names):
         raise ValueError(
-            f"{path} has the labels {truncate_list(names)}, as pandas writes whole numbers in a "
-            "column with an empty cell: write names or whole numbers"
+            f"{path} has the labels {truncate_list(names)}, as pandas writes numbers in a column "
+            "with an empty cell: write names or whole numbers"
         )
-    if "split" not in columns:
-        images = {name: [] for name in names}
-        for _, image, name in rows:
-            images[name].append(image)
-        split = split_trainvaltest(path, list(images.items()))
-        return replace(split, origin="own", has_parts=False, notes=notes)
     labels = {name: label for label, name in enumerate(names)}
-    parts: dict[str, list[RawSample]] = {}
+    parts: dict[str, list[RawSample]] = defaultdict(list)
     for part, image, name in rows:
-        parts.setdefault(part, []).append((image, labels[name], name))
+        parts[part].append((image, labels[name], name))
+    if "split" not in columns:
+        split = split_trainvaltest(path, parts["train"], dict(enumerate(names)))
+        return replace(split, origin="own", has_parts=False, notes=notes)
     split = _make_split(path, parts, names)
     return replace(split, notes=split.notes + notes)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import yaml
 
-from datasets.base import DEFAULT_TEMPLATE, SPLITS, DatasetInfo, Split, nfc, read_text
+from datasets.base import DEFAULT_TEMPLATE, SPLITS, DatasetInfo, PathLike, Split, nfc, read_text
 from datasets.catalog import CLIP_TEMPLATES
 from utils import did_you_mean, one_line, truncate_list
 
@@ -32,13 +32,13 @@ def resolve_templates(template: str | Sequence[str] | None, info: DatasetInfo) -
     bad = [repr(t) for t in texts if t.count("{}") != 1 or set("{}") & set(t.replace("{}", ""))]
     if bad or not texts:
         raise ValueError(
-            f"the template {truncate_list(bad) or 'is empty and'} must have {{}} exactly once, "
-            "where the class name goes, as in 'a photo of a {}.'; or be the word dataset or clip"
+            f"the template {truncate_list(bad) or 'is empty and'} must have {{}} exactly once, for "
+            "the class name; or be the word dataset or clip"
         )
     return texts
 
 
-def rename_classes(split: Split, path: str | os.PathLike | None) -> Split:
+def rename_classes(split: Split, path: PathLike | None) -> Split:
     """Give classes the names of a YAML file, which maps folder names or labels to names.
 
     A number is a label, unless a class has a number for its name. Classes that the file leaves out
@@ -57,8 +57,7 @@ def rename_classes(split: Split, path: str | os.PathLike | None) -> Split:
     new_names = {nfc(name): new for name, new in _read_names(path).items()}
     if unknown := [f"{n!r}{did_you_mean(n, labels)}" for n in new_names if n not in labels]:
         raise ValueError(
-            f"{path} names {truncate_list(unknown)}, a class that {split.source_path} does not "
-            "have: correct it or take it out"
+            f"{path} names {truncate_list(unknown)}, which is no class of {split.source_path}"
         )
     names = split.lab2cname | {i: new for old, new in new_names.items() for i in labels[old]}
     parts = {
@@ -68,7 +67,7 @@ def rename_classes(split: Split, path: str | os.PathLike | None) -> Split:
     return replace(split, **parts, lab2cname=names)
 
 
-def _read_names(path: str | os.PathLike) -> dict[str, str]:
+def _read_names(path: PathLike) -> dict[str, str]:
     """Read a YAML file that maps text to text; no, 01 and 1.0 may be names of folders."""
     path, form = os.path.expanduser(path), "lines like 'folder: name for the prompt'"
     if not os.path.isfile(path):

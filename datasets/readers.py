@@ -43,8 +43,9 @@ def read_class_folders(
         ignored: Folders to leave out.
     """
     folders = [name for name in list_subdirs(dataset_dir.image_dir) if name not in ignored]
-    classes = [((names or {}).get(f, f), list_image_paths(dataset_dir, f)) for f in folders]
-    return replace(split_trainvaltest(dataset_dir.image_dir, classes), files_exist=True)
+    classnames = {label: (names or {}).get(name, name) for label, name in enumerate(folders)}
+    samples = _list_classes(dataset_dir, folders, classnames)
+    return replace(split_trainvaltest(dataset_dir.image_dir, samples, classnames), files_exist=True)
 
 
 def read_fgvc(dataset_dir: DatasetDir) -> Split:
@@ -68,14 +69,17 @@ def read_flowers(dataset_dir: DatasetDir) -> Split:
     labels, names = _read_mat(mat, "labels", int), read_json(names_file)
     try:
         names = {int(label): str(name) for label, name in names.items()}
-        images = {label: (names[label], []) for label in sorted(set(labels))}
+        names = {label: names[label] for label in sorted(set(labels))}
     except (AttributeError, ValueError, LookupError) as error:
         raise ValueError(
             f"{names_file} does not have a name for each label in {mat} ({error!r}): get it again"
         ) from error
-    for number, label in enumerate(labels, start=1):
-        images[label][1].append(f"image_{number:05d}.jpg")
-    return split_trainvaltest(mat, list(images.values()))
+    new_labels = {label: new for new, label in enumerate(names)}
+    samples = [
+        (f"image_{number:05d}.jpg", new_labels[label], names[label])
+        for number, label in enumerate(labels, start=1)
+    ]
+    return split_trainvaltest(mat, samples, dict(enumerate(names.values())))
 
 
 def read_cars(dataset_dir: DatasetDir) -> Split:
@@ -163,8 +167,7 @@ def read_imagenet(dataset_dir: DatasetDir) -> Split:
         differing = sorted(set(wnids) ^ set(tested))
         raise ValueError(
             f"train/ and val/ in {image_dir} need the same class folders like n01440764, but only "
-            f"one of them has {truncate_list(differing) or 'any'}: sort the images of both into "
-            "class folders"
+            f"one of them has {truncate_list(differing) or 'any'}: sort the images of both"
         )
     names = _wnid_classnames(dataset_dir, wnids)
     train, test = (
@@ -195,9 +198,9 @@ def _list_classes(
 ) -> list[RawSample]:
     """Return the images of class folders, which are in the order of their labels."""
     return [
-        (path, label, names[label])
+        (f"{folder}/{name}", label, names[label])
         for label, folder in enumerate(progress(folders, desc=dataset_dir.name, unit="class"))
-        for path in list_image_paths(dataset_dir, folder)
+        for name in list_images(dataset_dir.image_path(folder))
     ]
 
 
@@ -215,9 +218,8 @@ def _wnid_classnames(dataset_dir: DatasetDir, wnids: list[str]) -> dict[int, str
         names |= _read_classnames(file)
     if unnamed := [wnid for wnid in wnids if wnid not in names]:
         raise ValueError(
-            f"there is no class name for the folder {truncate_list(unnamed)} in "
-            f"{dataset_dir.image_dir}: give it one in {folder / 'classnames.txt'}, in a line like "
-            "'n01440764 tench'"
+            f"the class folder {truncate_list(unnamed)} has no name: give it one in "
+            f"{folder / 'classnames.txt'}, in a line like 'n01440764 tench'"
         )
     return {label: names[wnid] for label, wnid in enumerate(wnids)}
 
@@ -232,22 +234,16 @@ def _read_classnames(path: Path) -> dict[str, str]:
     return dict(parse_lines(path, "n01440764 tench", parse))
 
 
-def list_image_paths(dataset_dir: DatasetDir, folder: str) -> list[str]:
-    """Return the sorted paths of a folder's images; both are below the image folder."""
-    return [f"{folder}/{name}" for name in list_images(dataset_dir.image_path(folder))]
-
-
-def split_trainvaltest(source_path: Path, classes: list[tuple[str, list[str]]]) -> Split:
-    """Divide each class, a name and its images, 50 / 20 / 30, in the order of `digest_key`."""
+def split_trainvaltest(source_path: Path, samples: list[RawSample], names: dict[int, str]) -> Split:
+    """Divide the samples of each class 50 / 20 / 30, in the order of `digest_key`."""
     train, val, test = [], [], []
-    for label, (name, images) in enumerate(classes):
-        samples = [(path, label, name) for path in sorted(images, key=digest_key)]
-        first = round(0.5 * len(samples))
-        second = first + round(0.2 * len(samples))
-        train += samples[:first]
-        val += samples[first:second]
-        test += samples[second:]
-    return Split(str(source_path), train, val, test, dict(enumerate(name for name, _ in classes)))
+    for group in _sorted_groups(samples):
+        first = round(0.5 * len(group))
+        second = first + round(0.2 * len(group))
+        train += group[:first]
+        val += group[first:second]
+        test += group[second:]
+    return Split(str(source_path), train, val, test, names)
 
 
 def split_trainval(
@@ -255,12 +251,17 @@ def split_trainval(
 ) -> Split:
     """Make 20 % of each class's training images validation images, as `digest_key` has them."""
     train, val = [], []
-    for samples in sorted(group_by_label(trainval), key=lambda samples: samples[0][1]):
-        samples = sorted(samples, key=lambda sample: digest_key(sample[0]))
-        count = round(0.2 * len(samples))
-        val += samples[:count]
-        train += samples[count:]
+    for group in _sorted_groups(trainval):
+        count = round(0.2 * len(group))
+        val += group[:count]
+        train += group[count:]
     return Split(str(source_path), train, val, test, dict(sorted(names.items())))
+
+
+def _sorted_groups(samples: list[RawSample]) -> list[list[RawSample]]:
+    """Return the samples of each class by label, in the order of `digest_key`."""
+    groups = sorted(group_by_label(samples), key=lambda group: group[0][1])
+    return [sorted(group, key=lambda sample: digest_key(sample[0])) for group in groups]
 
 
 def digest_key(path: str) -> tuple[bytes, str]:

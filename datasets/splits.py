@@ -6,8 +6,8 @@ import posixpath
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +49,8 @@ def read_split_file(dataset_dir: DatasetDir, path: Path) -> Split:
     if not all(isinstance(part, list) for part in parts):
         raise ValueError(f"{path} lacks a list named train, val or test: get the file again")
     if bad := [repr(sample)[:60] for part in parts for sample in part if not is_sample(sample)]:
-        raise ValueError(
-            f"{path} has entries that are not [path, label, class name]: {truncate_list(bad)}; get "
-            "the file again"
-        )
+        form = "[path, label, class name]"
+        raise ValueError(f"{path} has entries that are not {form}: {truncate_list(bad)}")
     rows = [
         (part, dataset_dir.find_path(image), (label, nfc(name)))
         for part, samples in zip(SPLITS, parts, strict=True)
@@ -136,19 +134,16 @@ def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
     if not labels:
         raise FileNotFoundError(f"{split.source_path} has no images: add them or get it again")
     if dataset_dir.info.custom_path and len(labels) == 1:
-        raise ValueError(
-            f"{split.source_path} has one class, {names[labels[0]]!r}; a task takes two or more"
-        )
+        raise ValueError(f"{split.source_path} has one class: a task takes two or more")
     if odd := sorted(set(labels) ^ set(range(len(labels)))):
         raise ValueError(
             f"labels in {split.source_path} must run from 0 to {len(labels) - 1} without gaps, but "
-            f"{truncate_list(map(str, odd))} is missing or extra: correct it or get it again"
+            f"{truncate_list(map(str, odd))} is missing or extra"
         )
     for _, label, name in split.samples():
         if name != names[label]:
             raise ValueError(
-                f"in {split.source_path}, label {label} stands for {names[label]!r} and {name!r}: "
-                "correct it or get it again"
+                f"in {split.source_path}, label {label} stands for {names[label]!r} and {name!r}"
             )
 
 
@@ -172,21 +167,15 @@ def check_files(dataset_dir: DatasetDir, split: Split) -> None:
     """
     if split.files_exist:
         return
-
-    @cache
-    def list_folder(folder: str) -> set[str]:
-        try:
-            return set(list_entries(dataset_dir.image_path(folder))[0])
-        except (OSError, ValueError):  # no such folder, or a name that no folder can have
-            return set()
-
     paths = dict.fromkeys(path for path, _, _ in split.samples())
+    files = set()
+    for folder in {os.path.dirname(path) for path in paths}:
+        with suppress(OSError, ValueError):  # no such folder, or a name that no folder can have
+            names = list_entries(dataset_dir.image_path(folder))[0]
+            files.update(os.path.join(folder, name) for name in names)
+    # Hidden files are not in the list, nor are names in other capitals where case does not count.
     missing = [
-        path
-        for path in paths
-        if os.path.basename(path) not in list_folder(os.path.dirname(path))
-        # A file system that ignores case may know a name that is not in its list.
-        and not os.path.isfile(dataset_dir.image_path(path))
+        path for path in paths.keys() - files if not os.path.isfile(dataset_dir.image_path(path))
     ]
     if missing:
         raise FileNotFoundError(

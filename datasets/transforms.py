@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from clip.preprocess import convert_image_to_rgb
+from datasets.base import GrayRange, PathLike
 from utils import detect_placeholder_file
 
 # By content, whatever a file is called. Pillow knows more; for EPS it would run Ghostscript.
@@ -41,9 +42,7 @@ T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
 
 
-def read_image(
-    path: str | os.PathLike, gray_range: tuple[float, float] | None = None
-) -> Image.Image:
+def read_image(path: PathLike, gray_range: GrayRange | None = None) -> Image.Image:
     """Decode an image file completely, into RGB: the first picture if there are several.
 
     As in CLIP's own preprocessing, the rotation that a camera noted in EXIF data is not applied.
@@ -60,7 +59,7 @@ def read_image(
     return retry_disk_errors(partial(_decode, path, gray_range), path)
 
 
-def retry_disk_errors(read: Callable[[], T], path: str | os.PathLike) -> T:
+def retry_disk_errors(read: Callable[[], T], path: PathLike) -> T:
     """Return what `read` returns; where the disk or network fails, try again for six seconds.
 
     Raises:
@@ -80,7 +79,7 @@ def retry_disk_errors(read: Callable[[], T], path: str | os.PathLike) -> T:
     )
 
 
-def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> Image.Image:
+def _decode(path: PathLike, gray_range: GrayRange | None) -> Image.Image:
     """Do one attempt of `read_image`."""
     remedy = "replace it"
     try:
@@ -110,7 +109,7 @@ def _decode(path: str | os.PathLike, gray_range: tuple[float, float] | None) -> 
         raise ValueError(f"the image {path} cannot be read ({reason}): {remedy}") from error
 
 
-def detect_other_format(path: str | os.PathLike) -> str | None:
+def detect_other_format(path: PathLike) -> str | None:
     """Return which of OTHER_FORMATS a file has, if any."""
     with open(path, "rb") as file:
         start = file.read(132)
@@ -120,7 +119,7 @@ def detect_other_format(path: str | os.PathLike) -> str | None:
     return None
 
 
-def detect_gray_range(paths: Sequence[str]) -> tuple[float, float] | None:
+def detect_gray_range(paths: Sequence[str]) -> GrayRange | None:
     """Return the range of the gray pictures of more than eight bits among image files.
 
     It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits; from the least to the largest value where

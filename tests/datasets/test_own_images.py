@@ -208,7 +208,7 @@ def test_parts_have_other_names(tmp_path, train, test):
 
 def test_one_more_file_moves_borders():
     def parts(images):
-        split = split_trainvaltest("list", [("cat", images)])
+        split = split_trainvaltest("list", [(image, 0, "cat") for image in images], {0: "cat"})
         return [{path for path, _, _ in part} for part in (split.train, split.val, split.test)]
 
     images = [f"cat/{index}.jpg" for index in range(40)]
