@@ -145,7 +145,7 @@ def test_imagenet_needs_both_class_folders(tmp_path, convention):
     check_refused("imagenet", tmp_path, f"the image folder {folder}/val is missing")
     (folder / "val").mkdir()
     (folder / "val/ILSVRC2012_val_00000001.JPEG").touch()
-    check_refused("imagenet", tmp_path, "has any: sort the images of both")
+    check_refused("imagenet", tmp_path, "sort the images of both")
 
 
 def test_classnames_txt_names_imagenet(tmp_path):
