@@ -136,12 +136,13 @@ def collect_images(cell: ConfusionCell, limit: int) -> CellImages:
         if label != predicted:
             mistakes[label].append((-probability, path, cell.names[predicted]))
     classes, labels = [], {name: label for label, name in enumerate(cell.names)}
-    for name, num_images, accuracy, *_ in cell.worst_first[:MAX_CLASSES]:
+    max_few, max_mistakes = min(MAX_FEW, limit // 4), min(MAX_MISTAKES, limit // 4)
+    for name, num_images, accuracy, *_ in cell.worst_first[: min(MAX_CLASSES, limit)]:
         paths, wrong = few.get(labels[name], []), sorted(mistakes[labels[name]])
-        shown = paths[: min(MAX_FEW, limit)]
-        limit -= len(shown)
-        worst = wrong[: min(MAX_MISTAKES, limit)]
-        limit -= len(worst)
+        shown, worst = paths[:max_few], wrong[:max_mistakes]
+        limit -= len(shown) + len(worst)
+        if limit < 0:
+            break
         more = {"few-shot image": len(paths) - len(shown), "mistake": len(wrong) - len(worst)}
         classes.append(ClassImages(
             name, num_images, accuracy, [make_thumbnail(folder, p, gray_range) for p in shown],
