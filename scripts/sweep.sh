@@ -33,6 +33,7 @@ trap 'rm -rf "$taken"' EXIT
 # Makes runs, one after the other, as long as there are any that no other worker has taken.
 worker() {
     local run log command child=
+    trap '' INT # Ctrl-C reaches all processes: stop ends the workers, and these end their runs
     trap 'trap "" TERM; kill "$child" 2>/dev/null; wait "$child"; exit 130' TERM
     for number in "${!pending[@]}"; do
         mkdir "$taken/$number" 2>/dev/null || continue

@@ -66,7 +66,7 @@ def test_wrong_flag_ends_sweep(flag, status, words, monkeypatch, capsys):
     assert ended == status and out == "" and words in err
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM to all"])
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGINT to all", "SIGTERM to all"])
 def test_stop_waits_for_checkpoints(sent, tmp_path, fake_python):
     process = start(PYTHON=fake_python, DATASETS="digits", METHODS="wait so")
     wait_for("started", tmp_path, process)
