@@ -8,6 +8,7 @@ python main.py --help
 
 import argparse
 import importlib.util
+import math
 import signal
 import sys
 from collections import Counter
@@ -56,6 +57,7 @@ from runs.cli import (
     run_cli,
 )
 from runs.distributed import (
+    all_gather_rows,
     check_same_on_all_ranks,
     cleanup_distributed,
     get_world_size,
@@ -63,8 +65,8 @@ from runs.distributed import (
     init_store,
     is_main_process,
     local_slice,
-    raise_if_any_preempted,
     run_on_main,
+    share_signals,
     silence_workers,
 )
 from runs.environment import (
@@ -177,10 +179,12 @@ class Evaluator:
         return ZeroShotClassifier(self.model, text_tokens, **settings)
 
     def predict(self, task: Task, desc: str = "Evaluation") -> Predictions:
-        """Classify the images of a task; signals may interrupt that."""
+        """Classify the images of a task, each process its slice; signals may interrupt that."""
         items = get_split(task.dataset, task.split)
         with self.signals.allow():
-            return evaluate(self.build_classifier(task.dataset), self.loader, items, desc)
+            classifier = self.build_classifier(task.dataset)
+            local = evaluate(classifier, self.loader, items[local_slice(len(items))], desc)
+        return Predictions(*(all_gather_rows(part, len(items)) for part in local))
 
     def predict_all(self, tasks: Mapping[str, Task]) -> dict[str, Predictions]:
         """Classify the images of each task, by name."""
@@ -245,9 +249,10 @@ def finetune(
     args, model, signals = evaluator.args, evaluator.model, evaluator.signals
     output_dir, dataset = get_output_dir(args), tasks[""].dataset
     batch_size = min(args.batch_size, len(dataset.train_x))
-    if get_world_size() > batch_size:
+    world_size = get_world_size()
+    if world_size > batch_size:
         raise ValueError(
-            f"{get_world_size()} processes cannot share batches of {plural(batch_size, 'image')}: "
+            f"{world_size} processes cannot share batches of {plural(batch_size, 'image')}: "
             "lower torchrun's --nproc_per_node, or raise --batch_size"
         )
     weights = mark_as_trainable(model, args.encoder, args.position, args.method)
@@ -283,15 +288,20 @@ def finetune(
         print_accuracies(state.zero_shot, args.eval_split)
         batches = evaluator.loader.train_batches(
             dataset.train_x, args.batch_size, args.seed, args.crop_scale, args.crop_ratio,
-            args.flip, state.iteration, local_slice,
+            args.flip, state.iteration, local_slice if world_size > 1 else slice,
         )  # fmt: skip
+        eval_every, save_every = args.eval_every or math.inf, args.checkpoint_every or math.inf
         try:
             with closing(train(classifier, optimizer, batches, state, config)) as steps:
                 for _ in steps:
-                    raise_if_any_preempted(signals)
-                    if state.eval_is_due(args.eval_every):
+                    if world_size > 1:
+                        share_signals(signals)
+                    if signals.pending:
+                        raise Preempted(signals.pending)
+                    is_due = state.done or state.iteration % eval_every == 0
+                    if is_due and state.iteration not in state.accuracies:
                         evaluate_step(evaluator, tasks, state, pretrained, weights)
-                    if state.save_is_due(args.checkpoint_every):
+                    if state.iteration % save_every == 0:
                         saver.save(trained, optimizer, state)
         except NonFiniteLoss:
             if is_main_process():

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.lora import merged_lora
 from clip.zero_shot import ZeroShotClassifier
 from datasets import Datum
 from datasets.loader import ImageLoader
-from datasets.transforms import Batch, to_device
+from datasets.transforms import Batch
 from optimizers.delta import StateDiff
 from optimizers.SampledGradients import sum_gradients
 from runs.distributed import (
@@ -48,12 +47,15 @@ class TrainConfig:
         early_stop_loss: Training ends after an epoch whose mean loss is below this.
         grad_accum_steps: Micro-batches that each batch is computed in.
         seed: Of LoRA's dropout.
+        rank, world_size: Number of this process, and of all processes.
     """
 
     lr: float
     early_stop_loss: float = 0.0
     grad_accum_steps: int = 1
     seed: int = 0
+    rank: int = field(default_factory=get_rank)
+    world_size: int = field(default_factory=get_world_size)
 
 
 class BestCheckpoint(NamedTuple):
@@ -94,15 +96,6 @@ class TrainState:
     def reported_iteration(self) -> int:
         """The iteration whose weights are reported, as far as is known."""
         return self.best.iteration if self.best else self.iteration
-
-    def eval_is_due(self, eval_every: int) -> bool:
-        """Whether to evaluate the present weights; at the end always."""
-        every = eval_every and self.iteration and self.iteration % eval_every == 0
-        return bool(self.done or every) and self.iteration not in self.accuracies
-
-    def save_is_due(self, save_every: int) -> bool:
-        """Whether to save a checkpoint."""
-        return bool(save_every and self.iteration and self.iteration % save_every == 0)
 
     def is_sound(self) -> bool:
         """Whether there is something to save that a later run can continue from."""
@@ -179,7 +172,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         state = dict(state)
-        self.clock.total += state.pop("seconds")
+        self.clock = RunClock(self.clock.seconds() + state.pop("seconds"))
         vars(self).update(state, losses=self.losses, scaler=self.scaler)
         self.losses[: self.iteration] = state["losses"].to(self.device)
         self.scaler.load_state_dict(state["scaler"])
@@ -194,7 +187,9 @@ def train(
     state: TrainState,
     config: TrainConfig,
 ) -> Iterator[None]:
-    """Train, and yield before the first step and after each one: then evaluate, save, or stop.
+    """Train, and yield after each step, and where an interrupted training stopped.
+
+    Then the caller may evaluate, save, or stop.
 
     Args:
         classifier: The model, which stays in evaluation mode, and the class prompts.
@@ -207,20 +202,18 @@ def train(
     Raises:
         NonFiniteLoss: A loss is NaN or infinite.
     """
-    with classifier.autocast():
+    with classifier.autocast:
         classifier.precompute_frozen_text(local_slice(classifier.num_classes))
-    with Progress(state.total_iters, "Training", "it", state.iteration) as bar:
-        yield
+    with Progress(desc="Training", total=state.total_iters, initial=state.iteration) as bar:
+        if state.iteration:
+            yield
         while not state.done:
             batch, ends_epoch = next(batches)
             train_step(classifier, optimizer, batch, state, config)
-            loss = ""
             if ends_epoch or state.iteration == state.total_iters:
                 state.end_epoch(config.early_stop_loss)
-                loss = f"loss {state.epoch_loss:.3f}"
-            if state.done:
-                bar.total = state.iteration
-            bar.update(postfix=loss)
+                bar.set_postfix_str(f"loss {state.epoch_loss:.3f}", refresh=False)
+            bar.update()
             yield
     if state.iteration < state.total_iters:
         print(
@@ -239,15 +232,17 @@ def train_step(
 ) -> None:
     """One optimizer step on one batch."""
     # LoRA's dropout depends on seed, iteration and rank: there is no generator state to save.
-    seed = random.Random(f"{config.seed} {state.iteration} {get_rank()}").getrandbits(62)
+    seed = random.Random(f"{config.seed} {state.iteration} {config.rank}").getrandbits(62)
     torch.manual_seed(seed)
     lr = get_lr(config.lr, state.iteration, state.total_iters)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    images, labels = to_device(batch, state.device)
-    loss = forward_backward(classifier, images, labels, state.scaler, config.grad_accum_steps)
-    if get_world_size() > 1:
+    if state.device.type == "cuda":
+        batch = [tensor.pin_memory() for tensor in batch]
+    images, labels = (tensor.to(state.device, non_blocking=True) for tensor in batch)
+    loss = forward_backward(classifier, images, labels, state.scaler, config)
+    if config.world_size > 1:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         with comm_errors_as_peer_exit():
             sum_gradients(params, extra=[loss])
@@ -268,7 +263,7 @@ def forward_backward(
     images: Tensor,
     labels: Tensor,
     scaler: torch.amp.GradScaler,
-    grad_accum_steps: int = 1,
+    config: TrainConfig,
 ) -> Tensor:
     """Add the gradients of a batch's mean cross-entropy; return this process's part of the loss.
 
@@ -277,22 +272,26 @@ def forward_backward(
         images: This process's slice of the batch, (b, 3, R, R) uint8.
         labels: Of the whole batch, (B,).
         scaler: Scales the loss in fp16.
-        grad_accum_steps: Micro-batches of images; the classes are encoded once all the same.
+        config: Has the number of micro-batches of images; the classes are encoded once.
     """
-    with classifier.autocast():
-        text_features = encode_all_classes(classifier)  # (C, D)
+    batch_size = len(labels)
+    with classifier.autocast:
+        if config.world_size == 1:
+            text_features = classifier.encode_classes()  # (C, D)
+        else:
+            text_features = encode_classes_together(classifier)
+            labels = labels[local_slice(batch_size)]  # (b,)
     # The gradients of all micro-batches are summed here before they go through the text tower.
     text_leaf = text_features.detach().requires_grad_(text_features.requires_grad)
-    local_labels = labels[local_slice(len(labels))]  # (b,)
-    micro_batch_size = max(math.ceil(len(local_labels) / grad_accum_steps), 1)
+    micro_batch_size = max(math.ceil(len(labels) / config.grad_accum_steps), 1)
     total = torch.zeros((), device=labels.device)
     for micro_images, micro_labels in zip(
-        images.split(micro_batch_size), local_labels.split(micro_batch_size), strict=True
+        images.split(micro_batch_size), labels.split(micro_batch_size), strict=True
     ):
-        with classifier.autocast():
+        with classifier.autocast:
             image_features = classifier.encode_images(micro_images)
             logits = classifier.logit_scale * image_features @ text_leaf.T
-            loss = F.cross_entropy(logits, micro_labels, reduction="sum") / len(labels)
+            loss = F.cross_entropy(logits, micro_labels, reduction="sum") / batch_size
         scaler.scale(loss).backward()
         total = total + loss.detach()
     if text_leaf.requires_grad:
@@ -300,7 +299,7 @@ def forward_backward(
     return total
 
 
-def encode_all_classes(classifier: ZeroShotClassifier) -> Tensor:
+def encode_classes_together(classifier: ZeroShotClassifier) -> Tensor:
     """Text features (C, D), of which each process computes its slice of the classes."""
     local_features = classifier.encode_classes(local_slice(classifier.num_classes))
     return all_gather_rows(local_features, classifier.num_classes)
@@ -313,25 +312,22 @@ def evaluate(
     items: list[Datum],
     desc: str = "Evaluation",
 ) -> Predictions:
-    """Classify images, of which each process takes its slice; LoRA's adapters are merged.
+    """Classify images.
 
     Args:
-        classifier: The model and the class prompts.
+        classifier: The model, without dropout, and the class prompts.
         loader: Reads the images.
         items: The images.
         desc: Shown by the progress bar.
     """
-    local_items = items[local_slice(len(items))]
     outputs = []
-    with merged_lora(classifier.model), classifier.autocast():
-        text_features = encode_all_classes(classifier)
-        with Progress(len(local_items), desc, "images") as bar:
-            for batch in loader.test_batches(local_items, EVAL_BATCH_SIZE):
-                images, labels = to_device(batch, classifier.device)
-                cosines = classifier.encode_images(images) @ text_features.T  # (b, C)
-                preds = cosines.argmax(dim=-1)
-                probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1)
-                outputs.append((labels, preds, probs.gather(1, preds[:, None])[:, 0]))
-                bar.update(len(labels))
-    local_outputs = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return Predictions(*(all_gather_rows(part, len(items)).cpu() for part in local_outputs))
+    with classifier.autocast, Progress(desc=desc, total=len(items), unit="images") as bar:
+        text_features = classifier.encode_classes()  # (C, D)
+        for images, labels in loader.test_batches(items, EVAL_BATCH_SIZE):
+            images = images.to(classifier.device)
+            cosines = classifier.encode_images(images) @ text_features.T  # (b, C)
+            preds = cosines.argmax(dim=-1)
+            probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1)
+            outputs.append((labels, preds.cpu(), probs.gather(1, preds[:, None])[:, 0].cpu()))
+            bar.update(len(labels))
+    return Predictions(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))

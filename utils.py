@@ -7,17 +7,15 @@ import io
 import os
 import re
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-T = TypeVar("T")
 REPO_ROOT = Path(__file__).resolve().parent
 N_BINS = 15  # of the expected calibration error
 
@@ -230,77 +228,26 @@ def format_error(error: Exception) -> str:
     return str(error)
 
 
-# Progress
-
-
-def progress(
-    items: Iterable[T], total: int | None = None, desc: str = "", unit: str = "it"
-) -> Iterator[T]:
-    """Yield the items and show how many are done, on standard error (`Progress`)."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    with Progress(total, desc, unit) as bar:
-        for item in items:
-            yield item
-            bar.update()
-
-
-class Progress:
-    """tqdm's bar on a terminal; in a file or a pipe a plain line, at most one per `mininterval`.
+class Progress(tqdm):
+    """tqdm's bar on a terminal; in a file or a pipe a plain line every 15 seconds.
 
     Args:
-        total: Number of units; None if unknown.
-        desc: What is being done.
-        unit: What is counted.
-        initial: Units that were done before.
-        mininterval: Seconds between two plain lines.
+        items: What to iterate over, if anything.
+        kwargs: tqdm's, such as `desc`, `total` and `unit`.
     """
 
-    def __init__(
-        self,
-        total: int | None,
-        desc: str = "",
-        unit: str = "it",
-        initial: int = 0,
-        mininterval: float = 15.0,
-    ) -> None:
-        self.total, self.desc, self.unit, self.mininterval = total, desc, unit, mininterval
-        self.n, self.initial, self.postfix = initial, initial, ""
-        self.start = self.last = time.monotonic()
-        self.bar: Any = None
+    monitor_interval = 0  # no thread of tqdm's
+
+    def __init__(self, items: Iterable | None = None, **kwargs: Any) -> None:
+        how = dict(dynamic_ncols=True, leave=False)
+        if not sys.stderr.isatty():
+            line = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}{postfix}"
+            how = dict(mininterval=15, delay=15, bar_format=line)
+        super().__init__(items, miniters=1, **how, **kwargs)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        """What prints the bar; tqdm calls it."""
         if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True, leave=False
-            )
-
-    def update(self, n: int = 1, postfix: str = "") -> None:
-        """Count n more units; `postfix` (such as the loss) is shown behind the count."""
-        self.n += n
-        self.postfix = postfix or self.postfix
-        if self.bar is not None:
-            if postfix:
-                self.bar.set_postfix_str(postfix, refresh=False)
-            self.bar.update(n)
-        elif time.monotonic() - self.last >= self.mininterval:
-            self._print_line()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.last > self.start:  # nothing for what took less than one interval
-            self._print_line()
-
-    def _print_line(self) -> None:
-        """Print one plain line: what, how many of how many, rate, postfix."""
-        self.last = time.monotonic()
-        rate = (self.n - self.initial) / max(self.last - self.start, 1e-9)
-        of = f"/{self.total}" if self.total is not None else ""
-        postfix = f", {self.postfix}" if self.postfix else ""
-        print(
-            f"{self.desc}: {self.n}{of} {self.unit}, {rate:.1f} {self.unit}/s{postfix}",
-            file=sys.stderr,
-            flush=True,
-        )
+            return tqdm.status_printer(file)
+        return lambda line: print(line, file=file, flush=True)

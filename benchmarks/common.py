@@ -1,20 +1,18 @@
-"""What the benchmarks share: sizes of CLIPs, made-up prompts, timing, memory, tables, JSON."""
+"""What the benchmarks share: sizes of CLIPs, made-up prompts, timing, memory, tables."""
 
-import argparse
-import ctypes
-import json
+import multiprocessing
 import platform
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from runs.environment import peak_memory_mb
 
+Result = TypeVar("Result")
 T = 5  # steps between two refreshes of SO's supports
 BACKBONES = {"ViT-B/16": dict(  # arguments of `CLIP`
     embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16,
@@ -42,22 +40,21 @@ def random_tokens(classes: int, vocab_size: int, context_length: int = 77) -> Te
 
 
 def trim_padding(tokens: Tensor) -> Tensor:
-    """Prompts (C, L) up to the end of the longest one, as main.py has them: (1, C, l)."""
-    return tokens[None, :, : int(tokens.argmax(dim=-1).max()) + 1]
+    """Prompts (C, L) up to the end of the longest one, as main.py has them: (C, l)."""
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
+
+
+def run_in_process(function: Callable[..., Result], *args: Any) -> Result:
+    """Call a function in a new process, where nothing is left of what was measured before."""
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        return pool.apply(function, args)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give cached memory back to the system."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def peak_mb(device: torch.device) -> float:
@@ -71,53 +68,19 @@ def peak_mb(device: torch.device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
 
 
-def amortized_step_time(times: Sequence[float], steps: Sequence[int]) -> float:
-    """Mean over T steps of the median step that refreshes supports and T - 1 median others.
-
-    Args:
-        times: Time of each step.
-        steps: Number of each step, from 1; steps 1, T + 1, 2 T + 1, ... refresh.
-    """
-    refreshing, usual = [], []
-    for time, step in zip(times, steps, strict=True):
-        (usual if (step - 1) % T else refreshing).append(time)
-    if not (refreshing and usual):
-        return statistics.median(times)
-    return (statistics.median(refreshing) + (T - 1) * statistics.median(usual)) / T
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Names of the processor or GPU and of torch's version, and the number of threads."""
+def describe_machine(device: torch.device) -> str:
+    """The processor or GPU, the number of threads, and torch's version."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif (info := Path("/proc/cpuinfo")).exists():
         found = re.search(r"model name\s*:\s*(.+)", info.read_text())
         name = found[1] if found else name
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def print_table(columns: dict[str, Callable[[dict], Any]], rows: Sequence[dict]) -> None:
-    """Print a Markdown table. A cell is empty if its row lacks the key.
-
-    Args:
-        columns: By heading, the function that makes a cell from a row.
-        rows: The measurements.
-    """
-    print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}")
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a Markdown table of rows by heading; the first row has all headings."""
+    print(f"| {' | '.join(rows[0])} |\n|{'-|' * len(rows[0])}")
     for row in rows:
-        cells = []
-        for cell in columns.values():
-            try:
-                cells.append(str(cell(row)))
-            except KeyError:
-                cells.append("")
-        print(f"| {' | '.join(cells)} |")
-
-
-def write_json(args: argparse.Namespace, **result: Any) -> None:
-    """Write settings and result to --json's file, if there is one."""
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        text = json.dumps({"settings": settings, **result}, indent=2)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        print(f"| {' | '.join(str(row.get(heading, '')) for heading in rows[0])} |")

@@ -1,6 +1,6 @@
 """What processes exchange in a training iteration: bytes and milliseconds, side by side.
 
-    python benchmarks/communication.py [--processes 2 4] [--classes 10 100 1000] [--json FILE]
+    python benchmarks/communication.py [--processes 2 4] [--classes 10 100 1000]
 
 Processes on this machine exchange random gradients of both towers' weights over gloo, and compute
 nothing else. `SO` and `LoRA` are main.py's `sum_gradients`: k values of each weight, or adapters,
@@ -11,7 +11,6 @@ text features of C classes, gathered, and their gradient. Bytes are those given 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import BACKBONES, T, machine, print_table, write_json
+from benchmarks.common import BACKBONES, T, describe_machine, print_table
 from clip import CLIP
 from optimizers.build import build_optimizer, mark_as_trainable
 from optimizers.SampledGradients import sum_gradients
@@ -82,7 +81,7 @@ def ddp_all_reduce(params: list[nn.Parameter]) -> Exchange:
 
 
 def gather_features(classes: int, width: int) -> Exchange:
-    """The exchange of `train.encode_all_classes`, and of its gradient."""
+    """The exchange of `train.encode_classes_together`, and of its gradient."""
     grad = torch.randn(classes, width)
     rows = grad[local_slice(classes)].requires_grad_()
     return lambda: time_slowest(lambda: all_gather_rows(rows, classes).backward(grad))
@@ -114,10 +113,16 @@ def work(rank: int, size: int, folder: Path, args: argparse.Namespace) -> None:
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
             run()
         sizes = [call.args[0].nbytes for call in all_reduce.call_args_list]
-        row = dict(processes=size, exchange=name, sizes=sizes, bytes=sum(sizes), ms=ms)
-        rows.append(row | {"median_ms": median(ms)})
+        rows.append({
+            "processes": size,
+            "exchange": name,
+            "all-reduces": len(sizes),
+            "bytes": f"{sum(sizes):,}",
+            "ms": f"{median(ms):,.2f}",
+            "least, ms": f"{min(ms):,.2f}",
+        })  # fmt: skip
     if rank == 0:
-        (folder / "rows.json").write_text(json.dumps(rows))
+        torch.save(rows, folder / "rows.pt")
     dist.destroy_process_group()
 
 
@@ -125,7 +130,7 @@ def measure(size: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of `size` processes, forked from this one."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(work, (size, Path(folder), args), size, start_method="fork")
-        return json.loads(Path(folder, "rows.json").read_text())
+        return torch.load(Path(folder, "rows.pt"), weights_only=True)
 
 
 def main() -> None:
@@ -136,27 +141,14 @@ def main() -> None:
     add("--classes", type=int, nargs="+", default=[10, 100, 1000])
     add("--density", type=float, default=5e-5)
     add("--repeats", type=int, default=20)
-    add("--json", help="write the figures to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine(torch.device("cpu")) | {"cores": mp.cpu_count()}
     rows = [row for size in args.processes for row in measure(size, args)]
     print(
         f"{args.backbone}, both encoders, all layers, density {args.density:g}, float32, gloo; "
-        f"{about['device']}, {about['cores']} cores, torch {about['torch']}\n"
+        f"{mp.cpu_count()} cores, {describe_machine(torch.device('cpu'))}\n"
     )
-    so = {row["processes"]: row for row in rows if row["exchange"] == "SO"}
-    columns: dict[str, Callable[[dict], Any]] = {
-        "processes": lambda row: row["processes"],
-        "exchange": lambda row: row["exchange"],
-        "all-reduces": lambda row: len(row["sizes"]),
-        "bytes": lambda row: f"{row['bytes']:,}",
-        "ms": lambda row: f"{row['median_ms']:,.2f}",
-        "least, ms": lambda row: f"{min(row['ms']):,.2f}",
-        "ms / SO's": lambda row: f"{row['median_ms'] / so[row['processes']]['median_ms']:,.2f}",
-    }
-    print_table(columns, rows)
-    write_json(args, machine=about, rows=rows)
+    print_table(rows)
 
 
 if __name__ == "__main__":

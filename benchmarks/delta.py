@@ -1,6 +1,6 @@
 """File sizes of weights.safetensors and checkpoint.pt after N steps, next to full weights.
 
-    python benchmarks/delta.py [--steps 100 1000 10000] [--density 5e-5] [--threads 1] [--json FILE]
+    python benchmarks/delta.py [--steps 100 1000 10000] [--density 5e-5] [--threads 1]
 
 SO trains a backbone with random weights by random gradients at the entries that it draws. There is
 no forward pass: the draws determine which entries change.
@@ -9,10 +9,9 @@ no forward pass: the draws determine which entries change.
 import argparse
 import io
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from timeit import timeit
 from typing import Any
 
 import safetensors.torch
@@ -20,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import BACKBONES, T, machine, print_table, write_json
+from benchmarks.common import BACKBONES, T, print_table
 from clip import CLIP, build_model
 from clip.lora import apply_lora
 from optimizers import SO
@@ -34,24 +33,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--density", type=float, default=5e-5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="also write settings, machine and table to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        rows = measure(args, Path(folder))
-    columns = {
-        "file": lambda row: row["file"],
-        "entries changed": lambda row: f"{row['entries']:,}",
-        "of all, %": lambda row: f"{100 * row['share']:.3f}",
-        "MB": lambda row: f"{row['bytes'] / 1e6:.2f}",
-        "of the full checkpoint, %": lambda row: f"{100 * row['bytes'] / rows[-2]['bytes']:.2f}",
-        "compare and write, s": lambda row: f"{row['save_s']:.2f}",
-        "check and apply, s": lambda row: f"{row['apply_s']:.2f}",
-        "checkpoint.pt, MB": lambda row: f"{row['checkpoint_bytes'] / 1e6:.2f}",
-    }
-    print_table(columns, rows)
-    write_json(args, machine=machine(torch.device("cpu")), rows=rows)
+        print_table(measure(args, Path(folder)))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -71,33 +57,35 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         optimizer.step()
         if step not in args.steps:
             continue
-        save_s = seconds(lambda: save_delta(file, trained, base, sha256))
+        save_s = timeit(lambda: save_delta(file, trained, base, sha256), number=1)
         delta, copy = read_delta(file), build_model(base)
-        apply_s = seconds(lambda delta=delta, copy=copy: apply_delta(copy, delta))
+        apply_s = timeit(lambda delta=delta, copy=copy: apply_delta(copy, delta), number=1)
         assert state_dict_sha256(copy) == state_dict_sha256(model)
         changed = sum(len(change.indices) for change in delta.tensors.values())
         checkpoint = diff_state_dict(trained, base), optimizer.state_dict()
-        rows.append(dict(
-            file=f"delta after {step} steps", entries=changed, share=changed / entries,
-            bytes=file.stat().st_size, save_s=save_s, apply_s=apply_s,
-            checkpoint_bytes=torch_bytes(checkpoint),
-        ))  # fmt: skip
+        rows.append({
+            "file": f"delta after {step} steps",
+            "entries changed": f"{changed:,}",
+            "of all, %": f"{100 * changed / entries:.3f}",
+            "MB": megabytes(file.stat().st_size),
+            "compare and write, s": f"{save_s:.2f}",
+            "check and apply, s": f"{apply_s:.2f}",
+            "checkpoint.pt, MB": megabytes(torch_bytes(checkpoint)),
+        })  # fmt: skip
     layers = [name.removesuffix(IN_PROJ_SUFFIX) for name in trained if IN_PROJ_SUFFIX in name]
     adapters = apply_lora(build_model(base), layers, rank=2)
     half = {key: t.half() if t.is_floating_point() else t for key, t in base.items()}
-    return [
-        *rows,
-        dict(file="LoRA adapter, rank 2", bytes=len(safetensors.torch.save(adapters))),
-        dict(file="the matrices, whole", bytes=4 * entries),
-        dict(file="full checkpoint, float32", bytes=torch_bytes(base)),
-        dict(file="full checkpoint, float16", bytes=torch_bytes(half)),
-    ]
+    others = {
+        "LoRA adapter, rank 2": len(safetensors.torch.save(adapters)),
+        "the matrices, whole": 4 * entries,
+        "full checkpoint, float32": torch_bytes(base),
+        "full checkpoint, float16": torch_bytes(half),
+    }
+    return rows + [{"file": name, "MB": megabytes(size)} for name, size in others.items()]
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
 
 
 def torch_bytes(content: Any) -> int:

@@ -48,43 +48,35 @@ class PlainSO:
 
 
 def encode_image(model: CLIP, images: Tensor, one_token: bool = False) -> Tensor:
-    """Features of images, not normalised: (B, 3, R, R) -> (B, D).
+    """Features of images, not normalized: (B, 3, R, R) -> (B, D).
 
-    With `one_token` the last block computes the class token alone.
+    With `one_token` the last block computes only the class token.
     """
     visual = model.visual
-    if not hasattr(visual, "transformer"):  # a ResNet, of which we leave nothing out
+    if not hasattr(visual, "transformer"):  # a ResNet, which has no shortcuts
         return visual(images)
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
-    first = visual.class_embedding.expand(len(x), 1, -1)
-    x = visual.ln_pre(torch.cat([first, x], dim=1) + visual.positional_embedding)
-    read = x.new_zeros(len(x), dtype=torch.int64)  # the class token
-    x = _transformer(visual.transformer.resblocks, x, read if one_token else None)
+    class_token = visual.class_embedding.expand(len(x), 1, -1)
+    x = visual.ln_pre(torch.cat([class_token, x], dim=1) + visual.positional_embedding)
+    pool_idx = x.new_zeros(len(x), dtype=torch.int64)  # the class token
+    x = _transformer(visual.transformer.resblocks, x, pool_idx if one_token else None)
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
 def encode_text(model: CLIP, tokens: Tensor, one_token: bool = False) -> Tensor:
-    """Features of texts, not normalised: (N, L) -> (N, D); L is the context in the authors' code.
+    """Features of texts, not normalized: (N, L) -> (N, D); L is the context in the authors' code.
 
     The end-of-text token, whose output is the feature, has the highest id; with `one_token` the
-    last block computes it alone.
+    last block computes only it.
     """
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     mask = x.new_full((length, length), float("-inf")).triu(1)
-    read = tokens.argmax(dim=-1)
-    x = _transformer(model.transformer.resblocks, x, read if one_token else None, mask)
+    pool_idx = tokens.argmax(dim=-1)
+    x = _transformer(model.transformer.resblocks, x, pool_idx if one_token else None, mask)
     x = model.ln_final(x)  # (N, L, W), or (N, 1, W)
-    x = x[:, 0] if one_token else x[torch.arange(len(x), device=x.device), read]
+    x = x[:, 0] if one_token else x[torch.arange(len(x), device=x.device), pool_idx]
     return x @ model.text_projection
-
-
-def loss(
-    model: CLIP, images: Tensor, tokens: Tensor, labels: Tensor, logit_scale: float = 100.0
-) -> Tensor:
-    """Cross-entropy of images (B, 3, R, R) over the cosines with one text per class (C, L)."""
-    texts, features = encode_text(model, tokens), encode_image(model, images)
-    return cosine_loss(features, texts, labels, logit_scale)
 
 
 def cosine_loss(
@@ -97,17 +89,17 @@ def cosine_loss(
 
 
 def _transformer(
-    blocks: nn.Sequential, x: Tensor, read: Tensor | None = None, mask: Tensor | None = None
+    blocks: nn.Sequential, x: Tensor, pool_idx: Tensor | None, mask: Tensor | None = None
 ) -> Tensor:
     """All positions through all blocks, which see (L, N, W) as in OpenAI's code.
 
-    Where positions to read are given, the last block is our own, and computes these alone.
+    Where `pool_idx` is given, the last block is our own, and computes only these positions.
     """
     x = x.transpose(0, 1)
-    for block in blocks if read is None else blocks[:-1]:
+    for block in blocks if pool_idx is None else blocks[:-1]:
         x = _block(block, x, mask)
     x = x.transpose(0, 1)
-    return x if read is None else blocks[-1](x, read)
+    return x if pool_idx is None else blocks[-1](x, pool_idx)
 
 
 def _block(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,7 +110,7 @@ def _block(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Ten
 
 
 def _attention(attn: Attention, x: Tensor, mask: Tensor | None) -> Tensor:
-    """What `F.multi_head_attention_forward` does where no weights are asked for."""
+    """`F.multi_head_attention_forward` without attention weights."""
     length, texts, width = x.shape
     x = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = x.unflatten(-1, (3, width)).movedim(-2, 0).contiguous()  # (L, N, W) each

@@ -1,6 +1,6 @@
 """Which lr and density SO needs: accuracy by reach, steps x density x lr, on scikit-learn's digits.
 
-    python benchmarks/settings.py [--steps 400 2000] [--seeds 1 2 3] [--json FILE]
+    python benchmarks/settings.py [--steps 400 2000] [--seeds 1 2 3]
 
 In `steps` steps an entry is read steps x density times on average, and moves by lr at most each
 time, so reach bounds how far an average entry can go. Two tasks of one MLP (64-256-256-10, no
@@ -23,9 +23,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import machine, print_table, write_json
+from benchmarks.common import describe_machine, print_table
 from optimizers import SO
-from utils import progress
+from utils import Progress
 
 TASKS = ("scratch", "shifted")
 DENSITIES = (1e-3, 1e-2, 0.1)
@@ -91,7 +91,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[400, 2000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--adam_steps", type=int, default=ADAM_STEPS, help="of the model to adapt")
-    parser.add_argument("--json", help="write the figures to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "SO keeps fewer than ten", UserWarning)
@@ -101,7 +100,7 @@ def main() -> None:
     settings = [(None, ADAM_LR), *product(DENSITIES, LRS)]  # density None: Adam
     rows: list[dict[str, Any]] = []
     todo = [*product(TASKS, args.steps, settings)]
-    for task, steps, (density, lr) in progress(todo, desc="Settings", unit="row"):
+    for task, steps, (density, lr) in Progress(todo, desc="Settings", unit="row"):
         before, after = [], []
         for seed in args.seeds:
             model = make_model(task, seed, digits, args.adam_steps)
@@ -112,32 +111,29 @@ def main() -> None:
                 optimizer = SO(model.parameters(), lr=lr, density_ratio=density, seed=seed)
             train(model, optimizer, data[task], steps)
             after.append(accuracy(model, data[task]))
-        row = dict(task=task, steps=steps, density=density, lr=lr, before=before, accuracies=after)
-        rows.append(row | {"reach": steps * (density or 1) * lr, "reads": steps * (density or 1)})
+        reads = steps * (density or 1)
+        rows.append({
+            "task": task,
+            "optimizer": "SO" if density else "Adam",
+            "steps": steps,
+            "density": density or "",
+            "lr": lr,
+            "reach": reads * lr,
+            "reads": reads,
+            "before, %": round(fmean(before), 1),
+            "accuracy, %": round(fmean(after), 1),
+            "seeds": f"{min(after):.1f} to {max(after):.1f}",
+        })  # fmt: skip
     rows.sort(key=lambda row: (row["task"], row["reach"]))
-    columns = {
-        "task": lambda row: row["task"],
-        "optimizer": lambda row: "SO" if row["density"] else "Adam",
-        "steps": lambda row: f"{row['steps']}",
-        "density": lambda row: f"{row['density']:g}" if row["density"] else "",
-        "lr": lambda row: f"{row['lr']:g}",
-        "reach": lambda row: f"{row['reach']:.2g}",
-        "reads": lambda row: f"{row['reads']:g}",
-        "before, %": lambda row: f"{fmean(row['before']):.1f}",
-        "accuracy, %": lambda row: f"{fmean(row['accuracies']):.1f}",
-        "seeds": lambda row: f"{min(row['accuracies']):.1f} to {max(row['accuracies']):.1f}",
-    }
-    about = machine(torch.device("cpu"))
-    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}\n")
-    print_table(columns, rows)
+    print(f"{describe_machine(torch.device('cpu'))}\n")
+    print_table(rows)
     print("\nSpearman's correlation of SO's accuracy with:")
     for task in TASKS:
-        of_so = [row for row in rows if row["task"] == task and row["density"]]
-        scores = [fmean(row["accuracies"]) for row in of_so]
+        so_rows = [row for row in rows if row["task"] == task and row["density"]]
+        accuracies = [row["accuracy, %"] for row in so_rows]
         for name in ("reach", "reads", "density", "lr", "steps"):
-            value = rank_correlation([row[name] for row in of_so], scores)
+            value = rank_correlation([row[name] for row in so_rows], accuracies)
             print(f"* {task}, {name}: {value:.2f}")
-    write_json(args, machine=about, rows=rows)
 
 
 if __name__ == "__main__":

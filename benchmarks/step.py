@@ -10,7 +10,6 @@ are of processor time, which other programs disturb less. Peaks are over weights
 """
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 import time
@@ -24,13 +23,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import peak_mb, print_table, write_json
+from benchmarks.common import T, peak_mb, print_table, run_in_process
 from benchmarks.plain import PlainSO
 from optimizers import SO
 from optimizers.ablations import SOVariant
-from utils import progress
+from utils import Progress
 
-T = 5
 PLAIN_LIMIT = 20_000  # the k x k comparison takes k^2 bytes
 ADAM_ROWS = ("AdamW foreach", "AdamW fused", "Adam, as it is by default")  # the first two divide
 SO_ROWS = ("SO", "SO, foreach=False", "SO without moments", "SO, as the authors compute it")
@@ -90,7 +88,7 @@ def state_mb(optimizer: Any) -> float:
 
 
 def measure(name: str, density: float, shapes: list, args: argparse.Namespace) -> dict[str, Any]:
-    """One turn of a row, in a process of its own: what other rows leave behind does not matter."""
+    """One turn of a row."""
     torch.set_num_threads(args.threads)
     params = make_params(shapes, args.device)
     refs = Path("/proc/self/clear_refs")
@@ -105,13 +103,6 @@ def measure(name: str, density: float, shapes: list, args: argparse.Namespace) -
     return dict(times=times[T:], state_mb=state_mb(optimizer), peak_mb=peak)  # the first warms up
 
 
-def in_a_process(*arguments: Any) -> dict[str, Any]:
-    """What `measure` returns."""
-    method = "fork" if arguments[-1].device == "cpu" else "spawn"
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        return pool.apply(measure, arguments)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="ViT-B/16")
@@ -121,7 +112,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="+", choices=SO_ROWS, default=SO_ROWS)
-    parser.add_argument("--json", help="write the table to this file, too")
     args = parser.parse_args()
 
     shapes = MODELS[args.model]
@@ -131,35 +121,34 @@ def main() -> None:
         if name != "SO, as the authors compute it" or max(entries) * density <= PLAIN_LIMIT:
             todo.append((name, density))
     turns: dict[tuple, list[dict]] = {row: [] for row in todo}
-    for _, row in progress([*product(range(args.rounds), todo)], desc="Steps", unit="turn"):
-        turns[row].append(in_a_process(*row, shapes, args))
+    for _, row in Progress([*product(range(args.rounds), todo)], desc="Steps", unit="turn"):
+        turns[row].append(run_in_process(measure, *row, shapes, args))
 
-    rows = []
-    for (name, density), of_row in turns.items():
-        times = [t for turn in of_row for t in turn["times"]]
-        row = dict(density=density, optimizer=name, state_mb=of_row[0]["state_mb"])
-        row["ms"] = statistics.median(t for i, t in enumerate(times) if i % T)
-        row["drawing_ms"] = statistics.median(times[::T])
-        row["peak_mb"] = max(turn["peak_mb"] for turn in of_row)
-        rows.append(row)
-    for row in rows:
-        row["of_foreach"], row["of_fused"] = (row["ms"] / other["ms"] for other in rows[:2])
-    columns = {
-        "density": lambda row: "" if row["density"] is None else f"{row['density']:g}",
-        "optimizer": lambda row: row["optimizer"],
-        "step, ms": lambda row: f"{row['ms']:.1f}",
-        "of foreach's": lambda row: f"{row['of_foreach']:.3f}",
-        "of fused's": lambda row: f"{row['of_fused']:.2f}",
-        "step that draws, ms": lambda row: f"{row['drawing_ms']:.1f}",
-        "state, MB": lambda row: f"{row['state_mb']:.2f}",
-        "peak, MB": lambda row: f"{row['peak_mb']:.0f}",
+    times = {
+        row: [t for turn in measured for t in turn["times"]] for row, measured in turns.items()
     }
+    usual = {
+        row: statistics.median(t for i, t in enumerate(ms) if i % T) for row, ms in times.items()
+    }
+    foreach, fused, *_ = usual.values()
+    rows = []
+    for (name, density), measured in turns.items():
+        ms = usual[name, density]
+        rows.append({
+            "density": density or "",
+            "optimizer": name,
+            "step, ms": f"{ms:.1f}",
+            "of foreach's": f"{ms / foreach:.3f}",
+            "of fused's": f"{ms / fused:.2f}",
+            "step that draws, ms": f"{statistics.median(times[name, density][::T]):.1f}",
+            "state, MB": f"{measured[0]['state_mb']:.2f}",
+            "peak, MB": f"{max(turn['peak_mb'] for turn in measured):.0f}",
+        })  # fmt: skip
     print(
         f"{args.model}: {len(shapes)} matrices, {sum(entries) / 1e6:.0f} M entries, torch "
         f"{torch.__version__}, {args.device}, {args.threads} threads\n"
     )
-    print_table(columns, rows)
-    write_json(args, rows=rows)
+    print_table(rows)
 
 
 if __name__ == "__main__":

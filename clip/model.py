@@ -11,6 +11,7 @@ Two towers end in one space of D dimensions:
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -131,25 +132,31 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Features of images, not normalized: (B, 3, R, R) -> (B, D)."""
-        return self.visual(images.to(self.dtype))
+        return self.visual(images.to(self.visual.conv1.weight.dtype))
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(
+        self, tokens: Tensor, hidden: Tensor | None = None, start_block: int = 0
+    ) -> Tensor:
         """Features of texts, not normalized: (N, L) -> (N, D), where L may be below the context.
 
         The end-of-text token has the highest id and, since attention is causal, has seen all of
         the text: its output is the text's feature.
-        """
-        return self.forward_text_suffix(self.forward_text_prefix(tokens), tokens)
 
-    def forward_text_prefix(self, tokens: Tensor, num_blocks: int = 0) -> Tensor:
+        Args:
+            tokens: The texts.
+            hidden: What enters the block `start_block`, (N, L, W), if `forward_text_prefix` has
+                computed it.
+            start_block: Number of that block.
+        """
+        if hidden is None:
+            hidden = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.transformer(hidden, tokens.argmax(dim=-1), start_block)  # (N, W)
+        return self.ln_final(x) @ self.text_projection  # (N, D)
+
+    def forward_text_prefix(self, tokens: Tensor, num_blocks: int) -> Tensor:
         """Embed tokens and run the first blocks of the text tower: (N, L) -> (N, L, W)."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         return self.transformer.resblocks[:num_blocks](x)
-
-    def forward_text_suffix(self, x: Tensor, tokens: Tensor, start_block: int = 0) -> Tensor:
-        """Run the rest of `encode_text` after `forward_text_prefix`: (N, L, W) -> (N, D)."""
-        x = self.transformer(x, tokens.argmax(dim=-1), start_block)  # (N, W)
-        return self.ln_final(x) @ self.text_projection  # (N, D)
 
 
 def _resolve_num_heads(width: int, num_heads: int | None) -> int:
@@ -250,18 +257,20 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, num_heads, causal)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_width, activation)
+        layers = {
+            "c_fc": nn.Linear(width, mlp_width),
+            "gelu": ACTIVATIONS[activation](),
+            "c_proj": nn.Linear(mlp_width, width),
+        }
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor, pool_idx: Tensor | None = None) -> Tensor:
         """(B, L, W) -> (B, L, W), or (B, 1, W) for one position (B,) in each row."""
         attended = self.attn(self.ln_1(x), pool_idx)
-        x = (x if pool_idx is None else take_token(x, pool_idx)) + attended
+        if pool_idx is not None:
+            x = x.take_along_dim(pool_idx[:, None, None], dim=1)
+        x = x + attended
         return x + self.mlp(self.ln_2(x))
-
-
-def take_token(x: Tensor, pool_idx: Tensor) -> Tensor:
-    """One position of each row: (B, L, W) at (B,) -> (B, 1, W)."""
-    return x.gather(1, pool_idx[:, None, None].expand(-1, 1, x.shape[-1]))
 
 
 class Attention(nn.Module):
@@ -287,7 +296,8 @@ class Attention(nn.Module):
             q, k, v = self.project_qkv(x, slice(0, 3))
             x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            (q,) = self.project_qkv(take_token(x, pool_idx), slice(0, 1))
+            pooled = x.take_along_dim(pool_idx[:, None, None], dim=1)  # (B, 1, W)
+            (q,) = self.project_qkv(pooled, slice(0, 1))
             k, v = self.project_qkv(x, slice(1, 3))
             mask = None
             if self.causal:
@@ -304,19 +314,6 @@ class Attention(nn.Module):
         head_dim = x.shape[-1] // self.num_heads
         x = F.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, head_dim))
         return x.permute(2, 0, 3, 1, 4).unbind()
-
-
-class MLP(nn.Module):
-    """Two linear maps, wider in between."""
-
-    def __init__(self, width: int, mlp_width: int, activation: str) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, mlp_width)
-        self.gelu = ACTIVATIONS[activation]()
-        self.c_proj = nn.Linear(mlp_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
 
 
 class QuickGELU(nn.Module):

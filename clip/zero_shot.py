@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip.model import CLIP
-from clip.preprocess import normalize
 
 TEXT_BATCH_SIZE = 256  # prompts encoded at once where no gradient is needed
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,73 +43,65 @@ class ZeroShotClassifier:
     ) -> None:
         self.model, self.precision, self.class_batch_size = model, precision, class_batch_size
         self.text_tokens, self.num_classes = text_tokens, text_tokens.shape[1]
+        self.device = text_tokens.device
+        self.autocast: AbstractContextManager = nullcontext()
+        if precision != "fp32":
+            self.autocast = torch.autocast(self.device.type, AUTOCAST_DTYPES[precision])
         if logit_scale == "checkpoint":
             logit_scale = model.logit_scale.detach().exp()
         self.logit_scale = logit_scale
+        self.dtype = torch.promote_types(model.logit_scale.dtype, torch.float32)  # of features
+        self.image_mean = torch.tensor(model.image_mean).view(3, 1, 1).to(self.device)
+        self.image_std = torch.tensor(model.image_std).view(3, 1, 1).to(self.device)
         # see `precompute_frozen_text`
         self._frozen_text: tuple[int, Tensor | None] = 0, None
         self._frozen_features: Tensor | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return self.text_tokens.device
-
-    def autocast(self) -> AbstractContextManager:
-        """The context in which matrix products have this classifier's precision."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, AUTOCAST_DTYPES[self.precision])
-
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit features (B, D) of uint8 images (B, 3, R, R)."""
-        images = normalize(images, self.model.image_mean, self.model.image_std)
-        return l2_normalize(self.model.encode_image(images))
+        images = (images.float() / 255 - self.image_mean) / self.image_std
+        return F.normalize(self.model.encode_image(images).to(self.dtype), dim=-1)
 
     def encode_classes(self, classes: slice = slice(None)) -> Tensor:
         """Unit text features (c, D) of some classes, averaged over the prompts.
 
-        After `precompute_frozen_text` only with the classes that were given there.
+        With gradients, after `precompute_frozen_text`, they are the classes that were given there.
         """
         if self._frozen_features is not None:
-            return self._frozen_features
-        _, hidden = self._frozen_text
+            return self._frozen_features[classes]
+        start_block, hidden = self._frozen_text
         tokens = self.text_tokens[:, classes]  # (P, c, L)
         size = self.class_batch_size
         needs_grad = torch.is_grad_enabled()
         if not needs_grad:
             hidden = None  # computed by the weights as they are now
             size = min(size or self.num_classes, max(TEXT_BATCH_SIZE // len(tokens), 1))
-        features = []
+        sums = []
         size = size or max(tokens.shape[1], 1)
         chunks = tokens.split(size, dim=1)
         hiddens = hidden.split(size, dim=1) if hidden is not None else [None] * len(chunks)
         for chunk, x in zip(chunks, hiddens, strict=True):
+            args = [chunk.flatten(0, 1)]  # (P c, L)
+            if x is not None:
+                args += [x.flatten(0, 1), start_block]
             if needs_grad and self.class_batch_size:
-                features.append(checkpoint(self._encode_prompts, chunk, x, use_reentrant=False))
+                features = checkpoint(self.model.encode_text, *args, use_reentrant=False)
             else:
-                features.append(self._encode_prompts(chunk, x))
-        return l2_normalize(torch.cat(features))
-
-    def _encode_prompts(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
-        """Sum of the unit features of each class's prompts: (P, c, L) -> (c, D)."""
-        flat = tokens.flatten(0, 1)  # (P c, L)
-        if hidden is None:
-            features = self.model.encode_text(flat)
-        else:
-            start_block, _ = self._frozen_text
-            features = self.model.forward_text_suffix(hidden.flatten(0, 1), flat, start_block)
-        return l2_normalize(features).unflatten(0, tokens.shape[:2]).sum(dim=0)
+                features = self.model.encode_text(*args)
+            features = F.normalize(features.to(self.dtype), dim=-1)
+            sums.append(features.unflatten(0, chunk.shape[:2]).sum(dim=0))
+        return F.normalize(torch.cat(sums), dim=-1)
 
     @torch.no_grad()
     def precompute_frozen_text(self, classes: slice = slice(None)) -> None:
         """Run the text tower of some classes up to its first trained block, once for a training.
 
         What enters that block, (P, c, L, W), is kept for `encode_classes` with gradients; where
-        nothing is trained, the features themselves are.
+        nothing is trained, the features of all classes are.
         """
         named = self.model.named_parameters()
         if not any(p.requires_grad for name, p in named if not name.startswith("visual.")):
-            self._frozen_features = self.encode_classes(classes)
+            self._frozen_features = self.encode_classes()
         if self._frozen_features is not None or not isinstance(self.model, CLIP):
             return
         blocks = self.model.transformer.resblocks
@@ -149,8 +140,3 @@ def tokenize_class_prompts(
         tokens = tokens[:, :length]
     tokens = tokens.unflatten(0, (len(templates), len(classnames)))
     return tokens.to(model.logit_scale.device)
-
-
-def l2_normalize(features: Tensor) -> Tensor:
-    """Scale each row (N, D) to length 1, in float32 at least."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

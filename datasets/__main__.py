@@ -22,7 +22,7 @@ from datasets.build import dataset_name, find_gray_range, get_dataset_info
 from datasets.catalog import DATASETS
 from datasets.splits import CHECKS, count_mismatch, format_counts, read_split
 from datasets.transforms import read_image
-from utils import progress, truncate_list
+from utils import Progress, truncate_list
 
 COLUMNS = ("dataset", "folder", "split", "classes", *SPLITS, "status")
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--root_path, the folder that holds the datasets, is missing")
     if args.root_path and not os.path.isdir(resolve_root(args.root_path)):
         parser.error(f"--root_path {args.root_path} is not a folder")
-    bar = progress(names, desc="datasets", unit="dataset")
+    bar = Progress(names, desc="datasets", unit="dataset")
     results = [check_dataset(name, args.root_path, args.decode) for name in bar]
     if not args.dataset:
         for name, result in zip(names, results, strict=True):
@@ -129,7 +129,7 @@ def find_corrupt_images(dataset_dir: DatasetDir, split: Split) -> None:
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # of odd metadata
         results = (result for chunk in chunks for result in pool.map(check, chunk))
-        bar = progress(results, len(paths), f"{dataset_dir.name} images", "image")
+        bar = Progress(results, total=len(paths), desc=f"{dataset_dir.name} images", unit="image")
         corrupt = dict(filter(None, bar))
     if corrupt:
         raise ValueError(

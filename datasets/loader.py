@@ -13,12 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms import Compose
 
 from clip.preprocess import OPENAI_RESIZE, image_transform
 from datasets.base import Datum
-from datasets.transforms import Batch, collate, read_image, train_transform
+from datasets.transforms import Batch, read_image, train_transform
 
 T = TypeVar("T")
 
@@ -42,7 +44,9 @@ class ImageLoader:
     ) -> None:
         self.resolution = resolution
         self.num_workers = num_workers
-        self.cache = ImageCache(cache_mb)
+        # Decoded images by "train" or "test" and path, first come first kept.
+        self.images: dict[tuple[str, str], Image.Image] = {}
+        self.bytes_left, self.lock = cache_mb * 2**20, threading.Lock()
         self.pool = ThreadPoolExecutor(num_workers, "images") if num_workers else None
         # the model's resize and crop, without tensor and normalization
         self.test_transform = Compose(image_transform(resolution, resize=resize).transforms[:-2])
@@ -77,13 +81,15 @@ class ImageLoader:
         )
 
         def make_batch(epoch: int, order: dict[int, int]) -> tuple[Batch, bool]:
-            images = []
-            for position, index in list(order.items())[local_slice(len(order))]:
-                image = self.cache.get("train", items[index], _read_item)
-                rng = random.Random(f"{seed} {epoch} {position}")
-                images.append(transform(image, rng=rng))
-            labels = [items[index].label for index in order.values()]
-            return collate(images, labels, self.resolution), len(items) - 1 in order
+            local = list(order.items())[local_slice(len(order))]
+            pixels = np.empty((len(local), self.resolution, self.resolution, 3), np.uint8)
+            for row, (position, index) in zip(pixels, local, strict=True):
+                item = items[index]
+                image = self.images.get(("train", item.impath)) or self._read("train", item)
+                row[:] = transform(image, rng=random.Random(f"{seed} {epoch} {position}"))
+            labels = torch.tensor([items[index].label for index in order.values()])
+            batch = torch.from_numpy(pixels).permute(0, 3, 1, 2), labels
+            return batch, len(items) - 1 in order
 
         batches = shuffled(len(items), batch_size, seed, start)
         return self._prefetch(partial(make_batch, *batch) for batch in batches)
@@ -91,16 +97,28 @@ class ImageLoader:
     def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as the model's own images were."""
 
-        def read(item: Datum) -> Image.Image:
-            return self.test_transform(_read_item(item))
-
         def make_batch(start: int) -> Batch:
             chunk = items[start : start + batch_size]
-            images = [self.cache.get("test", item, read) for item in chunk]
-            return collate(images, [item.label for item in chunk], self.resolution)
+            pixels = np.empty((len(chunk), self.resolution, self.resolution, 3), np.uint8)
+            for row, item in zip(pixels, chunk, strict=True):
+                row[:] = self.images.get(("test", item.impath)) or self._read("test", item)
+            labels = torch.tensor([item.label for item in chunk], dtype=torch.int64)
+            return torch.from_numpy(pixels).permute(0, 3, 1, 2), labels
 
         starts = range(0, max(len(items), 1), batch_size)  # an empty share is an empty batch
         return self._prefetch(partial(make_batch, start) for start in starts)
+
+    def _read(self, kind: str, item: Datum) -> Image.Image:
+        """Read an image, crop and resize it for testing, and keep it if the memory suffices."""
+        image = read_image(item.impath, item.gray_range)
+        if kind == "test":
+            image = self.test_transform(image)
+        num_bytes = 4 * image.width * image.height  # Pillow stores RGB in four bytes
+        with self.lock:
+            if (kind, item.impath) not in self.images and num_bytes <= self.bytes_left:
+                self.bytes_left -= num_bytes
+                self.images[kind, item.impath] = image
+        return image
 
     def _prefetch(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """Run jobs in order, the next few of them in threads while the caller works.
@@ -123,32 +141,6 @@ class ImageLoader:
         finally:
             for future in futures:
                 future.cancel()
-
-
-class ImageCache:
-    """Keeps decoded images, first come first kept, up to a budget of memory in MB."""
-
-    def __init__(self, megabytes: float) -> None:
-        self.bytes_left = megabytes * 2**20
-        self.images: dict[tuple[str, str], Image.Image] = {}
-        self.lock = threading.Lock()
-
-    def get(self, kind: str, item: Datum, read: Callable[[Datum], Image.Image]) -> Image.Image:
-        """Return an image from the cache, or what `read` returns, which is kept if it fits."""
-        key = kind, item.impath
-        if key in self.images:
-            return self.images[key]
-        image = read(item)
-        num_bytes = 4 * image.width * image.height  # Pillow stores RGB in four bytes
-        with self.lock:
-            if key not in self.images and num_bytes <= self.bytes_left:
-                self.bytes_left -= num_bytes
-                self.images[key] = image
-        return image
-
-
-def _read_item(item: Datum) -> Image.Image:
-    return read_image(item.impath, item.gray_range)
 
 
 def shuffled(

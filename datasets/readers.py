@@ -26,7 +26,7 @@ from datasets.base import (
     read_json,
     read_text,
 )
-from utils import progress, truncate_list
+from utils import Progress, truncate_list
 
 IMAGENET_CLASSNAMES = Path(__file__).with_name("imagenet_classnames.txt")
 T = TypeVar("T")
@@ -199,7 +199,7 @@ def _list_classes(
     """Return the images of class folders, which are in the order of their labels."""
     return [
         (f"{folder}/{name}", label, names[label])
-        for label, folder in enumerate(progress(folders, desc=dataset_dir.name, unit="class"))
+        for label, folder in enumerate(Progress(folders, desc=dataset_dir.name, unit="class"))
         for name in list_images(dataset_dir.image_path(folder))
     ]
 

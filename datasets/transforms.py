@@ -1,7 +1,7 @@
-"""Images: decoding, augmentation, batches.
+"""Images: decoding and augmentation.
 
 Batches are uint8, a quarter of the size of float images on their way to a GPU, where
-`clip.preprocess.normalize` makes them a model's input.
+`ZeroShotClassifier.encode_images` normalizes them.
 """
 
 import errno
@@ -17,7 +17,6 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -179,18 +178,3 @@ def random_resized_crop_params(
     w, h = min(width, round(height * shape) or 1), min(height, round(width / shape) or 1)
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def collate(images: Sequence[Image.Image], labels: Sequence[int], resolution: int) -> Batch:
-    """Stack images (R, R) to (B, 3, R, R), channels last in memory, and labels to (N,)."""
-    pixels = np.empty((len(images), resolution, resolution, 3), np.uint8)
-    for row, image in zip(pixels, images, strict=True):
-        row[:] = np.asarray(image)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels, dtype=torch.int64)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to the device, asynchronously if that is possible."""
-    if device.type == "cuda":
-        batch = batch[0].pin_memory(), batch[1].pin_memory()
-    return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)

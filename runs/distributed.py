@@ -178,15 +178,12 @@ def run_on_main(function: Callable[..., T], *args: Any) -> T:
     return result[0]
 
 
-def raise_if_any_preempted(signals: SignalHandler) -> None:
-    """Raise Preempted on all ranks if a signal has come to one of them."""
-    if get_world_size() == 1:
-        return signals.raise_if_pending()
+def share_signals(signals: SignalHandler) -> None:
+    """Make a signal that has come to one rank pending on all of them."""
     pending = torch.tensor(signals.pending, device="cpu")  # gloo: no GPU is waited for
     with comm_errors_as_peer_exit():
         dist.all_reduce(pending, dist.ReduceOp.MAX)
-    if signum := int(pending):
-        raise Preempted(signum)
+    signals.pending = int(pending)
 
 
 def check_same_on_all_ranks(**values: object) -> None:

@@ -59,32 +59,29 @@ def set_random_seed(seed: int) -> None:
 class RunClock:
     """Seconds that this process has run since it started the clock.
 
-    A thread reads it once a second; of a longer gap, in which the process was stopped (Ctrl-Z,
+    A thread looks once a second; of a longer gap, in which the process was stopped (Ctrl-Z,
     `scontrol suspend`, a sleeping laptop), only MAX_GAP_S count.
     """
 
     TICK_S, MAX_GAP_S = 1.0, 5.0
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.total, self.last_tick = 0.0, time.monotonic()
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.last = seconds, time.monotonic()  # the seconds that ran until then
         threading.Thread(target=self._tick, args=[weakref.ref(self)], daemon=True).start()
 
     @staticmethod
     def _tick(reference: "weakref.ref[RunClock]") -> None:
-        """Read the clock until nothing else refers to it."""
+        """Look at the clock until nothing else refers to it."""
         while (clock := reference()) is not None:
-            clock.seconds()
+            seconds, now = clock.last[0], time.monotonic()
+            clock.last = seconds + min(now - clock.last[1], RunClock.MAX_GAP_S), now
             del clock
             time.sleep(RunClock.TICK_S)
 
     def seconds(self) -> float:
         """The time so far."""
-        with self.lock:
-            now = time.monotonic()
-            self.total += min(now - self.last_tick, self.MAX_GAP_S)
-            self.last_tick = now
-            return self.total
+        seconds, then = self.last
+        return seconds + min(time.monotonic() - then, self.MAX_GAP_S)
 
 
 def keep_freed_memory() -> None:

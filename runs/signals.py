@@ -28,7 +28,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 class SignalHandler:
-    """Turns signals into Preempted: at once, or in `raise_if_pending` while deferred.
+    """Turns signals into Preempted: at once, or where `pending` is looked at while deferred.
 
     SIGHUP is left alone where it was ignored when the process began, as by nohup.
 
@@ -66,14 +66,9 @@ class SignalHandler:
         if not self.is_deferring:
             raise Preempted(signum)
 
-    def raise_if_pending(self) -> None:
-        """Raise Preempted if a signal has come."""
-        if self.pending:
-            raise Preempted(self.pending)
-
     @contextmanager
     def defer(self, deferring: bool = True) -> Iterator[None]:
-        """Within this context, signals wait for `raise_if_pending`."""
+        """Within this context, signals only become `pending`."""
         before, self.is_deferring = self.is_deferring, deferring
         try:
             yield
@@ -84,5 +79,6 @@ class SignalHandler:
     def allow(self) -> Iterator[None]:
         """Within this context, signals raise at once, also inside `defer`."""
         with self.defer(False):
-            self.raise_if_pending()
+            if self.pending:
+                raise Preempted(self.pending)
             yield

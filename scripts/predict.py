@@ -92,7 +92,7 @@ def predict(
     text_tokens = tokenize_class_prompts(model, run.classnames, run.template)
     settings = {key: run.config[key] for key in ("precision", "logit_scale") if key in run.config}
     classifier = ZeroShotClassifier(model, text_tokens, **settings)
-    with classifier.autocast():
+    with classifier.autocast:
         text_features = classifier.encode_classes()  # (C, D)
     loader = ImageLoader(model.visual.input_resolution, resize=model.image_resize)
     few = read_few_shots(run)
@@ -105,7 +105,7 @@ def predict(
     readable = read_images(paths, few.get("gray_range"), loader, log_error)
     while batch := list(islice(readable, BATCH_SIZE)):
         paths, pixels = zip(*batch, strict=True)
-        with classifier.autocast():
+        with classifier.autocast:
             cosines = classifier.encode_images(torch.cat(pixels).to(device)) @ text_features.T
         probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1).cpu()  # (b, C)
         yield from zip(paths, probs, strict=True)

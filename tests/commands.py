@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import signal
 import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import main
+import train
 from runs import cli
+from runs.signals import Preempted
 
 OUTCOME_FILES = ("curve.csv", "weights.safetensors", "predictions.csv", "fewshot.json")
 OUTCOME_KEYS = (
@@ -71,6 +74,23 @@ def outcome(out):
     files = {name: (folder / name).read_bytes() for name in OUTCOME_FILES}
     names = sorted(path.name for path in folder.iterdir())
     return {**files, **{key: result[key] for key in OUTCOME_KEYS}, "files": names}
+
+
+def act_after(iteration, action):
+    """`main.train`, but with an action after an iteration, before main.py looks for signals."""
+
+    def train_and_act(classifier, optimizer, batches, state, config):
+        for _ in train.train(classifier, optimizer, batches, state, config):
+            if state.iteration == iteration:
+                action()
+            yield
+
+    return train_and_act
+
+
+def preempt():
+    """End a run as SIGTERM would."""
+    raise Preempted(signal.SIGTERM)
 
 
 def wait_for(pattern, folder, process):

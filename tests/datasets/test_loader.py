@@ -16,7 +16,7 @@ from PIL import Image
 import datasets.loader
 from clip.preprocess import image_transform, normalize
 from datasets import Datum
-from datasets.loader import ImageCache, ImageLoader
+from datasets.loader import ImageLoader
 from datasets.transforms import read_image
 
 
@@ -84,11 +84,10 @@ def test_images_are_decoded_once(items, monkeypatch):
     assert len(opened) == 7 + 21
 
 
-def test_cache_stays_in_budget():
-    cache, image = ImageCache(1), Image.new("RGB", (300, 250))
-    for number in range(10):
-        cache.get("train", Datum(str(number), 0, ""), lambda _: image)
-    assert len(cache.images) == 3 and cache.bytes_left >= 0
+def test_cache_stays_in_budget(items):
+    loader = ImageLoader(16, cache_mb=0.016)  # an image has 4 * 30 * 40 bytes and more
+    take(loader, items, 9)
+    assert len(loader.images) == 3 and loader.bytes_left >= 0
 
 
 # Failures while a run goes on

@@ -9,14 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import call_main, outcome, read_losses, refused, run, run_folder, wait_for
+from commands import (
+    act_after,
+    call_main,
+    outcome,
+    preempt,
+    read_losses,
+    refused,
+    run,
+    run_folder,
+    wait_for,
+)
 from helpers import before_call
 from process_helpers import run_main_in_processes
 
 import clip
 import main
 import train
-from runs.signals import Preempted
 from utils import sha256_of_tree
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +48,11 @@ def unbroken(flags, tmp_path_factory):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """A function that stops a run after some iterations; it returns the checkpoint's path."""
+    """A function that stops a run after an iteration; it returns the checkpoint's path."""
 
-    def stop():
-        raise Preempted(signal.SIGTERM)
-
-    def run_and_interrupt(iterations, flags, out, *extra):
+    def run_and_interrupt(iteration, flags, out, *extra):
         with monkeypatch.context() as patch:
-            check = before_call(main.raise_if_any_preempted, iterations + 1, stop)
-            patch.setattr(main, "raise_if_any_preempted", check)
+            patch.setattr(main, "train", act_after(iteration, preempt))
             status, _, err = call_main(*flags, out, *extra)
         assert status == 143 and "--resume continues from iteration" in err
         return next(out.rglob("checkpoint.pt"))
@@ -85,7 +90,7 @@ def test_resume_equals_unbroken_run(extra, flags, interrupt, tmp_path):
     out, extra = tmp_path / "resumed", extra.split()
     run(*flags, tmp_path / "unbroken", *extra)
     interrupt(3, flags, out, *extra, "--num_workers", 2)
-    path = interrupt(2, flags, out, *extra, "--resume")
+    path = interrupt(5, flags, out, *extra, "--resume")
     assert load(path)["state"]["iteration"] == 5
     assert "Resuming from iteration 5" in run(*flags, out, *extra, "--resume")
     assert outcome(out) == outcome(tmp_path / "unbroken") and not path.exists()

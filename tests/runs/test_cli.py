@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import call_main, refused, result_of, run
+from commands import act_after, call_main, refused, result_of, run
 
 import main
 from runs import cli
 from runs.distributed import init_store
 from runs.environment import RunClock
-from runs.signals import SignalHandler
+from runs.signals import SIGNALS, SignalHandler
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--shots", "1", "--n_iters", "4", "--num_workers", "0"]
@@ -50,20 +52,15 @@ def test_closed_pipe_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
 def test_signals_leave_a_checkpoint(name, tmp_path, monkeypatch):
-    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup ignores SIGHUP
-    check, calls = main.raise_if_any_preempted, []
-
-    def counted(signals):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), getattr(signal, name))
-        return check(signals)
-
-    monkeypatch.setattr(main, "raise_if_any_preempted", counted)
+    before = {each: signal.getsignal(getattr(signal, each)) for each in SIGNALS}
+    signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup ignores SIGHUP
+    send = partial(signal.raise_signal, getattr(signal, name))
+    monkeypatch.setattr(main, "train", act_after(2, send))
     try:
         status, _, err = call_main(*SHORT, "--save_path", tmp_path)
     finally:
-        signal.signal(getattr(signal, name), before)
+        for each, handler in before.items():
+            signal.signal(getattr(signal, each), handler)
     assert status == 128 + getattr(signal, name)
     assert f"ended by {name}; --resume continues from iteration 2" in err
     assert list(tmp_path.rglob("checkpoint.pt"))
@@ -92,11 +89,12 @@ def test_results_precede_their_printing(tmp_path, monkeypatch):
 def test_clock_leaves_gaps_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = RunClock()
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    clock = RunClock(20)
     now[0] += 3
-    assert clock.seconds() == 3
+    assert clock.seconds() == 23
     now[0] += 3600
-    assert clock.seconds() == 3 + clock.MAX_GAP_S
+    assert clock.seconds() == 20 + clock.MAX_GAP_S
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
-from commands import read_losses, run, run_folder
-from helpers import before_call
+from commands import act_after, read_losses, run, run_folder
 from process_helpers import run_in_processes, run_main_in_processes
 
 import main
@@ -19,7 +18,7 @@ from clip.lora import set_dropout
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers.build import build_optimizer, mark_as_trainable, trainable_parameters
 from runs import distributed
-from train import TrainConfig, TrainState, encode_all_classes, train
+from train import TrainConfig, TrainState, encode_classes_together, train
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
@@ -69,7 +68,7 @@ def fit(
     with torch.no_grad():
         local_features = classifier.encode_images(images[distributed.local_slice(7)])
         image_features = distributed.all_gather_rows(local_features, 7)
-        cosines = image_features @ encode_all_classes(classifier).T
+        cosines = image_features @ encode_classes_together(classifier).T
     trained = {name: p.detach() for name, p in trainable_parameters(model).items()}
     return trained, state.losses, cosines
 
@@ -128,8 +127,7 @@ def single(flags, tmp_path_factory):
 def send_signal(rank, to, signum):
     """Have one process get a signal after two iterations."""
     if rank == to:
-        send = partial(os.kill, os.getpid(), signum)
-        main.raise_if_any_preempted = before_call(main.raise_if_any_preempted, 3, send)
+        main.train = act_after(2, partial(os.kill, os.getpid(), signum))
 
 
 @pytest.mark.parametrize("to", [0, 1])

@@ -2,19 +2,18 @@
 
 import csv
 import io
-import signal
 
 import export
 import onnxruntime
 import predict
 import pytest
 import torch
-from commands import call, call_main, outcome, refused, run, run_folder
+from commands import act_after, call, call_main, outcome, preempt, refused, run, run_folder
 from open_clip_folders import write_folder
 from PIL import Image
 
 import clip
-from runs.signals import Preempted, SignalHandler
+import main
 from runs.weights import find_saved_run, load_run_model
 
 pytest.importorskip("open_clip")
@@ -55,14 +54,8 @@ def test_open_clip_backbone_runs(kind, data, tmp_path, monkeypatch):
     assert " of query, key and value, " in out
     assert "gradients stay dense (used by torch's own" in out
 
-    calls = iter(range(100))
-
-    def stop_after_three(self):
-        if next(calls) == 3:
-            raise Preempted(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SignalHandler, "raise_if_pending", stop_after_three)
+        patch.setattr(main, "train", act_after(3, preempt))
         assert call_main(*broken)[0] == 143
     assert "Resuming from iteration " in run(*broken, "--resume")
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")

@@ -24,6 +24,7 @@ from optimizers.build import (
     mark_as_trainable,
     trainable_parameters,
 )
+from runs.environment import RunClock
 from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
 from utils import Predictions
 
@@ -201,7 +202,7 @@ def test_train_pauses_and_resumes_exactly(method, items):
             evaluate(classifier, ImageLoader(32, 0), items)  # which changes nothing
             if state.iteration == 4:
                 break
-    assert iterations == [0, 1, 2, 3, 4] and state.is_sound() and not state.done
+    assert iterations == [1, 2, 3, 4] and state.is_sound() and not state.done
     saved = save_and_load(
         [classifier.model.state_dict(), optimizer.state_dict(), state.state_dict()]
     )
@@ -227,7 +228,7 @@ def test_train_state_round_trip():
         best=BestCheckpoint(4, 75.0, diff), predictions=predictions,
     )  # fmt: skip
     vars(state).update(values)
-    state.clock.total += 100
+    state.clock = RunClock(100.0)
     other = TrainState(9, precision="fp16")
     other.load_state_dict(save_and_load(state.state_dict()))
     assert other.log_rows(1e-3) == state.log_rows(1e-3) and len(other.losses) == 9
