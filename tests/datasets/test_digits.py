@@ -89,17 +89,6 @@ def test_build_digits_by_several_processes(tmp_path, quick):
     assert [path.name for path in folder.parent.iterdir()] == ["digits"]
 
 
-def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch, quick):
-    def interrupted(draft, images, labels):
-        (draft / "images").mkdir(parents=True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(digits, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        digits.build_digits(tmp_path / "digits")
-    assert not list(tmp_path.iterdir())
-
-
 def test_unusable_folder_is_named(tmp_path, quick):
     (tmp_path / "notes.txt").touch()
     for folder in (tmp_path, tmp_path / "notes.txt/digits"):  # other content, not writable

@@ -25,8 +25,7 @@ def root(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("prefix", ["", "/home/them/images/", "D:\\data\\images\\", "images/"])
-@pytest.mark.parametrize("keys", [None, KEYS])
+@pytest.mark.parametrize("prefix, keys", [("", None), ("/their/", KEYS), ("D:\\images\\", None)])
 def test_json_list_replaces_draw(root, capsys, prefix, keys):
     few = json.loads((root / "few.json").read_text())
     for part in few:
