@@ -129,9 +129,9 @@ def _find_prefix(state: Mapping[str, Any]) -> str | None:
     """What stands before the names of a CLIP; None for other names."""
     for keys in (list(state), [WRAPPERS.sub("", key) for key in state]):
         for marker in MARKER_KEYS:
-            ends = [key for key in keys if f".{key}".endswith(f".{marker}")]
-            if ends:
-                return min(ends, key=len).removesuffix(marker)
+            matches = [key for key in keys if f".{key}".endswith(f".{marker}")]
+            if matches:
+                return min(matches, key=len).removesuffix(marker)
     return None
 
 
@@ -158,7 +158,7 @@ def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     texts = ("token_embedding.", "transformer.", "text_model.")
     if has_image_tower != any(key.startswith(texts) for key in state):
         tower = "image" if has_image_tower else "text"
-        raise ValueError(f"it has only the {tower} tower: name the whole CLIP that it belongs to")
+        raise ValueError(f"it has only the {tower} tower: name the CLIP that it belongs to")
     return state
 
 
@@ -257,7 +257,7 @@ def infer_model_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Infer the sizes among the arguments of `CLIP` from the shapes in OpenAI's layout.
 
     Raises:
-        ValueError: Tensors that tell them are missing or wrongly shaped, or a value is no tensor.
+        ValueError: Tensors with these sizes are missing or wrongly shaped, or a value is no tensor.
     """
     not_tensors = {k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)}
     _raise_for_keys("holds no tensor in", not_tensors)

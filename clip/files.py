@@ -82,8 +82,8 @@ def _format_load_error(error: Exception) -> str:
         return "there is not enough memory for it"
     if match := re.search(r"GLOBAL (\S+)", text):
         return f"it names {match[1]}, which is not a tensor; nothing was run"
-    known = isinstance(error, (ValueError, RuntimeError, SafetensorError, zipfile.BadZipFile))
-    if known and "weights_only" not in text:
+    is_clear = isinstance(error, (ValueError, RuntimeError, SafetensorError, zipfile.BadZipFile))
+    if is_clear and "weights_only" not in text:
         return text.partition(". ")[0].rstrip(".")[:160]
     return "it is not a file that torch.save wrote"
 

@@ -54,9 +54,9 @@ def load(
 ) -> tuple[CLIP | nn.Module, transforms.Compose]:
     """Load a CLIP and the preprocessing of its images.
 
-    A state dict does not tell with which GELU and how many heads it was trained. The configuration
-    next to the file decides, then the arguments, then OpenAI's rule: QuickGELU, and a head for
-    every 64 channels. Standard error tells what was assumed of a file that is not OpenAI's.
+    A state dict does not contain the kind of GELU and the number of heads. The configuration next
+    to the file decides, then the arguments, then OpenAI's rule: QuickGELU, and a head for every 64
+    channels. What was assumed is printed on standard error, unless the file is OpenAI's.
 
     Args:
         name_or_path: One of `available_models()`; `open_clip:NAME/PRETRAINED` of the installed
@@ -64,9 +64,9 @@ def load(
             of OpenAI, open_clip or transformers. Nothing in the file is executed.
         device: Device of the model; None is CUDA where there is one, else the CPU.
         download_root: Folder of downloads; None is ~/.cache/clip.
-        activation: "quickgelu" or "gelu", where no configuration tells it.
+        activation: "quickgelu" or "gelu", where no configuration names it.
         heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower, where
-            no configuration tells them.
+            no configuration names them.
 
     Returns:
         The model in float32 and evaluation mode, nothing frozen: a `CLIP`, or open_clip's own

@@ -83,7 +83,7 @@ def apply_lora(
 
 
 class LoRAAttention(Attention):
-    """An Attention with adapters; its `training` tells whether dropout is active."""
+    """An Attention with adapters; dropout is active where `training` is."""
 
     lora_scaling: float
     lora_dropout: float

@@ -1,8 +1,8 @@
-"""Read how a checkpoint was trained, which its tensors do not tell.
+"""Read how a checkpoint was trained, which its tensors do not contain.
 
 The activation, the numbers of heads and the normalization of images are in the configuration next
 to a file (transformers' `config.json` and `preprocessor_config.json`, open_clip's
-`open_clip_config.json`) or in the installed open_clip package. These also tell whether a model is
+`open_clip_config.json`) or in the installed open_clip package. These also say whether a model is
 built like OpenAI's CLIP. Of other models, those of open_clip are run by open_clip's own modules
 (clip/open_clip_adapter.py); those of transformers are refused with a ValueError.
 """

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clip.model_config import OPEN_CLIP, ModelConfig
 from utils import detect_placeholder_file, one_line
 
-# What a transformers configuration decides and weights do not tell.
+# What a transformers configuration decides, and weights do not contain.
 HF_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "position_embedding_type")
 
 
@@ -100,9 +100,9 @@ def _build_model(cfg: dict[str, Any], folder: Path | None) -> nn.Module:
         vision_cfg["timm_model_pretrained"] = False
     if is_hf:
         text_cfg["hf_model_pretrained"] = False
-        for place in (folder / text_cfg["hf_model_name"], folder) if folder else ():
-            if (place / "config.json").is_file():
-                text_cfg["hf_model_name"] = str(place)
+        for config_dir in (folder / text_cfg["hf_model_name"], folder) if folder else ():
+            if (config_dir / "config.json").is_file():
+                text_cfg["hf_model_name"] = str(config_dir)
                 break
     if not (cfg.pop("custom_text", False) or is_hf):
         return open_clip.CLIP(**cfg)
@@ -134,7 +134,7 @@ def _describe(model: nn.Module, config: ModelConfig) -> str:
 def save_config(
     model: nn.Module, tokenizer: Callable[..., Tensor], config: ModelConfig, folder: Path
 ) -> None:
-    """Write the files that open_clip needs beside the weights, into an existing folder."""
+    """Write the files that open_clip needs next to the weights, into an existing folder."""
     (mean, std), (mode, interpolation) = config.normalization, config.resize
     preprocess = dict(mean=mean, std=std, resize_mode=mode, interpolation=interpolation)
     content = {"model_cfg": config.open_clip_cfg, "preprocess_cfg": preprocess}
@@ -157,8 +157,8 @@ def tokenize(
     if not truncate:
         # With room for one more token, a text that fits ends as an empty one does: in padding.
         length = tokenizer.context_length + 1
-        ends = tokenizer([*texts, ""], length)[:, -1]
-        if torch.any(too_long := ends[:-1] != ends[-1]):
+        last_tokens = tokenizer([*texts, ""], length)[:, -1]
+        if torch.any(too_long := last_tokens[:-1] != last_tokens[-1]):
             text = texts[int(too_long.nonzero()[0])]
             raise ValueError(
                 f"{text[:60]!r} has more than {tokenizer.context_length} tokens: shorten it, or "

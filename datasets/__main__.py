@@ -1,6 +1,6 @@
 """The dataset checker: `python -m datasets --root_path ROOT [--dataset NAME] [--decode]`.
 
-It prints which datasets were found and where, their numbers of classes and images beside the
+It prints which datasets were found and where, their numbers of classes and images next to the
 published ones, and what to do about each fault. It writes nothing. Exit status: 0 if all are well,
 1 if one is missing or has a fault, 2 for wrong usage.
 """

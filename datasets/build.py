@@ -153,7 +153,7 @@ def dataset_name(name: str) -> str:
 def find_gray_range(dataset_dir: DatasetDir, split: Split) -> GrayRange | None:
     """Return the range of own gray pictures of more than eight bits, and print a note on it.
 
-    The first 500 files by their digests tell, of the formats that can have so many bits.
+    It is that of 500 files, the first by their digests, of the formats that have so many bits.
     """
     if not dataset_dir.info.custom_path:
         return None

@@ -40,7 +40,7 @@ MIN_SIZE, MAX_SIZE, MAX_SHIFT, MAX_ANGLE = 18.0, 28.0, 3.0, 15.0
 def build_digits(folder: str | os.PathLike) -> None:
     """Make the dataset's folder: images/<class>/<index>.png and the split file.
 
-    Everything is written to a temporary folder beside it, which is then renamed, so that several
+    Everything is written to a temporary folder next to it, which is then renamed, so that several
     processes may do this at once: the first one's folder stays. A folder with the split file in it
     is left as it is.
 

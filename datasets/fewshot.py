@@ -163,9 +163,9 @@ def _find_image(path: str, by_filename: dict[str, list[RawSample]]) -> list[RawS
     """Return the samples whose path ends as this one does: one, if the path is right."""
     path = nfc(path.replace("\\", "/"))
     candidates = by_filename.get(os.path.basename(path), [])
-    whole = [sample for sample in candidates if f"/{path}".endswith(f"/{nfc(sample[0])}")]
-    ends = [sample for sample in candidates if nfc(sample[0]).endswith(f"/{path}")]
-    return sorted(whole, key=lambda sample: len(sample[0]))[-1:] or ends
+    full_matches = [sample for sample in candidates if f"/{path}".endswith(f"/{nfc(sample[0])}")]
+    suffix_matches = [sample for sample in candidates if nfc(sample[0]).endswith(f"/{path}")]
+    return sorted(full_matches, key=lambda sample: len(sample[0]))[-1:] or suffix_matches
 
 
 def dump_fewshot_split(dataset: FewShotDataset) -> str:

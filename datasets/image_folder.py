@@ -43,13 +43,13 @@ SPLIT_ALIASES = {
 # Taken whatever the file is called; the others have weak signatures, or are raw photographs too.
 FORMATS_BY_CONTENT = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 # What is not taken of an own folder, and what to do about it.
-DEAD_LINKS, BESIDE = "links that lead nowhere", "images beside the class folders"
+DEAD_LINKS, OUTSIDE_CLASSES = "links that lead nowhere", "images outside the class folders"
 DEEPER = "images in folders within class folders"
 REMEDIES = {
     **{f"{name} files": remedy for name, (_, _, remedy) in OTHER_FORMATS.items()},
     DEAD_LINKS: "run `dvc pull` or `git annex get`, or mount the disk that they lead to",
     DEEPER: "move them up into the class folder",
-    BESIDE: "move them into a class folder",
+    OUTSIDE_CLASSES: "move them into a class folder",
 }
 
 
@@ -107,14 +107,14 @@ def read_image_folder(dataset_dir: DatasetDir) -> Split:
     }
     if len(by_part) > 1 or any(by_part.values()):
         others = [name for name in folders if name not in by_part]
-        lister.ignored["folders beside those of the parts"] = others
+        lister.ignored["folders other than those of the parts"] = others
         split = _read_parts(image_dir, by_part, lister)
         return replace(split, notes=split.notes + lister.notes())
     if not folders:
         files = truncate_list(files) or "it is empty"
         raise ValueError(f"{image_dir} has no class folders ({files}): sort its images into some")
     lister.ignored[DEAD_LINKS] = dead_links
-    lister.ignored[BESIDE] = [f for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
+    lister.ignored[OUTSIDE_CLASSES] = [f for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
     by_name = lister.group_by_name(folders)
     names = natural_sort(by_name)
     samples = lister.list_samples(names, by_name)
@@ -156,14 +156,14 @@ class _ClassLister:
     def __init__(self, dataset_dir: DatasetDir) -> None:
         self.dataset_dir = dataset_dir
         self.ignored: dict[str, list[str]] = defaultdict(list)  # paths by kind
-        self.twins: list[str] = []  # names of which both of Unicode's forms are there
+        self.duplicates: list[str] = []  # names of which both of Unicode's forms are there
 
     def group_by_name(self, names: Sequence[str], folder: str = "") -> dict[str, list[str]]:
         """Return the paths of entries of a folder by their names in NFC."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
             groups[nfc(name)].append(os.path.join(folder, name))
-        self.twins += [paths[0] for paths in groups.values() if len(paths) > 1]
+        self.duplicates += [paths[0] for paths in groups.values() if len(paths) > 1]
         return groups
 
     def list_samples(self, names: Sequence[str], by_name: dict[str, list[str]]) -> list[RawSample]:
@@ -184,8 +184,8 @@ class _ClassLister:
         for subdir in (f"{folder}/{name}" for name in subdirs):
             inner = list_images(self.dataset_dir.image_path(subdir))
             self.ignored[DEEPER] += [f"{subdir}/{name}" for name in inner]
-        taken = self.group_by_name([name for name in files if not kinds[name]], folder)
-        return [path for paths in taken.values() for path in paths]
+        images = self.group_by_name([name for name in files if not kinds[name]], folder)
+        return [path for paths in images.values() for path in paths]
 
     def _ignored_kind(self, path: str) -> str:
         """Return the kind of a file that is not taken, or ""."""
@@ -208,8 +208,8 @@ class _ClassLister:
             for kind, paths in self.ignored.items()
             if paths
         ]
-        if self.twins:
-            names = truncate_list(sorted(self.twins))
+        if self.duplicates:
+            names = truncate_list(sorted(self.duplicates))
             notes.append(f"{names}: there twice, in both of Unicode's forms; both are taken")
         return tuple(notes)
 
@@ -229,8 +229,8 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
     try:
         columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"path", "label"} <= set(columns):
-            found = truncate_list(columns) or "none"
-            raise ValueError(f"{path} has the columns {found}: the first line must be path,label")
+            given = truncate_list(columns) or "none"
+            raise ValueError(f"{path} has the columns {given}: the first line must be path,label")
         for row in reader:
             cells = {column: (row[column] or "").strip() for column in columns}
             part = cells.get("split", "train").lower()

@@ -64,7 +64,7 @@ class ImageLoader:
     ) -> Iterator[tuple[Batch, bool]]:
         """Yield shuffled, augmented batches for ever, and whether each is the last of its epoch.
 
-        Images are those of this process's share of the batch, labels those of the whole batch.
+        Images are those of this process's share of the batch, labels are those of all of it.
 
         Args:
             items: The images to shuffle; the last batch of an epoch has the remaining ones.
@@ -156,6 +156,6 @@ def shuffled(
         order = list(range(count))
         random.Random(f"{seed} {epoch}").shuffle(order)
         positions = list(enumerate(order))
-        for first in range(skipped * batch_size, count, batch_size):
-            yield epoch, dict(positions[first : first + batch_size])
+        for position in range(skipped * batch_size, count, batch_size):
+            yield epoch, dict(positions[position : position + batch_size])
         epoch, skipped = epoch + 1, 0

@@ -76,11 +76,11 @@ def drop_repeats(
     unique = list(dict.fromkeys(rows))
     places: dict[str, tuple[str, T]] = {}
     for part, path, label in unique:
-        first = places.setdefault(path, (part, label))
-        if first != (part, label):
+        previous = places.setdefault(path, (part, label))
+        if previous != (part, label):
             raise ValueError(
-                f"{source_path} has the image {path} twice, in {first[0]} as {first[1]} and in "
-                f"{part} as {label}: take one of the lines out"
+                f"{source_path} has the image {path} twice, in {previous[0]} as {previous[1]} and "
+                f"in {part} as {label}: take one of the lines out"
             )
     repeats = len(rows) - len(unique)
     return unique, (f"{plural(repeats, 'repeated line')} of {source_path} dropped",)[: repeats > 0]
@@ -96,8 +96,8 @@ def is_sample(value: Any) -> bool:
 def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
     """Save a split made from the raw download, and print that it is not the published one.
 
-    It is saved beside the data under a name of its own, with the SHA-256 of its samples. An earlier
-    one of other samples is replaced.
+    It is saved next to the data under another name, with the SHA-256 of its samples. An earlier one
+    of other samples is replaced.
     """
     split_file = dataset_dir.info.split_file
     path = dataset_dir.path / split_file.replace("split_zhou_", "split_so_")
@@ -135,10 +135,10 @@ def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
         raise FileNotFoundError(f"{split.source_path} has no images: add them or get it again")
     if dataset_dir.info.custom_path and len(labels) == 1:
         raise ValueError(f"{split.source_path} has one class: a task takes two or more")
-    if odd := sorted(set(labels) ^ set(range(len(labels)))):
+    if unexpected := sorted(set(labels) ^ set(range(len(labels)))):
         raise ValueError(
             f"labels in {split.source_path} must run from 0 to {len(labels) - 1} without gaps, but "
-            f"{truncate_list(map(str, odd))} is missing or extra"
+            f"{truncate_list(map(str, unexpected))} is missing or extra"
         )
     for _, label, name in split.samples():
         if name != names[label]:

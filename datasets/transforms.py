@@ -123,7 +123,7 @@ def detect_gray_range(paths: Sequence[str]) -> GrayRange | None:
 
     It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits; from the least to the largest value where
     some are negative or larger; None where there is no such picture. Files that cannot be read do
-    not count, nor does floating point from 0 on, whose range each picture tells.
+    not count, nor does floating point from 0 on, which is scaled by each picture's range.
     """
     low, high = 0.0, -1.0
     for path in paths:

@@ -112,11 +112,11 @@ def test_strides_types_and_storages_stay(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("kept", [slice(0), slice(1000), slice(1000, None)])
-def test_damaged_file_is_refused(kept, suffix, tmp_path):
+@pytest.mark.parametrize("part", [slice(0), slice(1000), slice(1000, None)])
+def test_damaged_file_is_refused(part, suffix, tmp_path):
     path = tmp_path / f"damaged{suffix}"
     torch.save(random_state_dict(TINY_VIT), path)
-    path.write_bytes(path.read_bytes()[kept])
+    path.write_bytes(path.read_bytes()[part])
     message = refused(path)
     assert message.startswith(f"{path} is not a checkpoint that can be read safely")
     assert "download it again" in message and len(message) < 300 + len(str(path))

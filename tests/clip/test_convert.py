@@ -86,7 +86,7 @@ def test_open_clip_checkpoint_features(tmp_path, width, heads, activation, text)
     reference = open_clip_reference(tmp_path, width, heads, activation, text)
     model = assert_equal(tmp_path, reference)
     assert model.image_mean == (0.5, 0.4, 0.3) and model.image_std == (0.2, 0.3, 0.4)
-    # Without the configuration the arguments tell the same.
+    # Without the configuration the arguments say the same.
     (tmp_path / "open_clip_config.json").unlink()
     assert_equal(tmp_path, reference, activation=activation, heads=(heads, heads))
 

@@ -45,7 +45,7 @@ def test_available_models():
 def test_unknown_name_gets_a_hint():
     assert "unknown model 'vit-b16' (did you mean 'ViT-B/16'?)" in refused("vit-b16")
     message = refused("openai/clip-vit-base-patch16")
-    assert all(known in message for known in clip.available_models())
+    assert all(name in message for name in clip.available_models())
     assert "hf download openai/clip-vit-base-patch16" in message
 
 

@@ -68,7 +68,7 @@ def test_zero_shot_equals_open_clip(loaded, items):
     side = model.visual.input_resolution
     tokens = tokenize_class_prompts(model, NAMES, ["a photo of a {}.", "{}"])
     classifier = ZeroShotClassifier(model, tokens, logit_scale="checkpoint")
-    found = evaluate(classifier, ImageLoader(side, resize=model.image_resize), items)
+    predictions = evaluate(classifier, ImageLoader(side, resize=model.image_resize), items)
 
     templates = ["a photo of a {}.".format, "{}".format]
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -78,9 +78,9 @@ def test_zero_shot_equals_open_clip(loaded, items):
     features = reference.encode_image(pixels, normalize=True)
     logits = reference.logit_scale.exp() * features @ weight
     probs, preds = logits.softmax(dim=-1).max(dim=-1)
-    assert torch.equal(found.preds, preds) and relative_error(found.probs, probs) < 1e-5
+    assert torch.equal(predictions.preds, preds) and relative_error(predictions.probs, probs) < 1e-5
     labels = torch.tensor([item.label for item in items])
-    assert found.accuracy == pytest.approx(100 * (preds == labels).float().mean().item())
+    assert predictions.accuracy == pytest.approx(100 * (preds == labels).float().mean().item())
 
 
 def test_blocks_are_trained_by_role(loaded):

@@ -98,13 +98,13 @@ def test_byte_vocabulary_needs_no_file(no_merges):
 
 def test_vocabulary_uses_first_merges(open_clip):
     assert read_merges(default_bpe())[:2] == [("i", "n"), ("t", "h")]
-    small, whole = SimpleTokenizer.from_vocab_size(514 + 2), SimpleTokenizer.from_vocab_size()
+    small, full = SimpleTokenizer.from_vocab_size(514 + 2), SimpleTokenizer.from_vocab_size()
     assert (small.vocab_size, small.start, small.end) == (516, 514, 515)
-    assert (whole.start, whole.end) == (49406, 49407)
+    assert (full.start, full.end) == (49406, 49407)
     assert small.encode("in") == [BYTE_ID["i"], 256 + BYTE_ID["n"]]
     assert small.encode("thin")[0] == 513  # "th", the second merge
     assert small.encode("int")[0] == 512  # "in", the first one
-    assert len(small.encode("a photo")) > len(whole.encode("a photo"))
+    assert len(small.encode("a photo")) > len(full.encode("a photo"))
 
 
 def test_padded_vocabulary_is_openais(open_clip):
@@ -132,11 +132,11 @@ def test_path_precedes_environment(no_merges, tmp_path, monkeypatch):
 
 def test_cache_precedes_open_clip(open_clip, no_merges, monkeypatch):
     monkeypatch.delitem(sys.modules, "open_clip")
-    found = default_bpe()
-    assert found.parent.name == "open_clip" and "open_clip" not in sys.modules
+    path = default_bpe()
+    assert path.parent.name == "open_clip" and "open_clip" not in sys.modules
     cached = no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
     cached.parent.mkdir(parents=True)
-    cached.write_bytes(found.read_bytes())
+    cached.write_bytes(path.read_bytes())
     assert default_bpe() == cached
 
 
@@ -147,9 +147,9 @@ def test_merges_are_downloaded(no_merges, monkeypatch):
         with pytest.raises(ValueError, match="wrong SHA-256"):
             default_bpe()
         monkeypatch.setattr(simple_tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
-        found = default_bpe()
-    assert found == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
-    assert read_merges(found) == [("a", "b</w>")]
+        path = default_bpe()
+    assert path == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
+    assert read_merges(path) == [("a", "b</w>")]
 
 
 def test_missing_merges_file_is_named(tmp_path, monkeypatch):

@@ -49,12 +49,12 @@ def test_missing_image_dir_is_named(tmp_path, name, split):
 )
 def test_links_are_followed(tmp_path, name, split, link):
     """Subsets of a shared copy, and caches of DVC, git-annex or a hub, are made of links."""
-    for root in ("whole", "linked"):
+    for root in ("original", "linked"):
         folder = make_small_dataset(name, tmp_path / root, split=split)
     shutil.move(folder / link, tmp_path / "elsewhere")
     (folder / link).symlink_to(tmp_path / "elsewhere")
-    whole, linked = (build_dataset(name, tmp_path / root, 2) for root in ("whole", "linked"))
-    assert linked.fingerprint == whole.fingerprint and Path(linked.test[0].impath).is_file()
+    original, linked = (build_dataset(name, tmp_path / root, 2) for root in ("original", "linked"))
+    assert linked.fingerprint == original.fingerprint and Path(linked.test[0].impath).is_file()
 
 
 def test_links_to_themselves_are_ignored(tmp_path):
@@ -69,9 +69,9 @@ def test_left_overs_are_ignored(tmp_path, name, images):
     folder = make_small_dataset(name, tmp_path, split=False) / images
     before = build_dataset(name, tmp_path, 1)
     one_class = next(path for path in folder.iterdir() if path.is_dir())
-    for left in (*IGNORED_DIRS, "__MACOSX", "$RECYCLE.BIN", ".Trash-0"):
-        (folder / left / one_class.name).mkdir(parents=True, exist_ok=True)
-        (folder / left / "x.jpg").write_bytes(b"x")
+    for ignored in (*IGNORED_DIRS, "__MACOSX", "$RECYCLE.BIN", ".Trash-0"):
+        (folder / ignored / one_class.name).mkdir(parents=True, exist_ok=True)
+        (folder / ignored / "x.jpg").write_bytes(b"x")
     for place in (folder, one_class):
         for file in ("._a.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
             (place / file).write_bytes(b"x")

@@ -107,8 +107,8 @@ def test_draw_follows_the_specification(complete, name, shots):
     ):
         image_dir = folder / DATASETS[name].image_dir
         paths = [os.path.relpath(item.impath, image_dir) for item in items]
-        found = [[path, i.label, i.classname] for path, i in zip(paths, items, strict=True)]
-        assert found == expected
+        drawn = [[path, i.label, i.classname] for path, i in zip(paths, items, strict=True)]
+        assert drawn == expected
     assert random.getstate() == rng.getstate()
 
 
@@ -137,18 +137,18 @@ def test_imagenet_draws_validation_from_training(complete, shots):
 def test_base_and_new_share_draw(tmp_path):
     make_small_dataset("dtd", tmp_path, classes=5, per_class=10)
     random.seed(3)
-    whole = build_dataset("dtd", tmp_path, 2)
+    everything = build_dataset("dtd", tmp_path, 2)
     halves = {}
     for subsample in ("base", "new"):
         random.seed(3)
         halves[subsample] = build_dataset("dtd", tmp_path, 2, subsample=subsample)
     for subsample, labels in {"base": [0, 1, 2], "new": [3, 4]}.items():  # 5 / 2, rounded up
         half = halves[subsample]
-        assert half.classnames == [whole.classnames[label] for label in labels]
+        assert half.classnames == [everything.classnames[label] for label in labels]
         for part in ("train_x", "val", "test"):
             expected = [
                 replace(item, label=item.label - labels[0])
-                for item in getattr(whole, part)
+                for item in getattr(everything, part)
                 if item.label in labels
             ]
             assert getattr(half, part) == expected

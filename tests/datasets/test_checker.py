@@ -102,8 +102,8 @@ def test_unreadable_dataset_is_incomplete(tmp_path, capsys):
 
 def test_decode_names_corrupt_images(tmp_path, capsys, small):
     images = make_dataset("dtd", tmp_path, size=(64, 64)) / "images"
-    whole = (images / "meshed/meshed_0001.jpg").read_bytes()
-    (images / "meshed/meshed_0001.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (images / "meshed/meshed_0001.jpg").read_bytes()
+    (images / "meshed/meshed_0001.jpg").write_bytes(content[: len(content) // 2])
     (images / "banded/banded_0002.jpg").write_bytes(b"")
     (images / "banded/banded_0004.jpg").unlink()
     assert "cannot be decoded" not in run(capsys, "--root_path", tmp_path, "--dataset", "dtd")[1]

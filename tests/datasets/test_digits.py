@@ -1,4 +1,4 @@
-"""The digits: drawn the same everywhere, split once and for all, made whole or not at all."""
+"""The digits: drawn the same everywhere, split once and for all, made completely or not at all."""
 
 import hashlib
 import json

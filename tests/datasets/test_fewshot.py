@@ -102,8 +102,8 @@ def test_ambiguous_path_is_refused(root):
 
 @pytest.mark.parametrize("subsample", ["base", "new"])
 def test_list_serves_a_half(root, subsample):
-    whole, half = (build(root, seed=5, subsample=s) for s in ("all", subsample))
-    for writer in (whole, half):
+    everything, half = (build(root, seed=5, subsample=s) for s in ("all", subsample))
+    for writer in (everything, half):
         (root / "few.json").write_text(dump_fewshot_split(writer))
         read = build(root, subsample=subsample, fewshot_split=root / "few.json")
         labels = range(3) if subsample == "base" else range(2)

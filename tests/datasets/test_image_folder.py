@@ -67,22 +67,22 @@ def counts(dataset):
 
 
 @pytest.fixture
-def mine(tmp_path):
+def photos(tmp_path):
     """A folder of class folders."""
     write_class_folders(tmp_path / "mine", SIZES)
     return tmp_path / "mine"
 
 
-def test_folder_is_divided_by_class(mine):
-    before = sorted(mine.parent.rglob("*"))
-    dataset = build(mine)
+def test_folder_is_divided_by_class(photos):
+    before = sorted(photos.parent.rglob("*"))
+    dataset = build(photos)
     assert dataset.name == "mine" and dataset.classnames == sorted(SIZES)
     assert dataset.fingerprint["split"] == "own" and dataset.template == [DEFAULT_TEMPLATE]
     assert counts(dataset) == [6 + 5 + 2, 2 + 2 + 1, 4 + 3 + 2]
     for item in dataset.train_x + dataset.val + dataset.test:
         assert Path(item.impath).is_file() and Path(item.impath).parent.name == item.classname
-    assert dataset_fingerprint(str(mine), None) == dataset.fingerprint
-    assert build(mine) == dataset and sorted(mine.parent.rglob("*")) == before
+    assert dataset_fingerprint(str(photos), None) == dataset.fingerprint
+    assert build(photos) == dataset and sorted(photos.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("form", ["folder", "json"])
@@ -126,38 +126,38 @@ def test_known_name_wins_over_folder(tmp_path, monkeypatch):
 
 
 def list_rows(folder):
-    """A row for each image of class folders: its path beside the folder, and its class."""
+    """A row for each image of class folders: its path from the folder above, and its class."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [(str(path.relative_to(folder.parent)), path.parent.name) for path in files]
 
 
-def test_csv_is_divided_as_folder(mine):
-    table = build(write_list(mine.parent, list_rows(mine), encoding="utf-8-sig"))
-    folder = build(mine)
+def test_csv_is_divided_as_folder(photos):
+    table = build(write_list(photos.parent, list_rows(photos), encoding="utf-8-sig"))
+    folder = build(photos)
     assert table.name == "list" and (table.train_x, table.val) == (folder.train_x, folder.val)
     assert table.test == folder.test
     assert table.fingerprint["digest"] != folder.fingerprint["digest"]  # other paths
 
 
 @pytest.mark.parametrize("words", [SPLITS, ("Train", "valid", "TEST")])
-def test_csv_keeps_parts_and_numbers(mine, words):
+def test_csv_keeps_parts_and_numbers(photos, words):
     number = dict(zip(SIZES, (10, 9, -1), strict=True))
-    table = [(words[n % 3], number[name], path) for n, (path, name) in enumerate(list_rows(mine))]
-    dataset = build(write_list(mine.parent, table, "Split,label,path"))
+    table = [(words[n % 3], number[name], path) for n, (path, name) in enumerate(list_rows(photos))]
+    dataset = build(write_list(photos.parent, table, "Split,label,path"))
     assert dataset.classnames == ["-1", "9", "10"] and counts(dataset) == [9, 9, 9]
-    images = [f"{mine.parent}/{path}" for _, _, path in table[2::3]]
+    images = [f"{photos.parent}/{path}" for _, _, path in table[2::3]]
     assert [item.impath for item in dataset.test] == images
 
 
-def test_classnames_rename_items_and_digest(mine):
-    names = mine.parent / "names.yaml"
+def test_classnames_rename_items_and_digest(photos):
+    names = photos.parent / "names.yaml"
     names.write_text("zoo_bar: bar in a zoo\na.b: no\n")
-    plain, dataset = build(mine), build(mine, classnames=names)
+    plain, dataset = build(photos), build(photos, classnames=names)
     assert dataset.classnames == ["Käse Brot", "no", "bar in a zoo"]
     assert [i.impath for i in dataset.train_x] == [i.impath for i in plain.train_x]
     assert {i.classname for i in dataset.test} == set(dataset.classnames)
     assert dataset.fingerprint["digest"] != plain.fingerprint["digest"]
-    assert dataset_fingerprint(str(mine), None, classnames=names) == dataset.fingerprint
+    assert dataset_fingerprint(str(photos), None, classnames=names) == dataset.fingerprint
 
 
 def test_classnames_by_label_or_name(tmp_path):
@@ -167,17 +167,17 @@ def test_classnames_by_label_or_name(tmp_path):
     assert dataset.classnames == ["fields", "wood", "Herbaceous Vegetation Land"]
 
 
-def test_templates_are_texts_or_words(mine):
+def test_templates_are_texts_or_words(photos):
     for template in (["{} here.", "a {}"], ["a {}"]):
-        assert build(mine, template=template).template == template
-    assert build(mine, template=["dataset"]).template == [DEFAULT_TEMPLATE]
-    assert len(set(build(mine, template="clip").template)) == 7
-    make_small_dataset("oxford_pets", mine.parent)
-    pets = build("oxford_pets", root=mine.parent, template=["dataset"])
+        assert build(photos, template=template).template == template
+    assert build(photos, template=["dataset"]).template == [DEFAULT_TEMPLATE]
+    assert len(set(build(photos, template="clip").template)) == 7
+    make_small_dataset("oxford_pets", photos.parent)
+    pets = build("oxford_pets", root=photos.parent, template=["dataset"])
     assert pets.template == ["a photo of a {}, a type of pet."]
 
 
-# Bad input: what it concerns (beside folders a and b of six images), its content, and what the
+# Bad input: what it concerns (next to folders a and b of six images), its content, and what the
 # error must say, with {} for the folder. "csv" and "parts" have the right header.
 REFUSED = [
     ("folder", "", "{} has no class folders (list.csv): sort"),
@@ -230,7 +230,7 @@ IGNORED = {
     "links that lead nowhere": (lambda f: f.symlink_to("annex"), "`dvc pull` or `git annex get`"),
     "images in folders": (lambda f: write_image(f.parent / "2024/x.jpg", 0, 0), "move them up"),
     ".npy files": (lambda f: f.with_suffix(".npy").write_bytes(b"\x93NUMPY"), ""),
-    "images beside": (lambda f: write_image(f.parents[1] / "x.jpg", 0, 0), "into a class folder"),
+    "images outside": (lambda f: write_image(f.parents[1] / "x.jpg", 0, 0), "into a class folder"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Images to batches: order, test images, cache, and failures while a run goes on."""
+"""Images to batches: order, test images, cache, and failures in the middle of a run."""
 
 import gc
 import random
@@ -58,16 +58,16 @@ def test_epochs_have_each_image_once(items):
 def test_images_depend_on_position_only(items, num_workers, cache_mb, start):
     state = random.getstate(), torch.get_rng_state()
     expected = take(ImageLoader(16), items, 7)[start:]
-    found = take(ImageLoader(16, num_workers, cache_mb), items, 7 - start, start=start)
-    for ((a, b), c), ((d, e), f) in zip(expected, found, strict=True):
+    batches = take(ImageLoader(16, num_workers, cache_mb), items, 7 - start, start=start)
+    for ((a, b), c), ((d, e), f) in zip(expected, batches, strict=True):
         assert torch.equal(a, d) and torch.equal(b, e) and c == f
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
 
 
 def test_local_slice_chooses_images(items):
-    whole = take(ImageLoader(16), items, 3)
+    full = take(ImageLoader(16), items, 3)
     part = take(ImageLoader(16), items, 3, local_slice=lambda count: slice(1, count))
-    for ((images, labels), _), ((local, all_labels), _) in zip(whole, part, strict=True):
+    for ((images, labels), _), ((local, all_labels), _) in zip(full, part, strict=True):
         assert torch.equal(local, images[1:]) and torch.equal(all_labels, labels)
     (empty,) = ImageLoader(16).test_batches([], 4)  # a process without test images
     assert empty[0].shape == (0, 3, 16, 16) and empty[1].shape == (0,)
@@ -90,7 +90,7 @@ def test_cache_stays_in_budget(items):
     assert len(loader.images) == 3 and loader.bytes_left >= 0
 
 
-# Failures while a run goes on
+# Failures in the middle of a run
 
 
 @pytest.fixture

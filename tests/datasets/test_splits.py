@@ -36,7 +36,7 @@ def dtd(tmp_path):
 # The published file
 
 
-def first(value):
+def replace_first(value):
     """A change of the split file: its first entry is replaced."""
 
     def change(split):
@@ -47,16 +47,25 @@ def first(value):
 
 BROKEN = {  # how the split file is spoilt: what the error must say
     "part": (lambda s: s.pop("val"), "lacks a list named train, val or test"),
-    "pair": (first(["a.jpg", 0]), "not .path, label, class name.: .'a.jpg', 0"),
-    "true label": (first(["a.jpg", True, "a"]), "not .path, label, class name."),
-    "blank name": (first(["a.jpg", 0, " "]), "not .path, label, class name."),
-    "zero byte": (first(["a\0/b.jpg", 1, "Forest"]), r"'a\\x00/b.jpg': named in .*, missing"),
-    "surrogate": (first(["\ud800/b.jpg", 1, "Forest"]), "not UTF-8: rename it"),
-    "two names": (first(["a.jpg", 1, "Wood"]), "label 1 stands for '(Wood|Forest)' and"),
-    "gap": (first(["a.jpg", 9, "a"]), "must run from 0 to 3 without gaps, but 3, 9 is missing"),
-    "absolute": (first(["/etc/passwd", 1, "Forest"]), "names /etc/passwd, outside"),
-    "windows": (first(["Forest/..\\..\\x.jpg", 1, "Forest"]), r"x.jpg, outside of the image fo"),
-    "missing": (first(["Forest/x.jpg", 1, "Forest"]), "Forest/x.jpg: named in .*, missing"),
+    "pair": (replace_first(["a.jpg", 0]), "not .path, label, class name.: .'a.jpg', 0"),
+    "true label": (replace_first(["a.jpg", True, "a"]), "not .path, label, class name."),
+    "blank name": (replace_first(["a.jpg", 0, " "]), "not .path, label, class name."),
+    "zero byte": (
+        replace_first(["a\0/b.jpg", 1, "Forest"]),
+        r"'a\\x00/b.jpg': named in .*, missing",
+    ),
+    "surrogate": (replace_first(["\ud800/b.jpg", 1, "Forest"]), "not UTF-8: rename it"),
+    "two names": (replace_first(["a.jpg", 1, "Wood"]), "label 1 stands for '(Wood|Forest)' and"),
+    "gap": (
+        replace_first(["a.jpg", 9, "a"]),
+        "must run from 0 to 3 without gaps, but 3, 9 is missing",
+    ),
+    "absolute": (replace_first(["/etc/passwd", 1, "Forest"]), "names /etc/passwd, outside"),
+    "windows": (
+        replace_first(["Forest/..\\..\\x.jpg", 1, "Forest"]),
+        r"x.jpg, outside of the image fo",
+    ),
+    "missing": (replace_first(["Forest/x.jpg", 1, "Forest"]), "Forest/x.jpg: named in .*, missing"),
     "no test": (lambda s: s.update(test=[]), "has no test images of the class 'Annual Crop Land'"),
     "no training": (
         lambda s: s.update(train=[e for e in s["train"] if e[1] != 1]),
@@ -166,12 +175,12 @@ def test_unusable_folder_leaves_no_split(dtd):
 
 
 def test_odd_folder_names_are_read(tmp_path):
-    odd = ['it\'s a "field"', "line\nbreak", "\x1b[31mred", "\u68ee\u6797", "$(x); `y`"]
-    for label, name in enumerate(odd):
+    names = ['it\'s a "field"', "line\nbreak", "\x1b[31mred", "\u68ee\u6797", "$(x); `y`"]
+    for label, name in enumerate(names):
         for index in range(4):
             write_image(tmp_path / "dtd/images" / name / f"{name} {index}.jpg", label, index)
     dataset = build_dataset("dtd", tmp_path, 1)
-    assert dataset.classnames == sorted(odd) and (tmp_path / "dtd" / MADE).exists()
+    assert dataset.classnames == sorted(names) and (tmp_path / "dtd" / MADE).exists()
 
 
 @pytest.mark.parametrize("where", ["class", "image"])
