@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import clip
+from optimizers.build import METHODS
 
 LOG_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
 PREDICTION_COLUMNS = ["path", "label", "predicted", "probability"]  # of predictions.csv, then
@@ -20,7 +21,7 @@ PERCENT = (int | float, 0, 100)
 # The fields of the files: the type, then a number's range, a text's pattern or the type of a list's
 # elements. Those of result.json are fields of Run.
 RESULT_SCHEMA = {
-    "method": (str, "so|lora|adam"),
+    "method": (str, "|".join(METHODS)),
     "backbone": (str, r".*\w.*"),
     "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # own images have their folder's name
     "shots": (int, 1, 10**6),
