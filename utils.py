@@ -151,15 +151,11 @@ def detect_placeholder_file(path: str | os.PathLike) -> str | None:
 
 
 def sha256_of_tree(data: Any) -> str:
-    """SHA-256 of nested dicts, lists and tuples of plain values and tensors."""
+    """SHA-256 of nested dicts, lists and tuples of plain values."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            sha.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-            value = value.detach().cpu().contiguous().reshape(-1)
-            sha.update(value.view(torch.uint8).numpy())
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             sha.update(f"{len(value)} pairs ".encode())
             for pair in value.items():
                 add(pair)

@@ -1,7 +1,6 @@
 """The output directory of a run: its name, its lock, what is written into it and found in it."""
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -36,7 +35,6 @@ from utils import (
 PATH_KEYS = ("method", "backbone", "dataset", "shots", "seed")
 OVERWRITE_HINT = "use another --save_path, or --overwrite to replace it"
 MAX_NAME_BYTES = 200
-LOCKS_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # by some network file systems
 
 
 def get_output_dir(args: argparse.Namespace) -> Path:
@@ -107,17 +105,15 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0.1)
+        with suppress(NotImplementedError):  # filelock, of file systems without locks
+            lock.acquire(timeout=0.1)
     except Timeout:
         owner = path.read_text(errors="replace").strip() or "another process"
         raise ValueError(
             f"{output_dir} is in use by {owner}: wait for its end, or use another --save_path"
         ) from None
-    except NotImplementedError:
-        pass  # filelock, of file systems without locks
     except OSError as error:
-        if error.errno not in LOCKS_UNSUPPORTED:
-            raise not_writable_error(output_dir, error) from error
+        raise not_writable_error(output_dir, error) from error
     try:
         path.write_text(f"process {os.getpid()} on {platform.node()}\n")
         for stale in output_dir.glob(".*.tmp"):  # of processes that were killed

@@ -11,16 +11,18 @@ weights are float32, also if the base is an fp16 checkpoint; all others keep the
 """
 
 import argparse
+import io
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from reporting.markdown import markdown
 from torch import Tensor
 
-from clip import CLIP, build_model, read_checkpoint
+import clip
+from clip import CLIP
 from optimizers.delta import (
     apply_delta,
     interpolate_weights_,
@@ -107,36 +109,15 @@ def apply(file: Path, out: Path, base: str | None) -> str:
     apply_delta(model, delta)
     save_state_dict(out, merge_delta(state, model, delta))
     entries = sum(len(change.indices) for change in delta.tensors.values())
-    return (
-        f"{out}: {base_path} with {entries:,} entries of {len(delta.tensors)} matrices changed\n"
-        f"To measure it: {eval_command(file, out, base_path)}"
-    )
-
-
-def eval_command(file: Path, weights: Path, base: Path) -> str:
-    """The command that evaluates full weights on the task of a delta.
-
-    The config.yaml beside the delta has the task. If there is none, the user has to fill it in.
-    """
-    config = file.parent / "config.yaml"
-    task = ["--root_path", "DATA", "--dataset", "NAME"]
-    if config.is_file():
-        task = ["--config", str(config)]
-    if weights.suffix != ".pt":  # --filename adds .pt
-        return shlex.join(
-            ["python", "main.py", *task, "--backbone", str(weights), "--n_iters", "0"]
-        )
-    task += ["--backbone", str(base), "--wise", "1"]  # the weights are already scaled
-    folder = ["--save_path", str(weights.parent), "--filename", weights.stem]
-    return shlex.join(["python", "main.py", *task, "--eval_only", *folder])
+    return f"{out}: {base_path} with {entries:,} entries of {len(delta.tensors)} matrices changed"
 
 
 def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     """Write a delta whose values are base + alpha (value - base)."""
     delta = read_delta(file)
-    base_path = resolve_base(delta, base)
-    validate_output(out, file, base_path)
-    _, model = read_clip(base_path)
+    validate_output(out, file, resolve_base(delta, base))
+    with redirect_stderr(io.StringIO()):  # notes on activation and heads, which scaling leaves
+        model, _ = clip.load(base or delta.metadata["backbone"], "cpu")
     trained = {name: model.get_parameter(name).detach() for name in delta.tensors}
     before = {name: weight.clone() for name, weight in trained.items()}
     apply_delta(model, delta)
@@ -173,11 +154,15 @@ def validate_output(out: Path, *inputs: Path) -> None:
 
 def read_clip(path: Path) -> tuple[dict[str, Tensor], CLIP]:
     """Return the state dict of a checkpoint as it is, and its model in float32."""
-    state = read_checkpoint(path)
     try:
-        return state, build_model(state)
+        state = clip.read_checkpoint(path)
+        return state, clip.build_model(state)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
+        reason = str(error).removeprefix(f"{path} cannot be used: ")
+        raise ValueError(
+            f"{path} cannot be used here ({reason}); for CLIPs that open_clip builds, "
+            "scripts/export.py RUN --to open_clip writes full weights"
+        ) from None
 
 
 if __name__ == "__main__":

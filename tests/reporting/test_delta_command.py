@@ -1,18 +1,14 @@
 """scripts/delta.py: inspect, apply, scale and revert, and their errors."""
 
-import shlex
-import shutil
-from pathlib import Path
-
 import delta
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
 from commands import call
+from open_clip_folders import write_folder
 
 import clip
-from optimizers.delta import read_delta, save_delta, state_dict_sha256
-from run_utils import get_arguments
+from optimizers.delta import apply_delta, read_delta, save_delta, state_dict_sha256
 
 
 def run(*argv):
@@ -99,19 +95,20 @@ def test_inspect_prints_tensors_and_totals(checkpoint):
         assert f"{key}: {read_delta(folder / 'delta').metadata[key]}" in out
 
 
-def test_apply_prints_the_evaluation_command(checkpoint, tmp_path, monkeypatch):
-    folder, _, _ = checkpoint
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a run").mkdir()
-    (tmp_path / "a run/config.yaml").write_text("dataset: digits\nlr: 0.1\n")
-    for file, dataset in (("a run/delta", "digits"), ("delta", "dtd")):
-        shutil.copy(folder / "delta", file)
-        command = run("apply", file, "--out", "full.pt").splitlines()[-1].partition(": ")[2]
-        command = command.replace("NAME", "dtd").replace("DATA", ".")
-        assert command.startswith("python main.py ")
-        args = get_arguments(shlex.split(command)[2:])
-        assert (args.dataset, args.eval_only, args.wise) == (dataset, True, 1)
-        assert Path(args.save_path, f"{args.filename}.pt") == Path("full.pt")
+def test_open_clip_deltas_are_scaled(tmp_path):
+    pytest.importorskip("open_clip")
+    write_folder("siglip", tmp_path / "siglip")
+    model = clip.load(tmp_path / "siglip", "cpu")[0]
+    base = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    name, weight = next((n, p) for n, p in model.named_parameters() if p.dim() == 2)
+    weight.data.view(-1)[::50] += 1
+    file, half, sha256 = tmp_path / "delta", tmp_path / "half", state_dict_sha256(base)
+    save_delta(file, {name: weight}, base, sha256, backbone=str(tmp_path / "siglip"))
+    run("scale", file, 0.5, "--out", half)
+    expected = (base[name] + weight) / 2
+    apply_delta(base, read_delta(half))
+    torch.testing.assert_close(base[name], expected)
+    assert "export.py RUN --to open_clip" in error("apply", file, "--out", tmp_path / "full.pt")
 
 
 def test_delta_errors_are_one_line(checkpoint, tmp_path):

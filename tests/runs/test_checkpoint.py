@@ -26,7 +26,6 @@ from process_helpers import run_main_in_processes
 import clip
 import main
 import train
-from utils import sha256_of_tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,16 +216,13 @@ def test_damaged_checkpoint_is_refused(checkpoint, flags, tmp_path):
 
 def test_other_checkpoint_is_refused(checkpoint, flags, tmp_path):
     content = load(checkpoint)
-    content.pop("digest")
     for words, entries in (
         ("the images differ: 7 train", {"data": content["data"] | {"digest": "", "train": 7}}),
         ("the backbone differs", {"inputs": content["inputs"] | {"backbone": "0"}}),
         ("written by another version of this software", {"version": 1}),
-        ("its digest does not match", {"digest": "0"}),
         ("lr 0.1 there, 0.001 here", {"config": content["config"] | {"lr": 0.1}}),
     ):
-        changed = content | entries
-        torch.save({"digest": sha256_of_tree(changed), **changed}, checkpoint)
+        torch.save(content | entries, checkpoint)
         message = refused(*flags, tmp_path, "--resume")
         assert words in message and str(checkpoint) in message and "--overwrite" in message
     run(*flags, tmp_path, "--overwrite", "--resume")  # as a sweep with --overwrite is repeated
