@@ -224,29 +224,28 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
     if text[:4].lower() == "sep=":
         text = text.partition("\n")[2]
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
-    rows: list[tuple[str, str, str]] = []  # part, path, class name
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
     try:
         columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        if not {"path", "label"} <= set(columns):
-            given = truncate_list(columns) or "none"
-            raise ValueError(f"{path} has the columns {given}: the first line must be path,label")
-        for row in reader:
-            cells = {column: (row[column] or "").strip() for column in columns}
-            part = cells.get("split", "train").lower()
-            if part not in SPLIT_ALIASES or not cells["path"] or not cells["label"]:
-                raise ValueError(
-                    f"line {reader.line_num} of {path} needs a path, a label and, if there is a "
-                    f"column split, train, val or test in it, not {cells}"
-                )
-            if "://" in cells["path"]:
-                raise ValueError(
-                    f"line {reader.line_num} of {path} names the URL {cells['path']}: download it"
-                )
-            image = dataset_dir.find_path(cells["path"])
-            rows.append((SPLIT_ALIASES[part], image, nfc(cells["label"])))
+        table = list(reader)
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV ({error}): correct it") from error
+    if not {"path", "label"} <= set(columns):
+        given = truncate_list(columns) or "none"
+        raise ValueError(f"{path} has the columns {given}: the first line must be path,label")
+    rows: list[tuple[str, str, str]] = []  # part, path, class name
+    for number, row in enumerate(table, start=2):
+        cells = {column: (row[column] or "").strip() for column in columns}
+        part = cells.get("split", "train").lower()
+        if part not in SPLIT_ALIASES or not cells["path"] or not cells["label"]:
+            raise ValueError(
+                f"line {number} of {path} needs a path, a label and, if there is a column "
+                f"split, train, val or test in it, not {cells}"
+            )
+        if "://" in cells["path"]:
+            raise ValueError(f"line {number} of {path} names the URL {cells['path']}: download it")
+        image = dataset_dir.find_path(cells["path"])
+        rows.append((SPLIT_ALIASES[part], image, nfc(cells["label"])))
     rows, notes = drop_repeats(path, rows)
     names = natural_sort(name for _, _, name in rows)
     if names and all(re.fullmatch(r"-?\d+\.0+", name) for name in names):

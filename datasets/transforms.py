@@ -6,9 +6,7 @@ Batches are uint8, a quarter of the size of float images on their way to a GPU, 
 
 import errno
 import math
-import os
 import random
-import stat
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -82,8 +80,6 @@ def _decode(path: PathLike, gray_range: GrayRange | None) -> Image.Image:
     """Do one attempt of `read_image`."""
     remedy = "replace it"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels")

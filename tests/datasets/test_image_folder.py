@@ -192,7 +192,6 @@ REFUSED = [
     ("csv", "", "has no images: add them"),
     ("csv", "a/y.png,a\na/x.png,a\nb/0.png,b", "missing in {} (2 of 3 images)"),
     ("csv", "a/0.png", "line 2 of {}/list.csv needs a path, a label"),
-    ("csv", '"a/0.png,a', "is not CSV"),
     ("csv", "/x,a\nb/0.png,b", "names /x, outside"),
     ("parts", "a/0.png,a,test\nb/0.png,b", "line 3 of {}/list.csv needs"),
     ("json", None, "there is no folder, .csv or .json {}/list.json: --dataset takes"),

@@ -78,7 +78,6 @@ def test_read_image_equals_clips_reading(tmp_path, kind):
 POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 REFUSED = {
     "PostScript": (lambda path: path.write_text(POSTSCRIPT), "none of JPEG"),  # or Ghostscript runs
-    "pipe": (os.mkfifo, "it is not a regular file"),
     "half a JPEG": (half_jpeg, "truncated"),
     "page": (lambda path: path.write_text("<!DOCTYPE html>403"), "is a web page, not the file"),
 }
