@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from clip.convert import build_model, infer_model_args
+from clip.convert import build_model
 from clip.download import cache_dir, download_url, sha256_file
 from clip.files import SUFFIXES, find_weight_file, read_checkpoint
 from clip.model import ACTIVATIONS, CLIP
@@ -102,7 +102,6 @@ def load(
         return model.to(device), _transform_of(model)
     state_dict = read_checkpoint(path)
     try:
-        config.validate(infer_model_args(state_dict))
         activation_used = config.activation or activation or "quickgelu"
         model = build_model(state_dict, activation_used, config.heads or heads)
     except (ValueError, RuntimeError) as error:  # torch's, of sizes that it cannot have

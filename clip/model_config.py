@@ -20,10 +20,8 @@ from utils import did_you_mean, truncate_list
 OPEN_CLIP = "open_clip:"  # precedes NAME/PRETRAINED of the installed open_clip package
 
 # The defaults of transformers' CLIPConfig, and of open_clip's CLIPVisionCfg and CLIPTextCfg.
-HF_VISION = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-             "patch_size": 32, "hidden_act": "quick_gelu"}  # fmt: skip
-HF_TEXT = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
-           "hidden_act": "quick_gelu"}  # fmt: skip
+HF_VISION = {"num_attention_heads": 12, "hidden_act": "quick_gelu"}
+HF_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu"}
 HF_ACTIVATIONS = {"quick_gelu": "quickgelu", "gelu": "gelu"}  # transformers' names and ours
 OPEN_CLIP_VISION = {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16}
 OPEN_CLIP_TEXT = {"width": 512, "layers": 12, "heads": 8}
@@ -41,7 +39,6 @@ class ModelConfig:
         source: Name of the configuration in errors and notes.
         activation: "quickgelu" or "gelu".
         heads: Attention heads of the image tower and of the text tower.
-        model_args: Arguments of `CLIP` that the weights must agree with.
         normalization: Mean and standard deviation of images, RGB.
         resize: How images are resized and interpolated; see `clip.preprocess.image_transform`.
         open_clip_cfg: open_clip's model configuration, where its towers are built otherwise.
@@ -50,19 +47,9 @@ class ModelConfig:
     source: str = ""
     activation: str | None = None
     heads: tuple[int, int] | None = None
-    model_args: Mapping[str, Any] = field(default_factory=dict)
     normalization: tuple[tuple[float, ...], tuple[float, ...]] = (OPENAI_MEAN, OPENAI_STD)
     resize: tuple[str, str] = OPENAI_RESIZE
     open_clip_cfg: Mapping[str, Any] = field(default_factory=dict)
-
-    def validate(self, model_args: Mapping[str, Any]) -> None:
-        """Raise a ValueError if the arguments inferred from weights are another model's."""
-        for key, value in self.model_args.items():
-            if value != model_args[key]:
-                raise ValueError(
-                    f"{self.source} describes another model ({key} {value}, and the weights have "
-                    f"{model_args[key]}): keep each checkpoint in a folder of its own"
-                )
 
 
 def find_config_next_to(path: Path) -> ModelConfig:
@@ -116,13 +103,6 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
         source=str(path),
         activation=HF_ACTIVATIONS[activations.pop()],
         heads=(int(vision["num_attention_heads"]), int(text["num_attention_heads"])),
-        model_args={
-            "vision_width": vision["hidden_size"],
-            "vision_layers": vision["num_hidden_layers"],
-            "vision_patch_size": vision["patch_size"],
-            "transformer_width": text["hidden_size"],
-            "transformer_layers": text["num_hidden_layers"],
-        },
         normalization=_parse_normalization(processor.get("image_mean"), processor.get("image_std")),
     )
 
@@ -150,21 +130,12 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
     )
     if differences:
         return ModelConfig(**common, open_clip_cfg=model)
-    layers, width = vision["layers"], vision["width"]
-    is_resnet = isinstance(layers, list | tuple)
-    pool_width = (32 if is_resnet else 1) * width
+    is_resnet = isinstance(vision["layers"], list | tuple)
+    pool_width = (32 if is_resnet else 1) * vision["width"]
     return ModelConfig(
         **common,
         activation="quickgelu" if model.get("quick_gelu") else "gelu",
         heads=(int(pool_width // vision["head_width"]), int(text["heads"])),
-        model_args={
-            "embed_dim": model["embed_dim"],
-            "vision_width": width,
-            "vision_layers": tuple(layers) if is_resnet else layers,
-            "vision_patch_size": None if is_resnet else vision["patch_size"],
-            "transformer_width": text["width"],
-            "transformer_layers": text["layers"],
-        },
     )
 
 

@@ -116,9 +116,7 @@ def test_all_sizes_match_open_clip(name):
     with torch.device("meta"):
         theirs = open_clip.CLIP(**config).state_dict()
     parsed = model_config.from_open_clip_config({"model_cfg": config}, name)
-    model_args = convert.infer_model_args(theirs)
-    parsed.validate(model_args)
-    assert CONFIGS.get(name, {}).items() <= model_args.items()
+    assert CONFIGS.get(name, {}).items() <= convert.infer_model_args(theirs).items()
     model = clip.build_model(theirs, parsed.activation, parsed.heads)
     assert (model.activation, model.heads) == ("gelu", parsed.heads)
     assert name not in CONFIGS or parsed.heads == clip.build_model(theirs).heads
@@ -206,7 +204,6 @@ def test_config_names_resize_mode(tiny):
     [
         ({"vision_cfg": {"timm_model_name": "vit_base"}}, "open_clip cannot build .*vit_base"),
         ({"text_cfg": {"pool_type": "last"}}, "x.pt does not hold the weights of .*own config"),
-        ({"vision_cfg": {}}, r"another model \(vision_width 768, .* have 128\)"),
         ({"vision_cfg": {"head_width": 0}}, "cannot be understood"),
         ({"text_cfg": 5}, "cannot be understood"),
     ],
