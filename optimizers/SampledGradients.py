@@ -137,7 +137,8 @@ def sampled_linear(
         )
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return F.linear(x, weight[rows], bias)
-    return _apply(x, weight, bias, _make_plans([indices], [weight.shape[1]])[0], rows)
+    (plan,) = _make_plans([indices], [weight.shape[1]])
+    return _SampledLinear.apply(x, weight, bias, plan, rows)
 
 
 class SampledGradients:
@@ -402,7 +403,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     plan = handle.plan(parent) if handle is not None and parent.requires_grad else None
     if plan is None:
         return F.linear(input, weight, bias)
-    return _apply(input, parent, bias, plan, rows)
+    return _SampledLinear.apply(input, parent, bias, plan, rows)
 
 
 def _coalesce(p: Tensor) -> None:
@@ -434,24 +435,20 @@ def _sparse(plan: _Plan, values: Tensor, shape: torch.Size) -> Tensor:
     )
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, rows: slice) -> Tensor:
-    """Multiply, in autocast's dtype where it is enabled."""
-    factor, kind = weight.detach()[rows], x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, factor, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, factor, bias)
-        )
-    first = None if rows == slice(None) else rows.indices(len(weight))[0]
-    return _SampledLinear.apply(x, weight, factor, bias, plan, first)
-
-
 class _SampledLinear(torch.autograd.Function):
-    """y = x factor^T + b, where factor is rows of W, from `first` on (None: all of them)."""
+    """y = x W[rows]^T + b, of autocast's dtype where it is enabled."""
 
     @staticmethod
-    def forward(ctx, x, weight, factor, bias, plan, first):
-        ctx.plan, ctx.first, ctx.shape, ctx.dtype = plan, first, weight.shape, weight.dtype
+    def forward(ctx, x, weight, bias, plan, rows):
+        factor, kind = weight[rows], x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, factor, bias = (
+                t if t is None or t.dtype == torch.float64 else t.to(dtype)
+                for t in (x, factor, bias)
+            )
+        ctx.plan, ctx.shape, ctx.dtype = plan, weight.shape, weight.dtype
+        ctx.first = None if rows == slice(None) else rows.indices(len(weight))[0]
         x_columns = x if plan.columns is None else _gather_columns(x, plan.columns)  # (..., c)
         ctx.save_for_backward(x_columns, factor if ctx.needs_input_grad[0] else None)
         return F.linear(x, factor, bias)
@@ -469,9 +466,9 @@ class _SampledLinear(torch.autograd.Function):
             x_columns = x_columns.reshape(-1, x_columns.shape[-1])
             values = _products(dy, x_columns, ctx.plan, ctx.first).to(ctx.dtype)
             dw = _sparse(ctx.plan, values, ctx.shape)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0)
-        return dx, dw, None, db, None, None
+        return dx, dw, db, None, None
 
 
 def _make_plans(supports: Sequence[Tensor], widths: Sequence[int]) -> list[_Plan]:

@@ -200,7 +200,8 @@ class SO(Optimizer):
             skip = not (filter_fn(p) if filter_fn else p.requires_grad)
             if skip or p.numel() == 0 or p in self._ready:
                 continue
-            self._check_kind(p)
+            if self._kinds.get(p) != (p.shape, p.dtype):
+                self._fit_state(p)
             state = self.state.get(p, {})
             step = int(state.get("step", 0))
             if _is_dense(p, group) or ("step" in state and step % group["T"]):
@@ -226,19 +227,18 @@ class SO(Optimizer):
                         state["entry_steps"] = torch.zeros_like(S_g)
                 state["grad_indices"] = S_g
 
-    def _check_kind(self, p: Tensor) -> None:
-        """Fit p's state to p's shape and dtype, where these are not those of the last step."""
-        shape, dtype = self._kinds.get(p, (p.shape, p.dtype))
-        if p not in self._kinds:
-            _validate_parameter(p)
+    def _fit_state(self, p: Tensor) -> None:
+        """Fit p's state to its shape and dtype, which are not those of the last step."""
+        shape, _ = self._kinds.get(p, (p.shape, p.dtype))
+        state = self.state.get(p, {})
+        _validate_parameter(p)
         if shape != p.shape:
             change = f"a parameter of shape {tuple(shape)} now has shape {tuple(p.shape)}"
             _warn(f"{change}: its supports and moments start anew")
-            state = self.state[p]
             self.state[p] = {name: state[name] for name in state.keys() - set(STATE_NAMES)}
-        elif dtype != p.dtype:
-            for name in {"exp_avg", "exp_avg_sq"} & self.state[p].keys():
-                self.state[p][name] = self.state[p][name].to(_moment_dtype(p))
+        else:
+            for name in {"exp_avg", "exp_avg_sq"} & state.keys():
+                state[name] = state[name].to(_moment_dtype(p))
         self._kinds[p] = p.shape, p.dtype
 
     def _init_seeds(self, broadcast: bool = False) -> None:
@@ -631,9 +631,9 @@ def _take(t: Tensor, flat: Tensor) -> Tensor:
 
 def _locate(t: Tensor, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The memory of t, where in it flat entries are, and which of them other ranks have (at 0)."""
-    local = _local(t)
-    if local is t and t.is_contiguous():
+    if t.is_contiguous() and not _is_sharded(t):
         return t.view(-1), flat, None
+    local = _local(t)
     at, extent = torch.zeros_like(flat), 1
     outside = torch.zeros_like(flat, dtype=torch.bool)
     dims = list(zip(t.shape, *_shard_box(t), local.stride()))
