@@ -232,7 +232,9 @@ def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
         raise ValueError(f"{path} is not CSV ({error}): correct it") from error
     if not {"path", "label"} <= set(columns):
         given = truncate_list(columns) or "none"
-        raise ValueError(f"{path} has the columns {given}: the first line must be path,label")
+        raise ValueError(
+            f"{path} has the columns {given}: its first line must be path,label or path,label,split"
+        )
     rows: list[tuple[str, str, str]] = []  # part, path, class name
     for number, row in enumerate(table, start=2):
         cells = {column: (row[column] or "").strip() for column in columns}

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import zipfile
 from collections import OrderedDict
 
@@ -122,18 +121,10 @@ def test_damaged_file_is_refused(part, suffix, tmp_path):
     assert "download it again" in message and len(message) < 300 + len(str(path))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"fc.weight": torch.zeros(2, 2)}, "not a CLIP's: it lacks .* and 1 more"),
-        ({"epoch": 3}, "holds no state dict"),
-        (nn.Linear(2, 2), "holds no state dict"),
-    ],
-    ids=["another model", "no tensor", "module"],
-)
-def test_file_without_clip_is_refused(content, words, tmp_path):
-    torch.save(content, tmp_path / "other.pt")
-    assert re.search(words, refused(tmp_path / "other.pt"))
+def test_file_without_tensors_is_refused(tmp_path):
+    for content in ({"epoch": 3}, nn.Linear(2, 2)):
+        torch.save(content, tmp_path / "other.pt")
+        assert "holds no state dict" in refused(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The way to a dataset's folder: two conventions, links, left-overs, data that is elsewhere."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -55,13 +54,6 @@ def test_links_are_followed(tmp_path, name, split, link):
     (folder / link).symlink_to(tmp_path / "elsewhere")
     original, linked = (build_dataset(name, tmp_path / root, 2) for root in ("original", "linked"))
     assert linked.fingerprint == original.fingerprint and Path(linked.test[0].impath).is_file()
-
-
-def test_links_to_themselves_are_ignored(tmp_path):
-    folder = make_small_dataset("dtd", tmp_path, split=False)
-    for link in ("loop", "banded/loop.jpg"):
-        os.symlink(folder / "images" / link, folder / "images" / link)
-    assert build_dataset("dtd", tmp_path, 1).classnames == ["banded", "meshed", "polka-dotted"]
 
 
 @pytest.mark.parametrize("name, images", [("dtd", "images"), ("imagenet", "val")])

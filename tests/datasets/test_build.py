@@ -193,22 +193,18 @@ def test_fingerprint_ignores_place_and_draw(complete, tmp_path, capsys, name):
     assert dataset_fingerprint(name, tmp_path) == fingerprint
 
 
-CHANGES = {
-    "image removed": lambda split: split["train"].pop(),
-    "order": lambda split: split["train"].reverse(),
-    "part": lambda split: split["val"].append(split["train"].pop()),
-    "class name": lambda split: split.update(
-        {p: [[e[0], e[1], e[2].replace("Forest", "Wood")] for e in split[p]] for p in split}
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_fingerprint_notices_changes(tmp_path, change):
+def test_fingerprint_notices_changes(tmp_path):
     folder = make_small_dataset("eurosat", tmp_path)
-    before = dataset_fingerprint("eurosat", tmp_path)
-    change_split(folder, CHANGES[change])
-    assert dataset_fingerprint("eurosat", tmp_path)["digest"] != before["digest"]
+    changes = (
+        lambda split: split["train"].reverse(),
+        lambda split: split["val"].append(split["train"].pop()),
+        lambda split: split["test"].pop(),
+    )
+    digests = {dataset_fingerprint("eurosat", tmp_path)["digest"]}
+    for change in changes:
+        change_split(folder, change)
+        digests.add(dataset_fingerprint("eurosat", tmp_path)["digest"])
+    assert len(digests) == 4
 
 
 # Notes and refusals

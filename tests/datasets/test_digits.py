@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,13 +97,6 @@ def test_unusable_folder_is_named(tmp_path, quick):
     (tmp_path / "notes.txt").rename(tmp_path / "digits")
     with pytest.raises(ValueError, match="digits: .*--root_path; see DATASETS.md, section Digits"):
         build_dataset("digits", tmp_path, 1)
-
-
-def test_missing_scikit_learn_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ValueError, match="pip install scikit-learn"):
-        digits.build_digits(tmp_path / "digits")
-    assert not list(tmp_path.iterdir())
 
 
 def test_first_use_draws_the_same(tmp_path, monkeypatch, rendered):

@@ -188,7 +188,7 @@ REFUSED = [
     ("folder", "train/a:2 train/b:2 test/a:1 test/c:1", "same class folders, but only some have b"),
     ("folder", "train/a:2 test/a:2 val/a:2 valid/a:2", "has the folders test, train, val, valid"),
     ("folder", "train/a:2 val/a:2", "{} has one class: a task takes two or more"),
-    ("text", "file;label\na;b", "has the columns file, label: the first line must be path,label"),
+    ("text", "file;label\na;b", "has the columns file, label: its first line must be path,label"),
     ("csv", "", "has no images: add them"),
     ("csv", "a/y.png,a\na/x.png,a\nb/0.png,b", "missing in {} (2 of 3 images)"),
     ("csv", "a/0.png", "line 2 of {}/list.csv needs a path, a label"),

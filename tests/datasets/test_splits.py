@@ -148,14 +148,6 @@ def test_changed_folder_remakes_split(dtd, capsys, change):
     assert "made earlier" in capsys.readouterr().err
 
 
-def test_published_split_wins_over_made(dtd, capsys):
-    build_dataset("dtd", dtd.parent, 1)
-    make_small_dataset("dtd", dtd.parent, split=True)
-    capsys.readouterr()
-    assert build_dataset("dtd", dtd.parent, 1).fingerprint["split"] == "published"
-    assert "made" not in capsys.readouterr().err
-
-
 def test_unwritable_folder_gives_its_split(dtd, capsys, monkeypatch):
     def refuse(path, data):
         raise PermissionError(13, "Permission denied", str(path))
