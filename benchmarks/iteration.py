@@ -59,7 +59,8 @@ def prepare(
 ) -> tuple[CLIP, Callable[[], object]]:
     """A row's model, and the function that does one iteration."""
     method, _, precision = name.partition(":")
-    model = CLIP(**BACKBONES[args.backbone]).eval().to(device)
+    widths = dict(vision_width=args.width, transformer_width=args.width) if args.width else {}
+    model = CLIP(**BACKBONES[args.backbone] | widths).eval().to(device)
     kind = method if method in ("lora", "adam") else "so"
     weights = mark_as_trainable(model, args.encoder, args.position, kind)
     tokens = random_tokens(args.classes, model.vocab_size, model.context_length).to(device)
@@ -121,6 +122,7 @@ def main() -> None:
     usual = ["plain", "lora", "adam", "so", "so:bf16"]
     add("--rows", nargs="+", choices=ROWS, default=usual, metavar="ROW", help=", ".join(ROWS))
     add("--backbone", choices=list(BACKBONES), default="ViT-B/16")
+    add("--width", type=int, help="channels of both towers, a multiple of 64; the backbone's")
     add("--encoder", choices=["text", "vision", "both"], default="both")
     add("--position", choices=list(POSITIONS), default="all")
     add("--classes", type=int, default=10)
@@ -135,8 +137,9 @@ def main() -> None:
     for name in Progress(args.turns * args.rows, desc="Iterations", unit="turn"):
         turns[name].append(run_in_process(take_turn, name, args))
     print(
-        f"{args.backbone}, {args.classes} classes, batches of {args.batch}, encoder "
-        f"{args.encoder}, position {args.position}, density {args.density:g}; "
+        f"{args.backbone}, width {args.width or 'its own'}, {args.classes} classes, "
+        f"batches of {args.batch}, encoder {args.encoder}, position {args.position}, "
+        f"density {args.density:g}; "
         f"{describe_machine(set_up_device(args.device, args.threads))}\n"
     )
     rows, first = [], None

@@ -4,59 +4,30 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import numpy as np
 
 import clip
-from optimizers.build import METHODS
 
 LOG_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
-PREDICTION_COLUMNS = ["path", "label", "predicted", "probability"]  # of predictions.csv, then
-PREDICTION_COLUMNS += ["classname", "predicted_classname"]
-PERCENT = (int | float, 0, 100)
-# The fields of the files: the type, then a number's range, a text's pattern or the type of a list's
-# elements. Those of result.json are fields of Run.
-RESULT_SCHEMA = {
-    "method": (str, "|".join(METHODS)),
-    "backbone": (str, r".*\w.*"),
-    "dataset": (str, r"[^/\\|]*\w[^/\\|]*"),  # own images have their folder's name
-    "shots": (int, 1, 10**6),
-    "seed": (int, 0, 10**18),
-    "zero_shot_accuracy": PERCENT,
-    "final_accuracy": PERCENT,
-    "iterations": (int, 1, 10**9),
-    "wall_seconds": (int | float, 0, 10**9),
-    "peak_memory_mb": (int | float, 0, 10**9),
-    "config": (dict,),
-    "data": (dict,),
-    "classnames": (list, str),
-    "template": (list, str),
-    "ece": PERCENT,
-    "device": (str, r".+"),
-    "versions": (dict,),
-}
-OPTIONAL_FIELDS = (
-    "git_commit", "new_accuracy", "zero_shot_new_accuracy", "inputs", "balanced_accuracy",
-    "macro_f1",
-)  # fmt: skip
-DATA_SCHEMA = {"split": (str, r"\w+"), "digest": (str, r"\w+")}  # of `data`
-TRANSFER_SCHEMA = {  # of transfer.json, for each dataset
-    "zero_shot_accuracy": PERCENT,
-    "final_accuracy": PERCENT,
-    "classes": (int, 1, 10**9),
-    "images": (int, 1, 10**9),
-    "data": (dict,),
-}
+PREDICTION_COLUMNS = [  # of predictions.csv
+    "path", "label", "predicted", "probability", "classname", "predicted_classname",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """A finished run. Accuracies are in percent, on test images unless config says otherwise."""
 
+    folder: Path
+    transfer: dict[str, dict[str, Any]]  # entries of transfer.json by dataset
+    loss_curve: np.ndarray  # (iterations,)
+    eval_curve: np.ndarray  # (E, 2): iteration, accuracy; begins with iteration 0, zero-shot
+    # Entries of result.json; those with a default may be missing there.
     method: str
     backbone: str
     dataset: str
@@ -74,16 +45,25 @@ class Run:
     ece: float  # expected calibration error in percent
     device: str
     versions: dict[str, str]  # of packages
-    git_commit: str | None
-    new_accuracy: float | None  # of a run on base classes, on the new ones
-    zero_shot_new_accuracy: float | None
-    inputs: dict[str, Any] | None  # content of its files, as runs.identity has it
-    balanced_accuracy: float | None  # mean of the classes' accuracies
-    macro_f1: float | None  # mean F1 score of the classes, in percent
-    transfer: dict[str, dict[str, Any]]  # TRANSFER_SCHEMA by target dataset
-    loss_curve: np.ndarray  # (iterations,)
-    eval_curve: np.ndarray  # (E, 2): iteration, accuracy; begins with iteration 0, zero-shot
-    folder: Path
+    git_commit: str | None = None
+    new_accuracy: float | None = None  # of a run on base classes, on the new ones
+    zero_shot_new_accuracy: float | None = None
+    inputs: dict[str, Any] | None = None  # content of its files, as runs.identity has it
+    balanced_accuracy: float | None = None  # mean of the classes' accuracies
+    macro_f1: float | None = None  # mean F1 score of the classes, in percent
+
+
+RESULT_TYPES = {
+    field.name: get_origin(field.type) or field.type
+    for field in fields(Run)[4:]
+    if field.default is MISSING
+}
+OPTIONAL_FIELDS = [field.name for field in fields(Run) if field.default is None]
+DATA_TYPES = {"split": str, "digest": str}  # of `data`
+TRANSFER_TYPES = {  # of transfer.json, for each dataset
+    "zero_shot_accuracy": float, "final_accuracy": float, "classes": int, "images": int,
+    "data": dict,
+}  # fmt: skip
 
 
 def read_run(folder: Path) -> Run:
@@ -94,19 +74,15 @@ def read_run(folder: Path) -> Run:
         OSError: A file cannot be read.
     """
     result = _read_json(folder / "result.json")
-    _validate(result, RESULT_SCHEMA, "result.json")
-    _validate(result["data"], DATA_SCHEMA, "data in result.json")
+    _validate(result, RESULT_TYPES, "result.json")
+    _validate(result["data"], DATA_TYPES, "data in result.json")
     losses, evaluated = _read_curve(folder / "curve.csv", result["iterations"])
-    fields = {key: result[key] for key in RESULT_SCHEMA}
-    fields |= {key: result.get(key) for key in OPTIONAL_FIELDS}
-    fields["backbone"] = canonical_backbone(result["backbone"])
-    return Run(
-        **fields,
-        transfer=read_transfer(folder / "transfer.json"),
-        loss_curve=np.array(losses),
-        eval_curve=np.array([(0, result["zero_shot_accuracy"]), *evaluated], float),
-        folder=folder,
-    )
+    evaluated = np.array([(0, result["zero_shot_accuracy"]), *evaluated], float)
+    entries = {key: result[key] for key in RESULT_TYPES}
+    entries |= {key: result.get(key) for key in OPTIONAL_FIELDS}
+    entries["backbone"] = canonical_backbone(result["backbone"])
+    transfer = read_transfer(folder / "transfer.json")
+    return Run(folder, transfer, np.array(losses), evaluated, **entries)
 
 
 def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
@@ -120,8 +96,8 @@ def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
     targets = _read_json(path)
     _validate(targets, {}, path.name)
     for values in targets.values():
-        _validate(values, TRANSFER_SCHEMA, path.name)
-        _validate(values["data"], DATA_SCHEMA, f"data in {path.name}")
+        _validate(values, TRANSFER_TYPES, path.name)
+        _validate(values["data"], DATA_TYPES, f"data in {path.name}")
     return targets
 
 
@@ -132,16 +108,18 @@ def load_predictions(run: Run) -> list[tuple[str, int, int, float]]:
         ValueError: predictions.csv is missing or malformed.
         OSError: It cannot be read.
     """
-    labels, rows = range(len(run.classnames)), []
-
-    def add(path: str, label: str, predicted: str, probability: str, *_: str) -> None:
-        if int(label) not in labels or int(predicted) not in labels:
-            raise ValueError
-        rows.append((path, int(label), int(predicted), float(probability)))
-
-    _read_csv(run.folder / "predictions.csv", PREDICTION_COLUMNS[:4], add)
-    if not rows:
-        raise ValueError("predictions.csv has 0 rows")
+    try:
+        rows = [
+            (path, int(label), int(predicted), float(probability))
+            for path, label, predicted, probability, *_ in _read_csv(
+                run.folder / "predictions.csv", PREDICTION_COLUMNS[:4]
+            )
+        ]
+    except ValueError as error:
+        raise ValueError(f"predictions.csv is malformed ({error})") from None
+    labels = range(len(run.classnames))
+    if not rows or not all(row[1] in labels and row[2] in labels for row in rows):
+        raise ValueError("predictions.csv has no rows, or labels of other classes")
     return rows
 
 
@@ -176,57 +154,44 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path.name} is not JSON ({error})") from error
 
 
-def _validate(values: Any, schema: dict[str, tuple], file: str) -> None:
-    """Raise a ValueError that names the first field that is missing or out of range."""
+def _validate(values: Any, types: Mapping[str, type], file: str) -> None:
+    """Raise a ValueError that names the first value that is missing or of another type."""
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold an object where it should")
-    for key, (kind, *limits) in schema.items():
+    for key, kind in types.items():
         if key not in values:
             raise ValueError(
                 f"{file} has no {key}: another version of this program wrote it, or it is damaged;"
                 " main.py with --overwrite makes it again"
             )
         value = values[key]
-        valid = isinstance(value, kind) and not isinstance(value, bool)
-        if valid and kind is str:
-            valid = re.fullmatch(limits[0], value) is not None and value.isprintable()
-        elif valid and kind is list:
-            valid = bool(value) and all(isinstance(element, limits[0]) for element in value)
-        elif valid and limits:
-            valid = limits[0] <= value <= limits[1]  # False for NaN
-        if not valid:
+        valid = isinstance(value, int | float if kind is float else kind)
+        if not valid or (kind is float and not math.isfinite(value)):
             raise ValueError(f"{file}: {key} cannot be {str(value)[:50]!r}")
 
 
 def _read_curve(path: Path, iterations: int) -> tuple[list[float], list[tuple[int, float]]]:
     """Return the loss of each iteration, and (iteration, accuracy) where it was evaluated."""
-    losses, evaluated = [], []
-
-    def add(iteration: str, loss: str, lr: str, accuracy: str) -> None:
-        losses.append(float(loss))
-        if int(iteration) != len(losses) or not math.isfinite(float(loss) + float(lr)):
-            raise ValueError
-        if accuracy:
-            evaluated.append((int(iteration), float(accuracy)))
-            if not 0 <= float(accuracy) <= 100:
-                raise ValueError
-
-    _read_csv(path, LOG_COLUMNS, add)
-    if len(losses) != iterations:
-        raise ValueError(f"curve.csv has {len(losses)} of {iterations} iterations")
+    try:
+        rows = _read_csv(path, LOG_COLUMNS)
+        losses = [float(loss) for _, loss, _, _ in rows]
+        evaluated = [(int(i), float(accuracy)) for i, _, _, accuracy in rows if accuracy]
+    except ValueError as error:
+        raise ValueError(f"curve.csv is malformed ({error})") from None
+    if len(losses) != iterations or not all(map(math.isfinite, losses)):
+        raise ValueError(f"curve.csv has {len(losses)} of {iterations} iterations, or is damaged")
     return losses, evaluated
 
 
-def _read_csv(path: Path, columns: Sequence[str], add: Callable[..., None]) -> None:
-    """Call add with the fields of each line; it raises an error where they are malformed."""
+def _read_csv(path: Path, columns: list[str]) -> list[list[str]]:
+    """Return the lines of a CSV file after its header, which begins with these columns."""
     if not path.is_file():
         raise ValueError(f"there is no {path.name}")
     with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
         try:
-            if next(reader, [])[: len(columns)] != columns:
-                raise ValueError
-            for row in reader:
-                add(*row)
-        except (ValueError, TypeError, IndexError, csv.Error):
-            raise ValueError(f"{path.name} is malformed at line {reader.line_num}") from None
+            header, *rows = csv.reader(file)
+        except csv.Error as error:
+            raise ValueError(str(error)) from None
+    if header[: len(columns)] != columns:
+        raise ValueError(f"its columns are {', '.join(header)}")
+    return rows

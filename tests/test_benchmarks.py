@@ -9,11 +9,9 @@ from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from report_helpers import read_table
 from torch import nn
 
-from benchmarks import common, communication, crossover, iteration, plain, step
-from benchmarks import delta as delta_sizes
+from benchmarks import common, crossover, iteration, plain, step
 from benchmarks import settings as settings_of_so
-from clip import CLIP, build_model
-from optimizers.build import mark_as_trainable
+from clip import build_model
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
@@ -70,7 +68,7 @@ def test_plain_so_equals_adam():
 def test_iteration_rows_train(name):
     args = argparse.Namespace(
         backbone="tiny", encoder="both", position="all", classes=3, batch=2, density=1e-3,
-        class_batch_size=0,
+        class_batch_size=0, width=None,
     )  # fmt: skip
     model, iterate = iteration.prepare(name, args, torch.device("cpu"))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -86,7 +84,7 @@ def test_iteration_prints_ratios(run):
         iteration, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2", "--turns=1",
         "--device=cpu", "--rows", "plain", "so:bf16",
     )  # fmt: skip
-    assert "tiny, 3 classes" in text
+    assert "tiny, width its own, 3 classes" in text
     assert [row[""] for row in rows] == ["SO, as the authors compute it", "SO, bf16"]
     assert rows[0]["times as fast"] == rows[0]["of the first"] == "1.00"
     assert all(float(row["ms"]) > 0 and float(row["peak, MB"]) > 0 for row in rows)
@@ -97,24 +95,6 @@ def test_step_prints_ratios(run, monkeypatch):
     _, rows = run(step, "--density=0.01", "--windows=1", "--rounds=1", "--device=cpu")
     assert [row["optimizer"] for row in rows] == [*step.ADAM_ROWS, *step.SO_ROWS]
     assert rows[0]["of foreach's"] == "1.000" and rows[1]["of fused's"] == "1.00"
-
-
-def test_communication_counts_bytes(run):
-    _, rows = run(
-        communication, "--backbone=tiny", "--density=1e-3", "--classes=5", "--processes=2",
-        "--repeats=1",
-    )  # fmt: skip
-    weights = mark_as_trainable(CLIP(**common.BACKBONES["tiny"]), "both", "all").values()
-    layers, width = [128] * 4 + [64] * 2, 64
-    numbers = {
-        "SO": sum(int(p.numel() * 1e-3) for p in weights) + 1,
-        "LoRA, rank 2": sum(3 * 2 * 2 * w for w in layers) + 1,
-        "all weights": sum(p.numel() for p in weights),
-        "features, 5 classes": 2 * 5 * width,
-    }
-    assert {row["exchange"]: row["bytes"] for row in rows} == {
-        name: f"{4 * number:,}" for name, number in numbers.items()
-    }
 
 
 def test_crossover_times_both_ways():
@@ -128,11 +108,3 @@ def test_settings_prints_all_rows(run):
     assert text.count("| Adam |") == 2 and "* shifted, reach:" in text
     assert settings_of_so.rank_correlation([1, 1, 2, 3], [5, 5, 7, 9]) == pytest.approx(1)
     assert settings_of_so.rank_correlation([1, 2, 3], [9, 7, 5]) == pytest.approx(-1)
-
-
-def test_delta_compares_file_sizes(run):
-    flags = ["--backbone=tiny", "--steps", "10", "4", "--density=1e-3", "--threads=1"]
-    _, (first, second, _, whole, full, half) = run(delta_sizes, *flags)
-    assert int(first["entries changed"]) < int(second["entries changed"].replace(",", ""))
-    sizes = [float(row["MB"]) for row in (second, whole, full)]
-    assert sizes == sorted(sizes) and float(half["MB"]) < sizes[-1]
