@@ -19,7 +19,7 @@ PREDICTION_COLUMNS = [  # of predictions.csv
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Run:
     """A finished run. Accuracies are in percent, on test images unless config says otherwise."""
 
@@ -81,8 +81,13 @@ def read_run(folder: Path) -> Run:
     entries = {key: result[key] for key in RESULT_TYPES}
     entries |= {key: result.get(key) for key in OPTIONAL_FIELDS}
     entries["backbone"] = canonical_backbone(result["backbone"])
-    transfer = read_transfer(folder / "transfer.json")
-    return Run(folder, transfer, np.array(losses), evaluated, **entries)
+    return Run(
+        **entries,
+        folder=folder,
+        transfer=read_transfer(folder / "transfer.json"),
+        loss_curve=np.array(losses),
+        eval_curve=evaluated,
+    )
 
 
 def read_transfer(path: Path) -> dict[str, dict[str, Any]]:

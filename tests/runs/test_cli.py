@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import act_after, call_main, refused, result_of, run
+from commands import act_after, call_main, result_of, run
 
 import main
 from runs import cli
@@ -137,21 +136,7 @@ def test_density_note_names_flags(tmp_path):
     assert "dense=True" not in out
 
 
-def test_predictions_name_classes(tmp_path):
-    run(*SHORT, "--save_path", tmp_path)
-    (path,) = tmp_path.rglob("predictions.csv")
-    header, first, *_ = path.read_text().splitlines()
-    assert header == "path,label,predicted,probability,classname,predicted_classname"
-    names = json.loads(path.with_name("result.json").read_text())["classnames"]
-    row = first.split(",")
-    assert row[4:] == [names[int(row[1])], names[int(row[2])]]
-
-
 def test_resume_without_checkpoint_is_said(tmp_path):
     run(*SHORT, "--save_path", tmp_path)
     out = run(*SHORT, "--save_path", tmp_path, "--resume", "--lr", "0.01")
     assert "there is no checkpoint in" in out
-
-
-def test_bad_flags_are_refused_once():
-    assert "--shotss" in refused("--shotss", 1)

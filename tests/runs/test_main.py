@@ -73,6 +73,7 @@ def test_best_val_is_reported(command, tmp_path, monkeypatch):
     rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["1"] * 3 + ["0"] * 3
     assert {(row["predicted"], row["probability"]) for row in rows} == {("1", "0.375")}
+    assert {row["predicted_classname"] for row in rows} == {result["classnames"][1]}
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -74,12 +74,6 @@ def test_pending_runs_are_submitted(cluster, tmp_path):
     assert submitted[-5:] == [str(SUBMIT), *arguments]
 
 
-def test_finished_sweep_submits_nothing(cluster, tmp_path):
-    (tmp_path / "finished.txt").write_text("\n".join(LINES))
-    assert bash(SUBMIT, environment=cluster)[0] == 0
-    assert not (tmp_path / "sbatch.txt").exists()
-
-
 def test_task_makes_its_run(cluster, tmp_path):
     assert start_task(cluster, tmp_path, 4, "--lr", "1e-3").wait() == 0
     assert calls(tmp_path) == [f"main.py --resume --no-save_weights {LINES[3]} --lr 1e-3"]

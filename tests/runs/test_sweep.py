@@ -59,13 +59,6 @@ def test_sweep_continues_after_failures(tmp_path):
     assert not (result.parent / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("flag, status, words", [("--shotss=4", 2, "--shotss"), ("--help", 0, "")])
-def test_wrong_flag_ends_sweep(flag, status, words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("--dataset dtd\n"))
-    ended, out, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)), flag)
-    assert ended == status and out == "" and words in err
-
-
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGINT to all", "SIGTERM to all"])
 def test_stop_waits_for_checkpoints(sent, tmp_path, fake_python):
     process = start(PYTHON=fake_python, DATASETS="digits", METHODS="wait so")

@@ -24,9 +24,7 @@ from optimizers.build import (
     mark_as_trainable,
     trainable_parameters,
 )
-from runs.environment import RunClock
-from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
-from utils import Predictions
+from train import NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
 
 NAMES = ["red_one", "green", "blue"]
 
@@ -213,32 +211,6 @@ def test_train_pauses_and_resumes_exactly(method, items):
     assert train_losses(items, *resumed) == losses
     for p, q in zip(resumed[0].model.parameters(), expected[0].model.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def test_train_state_round_trip():
-    state = TrainState(9, precision="fp16")
-    state.losses[:4] = torch.tensor([4.0, 3, 2, 1])
-    state.scaler.scale(torch.ones(1))
-    state.scaler.update(2.0**7)
-    predictions = Predictions(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([0.5, 0.9]))
-    diff = {"a": (torch.tensor([3]), torch.tensor([0.25])), "b": (None, torch.ones(2))}
-    values = dict(
-        iteration=4, epoch_start=3, epoch_loss=3.0, zero_shot={"zero_shot_accuracy": 25.0},
-        accuracies={2: 40.0, 4: 50.0}, new_accuracies={4: 60.0},
-        best=BestCheckpoint(4, 75.0, diff), predictions=predictions,
-    )  # fmt: skip
-    vars(state).update(values)
-    state.clock = RunClock(100.0)
-    other = TrainState(9, precision="fp16")
-    other.load_state_dict(save_and_load(state.state_dict()))
-    assert other.log_rows(1e-3) == state.log_rows(1e-3) and len(other.losses) == 9
-    assert other.scaler.get_scale() == 2.0**7
-    assert other.clock.seconds() >= 100 and other.predictions.accuracy == 50
-    assert other.best.diff["a"][0] == 3 and torch.equal(other.best.diff["b"][1], torch.ones(2))
-    assert {**other.summary(), "wall_seconds": 0} == {**state.summary(), "wall_seconds": 0}
-    for name in values.keys() - {"best", "predictions"}:
-        assert getattr(other, name) == values[name], name
-    assert other.best[:2] == (4, 75.0) and not other.is_best(75.0) and other.is_best(75.1)
 
 
 @pytest.mark.gpu
