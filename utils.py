@@ -32,7 +32,7 @@ class Predictions(NamedTuple):
     @property
     def accuracy(self) -> float:
         """Top-1 accuracy in percent."""
-        return accuracy(self.labels, self.preds)
+        return 100.0 * (self.preds == self.labels).sum().item() / len(self.labels)
 
     @property
     def balanced_accuracy(self) -> float:
@@ -48,11 +48,6 @@ class Predictions(NamedTuple):
         return 100.0 * (2.0 * hits.double() / (counts + predicted))[counts > 0].mean().item()
 
 
-def accuracy(labels: Tensor, preds: Tensor) -> float:
-    """Top-1 accuracy in percent of predictions (N,) for labels (N,)."""
-    return 100.0 * (preds == labels).sum().item() / len(labels)
-
-
 def per_class_accuracy(labels: Tensor, preds: Tensor, num_classes: int) -> list[float | None]:
     """Accuracy in percent of each class, by label; None for a class without images."""
     hits, counts = (x.tolist() for x in count_per_class(labels, preds, num_classes))
@@ -65,10 +60,10 @@ def count_per_class(labels: Tensor, preds: Tensor, num_classes: int = 0) -> tupl
     return labels[preds == labels].bincount(minlength=len(counts)), counts
 
 
-def expected_calibration_error(correct: Tensor, probs: Tensor, n_bins: int = N_BINS) -> float:
+def expected_calibration_error(correct: Tensor, probs: Tensor) -> float:
     """Expected calibration error (ECE) in percent.
 
-    Predictions are put into `n_bins` equal intervals (a, b] of their probability. In each, the
+    Predictions are put into N_BINS equal intervals (a, b] of their probability. In each, the
     share of correct ones is compared with the mean probability; the absolute differences are
     averaged, weighted by the number of images (Guo et al., "On Calibration of Modern Neural
     Networks", ICML 2017, equation 3).
@@ -76,12 +71,11 @@ def expected_calibration_error(correct: Tensor, probs: Tensor, n_bins: int = N_B
     Args:
         correct: Whether each prediction is right, (N,).
         probs: Probability of each predicted class, (N,).
-        n_bins: Number of intervals.
     """
     probs = probs.double()
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, N_BINS + 1, dtype=torch.float64)
     bins = torch.bucketize(probs, edges[1:-1])  # (N,)
-    gaps = torch.zeros(n_bins, dtype=torch.float64)
+    gaps = torch.zeros(N_BINS, dtype=torch.float64)
     gaps.index_add_(0, bins, correct.double() - probs)  # |B| (accuracy - confidence) of each bin
     return 100.0 * gaps.abs().sum().item() / len(probs)
 
@@ -152,22 +146,15 @@ def detect_placeholder_file(path: str | os.PathLike) -> str | None:
 
 def sha256_of_tree(data: Any) -> str:
     """SHA-256 of nested dicts, lists and tuples of plain values."""
-    sha = hashlib.sha256()
 
-    def add(value: Any) -> None:
+    def serialize(value: Any) -> str:
         if isinstance(value, dict):
-            sha.update(f"{len(value)} pairs ".encode())
-            for pair in value.items():
-                add(pair)
-        elif isinstance(value, list | tuple):
-            sha.update(f"{len(value)} items ".encode())
-            for item in value:
-                add(item)
-        else:
-            sha.update(f"{value!r} ".encode())
+            return f"{len(value)} pairs " + "".join(map(serialize, value.items()))
+        if isinstance(value, list | tuple):
+            return f"{len(value)} items " + "".join(map(serialize, value))
+        return f"{value!r} "
 
-    add(data)
-    return sha.hexdigest()
+    return hashlib.sha256(serialize(data).encode()).hexdigest()
 
 
 def to_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:

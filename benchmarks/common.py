@@ -74,8 +74,8 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif (info := Path("/proc/cpuinfo")).exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        name = found[1] if found else name
+        match = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        name = match[1] if match else name
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

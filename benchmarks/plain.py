@@ -30,21 +30,20 @@ class PlainSO:
             weight, grad = p.view(-1), p.grad.view(-1)
             k = max(1, int(weight.numel() * self.density))
             if (self.t - 1) % self.window == 0:
-                s["at"] = torch.randperm(weight.numel(), device=p.device)[:k]
-            at, g = s["at"], grad[s["at"]]
+                s["S_g"] = torch.randperm(weight.numel(), device=p.device)[:k]
+            S_g, g = s["S_g"], grad[s["S_g"]]
             if self.t == 1:
-                s["indices"], s["m"], s["v"] = at, torch.zeros_like(g), torch.zeros_like(g)
-            same = s["indices"][:, None] == at[None, :]  # (k, k)
-            old, new = same.any(dim=1), ~same.any(dim=0)
-            slot = same.long().argmax(dim=1)
-            g_old = torch.where(old, g[slot], 0)
-            union = torch.cat([s["indices"], at[new]])
-            m = torch.cat([b1 * s["m"] + (1 - b1) * g_old, (1 - b1) * g[new]])
-            v = torch.cat([b2 * s["v"] + (1 - b2) * g_old**2, (1 - b2) * g[new] ** 2])
+                s["S_m"], s["m"], s["v"] = S_g, torch.zeros_like(g), torch.zeros_like(g)
+            equal = s["S_m"][:, None] == S_g[None, :]  # (k, k)
+            in_both, is_new = equal.any(dim=1), ~equal.any(dim=0)
+            g_both = torch.where(in_both, g[equal.long().argmax(dim=1)], 0)
+            U = torch.cat([s["S_m"], S_g[is_new]])
+            m = torch.cat([b1 * s["m"] + (1 - b1) * g_both, (1 - b1) * g[is_new]])
+            v = torch.cat([b2 * s["v"] + (1 - b2) * g_both**2, (1 - b2) * g[is_new] ** 2])
             m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
-            weight[union] -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
-            keep = m.abs().argsort(descending=True)[:k]
-            s["indices"], s["m"], s["v"] = union[keep], m[keep], v[keep]
+            weight[U] -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
+            top = m.abs().argsort(descending=True)[:k]
+            s["S_m"], s["m"], s["v"] = U[top], m[top], v[top]
 
 
 def encode_image(model: CLIP, images: Tensor, one_token: bool = False) -> Tensor:

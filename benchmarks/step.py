@@ -71,8 +71,8 @@ def make_optimizer(name: str, params: list[nn.Parameter], density: float) -> Any
 def milliseconds(step: Callable[[], object], device: str) -> float:
     """Time of one call, the device's work included."""
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    alone = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    single_thread = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if single_thread else time.perf_counter
     synchronize()
     start = clock()
     step()

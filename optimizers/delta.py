@@ -259,9 +259,9 @@ def apply_state_diff(
     """Restore, in place, the tensors from which `diff_state_dict` made a diff to this base."""
     for name, (indices, values) in diff.items():
         if indices is not None:
-            whole = base[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-            whole.view(-1)[indices.long()] = values
-            values = whole
+            tensor = base[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensor.view(-1)[indices.long()] = values
+            values = tensor
         tensors[name].copy_(values)
 
 

@@ -1,7 +1,7 @@
 """One run in several processes, as torchrun starts them: each one's share, and what they exchange.
 
 All processes compute the same sums, so they agree on what comes next without asking: on the early
-stop, on a loss that is not finite. Only what one process alone can know, a signal or a file, is
+stop, on a loss that is not finite. Only what a single process knows, a signal or a file, is
 exchanged. A process that fails ends; the others then fail in their next exchange, with PeerExited.
 Without torchrun there is one process, and nothing here does anything.
 """
@@ -46,7 +46,7 @@ def init_store() -> None:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1" and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                f"srun started {tasks} processes that would all train on their own: give it "
+                f"srun started {tasks} processes that would train separately: give it "
                 "--ntasks 1 and start torchrun --standalone --nproc_per_node N -- main.py ... there"
             )
         return

@@ -85,8 +85,6 @@ def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> str:
         KeyError, TypeError, AttributeError: `saved` is not an identity.
     """
     changes = diff_settings(saved["config"], current["config"])
-    if "inputs" not in saved:
-        return "; ".join([*changes, "it was written by an older version, which did not record all"])
     return "; ".join(changes + diff_inputs(saved, current))
 
 

@@ -1,4 +1,4 @@
-"""The output directory of a run: its name, its lock, what is written into it and found in it."""
+"""The output directory of a run: its name, its lock, its files."""
 
 import argparse
 import hashlib
@@ -74,8 +74,9 @@ def format_for_path(value: float | str) -> str:
     if not isinstance(value, str):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
-    known = value in DATASETS or value in clip.available_models() or value.startswith("open_clip:")
-    if not known and ("/" in value or os.path.isfile(value)):
+    is_name = value in DATASETS or value in clip.available_models()
+    is_path = "/" in value or os.path.isfile(value)
+    if is_path and not is_name and not value.startswith("open_clip:"):
         value = Path(value).name if os.path.isdir(value) else Path(value).stem
     return re.sub("[/@:]", "-", value)
 

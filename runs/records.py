@@ -146,9 +146,9 @@ def slugify(backbone: str) -> str:
 
 def canonical_backbone(name: str) -> str:
     """Return a model's name; of a checkpoint's path the stem, or the model with that stem."""
-    known = {slugify(model): model for model in clip.available_models()}
-    stem = slugify(name if name in known.values() else Path(name).stem)
-    return known.get(stem, stem)
+    models = {slugify(model): model for model in clip.available_models()}
+    stem = slugify(name if name in models.values() else Path(name).stem)
+    return models.get(stem, stem)
 
 
 def _read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""--test_on: accuracies of a run on other datasets, in transfer.json beside its result."""
+"""--test_on: accuracies of a run on other datasets, in transfer.json next to its result."""
 
 import argparse
 import json
@@ -49,13 +49,13 @@ def load_known_targets(
 
 def print_known_targets(output_dir: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
     """Print what transfer.json has of the targets; return the names of the others."""
-    known = load_known_targets(
+    entries = load_known_targets(
         output_dir, {name: task.fingerprint for name, task in targets.items()}
     )
-    for name, entry in known.items():
+    for name, entry in entries.items():
         for kind in ("zero_shot_accuracy", "final_accuracy"):
             print_accuracy(kind, entry[kind], "test", name)
-    return [name for name in targets if name not in known]
+    return [name for name in targets if name not in entries]
 
 
 def save_transfer(

@@ -135,22 +135,6 @@ def resolve_base(delta: Delta, base: str | None = None) -> Path:
         raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from None
 
 
-def merge_delta(state: dict[str, Tensor], model: CLIP, delta: Delta) -> dict[str, Tensor]:
-    """Return the state dict of a base checkpoint with the trained weights in it.
-
-    Args:
-        state: Of the base, as `clip.read_checkpoint` returns it. Entries that the delta does not
-            change keep their dtype; the others get the wider dtype of the base and the delta.
-        model: The base with the delta applied.
-        delta: Return value of `read_delta`.
-    """
-    merged, trained = dict(state), model.state_dict()
-    for name, change in delta.tensors.items():
-        dtype = torch.promote_types(state[name].dtype, change.values.dtype)
-        merged[name] = trained[name].to(dtype)
-    return merged
-
-
 def save_state_dict(path: Path, state: dict[str, Tensor]) -> None:
     """Write a state dict atomically: as safetensors if the path ends so, else by torch.save."""
     tensors = {  # cloned, because a view would be saved with all of its storage

@@ -32,7 +32,7 @@ from optimizers.delta import (
 )
 from run_utils import OneLineErrorParser, backbone_arg, bounded_number
 from runs.cli import run_cli
-from runs.weights import merge_delta, resolve_base, save_state_dict
+from runs.weights import resolve_base, save_state_dict
 
 FILE_METADATA = ("format", "version", "base_digest", "shapes")  # that save_delta adds itself
 COLUMNS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
@@ -107,7 +107,8 @@ def apply(file: Path, out: Path, base: str | None) -> str:
     validate_output(out, file, base_path)
     state, model = read_clip(base_path)
     apply_delta(model, delta)
-    save_state_dict(out, merge_delta(state, model, delta))
+    trained = {name: model.get_parameter(name) for name in delta.tensors}
+    save_state_dict(out, state | trained)
     entries = sum(len(change.indices) for change in delta.tensors.values())
     return f"{out}: {base_path} with {entries:,} entries of {len(delta.tensors)} matrices changed"
 

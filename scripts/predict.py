@@ -100,8 +100,8 @@ def predict(
     trained = {image for image, *_ in few.get("train", [])}
     folder = Path(run.config.get("dataset", ""))
     folder = folder if folder.is_dir() else folder.parent
-    if known := [str(path) for path in paths if is_among(path, trained, folder)]:
-        print(f"note: the run was trained on {truncate_list(known)}", file=sys.stderr)
+    if seen := [str(path) for path in paths if is_among(path, trained, folder)]:
+        print(f"note: the run was trained on {truncate_list(seen)}", file=sys.stderr)
     readable = read_images(paths, few.get("gray_range"), loader, log_error)
     while batch := list(islice(readable, BATCH_SIZE)):
         paths, pixels = zip(*batch, strict=True)
@@ -112,7 +112,7 @@ def predict(
 
 
 def find_backbone(run: Run) -> str:
-    """Return the run's backbone; if its file has moved, the one beside the run or further up."""
+    """Return the run's backbone; if its file has moved, the one next to the run or further up."""
     backbone = run.config["backbone"]
     if backbone not in available_models() and not os.path.exists(backbone):
         for folder in (run.folder, *run.folder.resolve().parents):

@@ -6,7 +6,6 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from utils import (
     Predictions,
-    accuracy,
     expected_calibration_error,
     per_class_accuracy,
     unique_classnames,
@@ -15,8 +14,7 @@ from utils import (
 
 def test_accuracy_overall_and_per_class():
     labels, preds = torch.tensor([0, 0, 0, 1, 1, 3]), torch.tensor([0, 0, 1, 1, 0, 3])
-    assert accuracy(labels, preds) == Predictions(labels, preds, None).accuracy
-    assert accuracy(labels, preds) == pytest.approx(400 / 6)
+    assert Predictions(labels, preds, None).accuracy == pytest.approx(400 / 6)
     expected = [pytest.approx(200 / 3), 50.0, None, 100.0, None]
     assert per_class_accuracy(labels, preds, num_classes=5) == expected
 
@@ -45,12 +43,6 @@ def test_class_means_equal_scikit_learns():
 def test_ece_compares_bins(correct, probs, error):
     correct, probs = torch.tensor(correct).bool(), torch.tensor(probs, dtype=torch.float64)
     assert expected_calibration_error(correct, probs) == pytest.approx(error, abs=1e-9)
-
-
-def test_ece_takes_number_of_bins():
-    correct, probs = torch.tensor([True, False]), torch.tensor([0.2, 0.9])
-    for n_bins, error in ((1, 5.0), (2, 85.0)):
-        assert expected_calibration_error(correct, probs, n_bins) == pytest.approx(error, abs=1e-5)
 
 
 def test_unique_classnames_adds_labels():
