@@ -64,7 +64,8 @@ runs=$(print_runs) || exit
 check_datasets || exit 1
 first=$(mktemp)
 trap 'rm -f "$first"' EXIT
-tail -n "$(wc -w <<<"$METHODS")" <<<"$runs" >"$first" # of UCF101, which is of middling size
+read -ra methods <<<"$METHODS"
+tail -n ${#methods[@]} <<<"$runs" >"$first" # of UCF101, which is of middling size
 echo "== First runs"
 RUNS=$first bash scripts/sweep.sh "$@" || exit
 echo "== All runs"

@@ -1,6 +1,7 @@
 """Sweeps: finished runs are skipped, failures are listed, a stop waits for checkpoints."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -114,7 +115,7 @@ def test_wrong_data_ends_sweep(tmp_path, monkeypatch, capsys):
     assert len(err.splitlines()) == 1
 
 
-def test_reproduce_goes_from_data_to_report(tmp_path):
+def test_reproduce_goes_from_data_to_report(tmp_path, monkeypatch):
     data, out = tmp_path / "data", tmp_path / "results"
     make_dataset("eurosat", data)
     torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), data / "tiny.pt")
@@ -124,7 +125,14 @@ def test_reproduce_goes_from_data_to_report(tmp_path):
     assert status == 1 and "get these first" in err and not out.exists()
     assert "* dtd: there is no dtd" in text and f'DTD("{data}", download=True)' in text
     assert "eurosat: not the published numbers" in text  # which INCOMPLETE bears
-    status, text, err = sweep(*flags, DATASETS="eurosat", SEEDS="1 2", **common)
-    assert status == 0 and "2 runs, 1 of them finished; the others take some" in err
-    assert "EuroSAT" in text.split("== Report")[1] and (out / "report/tables.md").exists()
-    assert len(list(out.rglob("result.json"))) == 2
+    status, text, _ = sweep(*flags, DATASETS="eurosat", **common)
+    assert status == 0 and "EuroSAT" in text.split("== Report")[1]
+    assert (out / "report/tables.md").exists()
+    lines = "".join(f"--dataset eurosat --shots {shots} --seed 1\n" for shots in (1, 4))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    flags += ["--root_path", data, "--save_path", out]
+    _, pending, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)), *flags)
+    (result,) = out.rglob("result.json")
+    hours = 4 * json.loads(result.read_text())["wall_seconds"] / 3600  # four times the iterations
+    assert pending == "--dataset eurosat --shots 4 --seed 1\n"
+    assert f"1 of them finished; the others take some {hours:.2g} hours" in err
