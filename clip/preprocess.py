@@ -95,6 +95,8 @@ def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None = None
         ValueError: Values are not finite.
     """
     values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" and gray_range and gray_range[0] >= 0:
+        gray_range = None  # which is of the integers in the same data set
     low, high = gray_range or (values.min(initial=0), values.max(initial=0))
     if not np.isfinite(values).all():
         raise ValueError("some of its gray values are not finite: save it with eight bits")

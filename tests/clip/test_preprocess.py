@@ -56,8 +56,9 @@ def test_sixteen_bits_are_scaled():
 )
 def test_floating_point_is_scaled(values, gray, tmp_path):
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "x.tif")
-    image = convert_image_to_rgb(Image.open(tmp_path / "x.tif"))
-    assert np.asarray(image)[0, :, 0].tolist() == gray
+    for gray_range in (None, (0, 4095)):  # of integers in the same data set
+        image = convert_image_to_rgb(Image.open(tmp_path / "x.tif"), gray_range)
+        assert np.asarray(image)[0, :, 0].tolist() == gray
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
