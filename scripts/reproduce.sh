@@ -38,8 +38,8 @@ print_source() {
     sed -n "s/^\`$1\`: //p" DATASETS.md | sed 's/.*Source: //; s/.*test images[.:] //; s/^/    /'
 }
 
-# Prints what is wrong with the datasets; ends the script if one is missing or, without INCOMPLETE,
-# is not what the published figures were measured on.
+# Prints what is wrong with the datasets; fails if one is missing or, without INCOMPLETE, is not what
+# the published figures were measured on.
 check_datasets() {
     local table dataset problem status=0
     table=$("$PYTHON" -m datasets --root_path "$DATA")
@@ -49,7 +49,7 @@ check_datasets() {
             echo "$problem"
             [[ $problem == *"; move "* || $problem == *"; rename "* ]] || print_source "$dataset"
             [[ -n $INCOMPLETE && $problem == *"not the published numbers"* ]] || status=1
-        elif grep -q "^$dataset .* made " <<<"$table"; then
+        elif grep -qE "^$dataset +[^ ]+ +made " <<<"$table"; then
             echo "* $dataset: the split was made here; get the published one from CoOp's page:"
             echo "    https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
             [ -n "$INCOMPLETE" ] || status=1
