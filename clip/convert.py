@@ -51,10 +51,6 @@ NOT_OPENAIS = (  # pattern of a key, what has it, the way out
     (r"^visual\.trunk\.", "a model with a timm trunk as image tower", BY_OPEN_CLIP),
     (r"^text\.transformer\.(embeddings|encoder|layer|shared)\b|^text\.proj\.|^bert\.",
      "a model with a Hugging Face text tower", BY_OPEN_CLIP),
-    (r"^visual\.attn_pool\.", "a model with attentional pooling", BY_OPEN_CLIP),
-    (r"\.ls_[12]\.", "a model with layer scale", BY_OPEN_CLIP),
-    (r"^text\.cls_emb$", "a model with a class token in its texts", BY_OPEN_CLIP),
-    (r"^(text\.)?text_projection\.bias$", "a model whose text projection has a bias", BY_OPEN_CLIP),
 )  # fmt: skip
 
 HF_TO_OPENAI = (  # parts of names in transformers' and in OpenAI's layout
