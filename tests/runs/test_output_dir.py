@@ -59,25 +59,16 @@ def test_output_dir_of_demo():
     assert str(get_output_dir(args)) == "results/lora/ViT-Tiny-8/digits/16shots/seed3-lr_0.005"
 
 
-def test_output_dir_of_own_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "Käse & Wein v2.1").mkdir()
-    args = get_arguments(["--dataset", "Käse & Wein v2.1"])
-    assert str(get_output_dir(args)) == "results/so/ViT-B-16/Käse & Wein v2.1/1shots/seed3"
-
-
 def test_output_dir_shortens_templates():
     names = set()
     for templates in (
         ["a {}, b."],
         ["a {}; b!"],
-        ["{}"],
-        ["noch/ein\\Bild: {}ß"],
-        ["a" * 99, "{}"],
+        ["a" * 99, "noch/ein\\Bild: {}ß"],
     ):
         args = get_arguments(["--dataset", "dtd", "--template", *templates])
         names.add(get_output_dir(args).name)
-    assert len(names) == 5  # with a digest each
+    assert len(names) == 3  # with a digest each
     assert all(re.fullmatch(r"seed3-template_[\w-]{1,40}", name) for name in names), names
 
 
