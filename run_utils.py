@@ -218,8 +218,8 @@ def load_yaml_config(
 ) -> dict[str, Any]:
     """The settings in a YAML file.
 
-    A setting may be a mapping from methods to values. One that the command line overrides, such as
-    the path of a folder that has moved, need not be valid.
+    They are read as the flags that they are. A setting may be a mapping from methods to values. One
+    that the command line overrides, such as the path of a folder that has moved, is not read.
 
     Raises:
         UsageError: The file is not YAML, or an entry is unknown or not allowed.
@@ -234,42 +234,29 @@ def load_yaml_config(
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     method = explicit.get("method") or entries.get("method") or actions["method"].default
-    settings = {}
+    argv = []
     for key, value in entries.items():
         if key not in actions:
             hint = did_you_mean(str(key), actions)
             parser.error(f"{path}: unknown key {key!r}{hint}; valid: {', '.join(sorted(actions))}")
         if isinstance(value, dict) and value.keys() <= set(METHODS):
             value = value.get(method)
-        if value is None:
+        if value is None or key in explicit:
             continue
-        try:
-            settings[key] = parse_yaml_value(actions[key], value)
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            if key not in explicit:
-                parser.error(f"{path}: key {key!r}: {error}")
-    return settings
-
-
-def parse_yaml_value(action: argparse.Action, value: Any) -> Any:
-    """Convert a value of a YAML file with the parser type of its flag.
-
-    Raises:
-        argparse.ArgumentTypeError, ValueError: It is of another kind, or out of range.
-    """
-    if isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {value!r}")
-        return value
-    parts = value if action.nargs and isinstance(value, list) else [value]
-    if action.nargs == "+" and not parts:
-        raise ValueError("must be a list of at least one value")
-    if isinstance(action.nargs, int) and len(parts) != action.nargs:
-        raise ValueError(f"must be a list of {action.nargs} values, not of {len(parts)}")
-    if any(isinstance(part, dict | list | bool) for part in parts):
-        raise ValueError("must be plain values, not lists, mappings or switches")
-    parts = [(action.type or str)(str(part)) for part in parts]
-    return parts if action.nargs else parts[0]
+        is_switch = isinstance(actions[key], argparse.BooleanOptionalAction)
+        if is_switch != isinstance(value, bool) or isinstance(value, dict):
+            kind = "true or false" if is_switch else "a plain value or a list"
+            parser.error(f"{path}: key {key!r}: must be {kind}, not {value!r}")
+        if is_switch:
+            argv.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)]
+        else:
+            argv.append(f"--{key}={value}")
+    try:
+        return explicit_args(parser, argv)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

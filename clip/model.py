@@ -268,7 +268,7 @@ class ResidualAttentionBlock(nn.Module):
         """(B, L, W) -> (B, L, W), or (B, 1, W) for one position (B,) in each row."""
         attended = self.attn(self.ln_1(x), pool_idx)
         if pool_idx is not None:
-            x = x.take_along_dim(pool_idx[:, None, None], dim=1)
+            x = x.gather(1, pool_idx[:, None, None].expand(-1, 1, x.shape[-1]))
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 
@@ -296,7 +296,7 @@ class Attention(nn.Module):
             q, k, v = self.project_qkv(x, slice(0, 3))
             x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
-            pooled = x.take_along_dim(pool_idx[:, None, None], dim=1)  # (B, 1, W)
+            pooled = x.gather(1, pool_idx[:, None, None].expand(-1, 1, x.shape[-1]))  # (B, 1, W)
             (q,) = self.project_qkv(pooled, slice(0, 1))
             k, v = self.project_qkv(x, slice(1, 3))
             mask = None

@@ -44,7 +44,11 @@ def write_greek(out: Path) -> None:
             Image.fromarray(image).save(out / name / f"{number:02}.png")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/greek"), help="folder to make")
     write_greek(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
