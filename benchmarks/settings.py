@@ -76,16 +76,6 @@ def make_model(task: str, seed: int, digits: list[Tensor], steps: int) -> nn.Mod
     return model
 
 
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's, of values that may repeat."""
-
-    def ranks(values: list[float]) -> Tensor:
-        t = torch.tensor(values, dtype=torch.float64)
-        return (t[:, None] > t).sum(1) + ((t[:, None] == t).sum(1) - 1) / 2
-
-    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[400, 2000])
@@ -127,13 +117,6 @@ def main() -> None:
     rows.sort(key=lambda row: (row["task"], row["reach"]))
     print(f"{describe_machine(torch.device('cpu'))}\n")
     print_table(rows)
-    print("\nSpearman's correlation of SO's accuracy with:")
-    for task in TASKS:
-        so_rows = [row for row in rows if row["task"] == task and row["density"]]
-        accuracies = [row["accuracy, %"] for row in so_rows]
-        for name in ("reach", "reads", "density", "lr", "steps"):
-            value = rank_correlation([row[name] for row in so_rows], accuracies)
-            print(f"* {task}, {name}: {value:.2f}")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,6 @@ def test_crossover_times_both_ways():
 
 
 def test_settings_prints_all_rows(run):
-    text, rows = run(settings_of_so, "--steps", "2", "--seeds", "1", "2", "--adam_steps=2")
+    _, rows = run(settings_of_so, "--steps", "2", "--seeds", "1", "2", "--adam_steps=2")
     assert len(rows) == 2 * (1 + len(settings_of_so.DENSITIES) * len(settings_of_so.LRS))
-    assert text.count("| Adam |") == 2 and "* shifted, reach:" in text
-    assert settings_of_so.rank_correlation([1, 1, 2, 3], [5, 5, 7, 9]) == pytest.approx(1)
-    assert settings_of_so.rank_correlation([1, 2, 3], [9, 7, 5]) == pytest.approx(-1)
+    assert sum(row["optimizer"] == "Adam" for row in rows) == 2
