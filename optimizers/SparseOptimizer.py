@@ -9,7 +9,7 @@ k = max(1, floor(n * density_ratio)), and step t:
     U   = S_m union S_g                                       (S_m = S_g at t = 1)
     m   = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2        at U
     W  -= lr * m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)  at U
-    S_m = the k entries of U with the largest |m|
+    S_m = the k entries of U with the largest |m|; elsewhere m = v = 0
 
 Copy this file and use it like Adam. It needs Python 3.9 and torch 2.4, or later, and nothing else.
 
@@ -47,7 +47,8 @@ __version__ = "1.1"
 
 STATE_NAMES = ("step", "grad_indices", "indices", "exp_avg", "exp_avg_sq", "entry_steps")
 FLAGS = ("maximize", "decoupled_weight_decay", "stochastic_rounding")
-LATER = dict(zip(FLAGS, (False, False, True)), bias_correction="tensor", foreach=None)
+# Of settings that states of version 1.0 do not have.
+DEFAULTS_SINCE_1_0 = dict(zip(FLAGS, (False, False, True)), bias_correction="tensor", foreach=None)
 CHUNK = 2**18  # slots updated at once: what a core's cache holds; on GPUs 16 times as many
 LARGE = 2**15  # slots from which `_unite_large` and counting in place of a sort are faster
 
@@ -250,7 +251,7 @@ class SO(Optimizer):
         if broadcast and self._local_seeds and dist.is_available() and dist.is_initialized():
             seed = _broadcast_seed(self._local_seeds[0]["seed"], len(self._local_seeds))
             for number, group in enumerate(self._local_seeds):
-                group["seed"] = _hash(seed, number) >> 2
+                group["seed"] = _hash(seed, number) >> 2  # fits int64
             self._local_seeds.clear()
 
     # Where gradients are read and weights are written
@@ -405,7 +406,7 @@ class SO(Optimizer):
     def _restored(self, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Each parameter with its saved state, which must fit it, in its precision and place."""
         for saved_group, group in zip(saved["param_groups"], self.param_groups):
-            _validate_group({**LATER, **saved_group, "params": []})
+            _validate_group({**DEFAULTS_SINCE_1_0, **saved_group, "params": []})
             for number, p in zip(saved_group["params"], group["params"]):
                 state = dict(saved["state"].get(number, {}))
                 if not state.keys().isdisjoint(STATE_NAMES):
@@ -429,7 +430,7 @@ class SO(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.update({**LATER, **group})
+            group.update({**DEFAULTS_SINCE_1_0, **group})
         self._init_caches()
 
 
@@ -443,32 +444,36 @@ def _single_tensor_so(
     score: Score,
     unite: Callable,
     topk: Callable,
+    bias_corrections: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the step of the module's docstring on one tensor, whose gradient at S_g is g.
+    """Compute the step of the module's docstring on one tensor, whose gradient at S_g is g.
 
-    `unite` and `topk` are `_unite` and `_topk`, or do the same otherwise.
+    The state gets the next S_m, m and v. `step` has counted t, and `_add` writes W.
+
+    Args:
+        unite, topk: `_unite` and `_topk`, or what does the same otherwise.
+        bias_corrections: 1 - b1^t and 1 - b2^t where they are not the state's.
 
     Returns:
         The union, what to add to W there, and which of its slots are void, (|S_m| + k,) each.
     """
     (beta1, beta2), S_m, S_g = group["betas"], state["indices"], state["grad_indices"]
-    decayed = [beta1 * state["exp_avg"], beta2 * state["exp_avg_sq"]]  # at S_m
-    new = [(1 - beta1) * g, (1 - beta2) * g.square()]  # at S_g
+    at_S_m = [beta1 * state["exp_avg"], beta2 * state["exp_avg_sq"]]
+    at_S_g = [(1 - beta1) * g, (1 - beta2) * g.square()]
     if "entry_steps" in state:
-        decayed.append(state["entry_steps"])
-        new.append(torch.zeros_like(S_g))
-    U, void, rows = unite(S_m, S_g, decayed, new)
+        at_S_m.append(state["entry_steps"])
+        at_S_g.append(torch.zeros_like(S_g))
+    U, void, rows = unite(S_m, S_g, at_S_m, at_S_g)
     m, v = rows[:2]
     if "entry_steps" in state:
         t = rows[2].add_(1).to(m.dtype)
-        bias1, bias2 = (-torch.expm1(t * math.log(max(b, 1e-300))) for b in (beta1, beta2))
-    elif "bias" in state:
-        bias1, bias2 = state["bias"]
-    else:
+        bias_corrections = [-torch.expm1(t * math.log(max(b, 1e-300))) for b in (beta1, beta2)]
+    elif bias_corrections is None:
         t = state["step"].item()
-        bias1, bias2 = 1 - beta1**t, 1 - beta2**t
-    denom = (v / bias2).sqrt_().add_(group["eps"])
-    update = (-group["lr"] / bias1 * m).div_(denom).masked_fill_(void, 0)
+        bias_corrections = 1 - beta1**t, 1 - beta2**t
+    bias_correction1, bias_correction2 = bias_corrections
+    denom = (v / bias_correction2).sqrt_().add_(group["eps"])
+    update = (-group["lr"] / bias_correction1 * m).div_(denom).masked_fill_(void, 0)
     keep = topk(score(U, m, S_m).masked_fill_(void, -1), len(S_g))
     for name, row in zip(("indices", "exp_avg", "exp_avg_sq", "entry_steps"), (U, *rows)):
         state[name] = row.index_select(0, keep)
@@ -476,9 +481,9 @@ def _single_tensor_so(
 
 
 def _unite(
-    S_m: Tensor, S_g: Tensor, decayed: list[Tensor], new: list[Tensor]
+    S_m: Tensor, S_g: Tensor, at_S_m: list[Tensor], at_S_g: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Add numbers at S_m to numbers at S_g, on the union of both.
+    """Add rows of numbers at S_m to rows of numbers at S_g, on the union of both.
 
     The union has one slot for each entry of S_m and one for each of S_g, so that its size does not
     depend on the data: on a GPU the host would have to wait for it. Of the two neighboring slots of
@@ -487,7 +492,7 @@ def _unite(
     U, order = torch.cat([S_m, S_g]).sort()
     void = torch.zeros_like(U, dtype=torch.bool)
     void[1:] = U[1:] == U[:-1]
-    rows = [torch.cat(pair).index_select(0, order) for pair in zip(decayed, new)]
+    rows = [torch.cat(pair).index_select(0, order) for pair in zip(at_S_m, at_S_g)]
     for row in rows:
         row[:-1].add_(row[1:].where(void[1:], 0))
     return U, void, rows
@@ -496,30 +501,31 @@ def _unite(
 def _multi_tensor_so(
     states: list[State], numels: list[int], gradients: list[Tensor], group: Group, score: Score
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """Take the step of `_single_tensor_so` on many tensors at once, as if they were one.
+    """Compute the step of `_single_tensor_so` on many tensors at once, as if they were one.
 
-    Entry i of tensor j is entry i + offsets[j] of a long row, of whose sorted union sizes[j] slots
-    belong to tensor j.
+    Entry i of tensor j is entry i + offsets[j] of the joint tensor, of whose sorted union sizes[j]
+    slots belong to tensor j.
     """
     names = [name for name in STATE_NAMES[1:] if name in states[0]]
-    row = {name: torch.cat([state[name] for state in states]) for name in names}
-    S_g, offsets = row["grad_indices"], list(accumulate(numels, initial=0))[:-1]
-    counts = {name: [len(state[name]) for state in states] for name in ("grad_indices", "indices")}
-    for name in counts:
-        row[name] = row[name] + _repeat(offsets, counts[name], S_g)
-        if S_g.is_cpu and sum(numels) < 2**31:
-            row[name] = row[name].int()  # is sorted in half the time
+    joint = {name: torch.cat([state[name] for state in states]) for name in names}
+    offsets = list(accumulate(numels, initial=0))[:-1]
+    like, counts = joint["grad_indices"], {}
+    for name in ("grad_indices", "indices"):
+        counts[name] = [len(state[name]) for state in states]
+        joint[name] = joint[name] + _repeat(offsets, counts[name], like)
+        if like.is_cpu and sum(numels) < 2**31:
+            joint[name] = joint[name].int()  # is sorted in half the time
     ks, sizes = counts["grad_indices"], [sum(pair) for pair in zip(*counts.values())]
     steps = [state["step"].item() for state in states]
-    row["bias"] = [
-        _repeat([1 - beta**t for t in steps], sizes, row["exp_avg"]) for beta in group["betas"]
+    bias_corrections = [
+        _repeat([1 - beta**t for t in steps], sizes, joint["exp_avg"]) for beta in group["betas"]
     ]
     g, topk = torch.cat(gradients), partial(_segment_topk, sizes, ks)
-    U, update, void = _single_tensor_so(row, g, group, score, _unite, topk)
-    U = U.long() - _repeat(offsets, sizes, S_g)
-    row["indices"] = row["indices"].long() - _repeat(offsets, ks, S_g)
+    U, update, void = _single_tensor_so(joint, g, group, score, _unite, topk, bias_corrections)
+    U = U.long() - _repeat(offsets, sizes, like)
+    joint["indices"] = joint["indices"].long() - _repeat(offsets, ks, like)
     for name in names[1:]:  # all but S_g
-        for state, part in zip(states, _split_copy(row[name], ks)):
+        for state, part in zip(states, _split_copy(joint[name], ks)):
             state[name] = part
     return zip(U.split(sizes), update.split(sizes), void.split(sizes))
 
@@ -561,7 +567,7 @@ def _is_large(p: Tensor, state: State) -> bool:
 
 
 def _unite_large(
-    numel: int, S_m: Tensor, S_g: Tensor, decayed: list[Tensor], new: list[Tensor]
+    numel: int, S_m: Tensor, S_g: Tensor, at_S_m: list[Tensor], at_S_g: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As `_unite`, S_m before S_g: a table tells where an entry of S_g is in S_m, if it is."""
     table = torch.empty(numel, dtype=torch.int32, device="cpu")  # right at S_m, garbage elsewhere
@@ -569,9 +575,9 @@ def _unite_large(
     slot = table.index_select(0, S_g).clamp_(0, len(S_m) - 1)
     both = (S_m.index_select(0, slot) == S_g).nonzero().view(-1)
     slot = slot.index_select(0, both)
-    rows = [torch.cat(pair) for pair in zip(decayed, new)]
-    for row, at_S_g in zip(rows, new):
-        row.index_add_(0, slot, at_S_g.index_select(0, both))
+    rows = [torch.cat(pair) for pair in zip(at_S_m, at_S_g)]
+    for row, new in zip(rows, at_S_g):
+        row.index_add_(0, slot, new.index_select(0, both))
     U = torch.cat([S_m, S_g])
     return U, torch.zeros_like(U, dtype=torch.bool).index_fill_(0, both + len(S_m), True), rows
 

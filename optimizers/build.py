@@ -183,6 +183,8 @@ def build_optimizer(
         return torch.optim.AdamW(adapters.values(), lr=lr, weight_decay=LORA_WEIGHT_DECAY)
     if method == "adam":
         return torch.optim.Adam(weights.values(), lr=lr)
+    if method != "so":
+        raise ValueError(f"method {method!r} has no optimizer; valid: {', '.join(METHODS)}")
     settings = dict(lr=lr, density_ratio=density, T=T, seed=seed)
     if ablation == ABLATION_DEFAULTS:
         optimizer = SO(weights.values(), **settings)

@@ -534,7 +534,7 @@ def test_states_of_version_one_load():
     optimizer = SO([w], density_ratio=0.1)
     run(optimizer, [w], 3)
     saved = optimizer.state_dict()
-    for name in SparseOptimizer.LATER:
+    for name in SparseOptimizer.DEFAULTS_SINCE_1_0:
         del saved["param_groups"][0][name]
     again = SO([w], maximize=True)
     again.load_state_dict(saved)
