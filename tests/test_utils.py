@@ -1,4 +1,6 @@
-"""Metrics, by values worked out by hand."""
+"""Metrics, by values worked out by hand; progress in a file."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from utils import (
     Predictions,
+    Progress,
     expected_calibration_error,
     per_class_accuracy,
     unique_classnames,
@@ -49,3 +52,11 @@ def test_unique_classnames_adds_labels():
     names = ["crane", "crow", "crane"]
     assert unique_classnames(names) == ["crane (label 0)", "crow", "crane (label 2)"]
     assert unique_classnames(names[:2]) == names[:2]
+
+
+def test_progress_prints_plain_lines(monkeypatch, capsys):
+    seconds = itertools.count(step=10)
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(seconds)))
+    assert list(Progress(range(4), desc="Work")) == [0, 1, 2, 3]
+    err = capsys.readouterr().err
+    assert "Work: 2/4 it" in err and "Work: 4/4 it" in err and "\r" not in err

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from commands import run, run_folder
 from dataset_helpers import make_dataset
 
 
@@ -30,6 +31,26 @@ def flags(data):
 def command(flags, tmp_path):
     """Arguments of a run of four iterations into `out`."""
     return [*flags, tmp_path / "out"]
+
+
+def train(data, backbone, out):
+    """The folder of a short run that saves its weights under another name."""
+    run(
+        "--root_path", data, "--dataset", "eurosat", "--backbone", data / backbone,
+        "--n_iters", 2, "--s", 0.9, "--lr", 1e-2, "--save_path", out, "--num_workers", 0,
+        "--logit_scale", 20, "--filename", "mine",
+    )  # fmt: skip
+    return run_folder(out)
+
+
+@pytest.fixture(scope="session")
+def vit_run(data, tmp_path_factory):
+    return train(data, "tiny vit.pt", tmp_path_factory.mktemp("vit run"))
+
+
+@pytest.fixture(scope="session")
+def resnet_run(data, tmp_path_factory):
+    return train(data, "tiny-resnet.pt", tmp_path_factory.mktemp("resnet run"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_helpers import TINY_VIT, open_clip_model, random_state_dict, random_tokens
-from commands import call, run, run_folder
+from commands import call
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
@@ -21,26 +21,7 @@ from clip.zero_shot import tokenize_class_prompts
 from runs.weights import find_saved_run, load_run_model
 
 
-def train(data, backbone, out):
-    run(
-        "--root_path", data, "--dataset", "eurosat", "--backbone", data / backbone,
-        "--n_iters", 2, "--s", 0.9, "--lr", 1e-2, "--save_path", out, "--num_workers", 0,
-        "--logit_scale", 20,
-    )  # fmt: skip
-    return run_folder(out)
-
-
-@pytest.fixture(scope="module")
-def vit(data, tmp_path_factory):
-    return train(data, "tiny vit.pt", tmp_path_factory.mktemp("vit run"))
-
-
-@pytest.fixture(scope="module")
-def resnet(data, tmp_path_factory):
-    return train(data, "tiny-resnet.pt", tmp_path_factory.mktemp("resnet run"))
-
-
-@pytest.fixture(params=["vit", "resnet"])
+@pytest.fixture(params=["vit_run", "resnet_run"])
 def folder(request):
     return request.getfixturevalue(request.param)
 
@@ -97,9 +78,9 @@ def test_open_clip_export_matches_run(folder, tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_export_matches_run(vit, tmp_path):
-    model, images, tokens = load_run(vit)
-    write(vit, "--to", "transformers", "--out", out := tmp_path / "new" / "folder")
+def test_transformers_export_matches_run(vit_run, tmp_path):
+    model, images, tokens = load_run(vit_run)
+    write(vit_run, "--to", "transformers", "--out", out := tmp_path / "new" / "folder")
     theirs, processor = CLIPModel.from_pretrained(out), CLIPProcessor.from_pretrained(out)
     theirs_logits = theirs(pixel_values=images, input_ids=tokens).logits_per_image
     assert_close(theirs_logits, logits_of(model, images, tokens))
@@ -161,19 +142,19 @@ def test_export_keeps_other_architectures(tmp_path):
     assert "the activation of this CLIP is gelu" in error(source, "--to", "openai", "--out", out)
 
 
-def test_export_errors_are_one_line(vit, resnet, tmp_path, monkeypatch):
+def test_export_errors_are_one_line(vit_run, resnet_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    shutil.copytree(vit, bare := tmp_path / "bare")
-    (bare / "weights.safetensors").unlink()
-    shutil.copy(vit / "weights.safetensors", weights := tmp_path / "weights.safetensors")
+    shutil.copytree(vit_run, bare := tmp_path / "bare")
+    (bare / "mine.safetensors").unlink()
+    shutil.copy(vit_run / "mine.safetensors", weights := tmp_path / "weights.safetensors")
     assert "has no weights" in error(bare, "--to", "openai", "--out", out)
     assert "has no result.json" in error(tmp_path, "--to", "openai", "--out", out)
     assert "no weights at" in error(tmp_path / "gone.safetensors", "--to", "onnx", "--out", out)
     assert "unknown model 'ViT'" in error("ViT", "--to", "openai", "--out", out)
-    assert "unknown format 'hf'" in error(vit, "--to", "hf", "--out", out)
-    assert f"--out {bare} exists" in error(vit, "--to", "open_clip", "--out", bare)
-    assert "no CLIP with a ResNet" in error(resnet, "--to", "transformers", "--out", out)
+    assert "unknown format 'hf'" in error(vit_run, "--to", "hf", "--out", out)
+    assert f"--out {bare} exists" in error(vit_run, "--to", "open_clip", "--out", bare)
+    assert "no CLIP with a ResNet" in error(resnet_run, "--to", "transformers", "--out", out)
     assert "name the folder of a run" in error(weights, "--to", "onnx", "--out", out)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install onnx onnxscript" in error(vit, "--to", "onnx", "--out", out)
+    assert "pip install onnx onnxscript" in error(vit_run, "--to", "onnx", "--out", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "weights.safetensors"]

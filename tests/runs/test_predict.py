@@ -7,21 +7,9 @@ import shutil
 
 import predict
 import pytest
-from commands import call, run, run_folder
+from commands import call
 
 from datasets import build_dataset
-
-
-@pytest.fixture(scope="module")
-def adapted(data, tmp_path_factory):
-    """Folder of a run that saved its weights, with a space in its path."""
-    out = tmp_path_factory.mktemp("out of it")
-    run(
-        "--root_path", data, "--dataset", "eurosat", "--backbone", data / "tiny vit.pt",
-        "--n_iters", 2, "--s", 0.9, "--lr", 1e-2, "--save_path", out, "--filename", "mine",
-        "--logit_scale", 20,
-    )  # fmt: skip
-    return run_folder(out)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +30,12 @@ def error(*argv, out=""):
     return line
 
 
-def test_predict_matches_the_run(adapted, data):
+def test_predict_matches_the_run(vit_run, data):
     test = build_dataset("eurosat", data, 1).test
-    out = printed(adapted, *(item.impath for item in test), "--top", 1, "--csv")
+    out = printed(vit_run, *(item.impath for item in test), "--top", 1, "--csv")
     rows = list(csv.DictReader(io.StringIO(out)))
-    saved = list(csv.DictReader((adapted / "predictions.csv").read_text().splitlines()))
-    names = json.loads((adapted / "result.json").read_text())["classnames"]
+    saved = list(csv.DictReader((vit_run / "predictions.csv").read_text().splitlines()))
+    names = json.loads((vit_run / "result.json").read_text())["classnames"]
     assert len(rows) == len(saved) == len(test)
     for row, expected, item in zip(rows, saved, test, strict=True):
         assert row["path"] == item.impath and item.impath.endswith("2750/" + expected["path"])
@@ -55,31 +43,31 @@ def test_predict_matches_the_run(adapted, data):
         assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-6)
 
 
-def test_predict_searches_folders(adapted, image, tmp_path):
+def test_predict_searches_folders(vit_run, image, tmp_path):
     for name in ("b/ä b.JPG", "a.jpg", ".hidden/c.jpg", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(image, tmp_path / name)
     (tmp_path / "b/loop").symlink_to(tmp_path)
-    lines = [line.split("  ") for line in printed(adapted, tmp_path).splitlines()]
+    lines = [line.split("  ") for line in printed(vit_run, tmp_path).splitlines()]
     assert {path for path, _, _ in lines[:3]} == {str(tmp_path / "a.jpg")}
     assert {path for path, _, _ in lines[3:]} == {str(tmp_path / "b/ä b.JPG")}
     probabilities = [float(probability) for _, _, probability in lines[:3]]
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) == pytest.approx(1, abs=2e-4)
-    assert len(printed(adapted, tmp_path, "--top", 2).splitlines()) == 4
+    assert len(printed(vit_run, tmp_path, "--top", 2).splitlines()) == 4
 
 
-def test_trained_images_are_noted(adapted, data, image, tmp_path):
-    few = json.loads((adapted / "fewshot.json").read_text())["train"]
+def test_trained_images_are_noted(vit_run, data, image, tmp_path):
+    few = json.loads((vit_run / "fewshot.json").read_text())["train"]
     shutil.copy(image, tmp_path / "new.jpg")
     trained = data / "eurosat/2750" / few[0][0]
-    status, _, err = call(predict.main, adapted, trained, tmp_path / "new.jpg")
+    status, _, err = call(predict.main, vit_run, trained, tmp_path / "new.jpg")
     assert status == 0 and f"note: the run was trained on {trained}\n" in err
 
 
-def test_backbone_may_have_moved(adapted, data, image, tmp_path):
-    expected, run = printed(adapted, image), tmp_path / "results/run"
-    shutil.copytree(adapted, run)
+def test_backbone_may_have_moved(vit_run, data, image, tmp_path):
+    expected, run = printed(vit_run, image), tmp_path / "results/run"
+    shutil.copytree(vit_run, run)
     result = (run / "result.json").read_text().replace(str(data / "tiny vit.pt"), "/gone/moved.pt")
     (run / "result.json").write_text(result)
     assert "moved.pt" in error(run, image)
@@ -89,17 +77,17 @@ def test_backbone_may_have_moved(adapted, data, image, tmp_path):
     assert printed(run, image, "--backbone", tmp_path / "other.pt") == expected
 
 
-def test_predict_skips_unreadable_images(adapted, image, tmp_path):
+def test_predict_skips_unreadable_images(vit_run, image, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
-    out = printed(adapted, image)
-    assert "text.png cannot be read" in error(adapted, tmp_path / "text.png", image, out=out)
-    assert "gone.png: not found" in error(adapted, image, tmp_path / "gone.png", out=out)
-    assert f"no image in {tmp_path / 'empty'}" in error(adapted, tmp_path / "empty")
+    out = printed(vit_run, image)
+    assert "text.png cannot be read" in error(vit_run, tmp_path / "text.png", image, out=out)
+    assert "gone.png: not found" in error(vit_run, image, tmp_path / "gone.png", out=out)
+    assert f"no image in {tmp_path / 'empty'}" in error(vit_run, tmp_path / "empty")
 
 
-def test_predict_rejects_unfinished_runs(adapted, tmp_path):
+def test_predict_rejects_unfinished_runs(vit_run, tmp_path):
     assert "no result.json" in error(tmp_path, "x.png")
-    shutil.copytree(adapted, tmp_path / "run")
+    shutil.copytree(vit_run, tmp_path / "run")
     (tmp_path / "run/mine.safetensors").unlink()
     assert "no weights: run main.py again with" in error(tmp_path / "run", "x.png")
