@@ -35,7 +35,7 @@ from benchmarks.common import (
 from clip import CLIP
 from clip.preprocess import normalize
 from clip.zero_shot import ZeroShotClassifier
-from optimizers.build import POSITIONS, build_optimizer, mark_as_trainable
+from optimizers.build import build_optimizer, mark_as_trainable
 from runs.environment import get_default_device, set_up_device
 from train import TrainConfig, TrainState, train_step
 from utils import Progress
@@ -62,7 +62,7 @@ def prepare(
     widths = dict(vision_width=args.width, transformer_width=args.width) if args.width else {}
     model = CLIP(**BACKBONES[args.backbone] | widths).eval().to(device)
     kind = method if method in ("lora", "adam") else "so"
-    weights = mark_as_trainable(model, args.encoder, args.position, kind)
+    weights = mark_as_trainable(model, "both", "all", kind)
     tokens = random_tokens(args.classes, model.vocab_size, model.context_length).to(device)
     side = model.visual.input_resolution
     images = torch.randint(256, (args.batch, side, side, 3), dtype=torch.uint8)
@@ -123,8 +123,6 @@ def main() -> None:
     add("--rows", nargs="+", choices=ROWS, default=usual, metavar="ROW", help=", ".join(ROWS))
     add("--backbone", choices=list(BACKBONES), default="ViT-B/16")
     add("--width", type=int, help="channels of both towers, a multiple of 64; the backbone's")
-    add("--encoder", choices=["text", "vision", "both"], default="both")
-    add("--position", choices=list(POSITIONS), default="all")
     add("--classes", type=int, default=10)
     add("--batch", type=int, default=32, help="number of images")
     add("--density", type=float, default=5e-5)
@@ -138,8 +136,7 @@ def main() -> None:
         turns[name].append(run_in_process(take_turn, name, args))
     print(
         f"{args.backbone}, width {args.width or 'its own'}, {args.classes} classes, "
-        f"batches of {args.batch}, encoder {args.encoder}, position {args.position}, "
-        f"density {args.density:g}; "
+        f"batches of {args.batch}, both encoders, all layers, density {args.density:g}; "
         f"{describe_machine(set_up_device(args.device, args.threads))}\n"
     )
     rows, first = [], None

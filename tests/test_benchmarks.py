@@ -48,7 +48,7 @@ def test_plain_so_equals_adam():
 )
 def test_iteration_rows_train(name):
     args = argparse.Namespace(
-        backbone="tiny", encoder="both", position="all", classes=3, batch=2, density=1e-3,
+        backbone="tiny", classes=3, batch=2, density=1e-3,
         class_batch_size=0, width=None,
     )  # fmt: skip
     model, iterate = iteration.prepare(name, args, torch.device("cpu"))
