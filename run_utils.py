@@ -201,7 +201,7 @@ def default_settings() -> dict[str, Any]:
 
 def explicit_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
     """The flags that a command line gives, and their values."""
-    nothing = argparse.Namespace(**dict.fromkeys(default_settings()))
+    nothing = argparse.Namespace(**dict.fromkeys(action.dest for action in parser._actions))
     values, unknown = parser.parse_known_args(argv, nothing)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
@@ -219,7 +219,7 @@ def load_yaml_config(
     """The settings in a YAML file.
 
     They are read as the flags that they are. A setting may be a mapping from methods to values. One
-    that the command line overrides, such as the path of a folder that has moved, is not read.
+    that the command line overrides, such as the path of a folder that has moved, need not be valid.
 
     Raises:
         UsageError: The file is not YAML, or an entry is unknown or not allowed.
@@ -234,29 +234,38 @@ def load_yaml_config(
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     method = explicit.get("method") or entries.get("method") or actions["method"].default
-    argv = []
+    settings = {}
     for key, value in entries.items():
         if key not in actions:
             hint = did_you_mean(str(key), actions)
             parser.error(f"{path}: unknown key {key!r}{hint}; valid: {', '.join(sorted(actions))}")
         if isinstance(value, dict) and value.keys() <= set(METHODS):
             value = value.get(method)
-        if value is None or key in explicit:
+        if value is None:
             continue
-        is_switch = isinstance(actions[key], argparse.BooleanOptionalAction)
-        if is_switch != isinstance(value, bool) or isinstance(value, dict):
-            kind = "true or false" if is_switch else "a plain value or a list"
-            parser.error(f"{path}: key {key!r}: must be {kind}, not {value!r}")
-        if is_switch:
-            argv.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
-            argv += [f"--{key}", *map(str, value)]
-        else:
-            argv.append(f"--{key}={value}")
-    try:
-        return explicit_args(parser, argv)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        try:
+            settings |= explicit_args(parser, to_flag(actions[key], value))
+        except ValueError as error:
+            if key not in explicit:
+                parser.error(f"{path}: {error}")
+    return settings
+
+
+def to_flag(action: argparse.Action, value: Any) -> list[str]:
+    """The arguments of a command line that give a value of a YAML file.
+
+    Raises:
+        ValueError: It is no value of a flag of this kind.
+    """
+    is_switch = isinstance(action, argparse.BooleanOptionalAction)
+    if is_switch != isinstance(value, bool) or isinstance(value, dict):
+        kind = "true or false" if is_switch else "a plain value or a list"
+        raise ValueError(f"key {action.dest!r}: must be {kind}, not {value!r}")
+    if is_switch:
+        return [f"--{action.dest}" if value else f"--no-{action.dest}"]
+    if isinstance(value, list):
+        return [f"--{action.dest}", *map(str, value)]
+    return [f"--{action.dest}={value}"]
 
 
 def validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
