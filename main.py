@@ -46,7 +46,7 @@ from optimizers.build import (
     trainable_parameters,
 )
 from optimizers.delta import apply_state_diff, diff_state_dict, save_delta
-from run_utils import get_arguments, subset
+from run_utils import get_arguments, select_args
 from runs.checkpoint import CheckpointSaver
 from runs.cli import (
     print_accuracies,
@@ -65,9 +65,9 @@ from runs.distributed import (
     init_store,
     is_main_process,
     local_slice,
+    print_on_main_only,
     run_on_main,
     share_signals,
-    silence_workers,
 )
 from runs.environment import (
     describe_machine,
@@ -79,19 +79,19 @@ from runs.identity import get_identity
 from runs.output_dir import (
     check_weights_fit,
     check_writable,
+    eval_items,
     find_eval_weights,
     find_saved_weights,
     get_output_dir,
-    get_split,
     load_finished_result,
     lock_output_dir,
-    save_log,
+    save_curve,
     save_result,
     save_run_inputs,
     weights_path,
 )
 from runs.signals import Preempted, SignalHandler
-from runs.transfer import build_target_datasets, print_known_targets, save_transfer
+from runs.transfer import build_transfer_datasets, print_known_targets, save_transfer
 from runs.weights import PretrainedModel, evaluation_weights, load_weights, restore_pretrained
 from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, train
 from utils import Predictions, format_error, plural
@@ -108,7 +108,7 @@ class Task:
     @property
     def has_uneven_classes(self) -> bool:
         """Whether the classes differ in their numbers of images: balanced accuracy is printed."""
-        counts = Counter(item.label for item in get_split(self.dataset, self.split))
+        counts = Counter(item.label for item in eval_items(self.dataset, self.split))
         return len(set(counts.values())) > 1
 
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] = ()) -> None:
     init_store()
     args = get_arguments(argv)
     device = init_distributed(args.device or get_default_device())
-    with SignalHandler() as signals, silence_workers():
+    with SignalHandler() as signals, print_on_main_only():
         run(args, set_up_device(device, args.threads), signals)
     cleanup_distributed()
 
@@ -125,13 +125,13 @@ def main(argv: Sequence[str] = ()) -> None:
 def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) -> None:
     """Build the dataset and CLIP, then fine-tune, or only evaluate."""
     output_dir = get_output_dir(args)
-    weights = find_eval_weights(output_dir, args) if args.eval_only else None
+    eval_weights = find_eval_weights(output_dir, args) if args.eval_only else None
     set_random_seed(args.seed)
     dataset = build_dataset(
         args.dataset, args.root_path, args.shots,
-        **subset(args, "classnames", "template", "fewshot_split", "subsample"),
+        **select_args(args, "classnames", "template", "fewshot_split", "subsample"),
     )  # fmt: skip
-    targets = build_target_datasets(args)
+    targets = build_transfer_datasets(args)
     tasks = {"": Task(dataset, args.eval_split)}
     if dataset.new_classes:
         tasks["new classes"] = Task(dataset.new_classes, args.eval_split)
@@ -148,17 +148,17 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         if not missing:
             return
         tasks = {name: tasks[name] for name in missing}
-        weights = run_on_main(find_saved_weights, output_dir, args), 1.0
-    elif weights and weights[0].parent == output_dir:
-        check_weights_fit(weights[0], identity)
+        eval_weights = run_on_main(find_saved_weights, output_dir, args), 1.0
+    elif eval_weights and eval_weights[0].parent == output_dir:
+        check_weights_fit(eval_weights[0], identity)
     loader = ImageLoader(
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )
     evaluator = Evaluator(args, model, loader, signals)
-    if targets and weights and weights[0].parent == output_dir:
+    if targets and eval_weights and eval_weights[0].parent == output_dir:
         check_writable(output_dir)
-    if result or weights or not args.n_iters:
-        evaluate_only(evaluator, tasks, weights, "final_accuracy" if result else "accuracy")
+    if result or eval_weights or not args.n_iters:
+        evaluate_only(evaluator, tasks, eval_weights, "final_accuracy" if result else "accuracy")
     else:
         finetune(evaluator, tasks, pretrained, identity)
 
@@ -175,12 +175,12 @@ class Evaluator:
     def build_classifier(self, dataset: FewShotDataset) -> ZeroShotClassifier:
         """The model as a classifier of a dataset's classes."""
         text_tokens = tokenize_class_prompts(self.model, dataset.classnames, dataset.template)
-        settings = subset(self.args, "logit_scale", "precision", "class_batch_size")
+        settings = select_args(self.args, "logit_scale", "precision", "class_batch_size")
         return ZeroShotClassifier(self.model, text_tokens, **settings)
 
     def predict(self, task: Task, desc: str = "Evaluation") -> Predictions:
         """Classify the images of a task, each process its slice; signals may interrupt that."""
-        items = get_split(task.dataset, task.split)
+        items = eval_items(task.dataset, task.split)
         with self.signals.allow():
             classifier = self.build_classifier(task.dataset)
             local = evaluate(classifier, self.loader, items[local_slice(len(items))], desc)
@@ -194,7 +194,7 @@ class Evaluator:
 def evaluate_only(
     evaluator: Evaluator,
     tasks: Mapping[str, Task],
-    weights: tuple[Path, float] | None,
+    eval_weights: tuple[Path, float] | None,
     kind: str,
 ) -> None:
     """Print zero-shot accuracies, then those of saved weights.
@@ -202,14 +202,14 @@ def evaluate_only(
     Args:
         evaluator: Has the model.
         tasks: By name.
-        weights: A file, if any, and the factor of the difference to the pretrained weights.
+        eval_weights: A file, if any, and the factor of the difference to the pretrained weights.
         kind: The accuracies' key in runs.cli.ACCURACY_LINES.
     """
     zero_shot = evaluator.predict_all(tasks)
     print_by_task("zero_shot_accuracy", zero_shot, tasks)
-    if weights is None:
+    if eval_weights is None:
         return
-    path, alpha = weights
+    path, alpha = eval_weights
     load_weights(evaluator.model, path, evaluator.args.backbone, alpha)
     final = evaluator.predict_all(tasks)
     print_by_task(kind, final, tasks)
@@ -258,13 +258,13 @@ def finetune(
     weights = mark_as_trainable(model, args.encoder, args.position, args.method)
     optimizer = build_optimizer(
         args.method, model, weights, density=1 - args.s, T=args.t,
-        sparse_grad=not args.dense_grad, ablation=subset(args, *ABLATION_DEFAULTS),
-        **subset(args, "lr", "rank", "seed"),
+        sparse_grad=not args.dense_grad, ablation=select_args(args, *ABLATION_DEFAULTS),
+        **select_args(args, "lr", "rank", "seed"),
     )  # fmt: skip
     trained = trainable_parameters(model)
     classifier = evaluator.build_classifier(dataset)
     state = TrainState(args.n_iters * args.shots, classifier.device, args.precision)
-    config = TrainConfig(**subset(args, "lr", "early_stop_loss", "grad_accum_steps", "seed"))
+    config = TrainConfig(**select_args(args, "lr", "early_stop_loss", "grad_accum_steps", "seed"))
     saver = CheckpointSaver(output_dir, args, identity, pretrained)
 
     with lock_output_dir(output_dir) if is_main_process() else nullcontext(), signals.defer():
@@ -305,10 +305,10 @@ def finetune(
                         saver.save(trained, optimizer, state)
         except NonFiniteLoss:
             if is_main_process():
-                save_log(output_dir, state.log_rows(args.lr))
+                save_curve(output_dir, state.curve_rows(args.lr))
             raise
         except BaseException as error:
-            if state.is_sound():
+            if state.can_checkpoint():
                 saver.save(trained, optimizer, state)
             if isinstance(error, Preempted):
                 error.checkpoint_note = saver.note
@@ -369,7 +369,7 @@ def save_outputs(
 ) -> None:
     """Write the log, the weights to report, the predictions and, last, the result."""
     args, output_dir = evaluator.args, get_output_dir(evaluator.args)
-    save_log(output_dir, state.log_rows(args.lr))
+    save_curve(output_dir, state.curve_rows(args.lr))
     if args.save_weights:
         metadata = {"backbone": pretrained.name}
         if args.wise != 1:

@@ -19,7 +19,7 @@ from optimizers.build import ABLATION_DEFAULTS, METHODS, POSITIONS
 from utils import REPO_ROOT, did_you_mean, one_line, user_path
 
 DEMO_CONFIG = str(REPO_ROOT / "configs" / "digits.yaml")  # what `python main.py` runs
-SPLIT_TITLES = {"test": "test", "val": "validation"}  # images that accuracies are measured on
+EVAL_SPLITS = {"test": "test", "val": "validation"}  # images that accuracies are measured on
 MAX_INT = 10**18  # torch does not take far larger ones
 
 
@@ -155,7 +155,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=bounded_number(int, 0), default=0,
         help="iterations between two test accuracies in curve.csv; 0 for only the final one")
-    add("--eval_split", type=one_of("split", list(SPLIT_TITLES)), default="test",
+    add("--eval_split", type=one_of("split", list(EVAL_SPLITS)), default="test",
         help="images to evaluate on: test, or val, the few validation images, to choose "
         "settings by")
     add("--final_model", type=one_of("model", ["last_step", "best_val"]), default="last_step",
@@ -189,7 +189,7 @@ def get_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def subset(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+def select_args(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Some of the arguments, by name."""
     return {name: getattr(args, name) for name in names}
 

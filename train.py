@@ -93,11 +93,11 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
 
     @property
-    def reported_iteration(self) -> int:
+    def selected_iteration(self) -> int:
         """The iteration whose weights are reported, as far as is known."""
         return self.best.iteration if self.best else self.iteration
 
-    def is_sound(self) -> bool:
+    def can_checkpoint(self) -> bool:
         """Whether there is something to save that a later run can continue from."""
         finite = self.losses[: self.iteration].isfinite().all()
         return self.iteration > 0 and not self.mid_step and bool(finite)
@@ -126,10 +126,10 @@ class TrainState:
     def record_eval(self, predictions: Predictions) -> None:
         """Record the accuracy of the present weights."""
         self.accuracies[self.iteration] = predictions.accuracy
-        if self.iteration == self.reported_iteration:
+        if self.iteration == self.selected_iteration:
             self.predictions = predictions
 
-    def log_rows(self, lr: float) -> list[tuple]:
+    def curve_rows(self, lr: float) -> list[tuple]:
         """Rows (iteration, loss, lr, test accuracy, or "" where nothing was evaluated)."""
         return [
             (i, loss, get_lr(lr, i - 1, self.total_iters), self.accuracies.get(i, ""))
@@ -139,11 +139,11 @@ class TrainState:
     def final_accuracies(self) -> dict[str, float]:
         """Accuracies of the weights to report, as in result.json."""
         final = {
-            "final_accuracy": self.accuracies[self.reported_iteration],
+            "final_accuracy": self.accuracies[self.selected_iteration],
             "balanced_accuracy": self.predictions.balanced_accuracy,
         }
         if self.new_accuracies:
-            final["new_accuracy"] = self.new_accuracies[self.reported_iteration]
+            final["new_accuracy"] = self.new_accuracies[self.selected_iteration]
         return final
 
     def summary(self) -> dict[str, float]:
@@ -152,7 +152,7 @@ class TrainState:
             **self.zero_shot,
             **self.final_accuracies(),
             "last_accuracy": self.accuracies[self.iteration],
-            "selected_iteration": self.reported_iteration,
+            "selected_iteration": self.selected_iteration,
             "iterations": self.iteration,
             "wall_seconds": round(self.clock.seconds(), 3),
         }
@@ -328,6 +328,6 @@ def evaluate(
             cosines = classifier.encode_images(images) @ text_features.T  # (b, C)
             preds = cosines.argmax(dim=-1)
             probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1)
-            outputs.append((labels, preds.cpu(), probs.gather(1, preds[:, None])[:, 0].cpu()))
+            outputs.append((labels, preds, probs.gather(1, preds[:, None])[:, 0]))
             bar.update(len(labels))
-    return Predictions(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    return Predictions(*(torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)))

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from datasets import FewShotDataset, dataset_name
-from run_utils import SPLIT_TITLES
+from run_utils import EVAL_SPLITS
 from runs.distributed import PeerExited, get_world_size, is_first_to_report_error
 from runs.environment import device_name
 from runs.output_dir import classes_with_fewer_images, remove_stale_files, weights_path
@@ -126,7 +126,7 @@ def print_accuracy(kind: str, value: float, split: str, target: str = "") -> Non
         split: "test" or "val".
         target: Name of another dataset than the run's own.
     """
-    line = ACCURACY_LINES[kind].format(SPLIT_TITLES[split]) + (f" on {target}" if target else "")
+    line = ACCURACY_LINES[kind].format(EVAL_SPLITS[split]) + (f" on {target}" if target else "")
     print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)
 
 

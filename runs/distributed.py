@@ -147,7 +147,7 @@ def local_slice(count: int) -> slice:
 
 
 @contextmanager
-def silence_workers() -> Iterator[None]:
+def print_on_main_only() -> Iterator[None]:
     """Within this context, only rank 0 prints; errors are printed outside of it."""
     with ExitStack() as stack:
         if not is_main_process():

@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 
 import clip
 from datasets import DATASETS, FewShotDataset, dataset_name, dump_fewshot_split
-from run_utils import subset
+from run_utils import select_args
 from runs.environment import get_git_sha, get_versions
 from runs.identity import diff_inputs, diff_runs, get_hparams
-from runs.records import LOG_COLUMNS, PREDICTION_COLUMNS
+from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
 from utils import (
     Predictions,
     atomic_write,
@@ -159,9 +159,9 @@ def save_run_inputs(output_dir: Path, args: argparse.Namespace, dataset: FewShot
         raise not_writable_error(output_dir, error) from error
 
 
-def save_log(output_dir: Path, rows: Sequence[tuple]) -> None:
+def save_curve(output_dir: Path, rows: Sequence[tuple]) -> None:
     """Write curve.csv: iteration, loss, lr, test_accuracy (empty where nothing was evaluated)."""
-    atomic_write(output_dir / "curve.csv", to_csv(LOG_COLUMNS, rows))
+    atomic_write(output_dir / "curve.csv", to_csv(CURVE_COLUMNS, rows))
 
 
 def save_result(
@@ -184,7 +184,7 @@ def save_result(
     classnames = unique_classnames(dataset.classnames)
     accuracies = per_class_accuracy(labels, preds, len(classnames))
     result = {
-        **subset(args, *PATH_KEYS),
+        **select_args(args, *PATH_KEYS),
         "dataset": dataset_name(args.dataset),
         **summary,
         "macro_f1": predictions.macro_f1,
@@ -196,7 +196,7 @@ def save_result(
         "versions": get_versions(),
         "git_commit": get_git_sha(),
     }
-    items, names = get_split(dataset, args.eval_split), dataset.classnames
+    items, names = eval_items(dataset, args.eval_split), dataset.classnames
     paths = [Path(os.path.relpath(item.impath, dataset.image_dir)).as_posix() for item in items]
     rows = [
         (path, label, pred, prob, names[label], names[pred])
@@ -219,7 +219,7 @@ def classes_with_fewer_images(dataset: FewShotDataset, shots: int) -> dict[str, 
     return {name: len(images) for name, images in paths.items() if len(images) < shots}
 
 
-def get_split(dataset: FewShotDataset, split: str) -> list[Any]:
+def eval_items(dataset: FewShotDataset, split: str) -> list[Any]:
     """The images of --eval_split, "test" or "val".
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 
 import clip
 
-LOG_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
+CURVE_COLUMNS = ["iteration", "loss", "lr", "test_accuracy"]  # of curve.csv
 PREDICTION_COLUMNS = [  # of predictions.csv
     "path", "label", "predicted", "probability", "classname", "predicted_classname",
 ]  # fmt: skip
@@ -178,7 +178,7 @@ def _validate(values: Any, types: Mapping[str, type], file: str) -> None:
 def _read_curve(path: Path, iterations: int) -> tuple[list[float], list[tuple[int, float]]]:
     """Return the loss of each iteration, and (iteration, accuracy) where it was evaluated."""
     try:
-        rows = _read_csv(path, LOG_COLUMNS)
+        rows = _read_csv(path, CURVE_COLUMNS)
         losses = [float(loss) for _, loss, _, _ in rows]
         evaluated = [(int(i), float(accuracy)) for i, _, _, accuracy in rows if accuracy]
     except ValueError as error:

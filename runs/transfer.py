@@ -15,7 +15,7 @@ from utils import Predictions, atomic_write
 TRANSFER_FILENAME = "transfer.json"
 
 
-def build_target_datasets(args: argparse.Namespace) -> dict[str, FewShotDataset]:
+def build_transfer_datasets(args: argparse.Namespace) -> dict[str, FewShotDataset]:
     """The datasets that --test_on names, by their names in results.
 
     Raises:

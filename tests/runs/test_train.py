@@ -184,8 +184,8 @@ def test_nonfinite_loss_names_iteration(items):
     with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
         train_losses(items, *training)
     state = training[-1]
-    assert [math.isfinite(row[1]) for row in state.log_rows(1e38)] == [True, False]
-    assert not state.is_sound()
+    assert [math.isfinite(row[1]) for row in state.curve_rows(1e38)] == [True, False]
+    assert not state.can_checkpoint()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -200,7 +200,7 @@ def test_train_pauses_and_resumes_exactly(method, items):
             evaluate(classifier, ImageLoader(32, 0), items)  # which changes nothing
             if state.iteration == 4:
                 break
-    assert iterations == [1, 2, 3, 4] and state.is_sound() and not state.done
+    assert iterations == [1, 2, 3, 4] and state.can_checkpoint() and not state.done
     saved = save_and_load(
         [classifier.model.state_dict(), optimizer.state_dict(), state.state_dict()]
     )
