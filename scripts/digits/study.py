@@ -1,276 +1,233 @@
-"""Write the page of the digits study, docs/digits/README.md, from its runs.
+"""Write the tables and figures of docs/digits/README.md from runs.csv and curves.csv.gz beside it.
 
-    python scripts/digits/study.py        # after its runs, which scripts/digits/study.sh makes
+    python scripts/digits/study.py        # trains nothing; collect.py makes the two files
 
-The page's prose is kept. Tables, which stand between <!-- NAME --> and <!-- /NAME -->, and figures
-are made again. They come from a list of StudyRun, wherever that was read.
+The page's prose is kept. Tables stand between <!-- NAME --> and <!-- /NAME -->.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from matplotlib.figure import Figure
-from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from digits.glyphs import CLASSNAMES, draw_glyphs, render_glyphs, zero_shot_accuracy
-from digits.pretrain import digits_images
+from digits.study_runs import StudyRun, read_runs
 from reporting import ROOT, figures, tables
-from reporting.aggregate import (
-    METHODS,
-    BackboneResults,
-    confidence_interval,
-    group_by_backbone,
-)
+from reporting.aggregate import LABELS, confidence_interval, group_by_backbone
 from reporting.experiment_reports import sweep
-from reporting.experiments import load_finished, read_experiment
 from reporting.markdown import markdown
 
-import clip
-from datasets.digits import CLASSNAMES as DIGITS
-from optimizers.delta import apply_delta, interpolated_weights, read_delta
 from run_utils import OneLineErrorParser
 from runs.cli import run_cli
-from runs.records import Run
 from utils import atomic_write, plural
 
 PAGE = ROOT / "docs/digits/README.md"
-CONFIGS = ROOT / "configs/experiments"
-EXPERIMENTS = ("lr", "compare", "overfitting", "grid", "ablation", "moments")
-ALPHAS = [step / 10 for step in range(11)]  # of the interpolation
-SHOTS = (4, 16)  # of the runs of the comparison that are interpolated
-COMPARED_ALPHAS = (0.5, 0.7, 0.9)
-PER_CLASS, SEED = 20, 0  # glyphs of each class in the test set, and the seed of their distortions
+TASK, GLYPHS = "final_accuracy", "glyphs_accuracy"
+ON_BOTH = {"On the task": TASK, "On the glyphs": GLYPHS}
+COMPARED_ALPHA = 0.7
 
 
-@dataclass(frozen=True, eq=False)
-class StudyRun(Run):
-    """A run of the study, and what its weights do."""
-
-    experiment: str  # the first that lists it
-    # By alpha, of the weights base + alpha (trained - base): accuracy in percent on the task, and
-    # on the glyphs of the pre-training. {} where the run saved no weights.
-    interpolation: Mapping[float, tuple[float, float]]
-
-    @property
-    def pretraining_accuracy(self) -> float:
-        """Accuracy on the glyphs after the run."""
-        return self.interpolation[1.0][1]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="study.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, default=Path(), help="folder of all its folders (.)")
-    args, extra = parser.parse_known_args(argv)
-    torch.set_num_threads(1)
-    return run_cli(
-        lambda: write_page(read_study(args.root, extra), args.root / "docs/digits"), parser.prog
-    )
+    parser.add_argument("--out", type=Path, default=PAGE.parent, help="folder to write")
+    return run_cli(lambda: write_page(parser.parse_args().out), parser.prog)
 
 
-# Runs and what they remember
+def write_page(out: Path) -> None:
+    """Write the page with its tables, and its figures beside it."""
+    study = read_runs(PAGE.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "README.md", fill_page(PAGE.read_text(encoding="utf-8"), study))
+    for name, draw in plan_figures(study).items():
+        atomic_write(out / f"{name}.png", figures.render_png(draw))
 
 
-def read_study(root: Path, extra: Sequence[str] = ()) -> list[StudyRun]:
-    """Read the finished runs of all experiments, and evaluate the weights that they saved.
-
-    Args:
-        root: Folder that the experiments' folders are relative to.
-        extra: Arguments of main.py that the runs were made with.
+def fill_page(text: str, study: Sequence[StudyRun]) -> str:
+    """Return the page with its tables made again.
 
     Raises:
-        ValueError: An experiment has no finished run, or a result is damaged.
+        ValueError: It has no place for a table.
     """
-    runs: dict[Path, StudyRun] = {}
-    evaluate = WeightsEvaluator()
-    for name in EXPERIMENTS:
-        experiment = read_experiment(CONFIGS / f"digits_{name}.yaml", extra, root)
-        for run in load_finished(experiment.runs):
-            weights, alphas = run.folder / "weights.safetensors", []
-            if run.folder not in runs and weights.is_file():
-                alphas = ALPHAS if name == "compare" and run.shots in SHOTS else [1.0]
-            points = {alpha: evaluate(weights, alpha) for alpha in alphas}
-            study_run = StudyRun(**vars(run), experiment=name, interpolation=points)
-            runs.setdefault(run.folder, study_run)
-    return list(runs.values())
-
-
-class WeightsEvaluator:
-    """Evaluates weights on the digits and on the glyphs of the pre-training."""
-
-    def __init__(self) -> None:
-        self.model, _ = clip.load("ViT-Tiny/8", "cpu")
-        self.base = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.tasks = [(*digits_images("test"), DIGITS), (*glyph_test_set(), CLASSNAMES)]
-
-    def __call__(self, path: Path, alpha: float) -> tuple[float, float]:
-        """Return both accuracies in percent of the weights base + alpha (trained - base)."""
-        self.model.load_state_dict(self.base)
-        delta = read_delta(path)
-        apply_delta(self.model, delta)
-        weights = {name: self.model.get_parameter(name) for name in delta.tensors}
-        with interpolated_weights(weights, self.base, alpha):
-            return tuple(zero_shot_accuracy(self.model, *task) for task in self.tasks)
-
-
-def glyph_test_set() -> tuple[Tensor, Tensor]:
-    """Draw a test set of the pre-training's classes: normalized images (1400, 3, 32, 32), labels.
-
-    They are distorted as in pre-training, from a seed that it did not use.
-    """
-    generator = Generator().manual_seed(SEED)
-    distances, labels = draw_glyphs()
-    chosen = []
-    for label in range(len(CLASSNAMES)):
-        rows = (labels == label).nonzero().flatten()
-        chosen.append(rows[torch.randint(len(rows), (PER_CLASS,), generator=generator)])
-    rows = torch.cat(chosen)
-    images, _ = render_glyphs(distances[rows], 1.0, generator)
-    return images, labels[rows]
-
-
-# The page
-
-
-def write_page(study: Sequence[StudyRun], out: Path) -> None:
-    """Write the page with its tables, and its figures beside it."""
-    text = PAGE.read_text(encoding="utf-8")
     for name, table in make_tables(study).items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
             raise ValueError(f"{PAGE} has no place for {name}: {begin.strip()} and {end}")
         before, after = text.partition(begin)[0], text.partition(end)[2]
         text = f"{before}{begin}{table}\n{end}{after}"
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "README.md", text)
-    for name, draw in plan_figures(study).items():
-        atomic_write(out / f"{name}.png", figures.render_png(draw))
-
-
-def runs_of(study: Sequence[StudyRun], experiment: str) -> list[StudyRun]:
-    """Return the runs of an experiment. SO's of the comparison are moments' runs as well."""
-    shared = [r for r in study if r.experiment == "compare" and r.method == "so"]
-    runs = [r for r in study if r.experiment == experiment]
-    return shared + runs if experiment == "moments" else runs
-
-
-def results_of(study: Sequence[StudyRun], experiment: str) -> BackboneResults:
-    """Return the runs of an experiment by variant and shots."""
-    return group_by_backbone(runs_of(study, experiment))[0]
+    return text
 
 
 def make_tables(study: Sequence[StudyRun]) -> dict[str, str]:
-    """Return the tables of the page by name."""
-    compared, moments = results_of(study, "compare"), results_of(study, "moments")
-    seconds = Counter({r.experiment: 0 for r in study})
-    for r in study:
-        seconds[r.experiment] += r.wall_seconds
-    return {
-        "about": tables.provenance_line(compared),
-        "accuracy": means_and_differences(compared, "final_accuracy"),
-        "forgetting": tables.shots_table(compared, "pretraining_accuracy"),
-        "lr": sweep(runs_of(study, "lr"), "lr_sweep")[0],
-        "grid": sweep(runs_of(study, "grid"), "grid")[0],
-        "ablation": means_and_differences(results_of(study, "ablation"), "final_accuracy"),
-        "moments": means_and_differences(moments, "final_accuracy"),
-        "moments_forgetting": means_and_differences(moments, "pretraining_accuracy"),
-        "interpolation": interpolation_tables(study),
-        "cost": tables.cost_table(compared),
-        "time": ", ".join(f"{name} {count:,.0f}" for name, count in seconds.items()),
+    """Return the tables of the page by name, of the experiments that have runs."""
+    makers = {  # the experiment, and what makes the table of its runs
+        "about": ("compare", lambda _: about(study)),
+        "accuracy": ("compare", partial(means_and_differences, key=TASK)),
+        "forgetting": ("compare", partial(means_and_differences, key=GLYPHS)),
+        "greek": ("greek", partial(means_and_differences, key=TASK)),
+        "greek_forgetting": ("greek", partial(means_and_differences, key=GLYPHS)),
+        "greek_rates": ("greek_rates", rates_table),
+        "moments": ("moments", partial(means_and_differences, key=TASK)),
+        "moments_forgetting": ("moments", partial(means_and_differences, key=GLYPHS)),
+        "interpolation": ("interpolation", interpolation_table),
+        "lr": ("lr", lambda runs: sweep(runs, "lr_sweep")[0]),
+        "greek_lr": ("greek_lr", lambda runs: sweep(runs, "lr_sweep")[0]),
+        "grid": ("grid", lambda runs: sweep(runs, "grid")[0]),
+        "ablation": ("ablation", partial(means_and_differences, key=TASK)),
     }
+    runs = {name: runs_of(study, experiment) for name, (experiment, _) in makers.items()}
+    return {name: make(runs[name]) for name, (_, make) in makers.items() if runs[name]}
 
 
 def plan_figures(study: Sequence[StudyRun]) -> dict[str, Callable[[], Figure]]:
-    """Return functions that draw the figures of the page, by name."""
-    compared, moments = results_of(study, "compare"), results_of(study, "moments")
-    ablation, overfitting = results_of(study, "ablation"), results_of(study, "overfitting")
-    on_task = {"On the task": "final_accuracy"}
-    on_both = on_task | {"On the glyphs": "pretraining_accuracy"}
-    return {
-        "accuracy": partial(figures.draw_accuracy, compared, compared.datasets),
-        "forgetting": partial(draw_forgetting, study),
-        "lr": sweep(runs_of(study, "lr"), "lr_sweep")[1],
-        "grid": sweep(runs_of(study, "grid"), "grid")[1],
-        "ablation": partial(figures.draw_differences, ablation, on_task),
-        "moments": partial(figures.draw_differences, moments, on_both),
-        "interpolation": partial(draw_interpolation, study),
-        "overfitting": partial(figures.draw_curves, overfitting, *overfitting.datasets, 4),
+    """Return functions that draw the figures of the page, of the experiments that have runs."""
+    makers = {
+        "accuracy": ("compare", partial(draw_both, title="Digits")),
+        "greek": ("greek", partial(draw_both, title="Greek letters")),
+        "moments": ("moments", partial(draw_differences, panels=ON_BOTH)),
+        "interpolation": ("interpolation", draw_interpolation),
+        "lr": ("lr", lambda runs: sweep(runs, "lr_sweep")[1]()),
+        "grid": ("grid", lambda runs: sweep(runs, "grid")[1]()),
+        "ablation": ("ablation", partial(draw_differences, panels={"On the task": TASK})),
+        "overfitting": ("overfitting", draw_curves),
     }
+    runs = {name: runs_of(study, experiment) for name, (experiment, _) in makers.items()}
+    return {name: partial(draw, runs[name]) for name, (_, draw) in makers.items() if runs[name]}
 
 
-def means_and_differences(results: BackboneResults, key: str) -> str:
+def runs_of(study: Sequence[StudyRun], experiment: str) -> list[StudyRun]:
+    """Return the runs of an experiment, with those that it shares with others."""
+    runs = [run for run in study if run.experiment == experiment]
+    if experiment == "moments" and runs:
+        runs = [r for r in study if r.experiment == "compare" and r.method == "so"] + runs
+    if experiment == "greek_rates":
+        seeds = {run.seed for run in runs}
+        runs += [r for r in runs_of(study, "greek") if r.shots == 16 and r.seed in seeds]
+    if experiment == "interpolation":
+        runs = [run for run in study if len(run.interpolation) > 1]
+    return runs
+
+
+# Tables
+
+
+def about(study: Sequence[StudyRun]) -> str:
+    """Return how many runs there are, how they were made, and which cells have fewer seeds."""
+    texts = [
+        ", ".join(sorted({getattr(run, key) for run in study}))
+        for key in ("git_commit", "torch", "processor")
+    ]
+    line = "{}. Commit: {}. PyTorch: {}. Processor: {}, one core for a run.".format(
+        plural(len(study), "run"), *texts
+    )
+    fewer: dict[str, set[int]] = {}
+    for runs in (runs_of(study, experiment) for experiment in ("compare", "greek", "moments")):
+        for results in group_by_backbone(runs):
+            most = max(map(len, results.cells.values()))
+            for (_, shots, variant), cell in results.cells.items():
+                if len(cell) < most:
+                    fewer.setdefault(f"{variant.label}: {len(cell)}", set()).add(shots)
+    notes = [
+        f"{note} at {', '.join(map(str, sorted(shots)))} shots" for note, shots in fewer.items()
+    ]
+    return line + (f" Seeds, where there are fewer than ten: {'; '.join(notes)}." if notes else "")
+
+
+def means_and_differences(runs: Sequence[StudyRun], key: str) -> str:
     """Return the table of means of a field of runs, and that of paired differences."""
+    (results,) = group_by_backbone(runs)
     differences = tables.paired_differences_table(results, key)
     return f"{tables.shots_table(results, key)}\n\n{differences}"
 
 
-def draw_forgetting(study: Sequence[StudyRun]) -> Figure:
-    """Draw the accuracy on the glyphs against shots."""
-    results = results_of(study, "compare")
-    figure, (axes,) = figures.make_figure("Glyphs, after adaptation to handwriting")
-    label = "accuracy on 70 classes of glyphs (%)"
-    figures.plot_by_shots(axes, results, results.datasets, "pretraining_accuracy", label)
-    before = next(r.interpolation[0.0][1] for r in study if 0.0 in r.interpolation)
-    figures.plot_zero_shot(axes, before)
-    return figures.add_legend(figure, figures.MEAN_STD)
+def rates_table(runs: Sequence[StudyRun]) -> str:
+    """Return both accuracies by learning rate and bias correction."""
+    lines = []
+    for lr in sorted({run.config["lr"] for run in runs}):
+        line = [f"{lr:g}"]
+        for correction in ("tensor", "entry"):
+            settings = {"lr": lr, "bias_correction": correction}
+            cell = [run for run in runs if settings.items() <= run.config.items()]
+            means = [fmean(getattr(run, key) for run in cell) for key in (TASK, GLYPHS)]
+            line.append("{:.1f} / {:.1f} ({})".format(*means, len(cell)))
+        lines.append(line)
+    return markdown(["learning rate", "SO", "SO, bias_correction entry"], lines)
 
 
-def interpolation_paths(study: Sequence[StudyRun]) -> dict[tuple[int, str], list[Mapping]]:
-    """Return the accuracies by alpha of each seed, by shots and method."""
-    runs = [r for r in study if len(r.interpolation) > 1]
+def group_paths(runs: Sequence[StudyRun]) -> dict[tuple[str, int, str], list[Mapping]]:
+    """Return the accuracies by alpha of each seed, by dataset, shots and method."""
+    paths: dict[tuple[str, int, str], list[Mapping]] = {}
+    for run in runs:
+        name = LABELS[run.method] + ", entry" * (run.config["bias_correction"] == "entry")
+        paths.setdefault((run.dataset, run.shots, name), []).append(run.interpolation)
+    order = ["SO", "SO, entry", "LoRA", "Adam"]
+    return dict(sorted(paths.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))))
+
+
+def mean_path(path: Sequence[Mapping]) -> dict[float, list[float]]:
+    """Return the mean accuracies on task and glyphs by alpha."""
     return {
-        (shots, name): [r.interpolation for r in runs if (r.shots, r.method) == (shots, method)]
-        for shots in sorted({r.shots for r in runs})
-        for method, name in METHODS.items()
+        alpha: [fmean(points[alpha][i] for points in path) for i in (0, 1)] for alpha in path[0]
     }
 
 
-def interpolation_tables(study: Sequence[StudyRun]) -> str:
-    """Return the table of both accuracies by alpha, and that of differences to alpha 1."""
-    paths = interpolation_paths(study)
-
-    def mean(path: Sequence[Mapping], alpha: float, which: int) -> str:
-        return f"{fmean(points[alpha][which] for points in path):.1f}"
-
-    def change(path: Sequence[Mapping], alpha: float, which: int) -> str:
-        values = [points[alpha][which] - points[1.0][which] for points in path]
-        return tables.format_spread(*confidence_interval(values), "+.1f")
-
-    def table(cell: Callable, alphas: Sequence[float]) -> str:
-        header = ["alpha", *(f"{name}, {plural(shots, 'shot')}" for shots, name in paths)]
-        lines = []
-        for alpha in alphas:
-            texts = [f"{cell(path, alpha, 0)} / {cell(path, alpha, 1)}" for path in paths.values()]
-            lines.append([f"{alpha:g}", *texts])
-        return markdown(header, lines)
-
-    return (
-        f"Means over seeds on the task / on the glyphs:\n\n{table(mean, ALPHAS)}\n\nDifferences "
-        "to alpha 1, paired by seed, ± half of their 95 % confidence intervals:\n\n"
-        + table(change, COMPARED_ALPHAS)
-    )
+def interpolation_table(runs: Sequence[StudyRun]) -> str:
+    """Return both accuracies by alpha, and the difference of one alpha to 1, paired by seed."""
+    lines = []
+    for (dataset, shots, name), path in group_paths(runs).items():
+        means = mean_path(path)
+        texts = ["{:.1f} / {:.1f}".format(*pair) for pair in means.values()]
+        changes = [[points[COMPARED_ALPHA][i] - points[1.0][i] for points in path] for i in (0, 1)]
+        spreads = [tables.format_spread(*confidence_interval(v), "+.1f") for v in changes]
+        label = f"{dataset}, {plural(shots, 'shot')}: {name} ({len(path)})"
+        lines.append([label, *texts, " / ".join(spreads)])
+    return markdown(["alpha", *map("{:g}".format, means), f"{COMPARED_ALPHA} minus 1"], lines)
 
 
-def draw_interpolation(study: Sequence[StudyRun]) -> Figure:
-    """Draw the task against the glyphs: a line for each method, a marker for each alpha."""
-    paths = interpolation_paths(study)
-    all_shots = sorted({shots for shots, _ in paths})
-    figure, panels = figures.make_figure("", panels=len(all_shots))
-    for (shots, name), path in paths.items():
-        axes = panels[all_shots.index(shots)]
-        color, marker, line = figures.style(list(METHODS.values()).index(name))
-        y, x = ([fmean(points[alpha][i] for points in path) for alpha in ALPHAS] for i in (0, 1))
+# Figures
+
+
+def draw_both(runs: Sequence[StudyRun], title: str) -> Figure:
+    """Draw the accuracy on the task and on the glyphs against shots."""
+    (results,) = group_by_backbone(runs)
+    figure, panels = figures.make_figure(title, panels=2)
+    labels = {TASK: "accuracy on the task (%)", GLYPHS: "accuracy on 70 classes of glyphs (%)"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        figures.plot_by_shots(axes, results, results.datasets, key, label)
+    before = next(run.interpolation[0.0] for run in runs if 0.0 in run.interpolation)
+    for axes, accuracy in zip(panels, before, strict=True):
+        axes.axhline(accuracy, color="0.45", linestyle=(0, (1, 1)), label="before adaptation")
+    return figures.add_legend(figure, figures.MEAN_STD)
+
+
+def draw_differences(runs: Sequence[StudyRun], panels: Mapping[str, str]) -> Figure:
+    """Draw paired differences of SO to its variants: a panel for each field of runs."""
+    return figures.draw_differences(*group_by_backbone(runs), panels)
+
+
+def draw_curves(runs: Sequence[StudyRun]) -> Figure:
+    """Draw loss and accuracy of the runs of one number of shots by iteration."""
+    (results,) = group_by_backbone(runs)
+    return figures.draw_curves(results, results.datasets[0], results.shots[0])
+
+
+def draw_interpolation(runs: Sequence[StudyRun]) -> Figure:
+    """Draw the task against the glyphs at most shots: a line for a method, a marker for alpha."""
+    most = max(run.shots for run in runs)
+    paths = group_paths([run for run in runs if run.shots == most])
+    datasets, names = (list(dict.fromkeys(key[i] for key in paths)) for i in (0, 2))
+    figure, panels = figures.make_figure("", panels=len(datasets))
+    for (dataset, _, name), path in paths.items():
+        axes = panels[datasets.index(dataset)]
+        color, marker, line = figures.style(names.index(name))
+        y, x = zip(*mean_path(path).values(), strict=True)
         axes.plot(x, y, label=name, color=color, marker=marker, linestyle=line, markersize=4)
         axes.plot(x[-1], y[-1], "o", markersize=12, color=color, markerfacecolor="none")
-        axes.set_title(plural(shots, "shot"), loc="left")
+        axes.set_title(f"{dataset}, {plural(most, 'shot')}", loc="left")
         axes.set(xlabel="accuracy on 70 classes of glyphs (%)", ylabel="accuracy on the task (%)")
     return figures.add_legend(figure, "markers: alpha from 0\n(where lines meet)\nto 1 (ringed)")
 

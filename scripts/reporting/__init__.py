@@ -1,4 +1,4 @@
-"""The package behind report.py, experiment.py and digits_study.py: runs, tables, figures."""
+"""The package behind report.py, experiment.py and digits/study.py: runs, tables, figures."""
 
 import sys
 from pathlib import Path

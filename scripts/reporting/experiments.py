@@ -116,11 +116,12 @@ def to_arguments(flags: dict[str, Any]) -> list[str]:
     ]
 
 
-def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
+def load_finished(planned: Iterable[PlannedRun], required: bool = True) -> list[Run]:
     """Read the runs that are finished.
 
     Raises:
-        ValueError: No run is finished, or a result is damaged or another run's.
+        ValueError: No run is finished though one is required, or a result is damaged or another
+            run's.
     """
     runs = []
     for plan in planned:
@@ -133,6 +134,6 @@ def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
             except ValueError as error:
                 raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error
             runs.append(run)
-    if not runs:
+    if not runs and required:
         raise ValueError("no run of this experiment is finished")
     return unify_spellings(runs)

@@ -22,6 +22,14 @@ FILES = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Work in a folder with the configurations and the folder of the Greek letters."""
+    (tmp_path / "data/greek").mkdir(parents=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def write(tmp_path):
     """Write an experiment file; return its path."""
 
@@ -60,26 +68,27 @@ def write_and_read(path, folder):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_experiment_files_list_runs(path, tmp_path, monkeypatch):
-    (tmp_path / "data/greek").mkdir(parents=True)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
+def test_experiment_files_list_runs(path, tmp_path, here):
     found = read_experiment(path, root=tmp_path)
     assert found.report in REPORTS
     assert len(found.runs) >= 9 and len({run.folder for run in found.runs}) == len(found.runs)
     assert all(tmp_path in run.folder.parents for run in found.runs)
     assert f"python scripts/experiment.py configs/experiments/{path.name}" in path.read_text()
     assert {run.config.save_weights for run in found.runs} == {
-        path.stem in ("digits_compare", "digits_moments", "digits_greek")
+        path.stem in ("digits_compare", "digits_moments", "digits_greek", "digits_greek_rates")
     }
 
 
-def test_learning_rates_are_the_best():
-    (best,) = re.findall(r"Best: (.*)\.\n", (ROOT / "docs/digits/README.md").read_text())
-    lrs = {name: float(lr) for name, lr in (text.rsplit(" ", 1) for text in best.split("; "))}
-    for name in ("digits_compare", "digits_overfitting", "digits_moments"):
-        for run in read_experiment(ROOT / f"configs/experiments/{name}.yaml").runs:
-            assert run.config.lr == lrs[method_and_ablation(run.config.method, vars(run.config))]
+def test_learning_rates_are_the_best(here):
+    page = (ROOT / "docs/digits/README.md").read_text()
+    places = {"lr": ("compare", "overfitting", "moments"), "greek_lr": ("greek",)}
+    for table, names in places.items():
+        best = re.search(rf"<!-- {table} -->.*?Best: (.*?)\.\n<!--", page, re.DOTALL)[1]
+        lrs = {name: float(lr) for name, lr in (text.rsplit(" ", 1) for text in best.split("; "))}
+        for name in names:
+            for run in read_experiment(Path(f"configs/experiments/digits_{name}.yaml")).runs:
+                variant = method_and_ablation(run.config.method, vars(run.config))
+                assert run.config.lr == lrs[variant]
 
 
 def test_runs_are_product_of_values(write, tmp_path):
