@@ -210,7 +210,7 @@ def evaluate_only(
     if eval_weights is None:
         return
     path, alpha = eval_weights
-    load_weights(evaluator.model, path, evaluator.args.backbone, alpha)
+    load_weights(evaluator.model, path, alpha)
     final = evaluator.predict_all(tasks)
     print_by_task(kind, final, tasks)
     if path.parent == get_output_dir(evaluator.args):
@@ -256,6 +256,7 @@ def finetune(
             "lower torchrun's --nproc_per_node, or raise --batch_size"
         )
     weights = mark_as_trainable(model, args.encoder, args.position, args.method)
+    pretrained.copy_weights(weights)
     optimizer = build_optimizer(
         args.method, model, weights, density=1 - args.s, T=args.t,
         sparse_grad=not args.dense_grad, ablation=select_args(args, *ABLATION_DEFAULTS),
@@ -316,7 +317,7 @@ def finetune(
 
         saver.save(trained, optimizer, state)  # for the case that the results cannot be written
         if state.best:
-            apply_state_diff(state.best.diff, trained, pretrained.reload_state_dict())
+            apply_state_diff(state.best.diff, trained, pretrained.weights)
         try:
             run_on_main(save_outputs, evaluator, dataset, state, pretrained, weights, identity)
         except OSError as error:
@@ -327,7 +328,7 @@ def finetune(
         if targets := {name: task for name, task in tasks.items() if task.is_target}:
             with evaluation_weights(model, weights, pretrained, args.wise):
                 final = evaluator.predict_all(targets)
-            restore_pretrained(trained, pretrained.reload_state_dict())
+            restore_pretrained(trained, pretrained.weights)
             zero_shot = evaluator.predict_all(targets)
             save_targets(output_dir, targets, zero_shot, final)
             print_by_task("zero_shot_accuracy", zero_shot, targets)
@@ -354,7 +355,7 @@ def evaluate_step(
             state.new_accuracies[state.iteration] = new_accuracy
     if is_best:
         trained = trainable_parameters(evaluator.model)
-        diff = diff_state_dict(trained, pretrained.reload_state_dict())
+        diff = diff_state_dict(trained, pretrained.weights)
         state.best = BestCheckpoint(state.iteration, score, diff)
     state.record_eval(predictions)
 
@@ -374,10 +375,9 @@ def save_outputs(
         metadata = {"backbone": pretrained.name}
         if args.wise != 1:
             metadata["wise"] = f"{args.wise:g}"
-        base = pretrained.reload_state_dict()
         with evaluation_weights(evaluator.model, weights, pretrained, args.wise):
             path = weights_path(output_dir, args)
-            save_delta(path, weights, base, pretrained.sha256, **metadata)
+            save_delta(path, weights, pretrained.weights, pretrained.sha256, **metadata)
     machine = describe_machine(state.device, get_world_size())
     summary = {**state.summary(), **machine, **identity}
     save_result(output_dir, args, dataset, state.predictions, summary)

@@ -19,11 +19,11 @@ from clip.archive import safe_load
 from optimizers.delta import diff_state_dict
 from runs.distributed import is_main_process
 from runs.identity import diff_runs
+from runs.output_dir import OVERWRITE_HINT
 from runs.weights import PretrainedModel
 from utils import atomic_write
 
 VERSION = 4
-DISCARD_HINT = "remove it, or give --overwrite, to start anew"
 
 
 class CheckpointSaver:
@@ -63,11 +63,15 @@ class CheckpointSaver:
         """
         if not is_main_process():
             return
-        content = {**self.header, "optimizer": optimizer.state_dict(), "state": state.state_dict()}
+        content = {
+            **self.header,
+            "trained": diff_state_dict(trained, self.pretrained.weights),
+            "optimizer": optimizer.state_dict(),
+            "state": state.state_dict(),
+        }
         try:
-            content["trained"] = diff_state_dict(trained, self.pretrained.reload_state_dict())
             atomic_write(self.path, lambda file: torch.save(content, file))
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of full disks
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of full disks
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             print(f"note: {self.path} could not be written ({reason})", file=sys.stderr)
         else:
@@ -80,15 +84,19 @@ class CheckpointSaver:
             ValueError: It is damaged, or belongs to another version, configuration, data or
                 backbone; or it belongs to this very run, and --resume was not given.
         """
-        if not self.path.exists() or (self.args.overwrite and not self.args.resume):
+        resume, overwrite = self.args.resume, self.args.overwrite
+        if not self.path.exists() or (overwrite and not resume):
             return None
         try:
-            content = self._load_and_verify()
-        except ValueError:
-            if self.args.overwrite:
-                return None
-            raise
-        if not self.args.resume:
+            content = safe_load(self.path)
+            fault = self._describe_fault(content)
+        except Exception as error:  # damage shows in many ways; a zip file has checksums
+            fault = f"is damaged ({repr(error)[:160]})"
+        if fault and overwrite:
+            return None
+        if fault:
+            raise ValueError(f"{self.path} {fault}; {OVERWRITE_HINT}")
+        if not resume:
             state = content["state"]
             raise ValueError(
                 f"{self.path} has this run at iteration {state['iteration']} of "
@@ -96,27 +104,14 @@ class CheckpointSaver:
             )
         return content
 
+    def _describe_fault(self, content: dict[str, Any]) -> str:
+        """Why a checkpoint cannot be resumed from; "" if it can."""
+        if content["version"] != VERSION:
+            return "was written by another version of this software"
+        changes = diff_runs(content, self.header)
+        return f"belongs to another run ({changes})" if changes else ""
+
     def remove(self) -> None:
         """Remove the checkpoint of a run that has its result."""
         if is_main_process():
             self.path.unlink(missing_ok=True)
-
-    def _load_and_verify(self) -> dict[str, Any]:
-        """Read the checkpoint; refuse one that is not this run's."""
-        try:
-            content = safe_load(self.path)
-            version = content["version"]
-        except Exception as error:  # damage shows in many ways; a zip file has checksums
-            reason = (str(error).splitlines() or [repr(error)])[0][:160]
-            raise ValueError(f"{self.path} is damaged ({reason}); {DISCARD_HINT}") from None
-        if version != VERSION:
-            raise ValueError(
-                f"{self.path} was written by another version of this software (its format is "
-                f"{version!r}, not {VERSION}); {DISCARD_HINT}"
-            )
-        if changes := diff_runs(content, self.header):
-            raise ValueError(
-                f"{self.path} belongs to another run ({changes}); use another --save_path, or "
-                "--overwrite to replace it"
-            )
-        return content

@@ -1,8 +1,7 @@
 """The weights of a run: pretrained, trained, interpolated between the two, saved."""
 
-import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import safetensors.torch
@@ -26,7 +25,7 @@ from utils import atomic_write, sha256_of_tree
 
 
 class PretrainedModel:
-    """The weights that a run begins with. They are read again when needed, and not kept in memory.
+    """The weights that a run begins with.
 
     Args:
         name: Name or path for `clip.load`; `activation` and `heads` likewise.
@@ -34,6 +33,7 @@ class PretrainedModel:
     Attributes:
         sha256: `state_dict_sha256` of the model that `load` returned.
         model_sha256: Of that and what the weights do not tell: `model.settings`.
+        weights: Those that are trained, by name, on the CPU.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class PretrainedModel:
     ) -> None:
         self.name, self.options = name, dict(activation=activation, heads=heads)
         self.sha256 = self.model_sha256 = ""
+        self.weights: dict[str, Tensor] = {}
 
     def load(self, device: torch.device) -> CLIP:
         """Return the model, to be trained."""
@@ -49,30 +50,17 @@ class PretrainedModel:
         self.model_sha256 = sha256_of_tree([self.sha256, *model.settings])
         return model
 
-    def reload_state_dict(self) -> dict[str, Tensor]:
-        """Return the weights before training, on the CPU.
-
-        Raises:
-            ValueError: The file has changed since `load`, or is gone.
-        """
-        try:
-            # `load` printed the notes, and loading must not move the generators of the run.
-            with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-                state = clip.load(self.name, "cpu", **self.options)[0].state_dict()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.name} changed during this run ({error})") from error
-        if state_dict_sha256(state) != self.sha256:
-            raise ValueError(f"{self.name} changed during this run: restore it, and --resume")
-        return state
+    def copy_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights into `weights` before they are trained."""
+        self.weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
 
 
-def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> None:
+def load_weights(model: CLIP, path: Path, alpha: float = 1) -> None:
     """Load trained weights into their base model: a delta, or a whole state dict.
 
     Args:
         model: The base.
         path: The file; `.safetensors` is a delta.
-        backbone: The base's name, for error messages.
         alpha: Factor of the difference to the base (`interpolate_weights_`).
 
     Raises:
@@ -86,7 +74,7 @@ def load_weights(model: CLIP, path: Path, backbone: str, alpha: float = 1) -> No
             model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} does not hold weights of {backbone}: {reason}") from error
+            raise ValueError(f"{path} does not hold weights of this model: {reason}") from error
     interpolate_weights_({name: model.get_parameter(name) for name in base}, base, alpha)
 
 
@@ -98,21 +86,19 @@ def find_saved_run(folder: Path) -> tuple[Run, Path]:
     """
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} has no result.json: name the folder that main.py printed")
-    run, default = read_run(folder), folder / "weights.safetensors"
-    weights = [default] if default.is_file() else sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("*.safetensors"), key=lambda path: path.stem != "weights")
     if not weights:
         raise ValueError(
             f"{folder} has no weights: run main.py again with --overwrite --save_weights"
         )
-    return run, weights[0]
+    return read_run(folder), weights[0]
 
 
 def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
     """Load the backbone of a run with the weights that it saved."""
-    config = run.config
-    base = PretrainedModel(config["backbone"], config.get("activation"), config.get("heads"))
-    model = base.load(device)
-    load_weights(model, weights, base.name)
+    options = {key: run.config.get(key) for key in ("activation", "heads")}
+    model, _ = clip.load(run.config["backbone"], device, **options)
+    load_weights(model, weights)
     return model
 
 
@@ -155,12 +141,11 @@ def evaluation_weights(
 
     LoRA's adapters are merged, and what was learned is scaled by alpha (--wise).
     """
-    with merged_lora(model):
-        if alpha == 1:
-            yield
-        else:
-            with interpolated_weights(weights, pretrained.reload_state_dict(), alpha):
-                yield
+    scaled = nullcontext()
+    if alpha != 1:
+        scaled = interpolated_weights(weights, pretrained.weights, alpha)
+    with merged_lora(model), scaled:
+        yield
 
 
 @torch.no_grad()
