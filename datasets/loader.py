@@ -4,6 +4,7 @@ What a training image looks like depends only on seed, epoch and position in the
 number of threads.
 """
 
+import itertools
 import math
 import random
 import threading
@@ -20,7 +21,7 @@ from torchvision.transforms import Compose
 
 from clip.preprocess import OPENAI_RESIZE, image_transform
 from datasets.base import Datum
-from datasets.transforms import Batch, read_image, train_transform
+from datasets.transforms import Batch, random_resized_crop_params, read_image
 
 T = TypeVar("T")
 
@@ -76,23 +77,28 @@ class ImageLoader:
             start: Number of batches to leave out at the beginning.
             local_slice: This process's part of a batch of so many images; all by default.
         """
-        transform = partial(
-            train_transform, resolution=self.resolution, scale=scale, ratio=ratio, flip=flip
-        )
+        batches_per_epoch = math.ceil(len(items) / batch_size)
 
-        def make_batch(epoch: int, order: dict[int, int]) -> tuple[Batch, bool]:
-            local = list(order.items())[local_slice(len(order))]
+        def make_batch(number: int) -> tuple[Batch, bool]:
+            epoch, number = divmod(number, batches_per_epoch)
+            order = list(items)
+            random.Random(f"{seed} {epoch}").shuffle(order)
+            positions = range(len(items))[number * batch_size :][:batch_size]
+            local = positions[local_slice(len(positions))]
             pixels = np.empty((len(local), self.resolution, self.resolution, 3), np.uint8)
-            for row, (position, index) in zip(pixels, local, strict=True):
-                item = items[index]
+            for row, position in zip(pixels, local, strict=True):
+                item, rng = order[position], random.Random(f"{seed} {epoch} {position}")
                 image = self.images.get(("train", item.impath)) or self._read("train", item)
-                row[:] = transform(image, rng=random.Random(f"{seed} {epoch} {position}"))
-            labels = torch.tensor([items[index].label for index in order.values()])
+                image = image.crop(random_resized_crop_params(*image.size, rng, scale, ratio))
+                image = image.resize((self.resolution,) * 2, Image.Resampling.BICUBIC)
+                if flip and rng.random() < 0.5:
+                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                row[:] = image
+            labels = torch.tensor([order[position].label for position in positions])
             batch = torch.from_numpy(pixels).permute(0, 3, 1, 2), labels
-            return batch, len(items) - 1 in order
+            return batch, number + 1 == batches_per_epoch
 
-        batches = shuffled(len(items), batch_size, seed, start)
-        return self._prefetch(partial(make_batch, *batch) for batch in batches)
+        return self._prefetch(partial(make_batch, number) for number in itertools.count(start))
 
     def test_batches(self, items: Sequence[Datum], batch_size: int) -> Iterator[Batch]:
         """Yield the items in their order, preprocessed as the model's own images were."""
@@ -141,21 +147,3 @@ class ImageLoader:
         finally:
             for future in futures:
                 future.cancel()
-
-
-def shuffled(
-    count: int, batch_size: int, seed: int, start: int = 0
-) -> Iterator[tuple[int, dict[int, int]]]:
-    """Yield shuffled batches of `count` images for ever, from batch number `start` on.
-
-    Yields:
-        The batch's epoch, and the index of the image at each of its positions in the epoch.
-    """
-    epoch, skipped = divmod(start, math.ceil(count / batch_size))
-    while True:
-        order = list(range(count))
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        positions = list(enumerate(order))
-        for position in range(skipped * batch_size, count, batch_size):
-            yield epoch, dict(positions[position : position + batch_size])
-        epoch, skipped = epoch + 1, 0

@@ -134,22 +134,6 @@ def detect_gray_range(paths: Sequence[str]) -> GrayRange | None:
     return (float(low), float(high)) if low < 0 or not limits else (0.0, float(limits[0]))
 
 
-def train_transform(
-    image: Image.Image,
-    resolution: int,
-    rng: random.Random,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: bool,
-) -> Image.Image:
-    """Crop at random, resize bicubically to (R, R), mirror with probability 1/2."""
-    image = image.crop(random_resized_crop_params(image.width, image.height, rng, scale, ratio))
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
-    if flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
-
-
 def random_resized_crop_params(
     width: int,
     height: int,
