@@ -150,7 +150,10 @@ class CLIP(nn.Module):
         """
         if hidden is None:
             hidden = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(hidden, tokens.argmax(dim=-1), start_block)  # (N, W)
+        *blocks, last = self.transformer.resblocks[start_block:]
+        for block in blocks:
+            hidden = block(hidden)
+        x = last(hidden, tokens.argmax(dim=-1)).squeeze(1)  # (N, W)
         return self.ln_final(x) @ self.text_projection  # (N, D)
 
     def forward_text_prefix(self, tokens: Tensor, num_blocks: int) -> Tensor:
@@ -195,12 +198,16 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1)  # (B, 1 + patches, W)
         x = self.ln_pre(x + self.positional_embedding)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x)
         pool_idx = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the class token
-        return self.ln_post(self.transformer(x, pool_idx)) @ self.proj  # (B, D)
+        x = last(x, pool_idx).squeeze(1)  # (B, W): of the last block only what is read
+        return self.ln_post(x) @ self.proj  # (B, D)
 
 
 class Transformer(nn.Module):
-    """A stack of residual blocks, of whose output one position in each row is used.
+    """The residual blocks of a tower, which runs them: only one position of their output is read.
 
     Args:
         width: Channels.
@@ -235,16 +242,6 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor, pool_idx: Tensor, start_block: int = 0) -> Tensor:
-        """Run the blocks from `start_block` on: (B, L, W) at positions (B,) -> (B, W).
-
-        The last block computes only these positions; only its keys and values need the others.
-        """
-        *blocks, last = self.resblocks[start_block:]
-        for block in blocks:
-            x = block(x)
-        return last(x, pool_idx).squeeze(1)
 
 
 class ResidualAttentionBlock(nn.Module):
