@@ -378,8 +378,7 @@ def save_outputs(
         with evaluation_weights(evaluator.model, weights, pretrained, args.wise):
             path = weights_path(output_dir, args)
             save_delta(path, weights, pretrained.weights, pretrained.sha256, **metadata)
-    machine = describe_machine(state.device, get_world_size())
-    summary = {**state.summary(), **machine, **identity}
+    summary = {**state.summary(), **describe_machine(state.device), **identity}
     save_result(output_dir, args, dataset, state.predictions, summary)
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 import torch
@@ -38,31 +38,28 @@ def init_store() -> None:
     """Connect to the other processes' store, if torchrun or another launcher started them.
 
     Raises:
-        ValueError: The store cannot be reached, its port is in use, or the launcher did not say
-            where it is.
+        ValueError: The launcher did not say where the store is, or it cannot be reached.
     """
     global _store
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks != "1" and "WORLD_SIZE" not in os.environ:
-            raise ValueError(
-                f"srun started {tasks} processes that would train separately: give it "
-                "--ntasks 1 and start torchrun --standalone --nproc_per_node N -- main.py ... there"
-            )
+    world_size, tasks = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if world_size is None and tasks != "1":
+        raise ValueError(
+            f"srun started {tasks} processes that would train separately: give it --ntasks 1 and "
+            "start torchrun --standalone --nproc_per_node N -- main.py ... there"
+        )
+    if world_size in (None, "1"):
         return
     if missing := [name for name in LAUNCHER_ENV_VARS if name not in os.environ]:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {' and '.join(missing)} is not set: "
-            "start the processes with torchrun, or unset WORLD_SIZE for a single one"
+            f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start the "
+            "processes with torchrun, or unset WORLD_SIZE for a single one"
         )
     try:
         _store, _, _ = next(dist.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
-            f"the processes of this run cannot connect at {address} "
-            f"({str(error).splitlines()[0]}): give torchrun another --master_port, or "
-            "--standalone where all are on one machine"
+            f"the processes of this run cannot connect ({str(error).splitlines()[0]}): give "
+            "torchrun another --master_port, or --standalone where all are on one machine"
         ) from error
 
 
@@ -76,20 +73,16 @@ def init_distributed(device: str) -> str:
     if _store is None:
         return device
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "gloo"
-    if torch.device(device).type == "cuda":
-        num_gpus = torch.cuda.device_count()
-        local_rank = int(os.environ.get("LOCAL_RANK", rank % max(num_gpus, 1)))
-        if device != "cuda":
-            raise ValueError(f"--device {device} is one GPU: several processes take --device cuda")
-        if 0 < num_gpus <= local_rank:
+    backend, num_gpus = "gloo", torch.cuda.device_count()
+    if torch.device(device).type == "cuda" and num_gpus:
+        local_rank = int(os.environ.get("LOCAL_RANK", rank % num_gpus))
+        if device != "cuda" or local_rank >= num_gpus:
             raise ValueError(
-                f"this machine has fewer GPUs ({num_gpus}) than processes: give torchrun "
-                f"--nproc_per_node {num_gpus}"
+                f"several processes need --device cuda and a GPU each: give torchrun "
+                f"--nproc_per_node {num_gpus} at most"
             )
-        if num_gpus:
-            device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(local_rank)
+        device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local_rank)
     with comm_errors_as_peer_exit():
         _store.add("ready", 1)
         while _store.add("ready", 0) < world_size:
@@ -149,11 +142,10 @@ def local_slice(count: int) -> slice:
 @contextmanager
 def print_on_main_only() -> Iterator[None]:
     """Within this context, only rank 0 prints; errors are printed outside of it."""
-    with ExitStack() as stack:
-        if not is_main_process():
-            devnull = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(devnull))
-            stack.enter_context(redirect_stderr(devnull))
+    if is_main_process():
+        yield
+        return
+    with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
         yield
 
 
@@ -192,17 +184,16 @@ def check_same_on_all_ranks(**values: object) -> None:
     Raises:
         ValueError: A value is another one on some rank.
     """
-    if get_world_size() == 1:
-        return
     by_rank: list[dict[str, object]] = [values] * get_world_size()
-    with comm_errors_as_peer_exit():
-        dist.all_gather_object(by_rank, values)
+    if get_world_size() > 1:
+        with comm_errors_as_peer_exit():
+            dist.all_gather_object(by_rank, values)
     for rank, other in enumerate(by_rank):
-        for name in values:
-            if other[name] != by_rank[0][name]:
+        for name, value in by_rank[0].items():
+            if other[name] != value:
                 raise ValueError(
-                    f"process {rank} has {name} {other[name]}, process 0 has {by_rank[0][name]}: "
-                    "start all of them with the same arguments, data and backbone"
+                    f"process {rank} has {name} {other[name]}, process 0 has {value}: start all "
+                    "of them with the same arguments, data and backbone"
                 )
 
 
@@ -211,24 +202,23 @@ def all_gather_rows(rows: Tensor, count: int) -> Tensor:
 
     Gradients flow: those of the result are summed over the ranks.
     """
-    return rows if get_world_size() == 1 else _AllGatherRows.apply(rows, count)
+    if get_world_size() == 1:
+        return rows
+    padded = rows.new_zeros(count, *rows.shape[1:])
+    padded[local_slice(count)] = rows
+    return _SumOverRanks.apply(padded)
 
 
-class _AllGatherRows(torch.autograd.Function):
-    """The rows of all ranks, by a sum with zeros elsewhere, which is exact."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, count: int) -> Tensor:
-        ctx.local = local_slice(count)
-        gathered = rows.new_zeros(count, *rows.shape[1:])
-        gathered[ctx.local] = rows
-        with comm_errors_as_peer_exit():
-            dist.all_reduce(gathered)
-        return gathered
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors, whose gradient is the sum of the ranks' gradients."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        total = tensor.contiguous().clone()
         with comm_errors_as_peer_exit():
-            dist.all_reduce(grad)
-        return grad[ctx.local], None
+            dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _SumOverRanks.forward(ctx, grad)

@@ -8,11 +8,14 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 
+from runs.distributed import get_world_size
 from utils import REPO_ROOT
 
 try:
@@ -73,28 +76,23 @@ class RunClock:
     def _tick(reference: "weakref.ref[RunClock]") -> None:
         """Look at the clock until nothing else refers to it."""
         while (clock := reference()) is not None:
-            seconds, now = clock.last[0], time.monotonic()
-            clock.last = seconds + min(now - clock.last[1], RunClock.MAX_GAP_S), now
+            clock.seconds()
             del clock
             time.sleep(RunClock.TICK_S)
 
     def seconds(self) -> float:
         """The time so far."""
-        seconds, then = self.last
-        return seconds + min(time.monotonic() - then, self.MAX_GAP_S)
+        (seconds, then), now = self.last, time.monotonic()
+        self.last = seconds + min(now - then, self.MAX_GAP_S), now
+        return self.last[0]
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep freed memory instead of returning it to the system.
-
-    Otherwise each large tensor is new pages, which the system fills with zeros.
-    """
-    try:
+    """Have glibc's malloc keep freed memory, since the system fills new pages with zeros."""
+    with suppress(OSError, TypeError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -114,28 +112,25 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def describe_machine(device: torch.device, world_size: int) -> dict[str, float | str]:
-    """What result.json says of the machine."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What result.json says of machine and software."""
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     return {
         "peak_memory_mb": round(peak_memory_mb(device), 1),
         "device": device_name(device),
-        "processes": world_size,
+        "processes": get_world_size(),
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": get_git_sha(),
     }
-
-
-def get_versions() -> dict[str, str]:
-    """Versions of Python and the packages that numbers depend on."""
-    packages = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-    return {"python": platform.python_version(), **packages}
 
 
 def get_git_sha() -> str | None:
     """The commit of this repository, with + where files differ from it; None outside git."""
+    command = ["git", "-C", REPO_ROOT, "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        git = ["git", "-C", str(REPO_ROOT)]
-        options = dict(capture_output=True, text=True, check=True, timeout=10)
-        sha = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        return sha + ("+" if subprocess.run(status, **options).stdout else "")
+        done = subprocess.run(
+            [*command, "--dirty=+"], capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

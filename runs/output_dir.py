@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 import clip
 from datasets import DATASETS, FewShotDataset, dataset_name, dump_fewshot_split
 from run_utils import select_args
-from runs.environment import get_git_sha, get_versions
 from runs.identity import diff_inputs, diff_runs, get_hparams
 from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
 from utils import (
@@ -193,8 +192,6 @@ def save_result(
         "classnames": dataset.classnames,
         "template": dataset.template,
         "fewer_images": classes_with_fewer_images(dataset, args.shots),
-        "versions": get_versions(),
-        "git_commit": get_git_sha(),
     }
     items, names = eval_items(dataset, args.eval_split), dataset.classnames
     paths = [Path(os.path.relpath(item.impath, dataset.image_dir)).as_posix() for item in items]

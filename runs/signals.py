@@ -1,30 +1,26 @@
 """Signals that end a run, and when they may."""
 
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Of a user, a closed terminal, and batch systems; Windows lacks some.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
 
 class Preempted(BaseException):
     """A signal asks the process to end.
 
-    Args:
-        signum: The signal.
-
     Attributes:
+        signum: The signal.
         checkpoint_note: What a later run can resume from; set where the checkpoint is written.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum, self.checkpoint_note = signum, ""
-
-
-# Of a user, a closed terminal, and batch systems; Windows lacks some.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 class SignalHandler:
@@ -43,11 +39,10 @@ class SignalHandler:
         self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalHandler":
-        if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                signum = getattr(signal, name, None)
-                if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
-                    self.previous_handlers[signum] = signal.signal(signum, self._handle)
+        for name in SIGNALS:
+            signum = getattr(signal, name, None)
+            if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
+                self.previous_handlers[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,15 +51,15 @@ class SignalHandler:
             signal.signal(signum, signal.SIG_IGN if self.pending else handler)
 
     def _handle(self, signum: int, _: object) -> None:
-        if self.pending:
-            waited = time.monotonic() - self.received_at
-            if signum == signal.SIGINT and waited >= self.force_quit_after_s:
-                signal.signal(signum, signal.SIG_DFL)
-                signal.raise_signal(signum)
-            return
-        self.pending, self.received_at = signum, time.monotonic()
-        if not self.is_deferring:
-            raise Preempted(signum)
+        if not self.pending:
+            self.pending, self.received_at = signum, time.monotonic()
+            if not self.is_deferring:
+                raise Preempted(signum)
+        elif signum == signal.SIGINT and (
+            time.monotonic() - self.received_at >= self.force_quit_after_s
+        ):
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     @contextmanager
     def defer(self, deferring: bool = True) -> Iterator[None]:
