@@ -349,7 +349,7 @@ def evaluate_step(
         if args.final_model == "best_val":
             score = evaluator.predict(Task(task.dataset, "val"), "Validation").accuracy
         predictions = evaluator.predict(task)
-        is_best = score is not None and state.is_best(score)
+        is_best = score is not None and (state.best is None or score > state.best.score)
         if "new classes" in tasks and (is_best or (state.done and score is None)):
             new_accuracy = evaluator.predict(tasks["new classes"], "New classes").accuracy
             state.new_accuracies[state.iteration] = new_accuracy

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +40,12 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training loop.
+    """Settings of the training loop."""
 
-    Args:
-        lr: Learning rate of the first iteration; a cosine over all iterations takes it to 1e-6.
-        early_stop_loss: Training ends after an epoch whose mean loss is below this.
-        grad_accum_steps: Micro-batches that each batch is computed in.
-        seed: Of LoRA's dropout.
-        rank, world_size: Number of this process, and of all processes.
-    """
-
-    lr: float
-    early_stop_loss: float = 0.0
-    grad_accum_steps: int = 1
-    seed: int = 0
+    lr: float  # of the first iteration
+    early_stop_loss: float = 0.0  # training ends after an epoch whose mean loss is below this
+    grad_accum_steps: int = 1  # micro-batches that each batch is computed in
+    seed: int = 0  # of LoRA's dropout
     rank: int = field(default_factory=get_rank)
     world_size: int = field(default_factory=get_world_size)
 
@@ -102,26 +94,14 @@ class TrainState:
         finite = self.losses[: self.iteration].isfinite().all()
         return self.iteration > 0 and not self.mid_step and bool(finite)
 
-    def is_best(self, score: float) -> bool:
-        """Whether a validation accuracy is above all before."""
-        return self.best is None or score > self.best.score
-
-    def end_epoch(self, early_stop_loss: float) -> None:
-        """Decide from the epoch's losses whether training is done; the one wait for the device.
-
-        Raises:
-            NonFiniteLoss: A loss is NaN or infinite.
-        """
-        losses = self.losses[self.epoch_start : self.iteration].tolist()
-        for iteration, loss in enumerate(losses, start=self.epoch_start + 1):
-            if not math.isfinite(loss):
-                self.iteration = iteration
-                raise NonFiniteLoss(
-                    f"the loss became {loss} at iteration {iteration} of {self.total_iters}: "
-                    "lower --lr, or use --precision fp32 or bf16"
-                )
-        self.epoch_start, self.epoch_loss = self.iteration, fmean(losses)
-        self.done = self.iteration == self.total_iters or self.epoch_loss < early_stop_loss
+    def raise_nonfinite(self, losses: list[float]) -> NoReturn:
+        """Let the training end with the first of the epoch's losses that is not finite."""
+        first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        self.iteration += first + 1 - len(losses)
+        raise NonFiniteLoss(
+            f"the loss became {losses[first]} at iteration {self.iteration} of "
+            f"{self.total_iters}: lower --lr, or use --precision fp32 or bf16"
+        )
 
     def record_eval(self, predictions: Predictions) -> None:
         """Record the accuracy of the present weights."""
@@ -131,9 +111,10 @@ class TrainState:
 
     def curve_rows(self, lr: float) -> list[tuple]:
         """Rows (iteration, loss, lr, test accuracy, or "" where nothing was evaluated)."""
+        losses, lrs = self.losses[: self.iteration].tolist(), cosine_lrs(lr, self.total_iters)
         return [
-            (i, loss, get_lr(lr, i - 1, self.total_iters), self.accuracies.get(i, ""))
-            for i, loss in enumerate(self.losses[: self.iteration].tolist(), start=1)
+            (i, loss, lrs[i - 1], self.accuracies.get(i, ""))
+            for i, loss in enumerate(losses, start=1)
         ]
 
     def final_accuracies(self) -> dict[str, float]:
@@ -202,6 +183,7 @@ def train(
     Raises:
         NonFiniteLoss: A loss is NaN or infinite.
     """
+    lrs = cosine_lrs(config.lr, state.total_iters)
     with classifier.autocast:
         classifier.precompute_frozen_text(local_slice(classifier.num_classes))
     with Progress(desc="Training", total=state.total_iters, initial=state.iteration) as bar:
@@ -209,9 +191,17 @@ def train(
             yield
         while not state.done:
             batch, ends_epoch = next(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = lrs[state.iteration]
             train_step(classifier, optimizer, batch, state, config)
             if ends_epoch or state.iteration == state.total_iters:
-                state.end_epoch(config.early_stop_loss)
+                # The only wait for the device.
+                losses = state.losses[state.epoch_start : state.iteration].tolist()
+                state.epoch_start, state.epoch_loss = state.iteration, fmean(losses)
+                if not math.isfinite(state.epoch_loss):
+                    state.raise_nonfinite(losses)
+                ends_early = state.epoch_loss < config.early_stop_loss
+                state.done = ends_early or state.iteration == state.total_iters
                 bar.set_postfix_str(f"loss {state.epoch_loss:.3f}", refresh=False)
             bar.update()
             yield
@@ -223,6 +213,14 @@ def train(
         )
 
 
+def cosine_lrs(lr: float, total_iters: int) -> list[float]:
+    """The learning rate of each iteration: a cosine from lr down to 1e-6."""
+    return [
+        MIN_LR + (lr - MIN_LR) * (1 + math.cos(math.pi * i / total_iters)) / 2
+        for i in range(total_iters)
+    ]
+
+
 def train_step(
     classifier: ZeroShotClassifier,
     optimizer: torch.optim.Optimizer,
@@ -230,79 +228,46 @@ def train_step(
     state: TrainState,
     config: TrainConfig,
 ) -> None:
-    """One optimizer step on one batch."""
+    """One optimizer step on one batch: images of this process's slice, labels of all of it."""
     # LoRA's dropout depends on seed, iteration and rank: there is no generator state to save.
     seed = random.Random(f"{config.seed} {state.iteration} {config.rank}").getrandbits(62)
     torch.manual_seed(seed)
-    lr = get_lr(config.lr, state.iteration, state.total_iters)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.zero_grad()
     if state.device.type == "cuda":
         batch = [tensor.pin_memory() for tensor in batch]
     images, labels = (tensor.to(state.device, non_blocking=True) for tensor in batch)
-    loss = forward_backward(classifier, images, labels, state.scaler, config)
-    if config.world_size > 1:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        with comm_errors_as_peer_exit():
-            sum_gradients(params, extra=[loss])
-    state.losses[state.iteration] = loss
-    state.mid_step = True
-    state.scaler.step(optimizer)
-    state.scaler.update()
-    state.iteration, state.mid_step = state.iteration + 1, False
-
-
-def get_lr(lr: float, iteration: int, total_iters: int) -> float:
-    """The learning rate of an iteration, counted from 0: a cosine from lr down to 1e-6."""
-    return MIN_LR + (lr - MIN_LR) * (1 + math.cos(math.pi * iteration / total_iters)) / 2
-
-
-def forward_backward(
-    classifier: ZeroShotClassifier,
-    images: Tensor,
-    labels: Tensor,
-    scaler: torch.amp.GradScaler,
-    config: TrainConfig,
-) -> Tensor:
-    """Add the gradients of a batch's mean cross-entropy; return this process's part of the loss.
-
-    Args:
-        classifier: The model and the class prompts.
-        images: This process's slice of the batch, (b, 3, R, R) uint8.
-        labels: Of the whole batch, (B,).
-        scaler: Scales the loss in fp16.
-        config: Has the number of micro-batches of images; the classes are encoded once.
-    """
     batch_size = len(labels)
     with classifier.autocast:
         if config.world_size == 1:
             text_features = classifier.encode_classes()  # (C, D)
         else:
-            text_features = encode_classes_together(classifier)
             labels = labels[local_slice(batch_size)]  # (b,)
+            local_features = classifier.encode_classes(local_slice(classifier.num_classes))
+            text_features = all_gather_rows(local_features, classifier.num_classes)
     # The gradients of all micro-batches are summed here before they go through the text tower.
     text_leaf = text_features.detach().requires_grad_(text_features.requires_grad)
     micro_batch_size = max(math.ceil(len(labels) / config.grad_accum_steps), 1)
-    total = torch.zeros((), device=labels.device)
+    total_loss = torch.zeros((), device=state.device)
     for micro_images, micro_labels in zip(
         images.split(micro_batch_size), labels.split(micro_batch_size), strict=True
     ):
         with classifier.autocast:
-            image_features = classifier.encode_images(micro_images)
-            logits = classifier.logit_scale * image_features @ text_leaf.T
+            image_features = classifier.encode_images(micro_images)  # (b, D)
+            logits = classifier.logit_scale * image_features @ text_leaf.T  # (b, C)
             loss = F.cross_entropy(logits, micro_labels, reduction="sum") / batch_size
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
+        state.scaler.scale(loss).backward()
+        total_loss = total_loss + loss.detach()
     if text_leaf.requires_grad:
         text_features.backward(text_leaf.grad)
-    return total
-
-
-def encode_classes_together(classifier: ZeroShotClassifier) -> Tensor:
-    """Text features (C, D), of which each process computes its slice of the classes."""
-    local_features = classifier.encode_classes(local_slice(classifier.num_classes))
-    return all_gather_rows(local_features, classifier.num_classes)
+    if config.world_size > 1:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        with comm_errors_as_peer_exit():
+            sum_gradients(params, extra=[total_loss])
+    state.losses[state.iteration] = total_loss
+    state.mid_step = True
+    state.scaler.step(optimizer)
+    state.scaler.update()
+    state.iteration, state.mid_step = state.iteration + 1, False
 
 
 @torch.no_grad()

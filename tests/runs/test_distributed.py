@@ -18,7 +18,7 @@ from clip.lora import set_dropout
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers.build import build_optimizer, mark_as_trainable, trainable_parameters
 from runs import distributed
-from train import TrainConfig, TrainState, encode_classes_together, train
+from train import TrainConfig, TrainState, train
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
@@ -68,7 +68,9 @@ def fit(
     with torch.no_grad():
         local_features = classifier.encode_images(images[distributed.local_slice(7)])
         image_features = distributed.all_gather_rows(local_features, 7)
-        cosines = image_features @ encode_classes_together(classifier).T
+        local_text = classifier.encode_classes(distributed.local_slice(len(NAMES)))
+        text_features = distributed.all_gather_rows(local_text, len(NAMES))
+        cosines = image_features @ text_features.T
     trained = {name: p.detach() for name, p in trainable_parameters(model).items()}
     return trained, state.losses, cosines
 

@@ -16,7 +16,7 @@ from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers import SO, SampledGradients
 from optimizers.build import mark_as_trainable
 from optimizers.SampledGradients import sample_gradients
-from train import TrainConfig, TrainState, get_lr, train
+from train import TrainConfig, TrainState, cosine_lrs, train
 
 # torch 2.4 warns about its own autocast in torch.utils.checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -63,7 +63,7 @@ def train_plainly(model, optimizer, templates):
     losses, batches = [], random_batches(model.visual.input_resolution)
     for step in range(STEPS):
         (images, labels), _ = next(batches)
-        optimizer.param_groups[0]["lr"] = get_lr(SETTINGS["lr"], step, STEPS)
+        optimizer.param_groups[0]["lr"] = cosine_lrs(SETTINGS["lr"], STEPS)[step]
         loss = plain_loss(model, images, labels, templates)
         optimizer.zero_grad()
         loss.backward()

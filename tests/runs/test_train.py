@@ -24,7 +24,7 @@ from optimizers.build import (
     mark_as_trainable,
     trainable_parameters,
 )
-from train import NonFiniteLoss, TrainConfig, TrainState, evaluate, get_lr, train
+from train import NonFiniteLoss, TrainConfig, TrainState, cosine_lrs, evaluate, train
 
 NAMES = ["red_one", "green", "blue"]
 
@@ -165,10 +165,11 @@ def test_half_precision_follows_float32(items):
         assert half != losses[0] and half == pytest.approx(losses[0], rel=0.05, abs=0.05)
 
 
-def test_get_lr_is_cosine():
-    assert get_lr(2e-4, 0, 100) == pytest.approx(2e-4)
-    assert get_lr(2e-4, 50, 100) == pytest.approx((2e-4 + 1e-6) / 2)
-    assert get_lr(2e-4, 100, 100) == pytest.approx(1e-6)
+def test_cosine_lrs_fall_to_minimum():
+    lrs = cosine_lrs(2e-4, 100)
+    assert len(lrs) == 100 and lrs[0] == pytest.approx(2e-4)
+    assert lrs[50] == pytest.approx((2e-4 + 1e-6) / 2)
+    assert lrs[99] == pytest.approx(1e-6, rel=0.1)
 
 
 def test_early_stop_after_epoch(items, capsys):
