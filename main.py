@@ -52,7 +52,6 @@ from runs.cli import (
     print_accuracies,
     print_accuracy,
     print_finished_run,
-    print_output_dir,
     print_run_summary,
     run_cli,
 )
@@ -77,11 +76,8 @@ from runs.environment import (
 )
 from runs.identity import get_identity
 from runs.output_dir import (
-    check_weights_fit,
-    check_writable,
     eval_items,
     find_eval_weights,
-    find_saved_weights,
     get_output_dir,
     load_finished_result,
     lock_output_dir,
@@ -92,7 +88,13 @@ from runs.output_dir import (
 )
 from runs.signals import Preempted, SignalHandler
 from runs.transfer import build_transfer_datasets, print_known_targets, save_transfer
-from runs.weights import PretrainedModel, evaluation_weights, load_weights, restore_pretrained
+from runs.weights import (
+    PretrainedModel,
+    evaluation_weights,
+    find_saved_run,
+    load_weights,
+    restore_pretrained,
+)
 from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, train
 from utils import Predictions, format_error, plural
 
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] = ()) -> None:
 def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) -> None:
     """Build the dataset and CLIP, then fine-tune, or only evaluate."""
     output_dir = get_output_dir(args)
-    eval_weights = find_eval_weights(output_dir, args) if args.eval_only else None
+    eval_weights = find_eval_weights(args) if args.eval_only else None
     set_random_seed(args.seed)
     dataset = build_dataset(
         args.dataset, args.root_path, args.shots,
@@ -148,17 +150,16 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         if not missing:
             return
         tasks = {name: tasks[name] for name in missing}
-        eval_weights = run_on_main(find_saved_weights, output_dir, args), 1.0
-    elif eval_weights and eval_weights[0].parent == output_dir:
-        check_weights_fit(eval_weights[0], identity)
+        eval_weights = run_on_main(find_saved_run, output_dir)[1], 1.0
     loader = ImageLoader(
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )
     evaluator = Evaluator(args, model, loader, signals)
-    if targets and eval_weights and eval_weights[0].parent == output_dir:
-        check_writable(output_dir)
     if result or eval_weights or not args.n_iters:
-        evaluate_only(evaluator, tasks, eval_weights, "final_accuracy" if result else "accuracy")
+        kind = "final_accuracy" if result else "accuracy"
+        saves = targets and eval_weights and eval_weights[0].parent == output_dir
+        with lock_output_dir(output_dir) if saves and is_main_process() else nullcontext():
+            evaluate_only(evaluator, tasks, eval_weights, kind)
     else:
         finetune(evaluator, tasks, pretrained, identity)
 
@@ -333,7 +334,7 @@ def finetune(
             save_targets(output_dir, targets, zero_shot, final)
             print_by_task("zero_shot_accuracy", zero_shot, targets)
             print_by_task("final_accuracy", final, targets)
-    print_output_dir(args, output_dir)
+    print(f"\nResults: {output_dir}")
 
 
 def evaluate_step(

@@ -109,7 +109,7 @@ class CheckpointSaver:
         if content["version"] != VERSION:
             return "was written by another version of this software"
         changes = diff_runs(content, self.header)
-        return f"belongs to another run ({changes})" if changes else ""
+        return f"belongs to another run ({'; '.join(changes)})" if changes else ""
 
     def remove(self) -> None:
         """Remove the checkpoint of a run that has its result."""

@@ -19,7 +19,12 @@ from datasets import FewShotDataset, dataset_name
 from run_utils import EVAL_SPLITS
 from runs.distributed import PeerExited, get_world_size, is_first_to_report_error
 from runs.environment import device_name
-from runs.output_dir import classes_with_fewer_images, remove_stale_files, weights_path
+from runs.output_dir import (
+    classes_with_fewer_images,
+    eval_items,
+    remove_stale_files,
+    weights_path,
+)
 from runs.signals import Preempted
 from utils import format_error, one_line, truncate_list
 
@@ -47,37 +52,40 @@ def run_cli(main: Callable[[], int | None], prog: str = "main.py") -> int:
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
-    show_traceback = bool(os.environ.get("SO_TRACEBACK"))
     out, err = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err), closing(out), closing(err):
-        return _run(main, prog, show_traceback)
+        try:
+            return main() or 0
+        except (KeyboardInterrupt, Preempted) as stop:
+            return _report_signal(stop, prog)
+        except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+            message = _describe_error(error)
+            if not message or os.environ.get("SO_TRACEBACK"):
+                raise
+            if is_first_to_report_error():
+                print(one_line(f"{prog}: error: {message}"), file=sys.stderr)
+            return 2
 
 
-def _run(main: Callable[[], None], prog: str, show_traceback: bool) -> int:
-    """Run main, print its error, return the exit status."""
-    try:
-        return main() or 0
-    except (KeyboardInterrupt, Preempted) as stop:
-        peer_exited = isinstance(stop, PeerExited)
-        if show_traceback and peer_exited:
-            raise
-        signum, note = getattr(stop, "signum", signal.SIGINT), getattr(stop, "checkpoint_note", "")
-        cause = "the loss of another process" if peer_exited else signal.Signals(signum).name
-        if is_first_to_report_error(together=True):
-            print(f"\n{prog}: ended by {cause}{note and f'; {note}'}", file=sys.stderr)
-        return 2 if peer_exited else 128 + signum
-    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        out_of_memory |= "can't allocate memory" in str(error)  # torch's, on a CPU
-        if show_traceback or (isinstance(error, RuntimeError) and not out_of_memory):
-            raise
-        message = format_error(error)
-        if out_of_memory:
-            reason = message.partition("\n")[0] or "out of memory"
-            message = f"{reason}: lower --batch_size, or use --grad_accum_steps or --precision bf16"
-        if is_first_to_report_error():
-            print(one_line(f"{prog}: error: {message}"), file=sys.stderr)
-        return 2
+def _report_signal(stop: BaseException, prog: str) -> int:
+    """Print which signal ended the program, and from where it can go on; the exit status."""
+    signum, note = getattr(stop, "signum", signal.SIGINT), getattr(stop, "checkpoint_note", "")
+    cause, status = signal.Signals(signum).name, 128 + signum
+    if isinstance(stop, PeerExited):
+        cause, status = "the loss of another process", 2
+    if is_first_to_report_error(together=True):
+        print(f"\n{prog}: ended by {cause}{note and f'; {note}'}", file=sys.stderr)
+    return status
+
+
+def _describe_error(error: Exception) -> str:
+    """An error that the user can mend, in a sentence; "" for a bug."""
+    message = format_error(error)
+    memory_errors = (MemoryError, torch.cuda.OutOfMemoryError)
+    if isinstance(error, memory_errors) or "can't allocate memory" in message:  # torch's, on a CPU
+        reason = message.partition("\n")[0] or "out of memory"
+        return f"{reason}: lower --batch_size, or use --grad_accum_steps or --precision bf16"
+    return "" if isinstance(error, RuntimeError) else message
 
 
 class TolerantStream:
@@ -141,19 +149,16 @@ def print_run_summary(
     args: argparse.Namespace, dataset: FewShotDataset, method: str, device: torch.device
 ) -> None:
     """Print what is about to be trained; `method` describes that in words."""
-    evaluated = f"{len(dataset.test)} to test"
-    if args.eval_split == "val":
-        evaluated = f"{len(dataset.val)} to validate"
     fewer = classes_with_fewer_images(dataset, args.shots)
     repeated = [f"{name}: {count} different of {args.shots}" for name, count in fewer.items()]
     if repeated:
         print(f"note: images are repeated where a class has too few ({truncate_list(repeated)})")
-    processes = f"{get_world_size()} x " if get_world_size() > 1 else ""
     subsample = "" if args.subsample == "all" else f"{args.subsample} "
+    processes = f"{get_world_size()} x " if get_world_size() > 1 else ""
     print(
         f"{dataset_name(args.dataset)}: {len(dataset.classnames)} {subsample}classes, "
-        f"{len(dataset.train_x)} images to adapt with "
-        f"({args.shots} per class, seed {args.seed}), {evaluated}\n"
+        f"{len(dataset.train_x)} images to adapt with ({args.shots} per class, seed {args.seed}), "
+        f"{len(eval_items(dataset, args.eval_split))} to evaluate on\n"
         f"{args.backbone} on {processes}{device_name(device)}, {args.precision}:\n{method}",
         flush=True,
     )
@@ -169,14 +174,3 @@ def print_finished_run(
     weights = weights_path(output_dir, args)
     if args.save_weights and not weights.exists():
         print(f"note: it saved no {weights.name}; --overwrite runs it again", file=sys.stderr)
-
-
-def print_output_dir(args: argparse.Namespace, output_dir: Path) -> None:
-    """Print where the results are, and after the demo how to go on from it."""
-    print(f"\nResults: {output_dir}")
-    if args.dataset == "digits" and args.backbone == "ViT-Tiny/8":
-        method = "" if args.method == "so" else f" --method {args.method}"
-        print(
-            "The same with OpenAI's ViT-B/16 (downloaded once) on EuroSAT (see DATASETS.md):\n"
-            f"    python main.py --root_path $DATA --dataset eurosat --shots 16{method}"
-        )

@@ -14,7 +14,6 @@ from datasets import Datum, FewShotDataset
 from datasets.base import nfc
 from datasets.transforms import retry_disk_errors
 from run_utils import default_settings
-from utils import truncate_list
 
 # Flags that do not change the numbers.
 NON_HPARAMS = {
@@ -26,6 +25,13 @@ NON_HPARAMS = {
 COMPARED_BY_CONTENT = {
     "dataset", "backbone", "classnames", "template", "fewshot_split", "activation", "heads",
 }  # fmt: skip
+INPUT_TITLES = {
+    "backbone": "the backbone's weights, activation, heads or normalization",
+    "classnames": "the class names",
+    "template": "the prompts",
+    "train_images": "the few training images",
+    "test_images": "the test images",
+}
 TAIL_BYTES = 4096  # of an image file that are digested; another picture has others
 
 
@@ -78,14 +84,13 @@ def read_tail(path: str) -> bytes:
         return f"{size} ".encode() + file.read()
 
 
-def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> str:
-    """A readable diff between a saved run's identity and this one's; "" if they are the same run.
+def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What differs between a saved run's identity and this one's, in words.
 
     Raises:
         KeyError, TypeError, AttributeError: `saved` is not an identity.
     """
-    changes = diff_settings(saved["config"], current["config"])
-    return "; ".join(changes + diff_inputs(saved, current))
+    return diff_settings(saved["config"], current["config"]) + diff_inputs(saved, current)
 
 
 def diff_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -100,27 +105,11 @@ def diff_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 def diff_inputs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What differs in the content of weights, images, names and prompts, in words."""
-    there, here = saved["inputs"], current["inputs"]
-    changes = []
-    if there["backbone"] != here["backbone"]:
-        changes.append("the backbone differs (weights, activation, heads or normalization)")
-    if there["classnames"] != here["classnames"]:
-        only_there = [name for name in there["classnames"] if name not in here["classnames"]]
-        only_here = [name for name in here["classnames"] if name not in there["classnames"]]
-        changes.append(
-            f"the class names differ: {truncate_list(only_there) or 'no other'} there, "
-            f"{truncate_list(only_here) or 'no other'} here"
-        )
-    if there["template"] != here["template"]:
-        changes.append(f"the prompts differ ({there['template'][0]!r} there)")
+    changes = [
+        f"{title} differ"
+        for key, title in INPUT_TITLES.items()
+        if saved["inputs"][key] != current["inputs"][key]
+    ]
     if saved["data"]["digest"] != current["data"]["digest"] and not changes:
-        counts = (
-            "{train} train, {val} val, {test} test ({split} split)".format(**data)
-            for data in (saved["data"], current["data"])
-        )
-        changes.append("the images differ: {} there, {} here".format(*counts))
-    elif there["train_images"] != here["train_images"]:
-        changes.append("the few training images differ")
-    elif there["test_images"] != here["test_images"]:
-        changes.append("the content of the test images differs")
+        changes = ["the images that few shots are drawn from differ"]
     return changes

@@ -4,13 +4,10 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import re
-import tempfile
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from filelock import FileLock, Timeout
 
 import clip
 from datasets import DATASETS, FewShotDataset, dataset_name, dump_fewshot_split
-from run_utils import select_args
+from run_utils import EVAL_SPLITS, select_args
 from runs.identity import diff_inputs, diff_runs, get_hparams
 from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
 from utils import (
@@ -101,46 +98,27 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process is using it, or it cannot be created or written.
     """
-    path = output_dir / ".lock"
-    lock = FileLock(path)
+    lock = FileLock(output_dir / ".lock")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with suppress(NotImplementedError):  # filelock, of file systems without locks
             lock.acquire(timeout=0.1)
-    except Timeout:
-        owner = path.read_text(errors="replace").strip() or "another process"
-        raise ValueError(
-            f"{output_dir} is in use by {owner}: wait for its end, or use another --save_path"
-        ) from None
-    except OSError as error:
-        raise not_writable_error(output_dir, error) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {platform.node()}\n")
         for stale in output_dir.glob(".*.tmp"):  # of processes that were killed
             stale.unlink()
+    except Timeout:
+        raise ValueError(
+            f"{output_dir} is in use by another process: wait for its end, or use another "
+            "--save_path"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {output_dir} ({error.strerror}); use another --save_path"
+        ) from error
+    try:
         yield
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-
-
-def check_writable(output_dir: Path) -> None:
-    """Refuse a directory that cannot be written, before hours of work for a file in it.
-
-    Raises:
-        ValueError: It cannot be written.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise not_writable_error(output_dir, error) from error
-
-
-def not_writable_error(output_dir: Path, error: OSError) -> ValueError:
-    """The error of an output directory that cannot be written."""
-    return ValueError(f"cannot write to {output_dir} ({error.strerror}); use another --save_path")
 
 
 # Writing
@@ -151,11 +129,8 @@ def save_run_inputs(output_dir: Path, args: argparse.Namespace, dataset: FewShot
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "overrides")}
     settings.update(overwrite=False, eval_only=False, resume=False)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    try:
-        atomic_write(output_dir / "config.yaml", text)
-        atomic_write(output_dir / "fewshot.json", dump_fewshot_split(dataset))
-    except OSError as error:
-        raise not_writable_error(output_dir, error) from error
+    atomic_write(output_dir / "config.yaml", text)
+    atomic_write(output_dir / "fewshot.json", dump_fewshot_split(dataset))
 
 
 def save_curve(output_dir: Path, rows: Sequence[tuple]) -> None:
@@ -180,27 +155,24 @@ def save_result(
         summary: The run's identity, accuracies and what else is known; written as it is.
     """
     labels, preds, probs = predictions
-    classnames = unique_classnames(dataset.classnames)
-    accuracies = per_class_accuracy(labels, preds, len(classnames))
+    names, titles = dataset.classnames, unique_classnames(dataset.classnames)
+    accuracies = per_class_accuracy(labels, preds, len(names))
     result = {
         **select_args(args, *PATH_KEYS),
         "dataset": dataset_name(args.dataset),
         **summary,
         "macro_f1": predictions.macro_f1,
         "ece": expected_calibration_error(preds == labels, probs),
-        "per_class": dict(zip(classnames, accuracies, strict=True)),
-        "classnames": dataset.classnames,
+        "per_class": dict(zip(titles, accuracies, strict=True)),
+        "classnames": names,
         "template": dataset.template,
         "fewer_images": classes_with_fewer_images(dataset, args.shots),
     }
-    items, names = eval_items(dataset, args.eval_split), dataset.classnames
-    paths = [Path(os.path.relpath(item.impath, dataset.image_dir)).as_posix() for item in items]
-    rows = [
-        (path, label, pred, prob, names[label], names[pred])
-        for path, label, pred, prob in zip(
-            paths, labels.tolist(), preds.tolist(), probs.tolist(), strict=True
-        )
-    ]
+    items = eval_items(dataset, args.eval_split)
+    rows = []
+    for item, label, pred, prob in zip(items, *(x.tolist() for x in predictions), strict=True):
+        path = Path(os.path.relpath(item.impath, dataset.image_dir)).as_posix()
+        rows.append((path, label, pred, prob, names[label], names[pred]))
     atomic_write(output_dir / "predictions.csv", to_csv(PREDICTION_COLUMNS, rows))
     (output_dir / "transfer.json").unlink(missing_ok=True)
     if not args.save_weights:
@@ -210,10 +182,9 @@ def save_result(
 
 def classes_with_fewer_images(dataset: FewShotDataset, shots: int) -> dict[str, int]:
     """Classes with fewer different training images than shots, and how many; they are repeated."""
-    paths = defaultdict(set)
-    for item in dataset.train_x:
-        paths[item.classname].add(item.impath)
-    return {name: len(images) for name, images in paths.items() if len(images) < shots}
+    images = dict.fromkeys((item.classname, item.impath) for item in dataset.train_x)
+    counts = Counter(name for name, _ in images)
+    return {name: count for name, count in counts.items() if count < shots}
 
 
 def eval_items(dataset: FewShotDataset, split: str) -> list[Any]:
@@ -224,8 +195,7 @@ def eval_items(dataset: FewShotDataset, split: str) -> list[Any]:
     """
     items = dataset.val if split == "val" else dataset.test
     if not items:
-        title = "validation" if split == "val" else "test"
-        raise ValueError(f"{dataset.name} has no {title} images to measure accuracy on")
+        raise ValueError(f"{dataset.name} has no {EVAL_SPLITS[split]} images to evaluate on")
     return items
 
 
@@ -237,45 +207,25 @@ def load_finished_result(
 ) -> dict[str, Any] | None:
     """The result of this very run (`runs.identity`), if the directory has it.
 
+    With --eval_only there is none, but images and names must be those of the run.
+
     Raises:
         ValueError: The directory has the result of another run, or a damaged one, and --overwrite
             is not set.
     """
     path = output_dir / "result.json"
-    if args.overwrite or args.eval_only or not path.exists():
+    if args.overwrite or not path.exists():
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        changes = diff_runs(result, identity)
-        for key in ("zero_shot_accuracy", "final_accuracy"):
-            float(result[key])
+        changes = diff_inputs(result, identity) if args.eval_only else diff_runs(result, identity)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's result ({error!r}); {OVERWRITE_HINT}") from error
+        raise ValueError(f"{path} is damaged ({error!r}); {OVERWRITE_HINT}") from error
     if changes:
         raise ValueError(
-            f"{output_dir} has the result of another run ({changes}); {OVERWRITE_HINT}"
+            f"{output_dir} has the result of another run ({'; '.join(changes)}); {OVERWRITE_HINT}"
         )
-    return result
-
-
-def check_weights_fit(weights: Path, identity: dict[str, Any]) -> None:
-    """Refuse to evaluate a run's weights on other images or names than its own.
-
-    Raises:
-        ValueError: The images were divided otherwise, replaced or renamed since the run.
-    """
-    path = weights.with_name("result.json")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        inputs = {**identity["inputs"], "backbone": result["inputs"]["backbone"]}
-        changes = diff_inputs(result, {**identity, "inputs": inputs})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # weights without their run
-    if changes:
-        raise ValueError(
-            f"{weights} was trained on another task ({'; '.join(changes)}): its training images "
-            "may be among the test images now; restore the data, or train again with --overwrite"
-        )
+    return None if args.eval_only else result
 
 
 def remove_stale_files(output_dir: Path) -> None:
@@ -285,22 +235,7 @@ def remove_stale_files(output_dir: Path) -> None:
             (output_dir / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def find_saved_weights(output_dir: Path, args: argparse.Namespace) -> Path:
-    """The weights that a finished run has saved.
-
-    Raises:
-        FileNotFoundError: It has saved none.
-    """
-    path = weights_path(output_dir, args)
-    if path.is_file():
-        return path
-    raise FileNotFoundError(
-        f"{output_dir} has a result but no {path.name}, with which --test_on tests a finished "
-        "run: --overwrite --save_weights runs it again and saves them"
-    )
-
-
-def find_eval_weights(output_dir: Path, args: argparse.Namespace) -> tuple[Path, float]:
+def find_eval_weights(args: argparse.Namespace) -> tuple[Path, float]:
     """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
 
     Without weights of their own, new classes are evaluated with those of the run on base classes.
@@ -311,19 +246,18 @@ def find_eval_weights(output_dir: Path, args: argparse.Namespace) -> tuple[Path,
     Raises:
         FileNotFoundError: There are none.
     """
-    state_dict = Path(args.save_path, f"{args.filename}.pt")
-    unscaled = copy(args)
-    unscaled.overrides = [key for key in args.overrides if key != "wise"]
+    unscaled = [key for key in args.overrides if key != "wise"]
     candidates = []
-    for run, alpha in ((args, 1.0), (unscaled, args.wise)):
+    for overrides, alpha in ((args.overrides, 1.0), (unscaled, args.wise)):
         for subsample in ("new", "base") if args.subsample == "new" else (args.subsample,):
-            other = copy(run)
-            other.subsample = subsample
-            candidates.append((weights_path(get_output_dir(other), args), alpha))
-    for path, alpha in (*candidates, (state_dict, args.wise)):
+            settings = {**vars(args), "overrides": overrides, "subsample": subsample}
+            output_dir = get_output_dir(argparse.Namespace(**settings))
+            candidates.append((weights_path(output_dir, args), alpha))
+    candidates.append((Path(args.save_path, f"{args.filename}.pt"), args.wise))
+    for path, alpha in candidates:
         if path.is_file():
             return path, alpha
     raise FileNotFoundError(
-        f"there are no weights to evaluate: neither {weights_path(output_dir, args)}, which "
-        f"--save_weights writes, nor a whole state dict at {state_dict}"
+        f"there are no weights to evaluate: neither {candidates[0][0]}, which --save_weights "
+        f"writes, nor a whole state dict at {candidates[-1][0]}"
     )

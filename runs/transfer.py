@@ -8,11 +8,8 @@ from typing import Any
 
 from datasets import FewShotDataset, build_test_dataset, dataset_name
 from runs.cli import print_accuracy
-from runs.output_dir import not_writable_error
 from runs.records import read_transfer
 from utils import Predictions, atomic_write
-
-TRANSFER_FILENAME = "transfer.json"
 
 
 def build_transfer_datasets(args: argparse.Namespace) -> dict[str, FewShotDataset]:
@@ -39,19 +36,14 @@ def load_known_targets(
         output_dir: The run's directory.
         fingerprints: FewShotDataset.fingerprint of each target, by name.
     """
-    entries = _read_entries(output_dir)
-    return {
-        name: entries[name]
-        for name, data in fingerprints.items()
-        if name in entries and entries[name]["data"] == data
-    }
+    entries = read_transfer(output_dir / "transfer.json")
+    return {name: e for name, e in entries.items() if e["data"] == fingerprints.get(name)}
 
 
 def print_known_targets(output_dir: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
     """Print what transfer.json has of the targets; return the names of the others."""
-    entries = load_known_targets(
-        output_dir, {name: task.fingerprint for name, task in targets.items()}
-    )
+    fingerprints = {name: dataset.fingerprint for name, dataset in targets.items()}
+    entries = load_known_targets(output_dir, fingerprints)
     for name, entry in entries.items():
         for kind in ("zero_shot_accuracy", "final_accuracy"):
             print_accuracy(kind, entry[kind], "test", name)
@@ -64,18 +56,9 @@ def save_transfer(
     zero_shot: Mapping[str, Predictions],
     final: Mapping[str, Predictions],
 ) -> None:
-    """Write accuracies in percent into transfer.json; entries of other targets stay.
-
-    Args:
-        output_dir: The run's directory.
-        targets: By name.
-        zero_shot: Predictions before training, by name.
-        final: Predictions after training, by name.
-    """
-    entries = _read_entries(output_dir)
+    """Write the targets' accuracies before and after training; entries of other targets stay."""
+    entries = read_transfer(output_dir / "transfer.json")
     for name, dataset in targets.items():
-        if name not in final:
-            continue
         entries[name] = {
             "zero_shot_accuracy": zero_shot[name].accuracy,
             "final_accuracy": final[name].accuracy,
@@ -83,15 +66,4 @@ def save_transfer(
             "images": len(dataset.test),
             "data": dataset.fingerprint,
         }
-    try:
-        atomic_write(output_dir / TRANSFER_FILENAME, json.dumps(entries, indent=2) + "\n")
-    except OSError as error:
-        raise not_writable_error(output_dir, error) from error
-
-
-def _read_entries(output_dir: Path) -> dict[str, dict[str, Any]]:
-    """transfer.json's entries; none where it is missing or damaged."""
-    try:
-        return read_transfer(output_dir / TRANSFER_FILENAME)
-    except (ValueError, OSError):
-        return {}
+    atomic_write(output_dir / "transfer.json", json.dumps(entries, indent=2) + "\n")

@@ -206,8 +206,8 @@ def test_damaged_checkpoint_is_refused(checkpoint, flags, tmp_path):
 def test_other_checkpoint_is_refused(checkpoint, flags, tmp_path):
     content = load(checkpoint)
     for words, entries in (
-        ("the images differ: 7 train", {"data": content["data"] | {"digest": "", "train": 7}}),
-        ("the backbone differs", {"inputs": content["inputs"] | {"backbone": "0"}}),
+        ("images that few shots", {"data": content["data"] | {"digest": ""}}),
+        ("the backbone's weights", {"inputs": content["inputs"] | {"backbone": "0"}}),
         ("written by another version of this software", {"version": 1}),
         ("lr 0.1 there, 0.001 here", {"config": content["config"] | {"lr": 0.1}}),
     ):

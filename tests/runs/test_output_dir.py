@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -17,7 +16,7 @@ from commands import call_main, outcome, refused, result_of, run, run_folder
 
 from run_utils import get_arguments
 from runs import environment
-from runs.output_dir import check_writable, get_output_dir, lock_output_dir
+from runs.output_dir import get_output_dir, lock_output_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,8 +129,8 @@ def test_other_result_is_refused(command, tmp_path):
     config = result["config"]
     for words, text in (
         ("(lr 0.5 there, 0.001 here)", json.dumps({**result, "config": {**config, "lr": 0.5}})),
-        ("is not a run's result", json.dumps({**result, "data": None})),
-        ("is not a run's result", '{"final_accuracy": '),
+        ("is damaged", json.dumps({**result, "data": None})),
+        ("is damaged", '{"final_accuracy": '),
     ):
         path.write_text(text)
         message = refused(*command)
@@ -151,7 +150,7 @@ def test_weights_of_other_model_refused(command, tmp_path):
     run(*command)
     other = tmp_path / "tiny vit.pt"  # another model of the same name
     torch.save(random_state_dict({**TINY_VIT, "context_length": 48}, seed=1), other)
-    assert "other weights" in refused(*command, "--eval_only", "--backbone", other)
+    assert "the backbone's weights" in refused(*command, "--eval_only", "--backbone", other)
     path = run_folder(tmp_path) / "mine.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert "mine.safetensors is damaged" in refused(*command, "--eval_only")
@@ -170,18 +169,18 @@ def test_authors_state_dict_is_evaluated(command, data, tmp_path):
     evaluated = run(*command, "--eval_only").splitlines()[-1]
     assert evaluated == zero_shot.replace("Zero-shot CLIP's test", "Test")
     path.write_bytes((data / "tiny-resnet.pt").read_bytes())
-    assert "weights.pt does not hold weights of" in refused(*command, "--eval_only")
+    assert "weights.pt does not hold weights of this model" in refused(*command, "--eval_only")
 
 
 # Its lock
 
 
-def test_lock_names_its_process(command, tmp_path):
+def test_locked_output_dir_is_refused(command, tmp_path):
     run(*command, "--n_iters", 1)
     folder = run_folder(tmp_path)
     with lock_output_dir(folder):
         message = refused(*command, "--n_iters", 1, "--overwrite")
-        assert f"in use by process {os.getpid()} on " in message and "--save_path" in message
+        assert "in use by another process" in message and "--save_path" in message
         assert (folder / ".lock").exists()
     assert not (folder / ".lock").exists()
 
@@ -208,8 +207,6 @@ def test_unwritable_output_dir_is_named(command, tmp_path):
     (tmp_path / "file").write_text("")
     message = refused(*command, "--save_path", tmp_path / "file/x")
     assert "cannot write to" in message and "--save_path" in message
-    with pytest.raises(ValueError, match="cannot write to .*missing"):
-        check_writable(tmp_path / "missing")
 
 
 # The machine that it records
