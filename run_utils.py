@@ -16,15 +16,11 @@ import clip
 from datasets import DATASETS, SUBSAMPLES, get_dataset_info
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, MOMENTS
 from optimizers.build import ABLATION_DEFAULTS, METHODS, POSITIONS
-from utils import REPO_ROOT, did_you_mean, one_line, user_path
+from utils import REPO_ROOT, did_you_mean, one_line
 
 DEMO_CONFIG = str(REPO_ROOT / "configs" / "digits.yaml")  # what `python main.py` runs
 EVAL_SPLITS = {"test": "test", "val": "validation"}  # images that accuracies are measured on
-MAX_INT = 10**18  # torch does not take far larger ones
-
-
-class UsageError(ValueError):
-    """The arguments of a program cannot be used."""
+MAX_NUMBER = 10**18  # torch does not take far larger integers
 
 
 def get_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,7 +37,7 @@ def get_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value than they would have had.
 
     Raises:
-        UsageError: An argument or an entry of the file is unknown, or its value is not allowed.
+        ValueError: An argument or an entry of the file is unknown, or its value is not allowed.
     """
     parser = get_parser()
     explicit = explicit_args(parser, argv)
@@ -67,63 +63,56 @@ def get_parser() -> argparse.ArgumentParser:
         description="Adapt CLIP to an image classification task from a few images per class. "
         "Without arguments: handwritten digits and a tiny CLIP, nothing to download.",
     )
+    path = os.path.expanduser  # which shells do not do in --flag=~/x
+    count, positive = bounded_number(int, 0), bounded_number(int, 1)
     switch = dict(action=argparse.BooleanOptionalAction)
-    cores = os.cpu_count() or 1
+    ablation = ABLATION_DEFAULTS
 
     add = parser.add_argument_group("task").add_argument
     add("--dataset", type=dataset_arg, default="dtd", metavar="NAME|PATH",
         help=f"name of a dataset ({', '.join(DATASETS)}), or path of your own images: a folder of "
         "class folders, a CSV or a JSON")
-    add("--root_path", type=user_path, help="folder of all datasets, laid out as DATASETS.md says")
-    add("--classnames", type=user_path, metavar="FILE.yaml",
+    add("--root_path", type=path, help="folder of all datasets, laid out as DATASETS.md says")
+    add("--classnames", type=path, metavar="FILE.yaml",
         help="names for the prompts, by folder or label of the class")
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the class name, averaged where there are several; `dataset` for "
         "the one that CoOp has for this dataset, `clip` for seven general ones")
-    add("--fewshot_split", "--fewshot_list", type=user_path, metavar="FILE",
-        help="list of the training and validation images to use instead of a draw: a run's "
-        "fewshot.json, or 2SFS's .jsonl")
-    add("--subsample", type=one_of("subsample", SUBSAMPLES), default="all",
-        help="classes of the task: all; base, the first half, tested on the new ones too; or new")
+    add("--fewshot_split", "--fewshot_list", type=path, metavar="FILE",
+        help="training and validation images instead of a draw: a run's fewshot.json, or 2SFS's")
+    add("--subsample", choices=SUBSAMPLES, default="all",
+        help="classes of the task; base are the first half, tested on the new ones too")
     add("--shots", type=bounded_number(int, 1, 10**6), default=1, help="training images per class")
-    add("--seed", type=bounded_number(int, 0), default=3,
-        help="seed of the few shots and of everything random in the run")
+    add("--seed", type=count, default=3, help="seed of the few shots and of all that is random")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", type=backbone_arg, default="ViT-B/16",
-        help="name of a CLIP, or path of a checkpoint")
-    add("--activation", type=one_of("activation", ["quickgelu", "gelu"]),
+    add("--backbone", type=backbone_arg, default="ViT-B/16", help="name or checkpoint of a CLIP")
+    add("--activation", choices=("quickgelu", "gelu"),
         help="activation that the backbone was trained with, where no configuration says so")
     add("--heads", type=bounded_number(int, 1, 1024), nargs=2, metavar=("VISION", "TEXT"),
         help="attention heads of the two towers, where no configuration says so")
-    add("--encoder", type=one_of("encoder", ["text", "vision", "both"]), default="both",
-        help="towers to adapt: text, vision or both")
-    add("--position", type=one_of("position", list(POSITIONS)), default="all",
-        help=f"layers to adapt: {', '.join(POSITIONS)}")
+    add("--encoder", choices=("text", "vision", "both"), default="both", help="towers to adapt")
+    add("--position", choices=tuple(POSITIONS), default="all", help="layers to adapt")
     add("--logit_scale", type=logit_scale_arg, default=100.0,
         help="factor of cos(image, text); `checkpoint` for the one that the weights carry")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", type=one_of("method", METHODS), default="so",
-        help="so, adam (on the same matrices), or lora (on queries, keys and values)")
+    add("--method", choices=METHODS, default="so",
+        help="adam trains the same matrices as so; lora queries, keys and values")
     add("--s", "--sparsity", type=bounded_number(float, 0, 1, exclusive="high"), default=0.99995,
         help="sparsity of so: its density is 1 - s")
-    add("--t", type=bounded_number(int, 1), default=5,
-        help="refresh interval T of so's gradient support, in iterations")
-    add("--grad_support", type=one_of("support", GRAD_SUPPORTS),
-        default=ABLATION_DEFAULTS["grad_support"],
+    add("--t", type=positive, default=5, help="iterations that so keeps its gradient support for")
+    add("--grad_support", choices=GRAD_SUPPORTS, default=ablation["grad_support"],
         help="ablation of so's gradient support: random, or by magnitude of the gradient")
-    add("--moment_support", type=one_of("support", MOMENT_SUPPORTS),
-        default=ABLATION_DEFAULTS["moment_support"],
+    add("--moment_support", choices=MOMENT_SUPPORTS, default=ablation["moment_support"],
         help="ablation of so's moment support: by magnitude of the first moment, random, fixed, "
         "or reset to the gradient support at each refresh")
-    add("--moments", type=one_of("moments", MOMENTS), default=ABLATION_DEFAULTS["moments"],
-        help="ablation of so's moments: adam; none, signSGD")
-    add("--bias_correction", type=one_of("bias correction", ["tensor", "entry"]),
-        default=ABLATION_DEFAULTS["bias_correction"],
-        help="steps that so's bias corrections count: all of the tensor, as in the paper, or those "
-        "since each entry entered the support")
-    add("--rank", type=bounded_number(int, 1), default=2, help="rank of lora's adapters")
+    add("--moments", choices=MOMENTS, default=ablation["moments"],
+        help="ablation of so's moments; none is signSGD")
+    add("--bias_correction", choices=("tensor", "entry"), default=ablation["bias_correction"],
+        help="steps that so's bias corrections count: all, as in the paper, or those since each "
+        "entry entered the support")
+    add("--rank", type=positive, default=2, help="rank of lora's adapters")
     add("--wise", type=bounded_number(float, 0), default=1.0, metavar="ALPHA",
         help="WiSE-FT: evaluate and save base + ALPHA * (trained - base)")
 
@@ -132,58 +121,52 @@ def get_parser() -> argparse.ArgumentParser:
         help="learning rate of the first iteration; a cosine takes it down to 1e-6")
     add("--n_iters", type=bounded_number(int, 0, 10**9), default=2000,
         help="iterations per shot; 0 measures only the zero-shot accuracy")
-    add("--early_stop_loss", type=bounded_number(float, -math.inf), default=0.01,
+    add("--early_stop_loss", type=bounded_number(float, -MAX_NUMBER), default=0.01,
         help="stop when an epoch's mean loss falls below this; negative: never")
-    add("--batch_size", type=bounded_number(int, 1), default=32, help="images per iteration")
-    add("--grad_accum_steps", type=bounded_number(int, 1), default=1,
+    add("--batch_size", type=positive, default=32, help="images per iteration")
+    add("--grad_accum_steps", type=positive, default=1,
         help="micro-batches that each batch is computed in, to save memory")
     add("--crop_scale", type=bounded_number(float, 0, 1, exclusive="low"), nargs=2,
-        default=[0.08, 1.0], metavar=("MIN", "MAX"),
-        help="area of the random crop, as a fraction of the image")
+        default=[0.08, 1.0], metavar=("MIN", "MAX"), help="area of the crop, of 1 for the image")
     add("--crop_ratio", type=bounded_number(float, 0, exclusive="low"), nargs=2,
-        default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"), help="width / height of the random crop")
-    add("--flip", **switch, default=True,
-        help="mirror each training image with probability one half")
-    add("--precision", type=one_of("precision", ["fp32", "bf16", "fp16"]), default="fp32",
-        help="precision of the matrix products: fp32, bf16 or fp16; weights stay in fp32")
-    add("--class_batch_size", type=bounded_number(int, 0), default=0,
-        help="classes whose prompts are encoded at once, to save memory at the cost of time; "
-        "0 for all")
+        default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"), help="width / height of the crop")
+    add("--flip", **switch, default=True, help="mirror every other training image, at random")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+        help="precision of the matrix products; weights stay in fp32")
+    add("--class_batch_size", type=count, default=0,
+        help="classes whose prompts are encoded at once, to save memory; 0 for all")
     add("--dense_grad", **switch, default=False,
         help="compute whole weight gradients, not only the entries that so reads")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_every", type=bounded_number(int, 0), default=0,
+    add("--eval_every", type=count, default=0,
         help="iterations between two test accuracies in curve.csv; 0 for only the final one")
-    add("--eval_split", type=one_of("split", list(EVAL_SPLITS)), default="test",
-        help="images to evaluate on: test, or val, the few validation images, to choose "
-        "settings by")
-    add("--final_model", type=one_of("model", ["last_step", "best_val"]), default="last_step",
-        help="weights to evaluate and save: those of the last step, or those with the best "
-        "accuracy on the few validation images, looked at every --eval_every iterations")
+    add("--eval_split", choices=tuple(EVAL_SPLITS), default="test",
+        help="images to evaluate on; val, the few validation images, to choose settings by")
+    add("--final_model", choices=("last_step", "best_val"), default="last_step",
+        help="weights to evaluate and save: of the last step, or with the best accuracy on the few "
+        "validation images, looked at every --eval_every iterations")
     add("--test_on", type=dataset_arg, nargs="+", metavar="NAME",
         help="other datasets to test on after training, or with a finished run's weights")
 
     add = parser.add_argument_group("machine").add_argument
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # of old launchers
     add("--device", help="device, such as cuda, cuda:1, mps or cpu; the first of these by default")
-    add("--num_workers", type=bounded_number(int, 0, 1024), default=min(8, cores),
+    add("--num_workers", type=bounded_number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
         help="threads that prepare images")
     add("--threads", type=bounded_number(int, 1, 1024), help="torch's threads on a CPU")
-    add("--cache_mb", type=bounded_number(int, 0), default=2048,
-        help="memory for decoded images, in MB")
+    add("--cache_mb", type=count, default=2048, help="memory for decoded images, in MB")
 
     add = parser.add_argument_group("files").add_argument
-    add("--config", type=user_path, help="YAML file of settings; flags win over it")
-    add("--save_path", type=user_path, default="results",
+    add("--config", type=path, help="YAML file of settings; flags win over it")
+    add("--save_path", type=path, default="results",
         help="folder of all results; given, it implies --save_weights")
     add("--filename", default="weights", help="name of the weights file, without its suffix")
     add("--save_weights", **switch, default=False, help="save the trained matrices")
-    add("--checkpoint_every", type=bounded_number(int, 0), default=500,
+    add("--checkpoint_every", type=count, default=500,
         help="iterations between two checkpoints; 0 for those at interruptions only")
     add("--resume", **switch, default=False, help="continue from the checkpoint, if there is one")
-    add("--overwrite", **switch, default=False,
-        help="replace a result or checkpoint in the run's folder")
+    add("--overwrite", **switch, default=False, help="replace the run's result or checkpoint")
     add("--eval_only", **switch, default=False, help="evaluate saved weights, without training")
     return parser
 # fmt: on
@@ -207,29 +190,21 @@ def explicit_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
         flags = [option for action in parser._actions for option in action.option_strings]
         hint = did_you_mean(unknown[0].split("=")[0], flags)
         parser.error(f"unknown argument {unknown[0]!r}{hint}; --help lists all")
-    for key, value in vars(values).items():
-        if value == []:  # argparse of Python 3.11 and older takes "--" out of --key=--
-            parser.error(f"argument --{key}: expected a value")
     return {key: value for key, value in vars(values).items() if value is not None}
 
 
 def load_yaml_config(
     parser: argparse.ArgumentParser, path: Path, explicit: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """The settings in a YAML file, which are read as the flags that they are.
 
-    They are read as the flags that they are. A setting may be a mapping from methods to values. One
-    that the command line overrides, such as the path of a folder that has moved, need not be valid.
-
-    Raises:
-        UsageError: The file is not YAML, or an entry is unknown or not allowed.
+    A setting may be a mapping from methods to values. One that the command line overrides, such as
+    the path of a folder that has moved, need not be valid.
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        parser.error(f"argument --config: cannot read {path}: {error.strerror}")
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        parser.error(f"argument --config: {path} is not YAML: {error}")
+    except Exception as error:  # yaml lets errors of many kinds through
+        parser.error(f"argument --config: {path} cannot be read as YAML: {error}")
     if not isinstance(entries, dict):
         parser.error(f"argument --config: {path} must hold lines of the form `key: value`")
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
@@ -252,17 +227,13 @@ def load_yaml_config(
 
 
 def to_flag(action: argparse.Action, value: Any) -> list[str]:
-    """The arguments of a command line that give a value of a YAML file.
-
-    Raises:
-        ValueError: It is no value of a flag of this kind.
-    """
-    is_switch = isinstance(action, argparse.BooleanOptionalAction)
-    if is_switch != isinstance(value, bool) or isinstance(value, dict):
-        kind = "true or false" if is_switch else "a plain value or a list"
-        raise ValueError(f"key {action.dest!r}: must be {kind}, not {value!r}")
-    if is_switch:
+    """A value of a YAML file as the arguments of a command line."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"key {action.dest!r}: must be true or false, not {value!r}")
         return [f"--{action.dest}" if value else f"--no-{action.dest}"]
+    if isinstance(value, bool | dict):
+        raise ValueError(f"key {action.dest!r}: must be a plain value or a list, not {value!r}")
     if isinstance(value, list):
         return [f"--{action.dest}", *map(str, value)]
     return [f"--{action.dest}={value}"]
@@ -301,70 +272,48 @@ class _MainParser(argparse.ArgumentParser):
     """An ArgumentParser that raises errors: of several processes, one prints them (runs.cli)."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise ValueError(message)
 
 
 # Parser types
 
 
-def one_of(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
-    """A parser type: one of the valid names."""
-
-    def parse(name: str) -> str:
-        if name in valid:
-            return name
-        raise argparse.ArgumentTypeError(
-            f"unknown {kind} {name!r}{did_you_mean(name, valid)}; valid: {', '.join(valid)}"
-        )
-
-    return parse
-
-
 def bounded_number(
-    kind: type, low: float, high: float = math.inf, exclusive: str = ""
+    kind: type, low: float, high: float = MAX_NUMBER, exclusive: str = ""
 ) -> Callable[[str], Any]:
-    """A parser type: an int or float from low to high; `exclusive` names bounds left out."""
-    high = min(high, MAX_INT) if kind is int else high
-    bounds = []
-    if low > -math.inf:
-        bounds.append((">" if "low" in exclusive else ">=") + f" {low:g}")
-    if high < math.inf:
-        bounds.append(("<" if "high" in exclusive else "<=") + f" {high:g}")
-    wanted = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)])
+    """A parser type: an int or float from low to high; `exclusive` names a bound left out."""
+    less = ["<" if exclusive == bound else "<=" for bound in ("low", "high")]
+    noun = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-            inside = low <= value <= high and math.isfinite(value)
         except (ValueError, OverflowError):
-            value, inside = None, False
-        excluded = {"low": [low], "high": [high], "": []}[exclusive]
-        if not inside or value in excluded:
-            raise argparse.ArgumentTypeError(f"must be {wanted.strip()}, not {text!r}")
+            value = math.nan
+        if not low <= value <= high or value == {"low": low, "high": high}.get(exclusive):
+            raise argparse.ArgumentTypeError(
+                f"must be {noun} x with {low:g} {less[0]} x {less[1]} {high:g}, not {text!r}"
+            )
         return value
 
     return parse
 
 
-def backbone_arg(name: str) -> str:
-    """A parser type: a name or path that `clip.load` would find."""
-    name = user_path(name)
-    try:
-        clip.validate_name(name)
-    except (ValueError, FileNotFoundError) as error:
-        sentence = str(error).replace("unknown model", "unknown backbone")  # as the flag calls it
-        raise argparse.ArgumentTypeError(sentence) from None
-    return name
+def name_or_path(check: Callable[[str], object]) -> Callable[[str], str]:
+    """A parser type: a name or path that the function does not refuse, with ~ expanded."""
+
+    def parse(text: str) -> str:
+        try:
+            check(os.path.expanduser(text))
+        except (ValueError, FileNotFoundError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return os.path.expanduser(text)
+
+    return parse
 
 
-def dataset_arg(name: str) -> str:
-    """A parser type: a known dataset's name, or the path of one's own images."""
-    name = user_path(name)
-    try:
-        get_dataset_info(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name
+backbone_arg = name_or_path(clip.validate_name)
+dataset_arg = name_or_path(get_dataset_info)
 
 
 def logit_scale_arg(text: str) -> float | str:

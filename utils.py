@@ -169,11 +169,6 @@ def to_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:
 # Texts for messages
 
 
-def user_path(text: str) -> str:
-    """A path as given on a command line, with ~ expanded: shells do not in --flag=~/x."""
-    return os.path.expanduser(text)
-
-
 def one_line(text: str) -> str:
     """A text on one line, white space as single spaces, unprintable characters escaped.
 

@@ -31,7 +31,7 @@ from clip.resnet import TOTAL_STRIDE
 from clip.simple_tokenizer import END, START, SimpleTokenizer
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers.delta import apply_delta, read_delta
-from run_utils import OneLineErrorParser, one_of
+from run_utils import OneLineErrorParser
 from runs.cli import run_cli
 from runs.records import Run, read_run
 from runs.weights import find_saved_run, resolve_base, save_state_dict
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineErrorParser(prog="export.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("source", type=Path, metavar="RUN_OR_WEIGHTS", help="folder of a run, or its weights")
-    add("--to", type=one_of("format", [*EXPORTERS]), required=True, help=", ".join(EXPORTERS))
+    add("--to", choices=list(EXPORTERS), required=True)
     add("--out", type=Path, required=True, help="file (openai) or folder to write")
     add("--base", help="name or path of the base (the backbone that the weights name)")
     args = parser.parse_args(argv)

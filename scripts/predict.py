@@ -33,14 +33,7 @@ from runs.cli import run_cli
 from runs.environment import get_default_device, set_up_device
 from runs.records import Run
 from runs.weights import find_saved_run, load_run_model
-from utils import (
-    format_error,
-    one_line,
-    to_csv,
-    truncate_list,
-    unique_classnames,
-    user_path,
-)
+from utils import format_error, one_line, to_csv, truncate_list, unique_classnames
 
 BATCH_SIZE = 64
 
@@ -53,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
     add("--top", type=bounded_number(int, 1), default=5, help="classes for each image (5)")
     add("--csv", action="store_true", help="print CSV with a header")
-    add("--backbone", type=user_path, help="the pretrained model, if it has moved: name or path")
+    add("--backbone", type=os.path.expanduser, help="the pretrained model, if it has moved")
     add("--device", default=get_default_device(), help="device, such as cuda or cpu")
     args = parser.parse_args(argv)
     errors = []

@@ -10,7 +10,6 @@ from twin import Twin, mask
 import main
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, SOVariant
 from optimizers.SparseOptimizer import SO
-from run_utils import UsageError
 
 SETTINGS = dict(lr=1e-2, density_ratio=0.1, T=3, seed=5)
 
@@ -169,7 +168,7 @@ def test_ablations_have_own_folders(tmp_path):
     run = "seed3-grad_support_magnitude-moment_support_fixed-n_iters_2"
     result = json.loads((folder / run / "result.json").read_text())
     assert result["method"] == "so" and result["config"]["grad_support"] == "magnitude"
-    with pytest.raises(UsageError, match="belongs to --method so"):
+    with pytest.raises(ValueError, match="belongs to --method so"):
         main.main([*common, "--method", "adam", "--moment_support", "random"])
 
 

@@ -151,7 +151,7 @@ def test_export_errors_are_one_line(vit_run, resnet_run, tmp_path, monkeypatch):
     assert "has no result.json" in error(tmp_path, "--to", "openai", "--out", out)
     assert "no weights at" in error(tmp_path / "gone.safetensors", "--to", "onnx", "--out", out)
     assert "unknown model 'ViT'" in error("ViT", "--to", "openai", "--out", out)
-    assert "unknown format 'hf'" in error(vit_run, "--to", "hf", "--out", out)
+    assert "invalid choice: 'hf'" in error(vit_run, "--to", "hf", "--out", out)
     assert f"--out {bare} exists" in error(vit_run, "--to", "open_clip", "--out", bare)
     assert "no CLIP with a ResNet" in error(resnet_run, "--to", "transformers", "--out", out)
     assert "name the folder of a run" in error(weights, "--to", "onnx", "--out", out)
