@@ -176,7 +176,7 @@ def test_eval_split_val_is_measured(tmp_path, capsys):
     common = ["--shots", "1", "--n_iters", "2", "--num_workers", "0", "--eval_split", "val"]
     main.main([*common, "--save_path", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "10 to validate" in text and "Final validation accuracy" in text
+    assert "10 to evaluate on" in text and "Final validation accuracy" in text
     assert "test accuracy" not in text
     result = json.loads(next(tmp_path.rglob("result.json")).read_text())
     assert result["final_accuracy"] % 10 == 0  # of ten images
