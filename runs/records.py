@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -53,12 +53,12 @@ class Run:
     macro_f1: float | None = None  # mean F1 score of the classes, in percent
 
 
+RESULT_FIELDS = fields(Run)[4:]
 RESULT_TYPES = {
     field.name: get_origin(field.type) or field.type
-    for field in fields(Run)[4:]
+    for field in RESULT_FIELDS
     if field.default is MISSING
 }
-OPTIONAL_FIELDS = [field.name for field in fields(Run) if field.default is None]
 DATA_TYPES = {"split": str, "digest": str}  # of `data`
 TRANSFER_TYPES = {  # of transfer.json, for each dataset
     "zero_shot_accuracy": float, "final_accuracy": float, "classes": int, "images": int,
@@ -70,23 +70,27 @@ def read_run(folder: Path) -> Run:
     """Read a run's files.
 
     Raises:
-        ValueError: A file is missing or malformed; the sentence says which and why.
-        OSError: A file cannot be read.
+        ValueError: A file is malformed; the sentence says which and why.
+        OSError: A file is missing or cannot be read.
     """
     result = _read_json(folder / "result.json")
-    _validate(result, RESULT_TYPES, "result.json")
-    _validate(result["data"], DATA_TYPES, "data in result.json")
-    losses, evaluated = _read_curve(folder / "curve.csv", result["iterations"])
-    evaluated = np.array([(0, result["zero_shot_accuracy"]), *evaluated], float)
-    entries = {key: result[key] for key in RESULT_TYPES}
-    entries |= {key: result.get(key) for key in OPTIONAL_FIELDS}
+    _check_types(result, RESULT_TYPES, "result.json")
+    _check_types(result["data"], DATA_TYPES, "result.json")
+    columns = {"iteration": int, "loss": float, "test_accuracy": lambda x: float(x or "nan")}
+    curve = _read_csv(folder / "curve.csv", columns)
+    losses = np.array([loss for _, loss, _ in curve])
+    if len(losses) != result["iterations"] or not np.isfinite(losses).all():
+        found = f"{len(losses)} of {result['iterations']} iterations"
+        raise ValueError(f"curve.csv is malformed ({found}, or a loss that is not finite)")
+    evaluated = [(iteration, accuracy) for iteration, _, accuracy in curve if accuracy >= 0]
+    entries = {field.name: result.get(field.name) for field in RESULT_FIELDS}
     entries["backbone"] = canonical_backbone(result["backbone"])
     return Run(
         **entries,
         folder=folder,
         transfer=read_transfer(folder / "transfer.json"),
-        loss_curve=np.array(losses),
-        eval_curve=evaluated,
+        loss_curve=losses,
+        eval_curve=np.array([(0, result["zero_shot_accuracy"]), *evaluated], float),
     )
 
 
@@ -96,13 +100,10 @@ def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: The file is not what --test_on writes; the sentence says why.
     """
-    if not path.is_file():
-        return {}
-    targets = _read_json(path)
-    _validate(targets, {}, path.name)
+    targets = _read_json(path) if path.is_file() else {}
     for values in targets.values():
-        _validate(values, TRANSFER_TYPES, path.name)
-        _validate(values["data"], DATA_TYPES, f"data in {path.name}")
+        _check_types(values, TRANSFER_TYPES, path.name)
+        _check_types(values["data"], DATA_TYPES, path.name)
     return targets
 
 
@@ -110,18 +111,11 @@ def load_predictions(run: Run) -> list[tuple[str, int, int, float]]:
     """Return path, label, predicted label and its probability of each test image of a run.
 
     Raises:
-        ValueError: predictions.csv is missing or malformed.
-        OSError: It cannot be read.
+        ValueError: predictions.csv is malformed.
+        OSError: It is missing or cannot be read.
     """
-    try:
-        rows = [
-            (path, int(label), int(predicted), float(probability))
-            for path, label, predicted, probability, *_ in _read_csv(
-                run.folder / "predictions.csv", PREDICTION_COLUMNS[:4]
-            )
-        ]
-    except ValueError as error:
-        raise ValueError(f"predictions.csv is malformed ({error})") from None
+    columns = {"path": str, "label": int, "predicted": int, "probability": float}
+    rows = _read_csv(run.folder / "predictions.csv", columns)
     labels = range(len(run.classnames))
     if not rows or not all(row[1] in labels and row[2] in labels for row in rows):
         raise ValueError("predictions.csv has no rows, or labels of other classes")
@@ -151,52 +145,32 @@ def canonical_backbone(name: str) -> str:
     return models.get(stem, stem)
 
 
-def _read_json(path: Path) -> Any:
-    """Read a JSON file."""
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON ({error})") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is malformed ({error})") from error
 
 
-def _validate(values: Any, types: Mapping[str, type], file: str) -> None:
+def _check_types(values: Any, types: Mapping[str, type], file: str) -> None:
     """Raise a ValueError that names the first value that is missing or of another type."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} does not hold an object where it should")
     for key, kind in types.items():
-        if key not in values:
-            raise ValueError(
-                f"{file} has no {key}: another version of this program wrote it, or it is damaged;"
-                " main.py with --overwrite makes it again"
-            )
-        value = values[key]
+        value = values.get(key) if isinstance(values, dict) else None
         valid = isinstance(value, int | float if kind is float else kind)
         if not valid or (kind is float and not math.isfinite(value)):
-            raise ValueError(f"{file}: {key} cannot be {str(value)[:50]!r}")
+            raise ValueError(
+                f"{file} has no valid {key}: another version of this program wrote it, or it is "
+                "damaged; main.py with --overwrite makes it again"
+            )
 
 
-def _read_curve(path: Path, iterations: int) -> tuple[list[float], list[tuple[int, float]]]:
-    """Return the loss of each iteration, and (iteration, accuracy) where it was evaluated."""
-    try:
-        rows = _read_csv(path, CURVE_COLUMNS)
-        losses = [float(loss) for _, loss, _, _ in rows]
-        evaluated = [(int(i), float(accuracy)) for i, _, _, accuracy in rows if accuracy]
-    except ValueError as error:
-        raise ValueError(f"curve.csv is malformed ({error})") from None
-    if len(losses) != iterations or not all(map(math.isfinite, losses)):
-        raise ValueError(f"curve.csv has {len(losses)} of {iterations} iterations, or is damaged")
-    return losses, evaluated
-
-
-def _read_csv(path: Path, columns: list[str]) -> list[list[str]]:
-    """Return the lines of a CSV file after its header, which begins with these columns."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name}")
+def _read_csv(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[tuple]:
+    """Return the values of these columns in each row of a CSV file, converted."""
     with open(path, newline="", encoding="utf-8") as file:
         try:
-            header, *rows = csv.reader(file)
-        except csv.Error as error:
-            raise ValueError(str(error)) from None
-    if header[: len(columns)] != columns:
-        raise ValueError(f"its columns are {', '.join(header)}")
-    return rows
+            return [
+                tuple(convert(row[name]) for name, convert in columns.items())
+                for row in csv.DictReader(file)
+            ]
+        except (csv.Error, KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path.name} is malformed ({error!r})") from error

@@ -75,7 +75,7 @@ def test_confusion_cells_add_seeds(tmp_path):
     sentences = []
     both, one = confusion_cells(results, sentences.append)
     (sentence,) = sentences
-    assert str(folder) in sentence and "there is no predictions.csv" in sentence
+    assert str(folder) in sentence and "predictions.csv" in sentence
     assert (both.counts.sum(), [run.seed for run in both.runs]) == (64, [1, 2])
     assert (one.counts.sum(), one.variant.settings) == (32, "classnames names, lr 0.001")
     assert list(plan_class_figures([both, one])) == [
