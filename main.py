@@ -93,7 +93,6 @@ from runs.weights import (
     evaluation_weights,
     find_saved_run,
     load_weights,
-    restore_pretrained,
 )
 from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, train
 from utils import Predictions, format_error, plural
@@ -267,7 +266,7 @@ def finetune(
     classifier = evaluator.build_classifier(dataset)
     state = TrainState(args.n_iters * args.shots, classifier.device, args.precision)
     config = TrainConfig(**select_args(args, "lr", "early_stop_loss", "grad_accum_steps", "seed"))
-    saver = CheckpointSaver(output_dir, args, identity, pretrained)
+    saver = CheckpointSaver(output_dir / "checkpoint.pt", args, identity, pretrained)
 
     with lock_output_dir(output_dir) if is_main_process() else nullcontext(), signals.defer():
         checkpoint = run_on_main(saver.load)
@@ -329,8 +328,8 @@ def finetune(
         if targets := {name: task for name, task in tasks.items() if task.is_target}:
             with evaluation_weights(model, weights, pretrained, args.wise):
                 final = evaluator.predict_all(targets)
-            restore_pretrained(trained, pretrained.weights)
-            zero_shot = evaluator.predict_all(targets)
+            with evaluation_weights(model, weights, pretrained, alpha=0):
+                zero_shot = evaluator.predict_all(targets)
             save_targets(output_dir, targets, zero_shot, final)
             print_by_task("zero_shot_accuracy", zero_shot, targets)
             print_by_task("final_accuracy", final, targets)

@@ -8,6 +8,7 @@ It is read with weights_only=True.
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +27,27 @@ from utils import atomic_write
 VERSION = 4
 
 
+@dataclass
 class CheckpointSaver:
-    """Saves and loads the checkpoint of a run.
+    """Saves and loads the checkpoint of a run."""
 
-    Args:
-        output_dir: The run's directory.
-        args: Its arguments.
-        identity: From `runs.identity.get_identity`.
-        pretrained: The weights that training starts from.
-
-    Attributes:
-        note: What a later run can resume from; "" until a checkpoint has been saved.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        args: argparse.Namespace,
-        identity: dict[str, Any],
-        pretrained: PretrainedModel,
-    ) -> None:
-        self.path = output_dir / "checkpoint.pt"
-        self.args, self.pretrained, self.note = args, pretrained, ""
-        self.header = {"version": VERSION, **identity}
+    path: Path
+    args: argparse.Namespace
+    identity: dict[str, Any]  # from `runs.identity.get_identity`
+    pretrained: PretrainedModel
+    note: str = ""  # what a later run can resume from
 
     def save(self, trained: Mapping[str, Tensor], optimizer: Optimizer, state: Any) -> None:
-        """Write a checkpoint, on rank 0.
+        """Write the trained weights, the optimizer's state and the training's, on rank 0.
 
         Where that fails, as on a full disk, a note says so: the training is worth more, and the
         previous checkpoint stays.
-
-        Args:
-            trained: The trained weights by name.
-            optimizer: Has a state_dict.
-            state: The training's; it has a state_dict too.
         """
         if not is_main_process():
             return
         content = {
-            **self.header,
+            "version": VERSION,
+            **self.identity,
             "trained": diff_state_dict(trained, self.pretrained.weights),
             "optimizer": optimizer.state_dict(),
             "state": state.state_dict(),
@@ -108,7 +91,7 @@ class CheckpointSaver:
         """Why a checkpoint cannot be resumed from; "" if it can."""
         if content["version"] != VERSION:
             return "was written by another version of this software"
-        changes = diff_runs(content, self.header)
+        changes = diff_runs(content, self.identity)
         return f"belongs to another run ({'; '.join(changes)})" if changes else ""
 
     def remove(self) -> None:

@@ -126,13 +126,9 @@ class TolerantStream:
 
 
 def print_accuracy(kind: str, value: float, split: str, target: str = "") -> None:
-    """Print an accuracy on a line of the form that users of few-shot CLIP code parse.
+    """Print an accuracy in percent on a line of the form that users of few-shot CLIP code parse.
 
-    Args:
-        kind: A key of ACCURACY_LINES.
-        value: The accuracy in percent.
-        split: "test" or "val".
-        target: Name of another dataset than the run's own.
+    `kind` is a key of ACCURACY_LINES, `target` the name of another dataset than the run's own.
     """
     line = ACCURACY_LINES[kind].format(EVAL_SPLITS[split]) + (f" on {target}" if target else "")
     print(f"\n**** {line[0].upper()}{line[1:]}: {value:.2f}. ****", flush=True)

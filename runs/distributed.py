@@ -27,9 +27,6 @@ _store: "dist.Store | None" = None  # which all processes see from `init_store` 
 class PeerExited(Preempted):
     """Another process of the run has ended."""
 
-    def __init__(self) -> None:
-        super().__init__(signal.SIGTERM)
-
 
 # Start and end
 
@@ -78,8 +75,8 @@ def init_distributed(device: str) -> str:
         local_rank = int(os.environ.get("LOCAL_RANK", rank % num_gpus))
         if device != "cuda" or local_rank >= num_gpus:
             raise ValueError(
-                f"several processes need --device cuda and a GPU each: give torchrun "
-                f"--nproc_per_node {num_gpus} at most"
+                "several processes need --device cuda and a GPU each: this machine has "
+                f"{num_gpus}, which is torchrun's largest --nproc_per_node"
             )
         device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank)
@@ -87,7 +84,7 @@ def init_distributed(device: str) -> str:
         _store.add("ready", 1)
         while _store.add("ready", 0) < world_size:
             if _store.add("errors", 0):
-                raise PeerExited
+                raise PeerExited(signal.SIGTERM)
             time.sleep(0.02)
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size)
     return device
@@ -158,7 +155,7 @@ def comm_errors_as_peer_exit() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerExited from error
+        raise PeerExited(signal.SIGTERM) from error
 
 
 def run_on_main(function: Callable[..., T], *args: Any) -> T:

@@ -45,10 +45,7 @@ def get_identity(
 ) -> dict[str, Any]:
     """What a run computes, as result.json and checkpoints have it.
 
-    Args:
-        args: The run's arguments.
-        dataset: Its task.
-        base_sha256: Of the pretrained model, its activation and its heads.
+    `base_sha256` is of the pretrained model, its activation and its heads.
     """
     return {
         "config": get_hparams(args),

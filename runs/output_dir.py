@@ -147,12 +147,8 @@ def save_result(
 ) -> None:
     """Write predictions.csv, then result.json; remove what belongs to an earlier run.
 
-    Args:
-        output_dir: The run's directory.
-        args: Its arguments.
-        dataset: Its task.
-        predictions: For the images of --eval_split, in order.
-        summary: The run's identity, accuracies and what else is known; written as it is.
+    `predictions` are of the images of --eval_split, in order; `summary` has what the other
+    arguments do not tell, and is written as it is.
     """
     labels, preds, probs = predictions
     names, titles = dataset.classnames, unique_classnames(dataset.classnames)

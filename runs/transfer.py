@@ -30,12 +30,7 @@ def build_transfer_datasets(args: argparse.Namespace) -> dict[str, FewShotDatase
 def load_known_targets(
     output_dir: Path, fingerprints: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The entries of transfer.json whose images are still the same.
-
-    Args:
-        output_dir: The run's directory.
-        fingerprints: FewShotDataset.fingerprint of each target, by name.
-    """
+    """The entries of transfer.json of which the datasets still have the same fingerprints."""
     entries = read_transfer(output_dir / "transfer.json")
     return {name: e for name, e in entries.items() if e["data"] == fingerprints.get(name)}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -24,28 +25,20 @@ from runs.records import Run, read_run
 from utils import atomic_write, sha256_of_tree
 
 
+@dataclass
 class PretrainedModel:
-    """The weights that a run begins with.
+    """The weights that a run begins with; name, activation and heads are those of `clip.load`."""
 
-    Args:
-        name: Name or path for `clip.load`; `activation` and `heads` likewise.
-
-    Attributes:
-        sha256: `state_dict_sha256` of the model that `load` returned.
-        model_sha256: Of that and what the weights do not tell: `model.settings`.
-        weights: Those that are trained, by name, on the CPU.
-    """
-
-    def __init__(
-        self, name: str, activation: str | None = None, heads: tuple[int, int] | None = None
-    ) -> None:
-        self.name, self.options = name, dict(activation=activation, heads=heads)
-        self.sha256 = self.model_sha256 = ""
-        self.weights: dict[str, Tensor] = {}
+    name: str
+    activation: str | None = None
+    heads: tuple[int, int] | None = None
+    sha256: str = ""  # `state_dict_sha256` of the model that `load` returned
+    model_sha256: str = ""  # of that and of what the weights do not tell, `model.settings`
+    weights: dict[str, Tensor] = field(default_factory=dict)  # those that are trained, on the CPU
 
     def load(self, device: torch.device) -> CLIP:
         """Return the model, to be trained."""
-        model, _ = clip.load(self.name, device, **self.options)
+        model, _ = clip.load(self.name, device, activation=self.activation, heads=self.heads)
         self.sha256 = state_dict_sha256(model)
         self.model_sha256 = sha256_of_tree([self.sha256, *model.settings])
         return model
@@ -56,12 +49,9 @@ class PretrainedModel:
 
 
 def load_weights(model: CLIP, path: Path, alpha: float = 1) -> None:
-    """Load trained weights into their base model: a delta, or a whole state dict.
+    """Load trained weights into their base: a delta (.safetensors), or a whole state dict.
 
-    Args:
-        model: The base.
-        path: The file; `.safetensors` is a delta.
-        alpha: Factor of the difference to the base (`interpolate_weights_`).
+    Their difference to the base is scaled by alpha (`interpolate_weights_`).
 
     Raises:
         ValueError: The weights belong to another model, or the file is damaged.
@@ -103,22 +93,15 @@ def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
 
 
 def resolve_base(delta: Delta, base: str | None = None) -> Path:
-    """Return the checkpoint that a delta belongs to.
-
-    Args:
-        delta: Return value of `read_delta`.
-        base: Name or path of the checkpoint; that in the delta's metadata if None.
+    """Return the checkpoint that a delta belongs to: `base`, or the one in its metadata.
 
     Raises:
-        ValueError: The metadata names none, or there is no such checkpoint.
+        ValueError: There is no such checkpoint.
     """
-    name = base or delta.metadata.get("backbone")
-    if not name:
-        raise ValueError(f"{delta.path} names no backbone: give its base as --base")
     try:
-        return resolve_checkpoint(name)
+        return resolve_checkpoint(base or delta.metadata.get("backbone", ""))
     except (ValueError, OSError) as error:
-        raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from None
+        raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from error
 
 
 def save_state_dict(path: Path, state: dict[str, Tensor]) -> None:
@@ -139,17 +122,11 @@ def evaluation_weights(
 ) -> Iterator[None]:
     """Within this context, the model has the weights that are evaluated and saved.
 
-    LoRA's adapters are merged, and what was learned is scaled by alpha (--wise).
+    LoRA's adapters are merged, and what was learned is scaled by alpha: --wise, or 0 for the
+    pretrained weights.
     """
     scaled = nullcontext()
     if alpha != 1:
         scaled = interpolated_weights(weights, pretrained.weights, alpha)
     with merged_lora(model), scaled:
         yield
-
-
-@torch.no_grad()
-def restore_pretrained(trained: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Undo a training: copy the pretrained weights back; LoRA's adapters become zero."""
-    for name, parameter in trained.items():
-        parameter.copy_(base[name]) if name in base else parameter.zero_()
