@@ -47,27 +47,8 @@ from optimizers.build import (
 )
 from optimizers.delta import apply_state_diff, diff_state_dict, save_delta
 from run_utils import get_arguments, select_args
+from runs import cli, distributed
 from runs.checkpoint import CheckpointSaver
-from runs.cli import (
-    print_accuracies,
-    print_accuracy,
-    print_finished_run,
-    print_run_summary,
-    run_cli,
-)
-from runs.distributed import (
-    all_gather_rows,
-    check_same_on_all_ranks,
-    cleanup_distributed,
-    get_world_size,
-    init_distributed,
-    init_store,
-    is_main_process,
-    local_slice,
-    print_on_main_only,
-    run_on_main,
-    share_signals,
-)
 from runs.environment import (
     describe_machine,
     get_default_device,
@@ -94,8 +75,8 @@ from runs.weights import (
     find_saved_run,
     load_weights,
 )
-from train import BestCheckpoint, NonFiniteLoss, TrainConfig, TrainState, evaluate, train
-from utils import Predictions, format_error, plural
+from train import BestCheckpoint, TrainConfig, TrainState, evaluate, train
+from utils import Predictions, format_error
 
 
 @dataclass(frozen=True)
@@ -115,12 +96,12 @@ class Task:
 
 def main(argv: Sequence[str] = ()) -> None:
     """Parse arguments, set up processes and device, run."""
-    init_store()
+    distributed.init_store()
     args = get_arguments(argv)
-    device = init_distributed(args.device or get_default_device())
-    with SignalHandler() as signals, print_on_main_only():
+    device = distributed.init_distributed(args.device or get_default_device())
+    with SignalHandler() as signals, distributed.print_on_main_only():
         run(args, set_up_device(device, args.threads), signals)
-    cleanup_distributed()
+    distributed.cleanup_distributed()
 
 
 def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) -> None:
@@ -140,37 +121,41 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
     pretrained = PretrainedModel(args.backbone, args.activation, args.heads)
     model = pretrained.load(device)
     identity = get_identity(args, dataset, pretrained.model_sha256)
-    check_same_on_all_ranks(eval_only=args.eval_only, **identity["config"] | identity["inputs"])
-    result = run_on_main(load_finished_result, output_dir, args, identity)
+    distributed.check_same_on_all_ranks(
+        eval_only=args.eval_only, **identity["config"] | identity["inputs"]
+    )
+    result = distributed.run_on_main(load_finished_result, output_dir, args, identity)
     if result:
-        if is_main_process():
-            print_finished_run(result, output_dir, args, tasks[""].has_uneven_classes)
-        missing = run_on_main(print_known_targets, output_dir, targets)
+        uneven = tasks[""].has_uneven_classes
+        distributed.run_on_main(cli.print_finished_run, result, output_dir, args, uneven)
+        missing = distributed.run_on_main(print_known_targets, output_dir, targets)
         if not missing:
             return
         tasks = {name: tasks[name] for name in missing}
-        eval_weights = run_on_main(find_saved_run, output_dir)[1], 1.0
+        eval_weights = distributed.run_on_main(find_saved_run, output_dir)[1], 1.0
     loader = ImageLoader(
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )
-    evaluator = Evaluator(args, model, loader, signals)
+    evaluator = Evaluator(args, model, pretrained, loader, signals, tasks)
     if result or eval_weights or not args.n_iters:
         kind = "final_accuracy" if result else "accuracy"
         saves = targets and eval_weights and eval_weights[0].parent == output_dir
-        with lock_output_dir(output_dir) if saves and is_main_process() else nullcontext():
-            evaluate_only(evaluator, tasks, eval_weights, kind)
+        with lock_output_dir(output_dir) if saves else nullcontext():
+            evaluate_only(evaluator, eval_weights, kind)
     else:
-        finetune(evaluator, tasks, pretrained, identity)
+        finetune(evaluator, identity)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the model on datasets."""
+    """Evaluates the model of a run on its tasks, by name; that of the run itself is ""."""
 
     args: argparse.Namespace
     model: CLIP
+    pretrained: PretrainedModel
     loader: ImageLoader
     signals: SignalHandler
+    tasks: Mapping[str, Task]
 
     def build_classifier(self, dataset: FewShotDataset) -> ZeroShotClassifier:
         """The model as a classifier of a dataset's classes."""
@@ -181,30 +166,26 @@ class Evaluator:
     def predict(self, task: Task, desc: str = "Evaluation") -> Predictions:
         """Classify the images of a task, each process its slice; signals may interrupt that."""
         items = eval_items(task.dataset, task.split)
+        local_items = items[distributed.local_slice(len(items))]
         with self.signals.allow():
             classifier = self.build_classifier(task.dataset)
-            local = evaluate(classifier, self.loader, items[local_slice(len(items))], desc)
-        return Predictions(*(all_gather_rows(part, len(items)) for part in local))
+            local = evaluate(classifier, self.loader, local_items, desc)
+        return Predictions(*(distributed.all_gather_rows(part, len(items)) for part in local))
 
     def predict_all(self, tasks: Mapping[str, Task]) -> dict[str, Predictions]:
         """Classify the images of each task, by name."""
         return {name: self.predict(task, name or "Evaluation") for name, task in tasks.items()}
 
 
-def evaluate_only(
-    evaluator: Evaluator,
-    tasks: Mapping[str, Task],
-    eval_weights: tuple[Path, float] | None,
-    kind: str,
-) -> None:
+def evaluate_only(evaluator: Evaluator, eval_weights: tuple[Path, float] | None, kind: str) -> None:
     """Print zero-shot accuracies, then those of saved weights.
 
     Args:
         evaluator: Has the model.
-        tasks: By name.
         eval_weights: A file, if any, and the factor of the difference to the pretrained weights.
         kind: The accuracies' key in runs.cli.ACCURACY_LINES.
     """
+    tasks = evaluator.tasks
     zero_shot = evaluator.predict_all(tasks)
     print_by_task("zero_shot_accuracy", zero_shot, tasks)
     if eval_weights is None:
@@ -222,9 +203,9 @@ def print_by_task(
 ) -> None:
     """Print one accuracy of each task; of --eval_only also the balanced one of uneven classes."""
     for name, task in tasks.items():
-        print_accuracy(kind, predictions[name].accuracy, task.split, name)
+        cli.print_accuracy(kind, predictions[name].accuracy, task.split, name)
         if kind == "accuracy" and not name and task.has_uneven_classes:
-            print_accuracy("balanced", predictions[name].balanced_accuracy, task.split)
+            cli.print_accuracy("balanced", predictions[name].balanced_accuracy, task.split)
 
 
 def save_targets(
@@ -235,26 +216,16 @@ def save_targets(
 ) -> None:
     """Write the accuracies on the datasets of --test_on, if there are any."""
     targets = {name: task.dataset for name, task in tasks.items() if task.is_target}
-    if targets and is_main_process():
-        save_transfer(output_dir, targets, zero_shot, final)
+    if targets:
+        distributed.run_on_main(save_transfer, output_dir, targets, zero_shot, final)
 
 
-def finetune(
-    evaluator: Evaluator,
-    tasks: Mapping[str, Task],
-    pretrained: PretrainedModel,
-    identity: dict[str, Any],
-) -> None:
+def finetune(evaluator: Evaluator, identity: dict[str, Any]) -> None:
     """Train, evaluate, and save the result; `identity` is `runs.identity.get_identity`'s."""
-    args, model, signals = evaluator.args, evaluator.model, evaluator.signals
-    output_dir, dataset = get_output_dir(args), tasks[""].dataset
-    batch_size = min(args.batch_size, len(dataset.train_x))
-    world_size = get_world_size()
-    if world_size > batch_size:
-        raise ValueError(
-            f"{world_size} processes cannot share batches of {plural(batch_size, 'image')}: "
-            "lower torchrun's --nproc_per_node, or raise --batch_size"
-        )
+    args, model, pretrained = evaluator.args, evaluator.model, evaluator.pretrained
+    signals, task = evaluator.signals, evaluator.tasks[""]
+    output_dir, dataset = get_output_dir(args), task.dataset
+    is_distributed = distributed.get_world_size() > 1
     weights = mark_as_trainable(model, args.encoder, args.position, args.method)
     pretrained.copy_weights(weights)
     optimizer = build_optimizer(
@@ -268,12 +239,11 @@ def finetune(
     config = TrainConfig(**select_args(args, "lr", "early_stop_loss", "grad_accum_steps", "seed"))
     saver = CheckpointSaver(output_dir / "checkpoint.pt", args, identity, pretrained)
 
-    with lock_output_dir(output_dir) if is_main_process() else nullcontext(), signals.defer():
-        checkpoint = run_on_main(saver.load)
-        if is_main_process():
-            save_run_inputs(output_dir, args, dataset)
+    with lock_output_dir(output_dir), signals.defer():
+        checkpoint = distributed.run_on_main(saver.load)
+        distributed.run_on_main(save_run_inputs, output_dir, args, dataset)
         description = describe_optimizer(args.method, weights, optimizer)
-        print_run_summary(args, dataset, description, classifier.device)
+        cli.print_run_summary(args, dataset, description, classifier.device)
         if checkpoint:
             apply_state_diff(checkpoint["trained"], trained, model.state_dict())
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -282,50 +252,44 @@ def finetune(
         else:
             if args.resume:
                 print(f"note: there is no checkpoint in {output_dir}: starting from the beginning")
-            state.zero_shot["zero_shot_accuracy"] = evaluator.predict(tasks[""]).accuracy
-            if new_classes := tasks.get("new classes"):
+            state.zero_shot["zero_shot_accuracy"] = evaluator.predict(task).accuracy
+            if new_classes := evaluator.tasks.get("new classes"):
                 accuracy = evaluator.predict(new_classes).accuracy
                 state.zero_shot["zero_shot_new_accuracy"] = accuracy
-        print_accuracies(state.zero_shot, args.eval_split)
+        cli.print_accuracies(state.zero_shot, args.eval_split)
         batches = evaluator.loader.train_batches(
             dataset.train_x, args.batch_size, args.seed, args.crop_scale, args.crop_ratio,
-            args.flip, state.iteration, local_slice if world_size > 1 else slice,
+            args.flip, state.iteration, distributed.local_slice if is_distributed else slice,
         )  # fmt: skip
         eval_every, save_every = args.eval_every or math.inf, args.checkpoint_every or math.inf
         try:
             with closing(train(classifier, optimizer, batches, state, config)) as steps:
                 for _ in steps:
-                    if world_size > 1:
-                        share_signals(signals)
+                    if is_distributed:
+                        distributed.share_signals(signals)
                     if signals.pending:
                         raise Preempted(signals.pending)
                     is_due = state.done or state.iteration % eval_every == 0
                     if is_due and state.iteration not in state.accuracies:
-                        evaluate_step(evaluator, tasks, state, pretrained, weights)
+                        evaluate_step(evaluator, state, weights)
                     if state.iteration % save_every == 0:
                         saver.save(trained, optimizer, state)
-        except NonFiniteLoss:
-            if is_main_process():
-                save_curve(output_dir, state.curve_rows(args.lr))
-            raise
         except BaseException as error:
             if state.can_checkpoint():
                 saver.save(trained, optimizer, state)
-            if isinstance(error, Preempted):
-                error.checkpoint_note = saver.note
+            error.checkpoint_note = saver.note
             raise
 
         saver.save(trained, optimizer, state)  # for the case that the results cannot be written
         if state.best:
             apply_state_diff(state.best.diff, trained, pretrained.weights)
         try:
-            run_on_main(save_outputs, evaluator, dataset, state, pretrained, weights, identity)
+            distributed.run_on_main(save_outputs, evaluator, state, weights, identity)
         except OSError as error:
             raise ValueError(f"{format_error(error)}: make room, then --resume") from error
         saver.remove()
-        uneven = tasks[""].has_uneven_classes
-        print_accuracies(state.final_accuracies(), args.eval_split, uneven)
-        if targets := {name: task for name, task in tasks.items() if task.is_target}:
+        cli.print_accuracies(state.final_accuracies(), args.eval_split, task.has_uneven_classes)
+        if targets := {name: task for name, task in evaluator.tasks.items() if task.is_target}:
             with evaluation_weights(model, weights, pretrained, args.wise):
                 final = evaluator.predict_all(targets)
             with evaluation_weights(model, weights, pretrained, alpha=0):
@@ -336,40 +300,33 @@ def finetune(
     print(f"\nResults: {output_dir}")
 
 
-def evaluate_step(
-    evaluator: Evaluator,
-    tasks: Mapping[str, Task],
-    state: TrainState,
-    pretrained: PretrainedModel,
-    weights: Mapping[str, Tensor],
-) -> None:
+def evaluate_step(evaluator: Evaluator, state: TrainState, weights: Mapping[str, Tensor]) -> None:
     """Evaluate the present weights, as they would be reported, and record the accuracies."""
-    args, task, score = evaluator.args, tasks[""], None
+    args, pretrained, tasks = evaluator.args, evaluator.pretrained, evaluator.tasks
+    score = None
     with evaluation_weights(evaluator.model, weights, pretrained, args.wise):
         if args.final_model == "best_val":
-            score = evaluator.predict(Task(task.dataset, "val"), "Validation").accuracy
-        predictions = evaluator.predict(task)
+            score = evaluator.predict(Task(tasks[""].dataset, "val"), "Validation").accuracy
+        predictions = evaluator.predict(tasks[""])
         is_best = score is not None and (state.best is None or score > state.best.score)
         if "new classes" in tasks and (is_best or (state.done and score is None)):
             new_accuracy = evaluator.predict(tasks["new classes"], "New classes").accuracy
             state.new_accuracies[state.iteration] = new_accuracy
     if is_best:
-        trained = trainable_parameters(evaluator.model)
-        diff = diff_state_dict(trained, pretrained.weights)
+        diff = diff_state_dict(trainable_parameters(evaluator.model), pretrained.weights)
         state.best = BestCheckpoint(state.iteration, score, diff)
     state.record_eval(predictions)
 
 
 def save_outputs(
     evaluator: Evaluator,
-    dataset: FewShotDataset,
     state: TrainState,
-    pretrained: PretrainedModel,
     weights: Mapping[str, Tensor],
     identity: dict[str, Any],
 ) -> None:
     """Write the log, the weights to report, the predictions and, last, the result."""
-    args, output_dir = evaluator.args, get_output_dir(evaluator.args)
+    args, pretrained = evaluator.args, evaluator.pretrained
+    output_dir = get_output_dir(args)
     save_curve(output_dir, state.curve_rows(args.lr))
     if args.save_weights:
         metadata = {"backbone": pretrained.name}
@@ -379,8 +336,9 @@ def save_outputs(
             path = weights_path(output_dir, args)
             save_delta(path, weights, pretrained.weights, pretrained.sha256, **metadata)
     summary = {**state.summary(), **describe_machine(state.device), **identity}
+    dataset = evaluator.tasks[""].dataset
     save_result(output_dir, args, dataset, state.predictions, summary)
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: main(sys.argv[1:])))
+    sys.exit(cli.run_cli(lambda: main(sys.argv[1:])))

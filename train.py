@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,6 @@ from utils import Predictions, Progress
 
 MIN_LR = 1e-6  # at the end of the cosine
 EVAL_BATCH_SIZE = 256
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +89,6 @@ class TrainState:
         """Whether there is something to save that a later run can continue from."""
         finite = self.losses[: self.iteration].isfinite().all()
         return self.iteration > 0 and not self.mid_step and bool(finite)
-
-    def raise_nonfinite(self, losses: list[float]) -> NoReturn:
-        """Let the training end with the first of the epoch's losses that is not finite."""
-        first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-        self.iteration += first + 1 - len(losses)
-        raise NonFiniteLoss(
-            f"the loss became {losses[first]} at iteration {self.iteration} of "
-            f"{self.total_iters}: lower --lr, or use --precision fp32 or bf16"
-        )
 
     def record_eval(self, predictions: Predictions) -> None:
         """Record the accuracy of the present weights."""
@@ -181,7 +168,7 @@ def train(
         config: Settings.
 
     Raises:
-        NonFiniteLoss: A loss is NaN or infinite.
+        FloatingPointError: A loss is NaN or infinite.
     """
     lrs = cosine_lrs(config.lr, state.total_iters)
     with classifier.autocast:
@@ -197,9 +184,13 @@ def train(
             if ends_epoch or state.iteration == state.total_iters:
                 # The only wait for the device.
                 losses = state.losses[state.epoch_start : state.iteration].tolist()
+                for iteration, loss in enumerate(losses, start=state.epoch_start + 1):
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss became {loss} at iteration {iteration} of "
+                            f"{state.total_iters}: lower --lr, or use --precision fp32 or bf16"
+                        )
                 state.epoch_start, state.epoch_loss = state.iteration, fmean(losses)
-                if not math.isfinite(state.epoch_loss):
-                    state.raise_nonfinite(losses)
                 ends_early = state.epoch_loss < config.early_stop_loss
                 state.done = ends_early or state.iteration == state.total_iters
                 bar.set_postfix_str(f"loss {state.epoch_loss:.3f}", refresh=False)

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 import clip
 from datasets import DATASETS, FewShotDataset, dataset_name, dump_fewshot_split
 from run_utils import EVAL_SPLITS, select_args
+from runs.distributed import is_main_process
 from runs.identity import diff_inputs, diff_runs, get_hparams
 from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
 from utils import (
@@ -93,11 +94,16 @@ def weights_path(output_dir: Path, args: argparse.Namespace) -> Path:
 
 @contextmanager
 def lock_output_dir(output_dir: Path) -> Iterator[None]:
-    """Create a directory and keep other processes out of it; a dead process's lock ends with it.
+    """Create a directory and keep other runs out of it; a dead process's lock ends with it.
+
+    Of several processes of one run, rank 0 has the lock.
 
     Raises:
         ValueError: Another process is using it, or it cannot be created or written.
     """
+    if not is_main_process():
+        yield
+        return
     lock = FileLock(output_dir / ".lock")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from commands import (
     call_main,
     outcome,
     preempt,
-    read_losses,
     refused,
     run,
     run_folder,
@@ -238,6 +237,6 @@ def test_nonfinite_loss_keeps_good_checkpoint(flags, tmp_path):
     message = refused(*argv)
     assert "the loss became nan at iteration 2 of 8" in message and "--lr" in message
     folder = run_folder(tmp_path)
-    assert len(read_losses(tmp_path)) == 2 and not (folder / "result.json").exists()
+    assert not (folder / "result.json").exists()
     state = load(folder / "checkpoint.pt")["state"]
     assert state["iteration"] == 1 and state["losses"].isfinite().all()

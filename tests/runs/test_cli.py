@@ -80,7 +80,7 @@ def test_results_precede_their_printing(tmp_path, monkeypatch):
         raise RuntimeError("printed")
 
     printing = iter([lambda *_: None, refuse])
-    monkeypatch.setattr(main, "print_accuracies", lambda *a: next(printing)(*a))
+    monkeypatch.setattr(cli, "print_accuracies", lambda *a: next(printing)(*a))
     with pytest.raises(RuntimeError, match="printed"):
         run(*SHORT, "--save_path", tmp_path)
 

@@ -166,7 +166,6 @@ def fail_to_read(*_, **__):
 @pytest.mark.parametrize(
     "extra, extra_of_rank_1, message",
     [
-        (["--batch_size", 1], [], "2 processes .* batches of 1"),
         ([], ["--lr", 7], "process 1 has lr 7.0, process 0 has"),
         ([], ["--lr", "x"], "argument --lr"),
         (["--lr", "x"], [], "argument --lr"),

@@ -1,6 +1,5 @@
 """Which weights are trained, the training loop and its state, the evaluation."""
 
-import math
 from contextlib import closing
 
 import numpy as np
@@ -24,7 +23,7 @@ from optimizers.build import (
     mark_as_trainable,
     trainable_parameters,
 )
-from train import NonFiniteLoss, TrainConfig, TrainState, cosine_lrs, evaluate, train
+from train import TrainConfig, TrainState, cosine_lrs, evaluate, train
 
 NAMES = ["red_one", "green", "blue"]
 
@@ -182,11 +181,9 @@ def test_early_stop_after_epoch(items, capsys):
 
 def test_nonfinite_loss_names_iteration(items):
     training = build(encoder="text", lr=1e38, total_iters=9)
-    with pytest.raises(NonFiniteLoss, match="at iteration 2 of 9.*--lr"):
+    with pytest.raises(FloatingPointError, match="at iteration 2 of 9.*--lr"):
         train_losses(items, *training)
-    state = training[-1]
-    assert [math.isfinite(row[1]) for row in state.curve_rows(1e38)] == [True, False]
-    assert not state.can_checkpoint()
+    assert not training[-1].can_checkpoint()
 
 
 @pytest.mark.parametrize("method", METHODS)
