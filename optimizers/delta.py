@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from utils import atomic_write
 
-FORMAT, VERSION = "sparse-delta", 1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of values
-INT_VIEW = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
+FORMAT = {"format": "sparse-delta", "version": "1"}
+INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 
-# By name: the indices and values of a SparseTensorDelta, or None and the whole tensor.
+# By name: the indices and values of `changed_entries`, or None and the whole tensor.
 StateDiff = dict[str, tuple[Tensor | None, Tensor]]
 
 
@@ -61,28 +60,22 @@ def save_delta(
     """Write a delta, atomically.
 
     Args:
-        path: The file.
         trained: Trained weights by their name in the model, on any device.
         base: The same weights before training; it may hold more.
         base_sha256: `state_dict_sha256` of the whole model before training.
         metadata: More entries of the metadata, such as backbone="ViT-B/16".
 
     Raises:
-        ValueError: The base lacks a weight or has it in another shape or dtype, or a changed entry
-            is not finite.
-        OSError: The file cannot be written.
+        ValueError: A changed entry is not finite.
     """
-    tensors, shapes = {}, {}
+    tensors = {}
     for name, tensor in trained.items():
-        if name not in base:
-            raise ValueError(f"{path} is not written: the base has no {name}")
-        indices, values, _ = _tensor_delta(base[name], tensor)
+        indices, values = changed_entries(base[name], tensor)
         if not values.isfinite().all():
             raise ValueError(f"{path} is not written: {name} is not finite; lower the lr")
-        tensors[f"{name}.indices"], tensors[f"{name}.values"] = indices, values
-        shapes[name] = list(tensor.shape)
-    metadata |= {"format": FORMAT, "version": str(VERSION), "base_digest": base_sha256}
-    metadata["shapes"] = json.dumps(shapes)
+        tensors |= {f"{name}.indices": indices, f"{name}.values": values}
+    shapes = json.dumps({name: list(tensor.shape) for name, tensor in trained.items()})
+    metadata |= {**FORMAT, "base_digest": base_sha256, "shapes": shapes}
     atomic_write(path, _sort_metadata(safetensors.torch.save(tensors, metadata=metadata)))
 
 
@@ -96,82 +89,62 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
+def changed_entries(base: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where two tensors of one shape and dtype differ in any bit.
+
+    So 0.0 and -0.0 differ, and a NaN equals itself.
+
+    Returns:
+        Positions in the flattened tensors, increasing, (c,) int32, or int64 from 2^31 entries on;
+        and the values of `now` there. Both are on the CPU.
+    """
+    before, after = (t.detach().cpu().flatten() for t in (base, now))
+    int_dtype = INT_DTYPES[base.element_size()]
+    indices = (before.view(int_dtype) != after.view(int_dtype)).nonzero().flatten()
+    return indices.to(torch.int32 if len(after) < 2**31 else torch.int64), after[indices]
+
+
 def read_delta(path: str | Path) -> Delta:
     """Read a delta and check everything that can be checked without the base.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, not a delta, of another version, or inconsistent.
+        ValueError: The file is damaged, or not a delta.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: name a file that --save_weights wrote")
-    tensors: dict[str, Tensor] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") == FORMAT:  # other files may be large
-                # Cloned, because the tensors of safe_open change or vanish with the file.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            if not FORMAT.items() <= metadata.items():
+                raise ValueError("its metadata is not a delta's")
+            shapes = json.loads(metadata["shapes"])
+            tensors = {name: _read_entries(file, name, shape) for name, shape in shapes.items()}
     except Exception as error:  # damage raises errors of many types
-        reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{path} is damaged or not a safetensors file ({reason}): copy or save it again"
+            f"{path} is damaged, or not a sparse delta of version {FORMAT['version']} ({error}): "
+            "save it again with --save_weights"
         ) from None
-    try:
-        return Delta(_parse(metadata, tensors), metadata, path)
-    except ValueError as error:
-        raise ValueError(f"{path} is refused: {error}; save it again with --save_weights") from None
+    return Delta(tensors, metadata, path)
 
 
-def _parse(
-    metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, SparseTensorDelta]:
-    """Check the contents of a delta and group its tensors by weight."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError("it is not a sparse delta")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"its version is {metadata.get('version')!r}, and only {VERSION} is read")
-    try:
-        shapes = json.loads(metadata["shapes"])
-        shapes = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
-        if not all(map(str.isprintable, shapes)):
-            raise ValueError
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ValueError("its list of shapes is missing or broken") from None
-    expected = {f"{name}.{part}" for name in shapes for part in ("indices", "values")}
-    if differing := expected ^ tensors.keys():
-        raise ValueError(f"its tensors and its list of shapes disagree about {min(differing)!r}")
-    parsed = {}
-    for name, shape in shapes.items():
-        indices, values = tensors[f"{name}.indices"], tensors[f"{name}.values"]
-        _check_indices(name, indices, values, math.prod(shape))
-        parsed[name] = SparseTensorDelta(indices, values, shape)
-    return parsed
-
-
-def _check_indices(name: str, indices: Tensor, values: Tensor, entries: int) -> None:
-    """Raise a ValueError unless these are different positions and their values."""
-    numbers = indices.dtype in (torch.int32, torch.int64) and values.dtype in DTYPES
-    if not numbers or not indices.shape == values.shape == (values.numel(),):
-        raise ValueError(f"{name} does not have one floating-point value for each integer index")
-    inside = not len(indices) or 0 <= int(indices[0]) <= int(indices[-1]) < entries
-    if not inside or (indices[1:] <= indices[:-1]).any():
-        raise ValueError(f"the indices of {name} do not increase within its {entries} entries")
+def _read_entries(file: safetensors.safe_open, name: str, shape: list[int]) -> SparseTensorDelta:
+    """Read the entries of a weight; their positions must increase within its shape."""
+    # Cloned, because the tensors of safe_open change or vanish with the file.
+    indices, values = (file.get_tensor(f"{name}.{part}").clone() for part in ("indices", "values"))
+    is_inside = not len(indices) or 0 <= indices[0] <= indices[-1] < math.prod(shape)
+    if indices.shape != values.shape or not is_inside or (indices.diff() <= 0).any():
+        raise ValueError(f"the entries of {name} do not fit its shape {shape}")
+    return SparseTensorDelta(indices, values, tuple(shape))
 
 
 @torch.no_grad()
 def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
-    """Write the trained weights into their base, in place. Nothing is written if it is refused.
-
-    Args:
-        target: The base model or its state dict, on any device. Its dtype may be wider than the
-            delta's.
-        delta: Return value of `read_delta`.
+    """Write the trained weights into their base, a model or its state dict, in place.
 
     Raises:
-        ValueError: The target is not the delta's base, lacks one of its weights, or has one in
-            another shape or in a dtype that would round.
+        ValueError: The target is not the delta's base, or its dtype would round. It is unchanged.
     """
     state = target.state_dict() if isinstance(target, nn.Module) else target
     if state_dict_sha256(state) != delta.metadata.get("base_digest"):
@@ -179,61 +152,31 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
             f"{delta.path} belongs to other weights than these: use those that it was trained "
             f"from, {delta.metadata.get('backbone', 'an unnamed base')!r}"
         )
-    for name, (_, values, shape) in delta.tensors.items():
-        if name not in state or state[name].shape != shape:
-            raise ValueError(
-                f"{delta.path} changes {name!r} of shape {shape}, which these weights do not have: "
-                "save it again with --save_weights"
-            )
+    for name, (_, values, _) in delta.tensors.items():
         if torch.promote_types(values.dtype, state[name].dtype) != state[name].dtype:
             raise ValueError(
                 f"{delta.path} holds values in {values.dtype}, which {name} in {state[name].dtype} "
                 "would round: load the model in the wider precision"
             )
     for name, (indices, values, _) in delta.tensors.items():
-        flat = state[name].flatten()  # a view, or a copy if the weight is not contiguous
-        flat[indices.to(flat.device, torch.int64)] = values.to(flat)
-        state[name].copy_(flat.view_as(state[name]))
+        write_entries_(state[name], indices, values)
+
+
+def write_entries_(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write values at positions of the flattened tensor, in place."""
+    flat = tensor.flatten()  # a view, or a copy if the tensor is not contiguous
+    flat[indices.to(flat.device, torch.int64)] = values.to(flat)
+    tensor.copy_(flat.view_as(tensor))
 
 
 def state_dict_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names and float32 values of all weights, for any file format and precision.
-
-    Args:
-        weights: A model or its state dict.
-    """
+    """SHA-256 of the names and float32 values of all weights, for any file format and precision."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         sha.update(name.encode())
         sha.update(tensor.detach().float().cpu().contiguous().numpy())
     return sha.hexdigest()
-
-
-def changed_indices(base: Tensor, now: Tensor) -> Tensor:
-    """Find where two tensors of the same shape, dtype and device differ in any bit.
-
-    So 0.0 and -0.0 differ, and a NaN equals itself.
-
-    Returns:
-        Positions in the flattened tensors, increasing: (c,) int32, int64 from 2^31 entries on.
-
-    Raises:
-        ValueError: Shapes or dtypes differ.
-    """
-    if base.shape != now.shape or base.dtype != now.dtype:
-        kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (base, now)]
-        raise ValueError(f"cannot compare {' with '.join(kinds)}")
-    dtype = INT_VIEW[base.element_size()]
-    a, b = (t.detach().contiguous().view(dtype).flatten() for t in (base, now))
-    return (a != b).nonzero().flatten().to(torch.int32 if len(a) < 2**31 else torch.int64)
-
-
-def _tensor_delta(base: Tensor, now: Tensor) -> SparseTensorDelta:
-    """The changed entries of a tensor, on the CPU."""
-    now = now.detach().cpu()
-    indices = changed_indices(base.detach().cpu(), now)
-    return SparseTensorDelta(indices, now.flatten()[indices.long()], tuple(now.shape))
 
 
 def diff_state_dict(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> StateDiff:
@@ -243,12 +186,10 @@ def diff_state_dict(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -
     """
     diff: StateDiff = {}
     for name, tensor in tensors.items():
-        if name in base:
-            indices, values, _ = _tensor_delta(base[name], tensor)
-            if indices.nbytes + values.nbytes < tensor.nbytes:
-                diff[name] = indices, values
-                continue
-        diff[name] = None, tensor.detach().cpu().clone()
+        entries = changed_entries(base[name], tensor) if name in base else None
+        if entries is None or entries[0].nbytes + entries[1].nbytes >= tensor.nbytes:
+            entries = None, tensor.detach().cpu().clone()
+        diff[name] = entries
     return diff
 
 
@@ -258,11 +199,9 @@ def apply_state_diff(
 ) -> None:
     """Restore, in place, the tensors from which `diff_state_dict` made a diff to this base."""
     for name, (indices, values) in diff.items():
+        tensors[name].copy_(values if indices is None else base[name])
         if indices is not None:
-            tensor = base[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-            tensor.view(-1)[indices.long()] = values
-            values = tensor
-        tensors[name].copy_(values)
+            write_entries_(tensors[name], indices, values)
 
 
 @torch.no_grad()
@@ -273,17 +212,13 @@ def interpolate_weights_(
 
     The result is the base at 0 and the trained weights at 1, bit for bit. This is the interpolation
     of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903) over the entries that differ.
-
-    Raises:
-        ValueError: A weight has another shape or dtype in the base.
     """
     for name, weight in weights.items() if alpha != 1 else ():
-        start, flat = base[name].cpu(), weight.cpu().flatten()  # not every GPU has float64
-        indices = changed_indices(start, weight.cpu()).long()
-        before = start.flatten()[indices]
-        step = alpha * (flat[indices].double() - before.double())
-        flat[indices] = (before.double() + step).to(flat.dtype) if alpha else before
-        weight.copy_(flat.view_as(weight))
+        indices, values = changed_entries(base[name], weight)  # on the CPU, which has float64
+        before = base[name].cpu().flatten()[indices.long()]
+        step = alpha * (values.double() - before.double())
+        mixed = (before.double() + step).to(before.dtype) if alpha else before
+        write_entries_(weight, indices, mixed)
 
 
 @contextmanager

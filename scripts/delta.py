@@ -10,11 +10,10 @@ state dict, written as safetensors if --out ends in .safetensors, else by torch.
 weights are float32, also if the base is an fp16 checkpoint; all others keep their dtype.
 """
 
-import argparse
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 import clip
 from clip import CLIP
 from optimizers.delta import (
+    Delta,
     apply_delta,
     interpolate_weights_,
     read_delta,
@@ -40,71 +40,51 @@ COLUMNS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    args = vars(parse_args(argv))
-    command = args.pop("function")
-    return run_cli(lambda: print(command(**args)), "delta.py")
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the function of the subcommand as `function`, and its arguments."""
     parser = OneLineErrorParser(prog="delta.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(
-        name: str, function: Callable[..., str], files: Sequence[str], out: str, help: str
-    ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help)
+    for function, inputs, help in (
+        (inspect, ["file"], "show what a delta changes"),
+        (apply, ["file"], "write the trained weights"),
+        (scale, ["file", "alpha"], "scale what a delta changes: 0 is the base, 1 is FILE"),
+        (revert, ["full", "file"], "write the base of full weights"),
+    ):
+        command = commands.add_parser(function.__name__, help=help, description=help)
         command.set_defaults(function=function)
-        for file in files:
-            command.add_argument(file, type=Path, metavar=file.upper())
-        if out:
-            command.add_argument("--out", type=Path, required=True, metavar=out, help="to write")
+        for name in inputs:
+            kind = bounded_number(float, 0) if name == "alpha" else Path
+            command.add_argument(name, type=kind, metavar=name.upper())
+        if function is not inspect:
+            command.add_argument("--out", type=Path, required=True, help="file to write")
             command.add_argument(
                 "--base", type=backbone_arg, help="name or path of the base (the backbone in FILE)"
             )
-        return command
-
-    add("inspect", inspect, ["file"], "", "show what a delta changes")
-    add("apply", apply, ["file"], "FULL", "write the trained weights")
-    add("scale", scale, ["file"], "SCALED", "scale what a delta changes").add_argument(
-        "alpha",
-        type=bounded_number(float, 0),
-        metavar="ALPHA",
-        help="factor: 0 is the base, 1 is FILE",
-    )
-    add("revert", restore_base, ["full", "file"], "BASE", "write the base of full weights")
-    return parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
+    function = args.pop("function")
+    return run_cli(lambda: print(function(**args)), "delta.py")
 
 
 def inspect(file: Path) -> str:
     """Return a table of a delta's tensors and their sum, and its metadata."""
     delta = read_delta(file)
-    rows, totals = [], [0, 0, 0, 0]
+    rows = []  # name, shape, changed entries, entries, bytes, bytes of the whole tensor
     for name, (indices, values, shape) in delta.tensors.items():
         entries, nbytes = math.prod(shape), indices.nbytes + values.nbytes
-        sizes = [len(indices), entries, nbytes, entries * values.element_size()]
-        totals = [total + size for total, size in zip(totals, sizes, strict=True)]
-        rows.append(_row(name, " x ".join(map(str, shape)), *sizes))
-    rows.append(_row(f"all {len(rows)}", "", *totals))
+        sizes = len(indices), entries, nbytes, entries * values.element_size()
+        rows.append((name, " x ".join(map(str, shape)), *sizes))
+    totals = [sum(column) for column in list(zip(*rows, strict=True))[2:]]
+    rows.append((f"all {len(rows)}", "", *totals))
+    cells = [
+        [name, shape, f"{changed:,}", f"{100 * changed / entries:.4f}", f"{nbytes:,}", f"{full:,}"]
+        for name, shape, changed, entries, nbytes, full in rows
+    ]
     metadata = [f"{key}: {text}" for key, text in sorted(delta.metadata.items()) if key != "shapes"]
-    lines = [f"file: {file.stat().st_size:,} bytes", *metadata]
-    lines = [line if line.isprintable() else ascii(line) for line in lines]
-    return "\n".join([markdown(COLUMNS, rows, left=2), "", *lines])
-
-
-def _row(
-    name: str, shape: str, changed: int, entries: int, nbytes: int, full_nbytes: int
-) -> list[str]:
-    """The cells of a row, in the order of COLUMNS."""
-    share = 100 * changed / max(entries, 1)
-    return [name, shape, f"{changed:,}", f"{share:.4f}", f"{nbytes:,}", f"{full_nbytes:,}"]
+    size = f"file: {file.stat().st_size:,} bytes"
+    return "\n".join([markdown(COLUMNS, cells, left=2), "", size, *metadata])
 
 
 def apply(file: Path, out: Path, base: str | None) -> str:
     """Write the trained weights as a full checkpoint."""
-    delta = read_delta(file)
-    base_path = resolve_base(delta, base)
-    validate_output(out, file, base_path)
+    delta, base_path = open_delta(file, base, out, file)
     state, model = read_clip(base_path)
     apply_delta(model, delta)
     trained = {name: model.get_parameter(name) for name in delta.tensors}
@@ -115,8 +95,7 @@ def apply(file: Path, out: Path, base: str | None) -> str:
 
 def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     """Write a delta whose values are base + alpha (value - base)."""
-    delta = read_delta(file)
-    validate_output(out, file, resolve_base(delta, base))
+    delta, _ = open_delta(file, base, out, file)
     with redirect_stderr(io.StringIO()):  # notes on activation and heads, which scaling leaves
         model, _ = clip.load(base or delta.metadata["backbone"], "cpu")
     trained = {name: model.get_parameter(name).detach() for name in delta.tensors}
@@ -129,28 +108,24 @@ def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     return f"{out}: {file}, scaled by {alpha:g}"
 
 
-def restore_base(full: Path, file: Path, out: Path, base: str | None) -> str:
+def revert(full: Path, file: Path, out: Path, base: str | None) -> str:
     """Write the base again, if the full weights are the base with the delta applied."""
-    delta = read_delta(file)
-    base_path = resolve_base(delta, base)
-    validate_output(out, full, file, base_path)
+    delta, base_path = open_delta(file, base, out, full, file)
     state, model = read_clip(base_path)
     apply_delta(model, delta)
     if state_dict_sha256(model) != state_dict_sha256(read_clip(full)[1]):
-        raise ValueError(
-            f"{full} is not what {file} makes of {base_path}: name the full weights that `apply` "
-            "wrote"
-        )
+        raise ValueError(f"{full} is not what {file} makes of {base_path}: name what `apply` wrote")
     save_state_dict(out, state)
     return f"{out}: {base_path}, without {file}"
 
 
-def validate_output(out: Path, *inputs: Path) -> None:
-    """Raise a ValueError if `out` cannot be written, or is one of the inputs."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out {out} is not a file name in an existing folder")
-    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+def open_delta(file: Path, base: str | None, out: Path, *inputs: Path) -> tuple[Delta, Path]:
+    """Return a delta and the path of its base; a ValueError if `out` would replace an input."""
+    delta = read_delta(file)
+    base_path = resolve_base(delta, base)
+    if out.exists() and any(out.samefile(path) for path in (*inputs, base_path)):
         raise ValueError(f"--out {out} would replace what it is made from: give another name")
+    return delta, base_path
 
 
 def read_clip(path: Path) -> tuple[dict[str, Tensor], CLIP]:
@@ -159,9 +134,8 @@ def read_clip(path: Path) -> tuple[dict[str, Tensor], CLIP]:
         state = clip.read_checkpoint(path)
         return state, clip.build_model(state)
     except ValueError as error:
-        reason = str(error).removeprefix(f"{path} cannot be used: ")
         raise ValueError(
-            f"{path} cannot be used here ({reason}); for CLIPs that open_clip builds, "
+            f"{path} cannot be used here ({error}); for CLIPs that open_clip builds, "
             "scripts/export.py RUN --to open_clip writes full weights"
         ) from None
 

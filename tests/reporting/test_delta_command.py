@@ -120,13 +120,13 @@ def test_delta_errors_are_one_line(checkpoint, tmp_path):
     before = {p: p.read_bytes() for p in (*folder.iterdir(), *tmp_path.iterdir())}
     for words, *argv in (
         ("COMMAND",),
-        ("not a safetensors file", "inspect", foreign),
+        ("not a sparse delta", "inspect", foreign),
         ("other weights", "apply", file, "--out", out, "--base", "ViT-Tiny/8"),
         ("names no backbone", "apply", small, "--out", out),
         ("foreign.pt cannot be used", "revert", foreign, file, "--out", out),
         ("would replace", "apply", file, "--out", file),
         ("would replace", "apply", file, "--out", base),
-        ("not a file name", "apply", file, "--out", tmp_path),
+        ("Is a directory", "apply", file, "--out", tmp_path),
     ):
         assert words in error(*argv)
     assert before == {p: p.read_bytes() for p in (*folder.iterdir(), *tmp_path.iterdir())}

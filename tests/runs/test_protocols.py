@@ -13,6 +13,7 @@ from dataset_helpers import make_dataset
 import clip
 import main
 from optimizers.delta import read_delta
+from run_utils import get_arguments
 
 ACCURACY = re.compile(r"\*\*\*\* (.+): (\d+\.\d\d)\. \*\*\*\*")
 
@@ -32,6 +33,10 @@ def data(tmp_path_factory):
 def command(command):
     """Arguments of a run of four iterations on five textures into `out`."""
     return [*command, "--dataset", "dtd", "--s", 0.5, "--lr", 1e-2, "--early_stop_loss", -1]
+
+
+def is_finished(argv):
+    return list_pending.is_finished(get_arguments([str(argument) for argument in argv]))
 
 
 def parse_accuracies(out):
@@ -77,9 +82,9 @@ def test_subsample_new_is_another_run(command, tmp_path):
     run(*new)
     result = result_of(tmp_path)
     assert result["classnames"] == ["striped", "zigzagged"] and "new_accuracy" not in result
-    assert list_pending.is_finished([str(arg) for arg in new])
+    assert is_finished(new)
     for other in (["--subsample", "all"], ["--seed", "1"]):
-        assert not list_pending.is_finished([str(arg) for arg in [*new, *other]])
+        assert not is_finished([*new, *other])
 
 
 @pytest.mark.parametrize("method", ["so", "lora"])
@@ -129,11 +134,10 @@ def test_test_on_evaluates_once(command, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "evaluate", record_name)
     printed = parse_accuracies(run(*command, "--test_on", "eurosat", "imagenet_r"))
     assert evaluated == ["imagenet_r", "imagenet_r"] and len(printed) == 6
-    arguments = [str(argument) for argument in command]
-    assert list_pending.is_finished([*arguments, "--test_on", "imagenet_r", "eurosat"])
+    assert is_finished([*command, "--test_on", "imagenet_r", "eurosat"])
     run(*command, "--overwrite", "--no-save_weights")  # other weights, not yet tested on others
     assert not any(run_folder(tmp_path).glob("transfer.json"))
-    assert not list_pending.is_finished([*arguments, "--test_on", "eurosat"])
+    assert not is_finished([*command, "--test_on", "eurosat"])
     assert "--save_weights" in refused(*command, "--test_on", "eurosat")
 
 
