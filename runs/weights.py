@@ -99,7 +99,7 @@ def resolve_base(delta: Delta, base: str | None = None) -> Path:
         ValueError: There is no such checkpoint.
     """
     try:
-        return resolve_checkpoint(base or delta.metadata.get("backbone", ""))
+        return resolve_checkpoint(base or delta.metadata.get("backbone", "unnamed"))
     except (ValueError, OSError) as error:
         raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from error
 

@@ -122,7 +122,7 @@ def test_delta_errors_are_one_line(checkpoint, tmp_path):
         ("COMMAND",),
         ("not a sparse delta", "inspect", foreign),
         ("other weights", "apply", file, "--out", out, "--base", "ViT-Tiny/8"),
-        ("names no backbone", "apply", small, "--out", out),
+        ("give --base", "apply", small, "--out", out),
         ("foreign.pt cannot be used", "revert", foreign, file, "--out", out),
         ("would replace", "apply", file, "--out", file),
         ("would replace", "apply", file, "--out", base),
