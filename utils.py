@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import io
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -47,11 +46,21 @@ class Predictions(NamedTuple):
         predicted = self.preds.bincount(minlength=len(counts))[: len(counts)]
         return 100.0 * (2.0 * hits.double() / (counts + predicted))[counts > 0].mean().item()
 
+    @property
+    def expected_calibration_error(self) -> float:
+        """ECE in percent over 15 equal intervals (a, b] (Guo et al., ICML 2017, equation 3)."""
+        probs = self.probs.double()
+        edges = torch.linspace(0, 1, N_BINS + 1, dtype=torch.float64)
+        bins = torch.bucketize(probs, edges[1:-1])  # (N,)
+        gaps = torch.zeros(N_BINS, dtype=torch.float64)  # |B| (accuracy - confidence) of each bin
+        gaps.index_add_(0, bins, (self.preds == self.labels).double() - probs)
+        return 100.0 * gaps.abs().sum().item() / len(probs)
 
-def per_class_accuracy(labels: Tensor, preds: Tensor, num_classes: int) -> list[float | None]:
-    """Accuracy in percent of each class, by label; None for a class without images."""
-    hits, counts = (x.tolist() for x in count_per_class(labels, preds, num_classes))
-    return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
+    def per_class_accuracy(self, num_classes: int) -> list[float | None]:
+        """Accuracy in percent of each class, by label; None for a class without images."""
+        hits, counts = (x.tolist() for x in count_per_class(self.labels, self.preds, num_classes))
+        pairs = zip(hits, counts, strict=True)
+        return [100.0 * hit / count if count else None for hit, count in pairs]
 
 
 def count_per_class(labels: Tensor, preds: Tensor, num_classes: int = 0) -> tuple[Tensor, Tensor]:
@@ -60,32 +69,8 @@ def count_per_class(labels: Tensor, preds: Tensor, num_classes: int = 0) -> tupl
     return labels[preds == labels].bincount(minlength=len(counts)), counts
 
 
-def expected_calibration_error(correct: Tensor, probs: Tensor) -> float:
-    """Expected calibration error (ECE) in percent.
-
-    Predictions are put into N_BINS equal intervals (a, b] of their probability. In each, the
-    share of correct ones is compared with the mean probability; the absolute differences are
-    averaged, weighted by the number of images (Guo et al., "On Calibration of Modern Neural
-    Networks", ICML 2017, equation 3).
-
-    Args:
-        correct: Whether each prediction is right, (N,).
-        probs: Probability of each predicted class, (N,).
-    """
-    probs = probs.double()
-    edges = torch.linspace(0, 1, N_BINS + 1, dtype=torch.float64)
-    bins = torch.bucketize(probs, edges[1:-1])  # (N,)
-    gaps = torch.zeros(N_BINS, dtype=torch.float64)
-    gaps.index_add_(0, bins, correct.double() - probs)  # |B| (accuracy - confidence) of each bin
-    return 100.0 * gaps.abs().sum().item() / len(probs)
-
-
 def unique_classnames(classnames: Sequence[str]) -> list[str]:
-    """Class names by label; names that several classes share get their labels added.
-
-    >>> unique_classnames(["crane", "crow", "crane"])
-    ['crane (label 0)', 'crow', 'crane (label 2)']
-    """
+    """Class names by label; names that several classes share get their labels added."""
     counts = Counter(classnames)
     return [
         f"{name} (label {label})" if counts[name] > 1 else name
@@ -97,14 +82,10 @@ def unique_classnames(classnames: Sequence[str]) -> list[str]:
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """Write a file atomically: to a temporary file beside it, to the disk, then rename.
+    """Write content to a file atomically: to a temporary file beside it, to the disk, then rename.
 
-    Args:
-        path: The file.
-        data: Its content, or a function that writes it to an open file.
-
-    Raises:
-        OSError: The folder is missing, full or read-only; nothing is left behind.
+    `data` is the content, or a function that writes it to an open file. An OSError leaves nothing
+    behind.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -125,12 +106,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
 
 
 def detect_placeholder_file(path: str | os.PathLike) -> str | None:
-    """Detect a Git LFS pointer or a web page that was saved in place of a file.
-
-    Returns:
-        What the file is and the remedy, to follow "PATH is"; None for any other file, and where
-        it cannot be opened.
-    """
+    """What a Git LFS pointer or a web page in place of a file is, to follow "PATH is", or None."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -139,7 +115,7 @@ def detect_placeholder_file(path: str | os.PathLike) -> str | None:
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if re.match(rb"(<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", text, re.S):
+    if text.startswith(b"<") and (b"<!doctype html" in text or b"<html" in text):
         return "a web page, not the file itself: download it again"
     return None
 
@@ -170,12 +146,9 @@ def to_csv(header: Sequence, rows: Iterable[Sequence] = ()) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text on one line, white space as single spaces, unprintable characters escaped.
-
-    The middle of a text of more than 2,000 characters is left out, since the remedy is at the end.
-    """
+    """A text on one line, white space as single spaces, unprintable characters escaped."""
     text = " ".join(text.split())
-    if len(text) > 2000:
+    if len(text) > 2000:  # the remedy is at the end
         text = f"{text[:1000]} ... {text[-900:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -207,12 +180,7 @@ def format_error(error: Exception) -> str:
 
 
 class Progress(tqdm):
-    """tqdm's bar on a terminal; in a file or a pipe a plain line every 15 seconds.
-
-    Args:
-        items: What to iterate over, if anything.
-        kwargs: tqdm's, such as `desc`, `total` and `unit`.
-    """
+    """tqdm's bar on a terminal; in a file or a pipe a plain line every 15 seconds."""
 
     monitor_interval = 0  # no thread of tqdm's
 

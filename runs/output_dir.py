@@ -23,8 +23,6 @@ from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
 from utils import (
     Predictions,
     atomic_write,
-    expected_calibration_error,
-    per_class_accuracy,
     to_csv,
     unique_classnames,
 )
@@ -156,15 +154,14 @@ def save_result(
     `predictions` are of the images of --eval_split, in order; `summary` has what the other
     arguments do not tell, and is written as it is.
     """
-    labels, preds, probs = predictions
     names, titles = dataset.classnames, unique_classnames(dataset.classnames)
-    accuracies = per_class_accuracy(labels, preds, len(names))
+    accuracies = predictions.per_class_accuracy(len(names))
     result = {
         **select_args(args, *PATH_KEYS),
         "dataset": dataset_name(args.dataset),
         **summary,
         "macro_f1": predictions.macro_f1,
-        "ece": expected_calibration_error(preds == labels, probs),
+        "ece": predictions.expected_calibration_error,
         "per_class": dict(zip(titles, accuracies, strict=True)),
         "classnames": names,
         "template": dataset.template,
