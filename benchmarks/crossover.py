@@ -32,15 +32,16 @@ def milliseconds(dy: Tensor, x: Tensor, density: float, repeats: int) -> list[fl
     rows, columns = dy.shape[1], x.shape[1]
     k, generator = int(rows * columns * density), torch.Generator().manual_seed(0)
     support = draw_support(rows * columns, k, generator).to(dy.device)
-    (plan,) = SampledGradients._make_plans([support], [columns])
-    columns = x if plan.columns is None else SampledGradients._gather_columns(x, plan.columns)
+    weight = torch.empty(rows, columns, device="meta")
+    plan = SampledGradients._make_plans({weight: support})[weight]
+    x_columns = x if plan.columns is None else x[:, plan.columns]
     least = [float("inf"), float("inf")]
     for _ in range(repeats):
         for way, product_from in enumerate((1e9, 0)):
             with mock.patch.object(SampledGradients, "DENSE_MATMUL_DENSITY", product_from):
                 synchronize(dy.device)
                 start = time.perf_counter()
-                SampledGradients._products(dy, columns, plan, None)
+                SampledGradients._products(dy, x_columns, plan, 0)
                 synchronize(dy.device)
             least[way] = min(least[way], 1e3 * (time.perf_counter() - start))
     return least

@@ -17,57 +17,37 @@ Needs torch, and SparseOptimizer.py where the optimizer comes from. From a densi
 DENSE_MATMUL_DENSITY on, values are taken from the matrix product, which is faster then.
 """
 
-import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Variable
-from torch.autograd.function import once_differentiable
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["SampledGradients", "sample_gradients", "sampled_linear", "sum_gradients"]
+__all__ = ["SampledGradients", "sample_gradients", "sum_gradients"]
 
 # Products made at once: what a core's cache holds, or elsewhere 64 MiB with both their factors.
 CHUNK = {"cpu": 2**18}
 DEFAULT_CHUNK = 2**23
-# Density from which the whole matrix product is faster: for float32 factors on a CPU, and how many
-# times as early it is otherwise. The CPU's were measured (benchmarks/crossover.py); a GPU's follow
-# from an H100's bandwidth and arithmetic, and were not.
+# Density from which the whole matrix product is faster, and how many times as early it is so by
+# device and half precision. The CPU's were measured (benchmarks/crossover.py); a GPU's follow from
+# an H100's bandwidth and arithmetic, and were not.
 DENSE_MATMUL_DENSITY = 1 / 150
-DENSE_MATMUL_FACTOR = {
-    ("cpu", False): 1,
-    ("cpu", True): 1.4,
-    ("cuda", False): 1.3,
-    ("cuda", True): 10,
-}
-# Modules that use their matrices otherwise than by F.linear.
-FUSED_MODULES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+DENSE_MATMUL_FACTOR = {("cpu", True): 1.4, ("cuda", False): 1.3, ("cuda", True): 10}
+# Modules that use their matrices otherwise than by F.linear; the second is the first one's.
+OTHER_MODULES = (
+    nn.MultiheadAttention, NonDynamicallyQuantizableLinear, nn.RNNBase, nn.RNNCellBase,
+    nn.Embedding, nn.EmbeddingBag,
+)  # fmt: skip
 DDP_ERROR = (
     "DistributedDataParallel cannot reduce sampled gradients: use the model itself and give "
     "sample_gradients a process_group, or leave sample_gradients out"
 )
-
-
-class _Plan(NamedTuple):
-    """Where a support of k entries finds its factors in dy (N, out) and in x (N, in)."""
-
-    support: Tensor  # (k,) flat
-    positions: Tensor  # (2, k): rows i and columns j
-    columns: Tensor | None  # columns of x that the forward pass keeps, (c,); None for all
-    column_pos: (
-        Tensor | None
-    )  # of each entry's column among these, (k,); None if it is the i-th's own
-    in_features: int
-
-
-_handles = WeakTensorKeyDictionary()  # by parameter: a weak reference to its SampledGradients
 
 
 def sample_gradients(
@@ -89,7 +69,7 @@ def sample_gradients(
 
     Args:
         model: The module. Its values and attributes stay as they are; the class of the parameters
-            changes until `remove`.
+            changes until `remove`. Sampling that it has already is removed.
         optimizer: An SO of its parameters, or of some of them.
         process_group: Processes that train replicas of the model, in place of
             DistributedDataParallel: the model becomes that of the group's first process, and all
@@ -97,48 +77,14 @@ def sample_gradients(
             processes make as many passes.
 
     Returns:
-        A handle. It prints what is expected to be sampled and, after a backward pass, what was;
-        `remove()` ends sampling. It is also a context manager, and need not be kept.
+        A handle, which need not be kept. It prints what is expected to be sampled and, after a
+        backward pass, what was; `remove()` ends sampling.
 
     Raises:
-        ValueError: The optimizer is not an SO or has no sparse matrix of the model's, sampling is
-            already active, the model is in DistributedDataParallel, or a parameter is sharded.
+        ValueError: The optimizer is not an SO or has no sparse matrix of the model's, the model is
+            in DistributedDataParallel, or a parameter is sharded.
     """
     return SampledGradients(model, optimizer, process_group)
-
-
-def sampled_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, rows: slice = slice(None)
-) -> Tensor:
-    """Compute `F.linear(x, weight[rows], bias)`, with a gradient of weight at some entries only.
-
-    Without gradients, or for a frozen weight, it is `F.linear`. Under `torch.autocast` products
-    are of its dtype, as there; those of the gradient are summed in float32 at least.
-
-    Args:
-        x: Inputs, (..., in), of any strides.
-        weight: W, (out, in).
-        bias: b of these rows, or None.
-        indices: The flat (row-major) entries of W wanted, increasing and without repeats, (k,)
-            int64; not to be changed in place afterwards.
-        rows: Those of W that are used, where a packed matrix is used in parts.
-
-    Returns:
-        y, (..., rows). Its backward pass gives weight a coalesced sparse gradient of k values.
-
-    Raises:
-        ValueError: weight is not a matrix, or indices is not a vector of int64.
-    """
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have two dimensions, not shape {tuple(weight.shape)}")
-    if indices.dim() != 1 or indices.dtype != torch.int64:
-        raise ValueError(
-            f"indices must be int64 of shape (k,), not {indices.dtype} of {tuple(indices.shape)}"
-        )
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return F.linear(x, weight[rows], bias)
-    (plan,) = _make_plans([indices], [weight.shape[1]])
-    return _SampledLinear.apply(x, weight, bias, plan, rows)
 
 
 class SampledGradients:
@@ -160,51 +106,92 @@ class SampledGradients:
             raise ValueError(f"sampled gradients need an SO, not {type(optimizer).__name__}")
         if isinstance(model, DistributedDataParallel):
             raise ValueError(DDP_ERROR)
-        _refuse_shards(optimizer)
-        names, self.dense = _partition_params(model, optimizer.param_groups)
-        self._names, self.params = {id(p): name for name, p in names.items()}, list(names.values())
-        self._is_sampled: dict[int, bool] = {}  # by id, whether the last gradient was
-        if any(_handle_of(p) is not None for p in self.params):
-            raise ValueError("sampling is already active for this model: remove() it first")
+        self._optimizer, self._group = optimizer, process_group
+        self._refuse_shards()
+        self._names, self.dense = _partition_params(model, optimizer.param_groups)
+        self.params = list(self._names)
         if not self.params:
             raise ValueError(
                 "the optimizer has no sparse matrix of this model's to sample: one with two "
                 "dimensions, used by F.linear, in a group without dense=True"
             )
-        self._optimizer = optimizer
-        self._plans: dict[int, _Plan] = {}  # by id of the parameter, for the coming step
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: _refuse_shards(optimizer)),
-            optimizer.register_step_post_hook(self._post_step),
-            optimizer.register_load_state_dict_post_hook(lambda *_: self._ready.clear()),
-            *(p.register_post_accumulate_grad_hook(_coalesce) for p in self.params),
-        ]
-        self._ready: set[int] = set()  # ids of those with a support for the coming step
+        self._ready: set[Tensor] = set()  # those with a support for the coming step
+        self._plans: dict[Tensor, _Plan] = {}
+        self._is_sampled: dict[Tensor, bool] = {}  # whether the last gradient was
         for p in self.params:
-            p.__class__ = _SampledParameter
-            _handles[p] = weakref.ref(self)  # the optimizer's hooks keep it alive
-        self._group, self._queued, self._averaged = process_group, False, False
+            if getattr(p, "_sampler", None) is not None:
+                p._sampler.remove()
+            p.__class__, p._sampler = _SampledParameter, self
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._refuse_shards),
+            optimizer.register_step_post_hook(lambda *_: self._ready.clear()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._ready.clear()),
+        ]
+        for p in self.params:  # a hook that referred to self would keep p alive
+            hook = p.register_post_accumulate_grad_hook(lambda p: p._sampler._coalesce(p))
+            self._hooks.append(hook)
+        self._queued = self._averaged = False
         if process_group is not None:
             self._replicate(model)
 
     def __repr__(self) -> str:
         """What the last backward pass did, or, before the first one, what is expected."""
         expected = not self._is_sampled
-        sampled = [p for p in self.params if expected or self._is_sampled.get(id(p))]
-        ids, k, entries = set(map(id, sampled)), 0, 0
+        count = sum(self._is_sampled.get(p, expected) for p in self.params)
+        head = f"sampled gradients in {count} matrices, whole ones in {len(self.dense)} others"
+        lines = [f"    whole: {name} ({reason})" for name, reason in self.dense.items()]
+        return "\n".join([f"expected: {head}" if expected else head, *lines])
+
+    def remove(self) -> None:
+        """End sampling: later gradients are whole; weights stay as trained. May be repeated."""
+        for p in self.params:
+            p.__class__ = nn.Parameter
+            del p._sampler
+        for hook in self._hooks:
+            hook.remove()
+        self.params, self._hooks = [], []
+
+    def plan(self, p: Tensor) -> "_Plan | None":
+        """Where p's gradient is read in the coming step, drawn where due; None for everywhere."""
+        if p not in self._ready:
+            if DistributedDataParallel._active_ddp_module is not None:
+                raise RuntimeError(DDP_ERROR)
+            self._optimizer.draw_supports()
+            self._ready.update(q for q in self.params if q.requires_grad)
+            new = {}
+            for q in self.params:
+                support = self._optimizer.state.get(q, {}).get("grad_indices")
+                plan = self._plans.get(q)
+                if support is not None and (plan is None or plan.support is not support):
+                    new[q] = support
+            self._plans.update(_make_plans(new))
+        return self._plans.get(p)
+
+    def _coalesce(self, p: Tensor) -> None:
+        """Record whether a new gradient is sampled, and sum the k entries of each use and pass.
+
+        autograd appends them, and drops the mark without which `clip_grad_norm_` would sort them.
+        """
+        if p.grad is None:
+            return
+        name = self._names[p]
+        self._is_sampled[p] = p.grad.is_sparse
+        if not p.grad.is_sparse:
+            self.dense[name] = "not used by F.linear only, or compiled"
+            return
+        self.dense.pop(name, None)
+        plan, values = self._plans[p], p.grad._values()
+        if len(values) > len(plan.support):
+            values = values.view(-1, len(plan.support)).sum(dim=0)
+        p.grad = plan.gradient(values)
+
+    def _refuse_shards(self, *_: Any) -> None:
         for group in self._optimizer.param_groups:
-            sizes = [p.numel() for p in group["params"] if id(p) in ids]
-            entries += sum(sizes)
-            k += sum(max(1, int(n * group["density_ratio"])) for n in sizes)
-        missing = len(self.params) - len(self._is_sampled)
-        lines = [
-            f"{'expected: ' * expected}sampled gradients in {len(sampled)} matrices, {k:,} of "
-            f"{entries:,} entries; whole in {len(self.dense)} others",
-            *(f"    whole: {name} ({reason})" for name, reason in self.dense.items()),
-        ]
-        if missing and not expected:
-            lines.append(f"    without a gradient so far: {missing}")
-        return "\n".join(lines)
+            if any(hasattr(p, "device_mesh") for p in group["params"]):
+                raise ValueError(
+                    "sampled gradients and shards (DTensor, fully_shard) do not go together: leave "
+                    "sample_gradients out, or keep the matrices whole"
+                )
 
     def _replicate(self, model: nn.Module) -> None:
         """Give all processes the first one's model, and average what they add to its gradients."""
@@ -212,70 +199,28 @@ class SampledGradients:
             value = t.detach().contiguous()
             dist.broadcast(value, dist.get_global_rank(self._group, 0), group=self._group)
             t.detach().copy_(value)
-        in_groups = (p for group in self._optimizer.param_groups for p in group["params"])
-        params = self._replicated = list(dict.fromkeys((*model.parameters(), *in_groups)))
-        self._hooks += [
-            *(
-                p.register_post_accumulate_grad_hook(self._queue_all_reduce)
-                for p in params
-                if p.requires_grad
-            ),
-            self._optimizer.register_step_pre_hook(self._sync_before_step),
-        ]
+        self._replicated = list(model.parameters())
+        for p in self._replicated:
+            if p.requires_grad:
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._queue_all_reduce))
+        self._hooks.append(self._optimizer.register_step_pre_hook(self._sync_before_step))
 
     def _queue_all_reduce(self, _: Tensor) -> None:
         """Have this backward pass end with `_all_reduce_gradients`."""
         if not self._queued:
             self._queued = True
-            Variable._execution_engine.queue_callback(self._all_reduce_gradients)
+            torch.autograd.Variable._execution_engine.queue_callback(self._all_reduce_gradients)
 
     def _sync_before_step(self, *_: Any) -> None:
         """Before a step, take part in the average of the others if no backward pass did."""
         if not self._averaged:
             self._all_reduce_gradients()
+        self._averaged = False
 
     def _all_reduce_gradients(self) -> None:
         """Average the gradients; repeating it changes nothing, as what is equal stays equal."""
         self._queued, self._averaged = False, True
         sum_gradients(self._replicated, self._group, average=True)
-
-    def _post_step(self, *_: Any) -> None:
-        """After a step, what was true of it is over."""
-        self._ready.clear()
-        self._averaged = False
-
-    def remove(self) -> None:
-        """End sampling: later gradients are whole; weights stay as trained. May be repeated."""
-        for p in self.params:
-            p.__class__ = nn.Parameter
-            del _handles[p]
-        for hook in self._hooks:
-            hook.remove()
-        self.params, self._hooks, self._plans = [], [], {}
-
-    def __enter__(self) -> "SampledGradients":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.remove()
-
-    def plan(self, p: Tensor) -> _Plan | None:
-        """Where p's gradient is read in the coming step, drawn where due; None for everywhere."""
-        if id(p) not in self._ready:
-            if DistributedDataParallel._active_ddp_module is not None:
-                raise RuntimeError(DDP_ERROR)
-            self._optimizer.draw_supports()
-            self._ready.update(id(q) for q in self.params if q.requires_grad)
-            stale, supports = [], []
-            for q in self.params:
-                support = self._optimizer.state.get(q, {}).get("grad_indices")
-                plan = self._plans.get(id(q))
-                if support is not None and (plan is None or plan.support is not support):
-                    stale.append(q)
-                    supports.append(support)
-            plans = _make_plans(supports, [q.shape[1] for q in stale])
-            self._plans.update(zip(map(id, stale), plans, strict=True))
-        return self._plans.get(id(p))
 
 
 @torch.no_grad()
@@ -298,67 +243,49 @@ def sum_gradients(
     """
     rows = defaultdict(list)
     for p in (p for p in params if p.requires_grad):
-        plan = None if _handle_of(p) is None else _handle_of(p).plan(p)
+        sampler = getattr(p, "_sampler", None)
+        plan = None if sampler is None else sampler.plan(p)
         if p.grad is None:
-            values = p.new_zeros(p.shape if plan is None else plan.support.shape)
-            p.grad = values if plan is None else _sparse(plan, values, p.shape)
+            zeros = p.new_zeros(p.shape if plan is None else plan.support.shape)
+            p.grad = zeros if plan is None else plan.gradient(zeros)
         elif p.grad.is_sparse and plan is None:  # an embedding's, whose rows are others elsewhere
             p.grad = p.grad.to_dense()
         values = p.grad._values() if p.grad.is_sparse else p.grad
         rows[values.dtype, values.device].append(values)
     for t in extra:
         rows[t.dtype, t.device].append(t)
-    for some in rows.values():
-        row = torch.cat([t.reshape(-1) for t in some])
+    for tensors in rows.values():
+        row = _flatten_dense_tensors(tensors)
         dist.all_reduce(row, group=process_group)
         if average:
             row /= dist.get_world_size(process_group)
-        parts = row.split([t.numel() for t in some])
-        torch._foreach_copy_(
-            some, [part.view(t.shape) for part, t in zip(parts, some, strict=True)]
-        )
-
-
-def _refuse_shards(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where a parameter is sharded."""
-    for group in optimizer.param_groups:
-        if any(hasattr(p, "device_mesh") for p in group["params"]):
-            raise ValueError(
-                "sampled gradients and shards (DTensor, fully_shard) do not go together: leave "
-                "sample_gradients out, or keep the matrices whole"
-            )
-
-
-def _is_sparse(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether SO takes p for a sparse tensor."""
-    return sum(size > 1 for size in p.shape) >= 2 if group["dense"] is None else not group["dense"]
+        torch._foreach_copy_(tensors, _unflatten_dense_tensors(row, tensors))
 
 
 def _partition_params(
     model: nn.Module, groups: list[dict]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split the sparse tensors, by name, into those to sample and those to leave, and why."""
-    sparse = {id(p) for group in groups for p in group["params"] if _is_sparse(p, group)}
-    users: dict[int, list[nn.Module]] = {}
+) -> tuple[dict[Tensor, str], dict[str, str]]:
+    """Split the sparse tensors into those to sample, with their names, and others, and why."""
+    flags = {p: group["dense"] for group in groups for p in group["params"]}
+    users = defaultdict(list)
     for module in model.modules():
-        fused = isinstance(module, FUSED_MODULES)
-        for p in module.parameters() if fused else module._parameters.values():
-            users.setdefault(id(p), []).append(module)
+        for p in module.parameters(recurse=False):
+            users[p].append(module)
     sampled, dense = {}, {}
     for name, p in model.named_parameters():
-        fused = [type(m).__name__ for m in users[id(p)] if isinstance(m, FUSED_MODULES)]
-        if id(p) not in sparse or p.dim() < 2:
+        is_dense = flags.get(p, True)
+        if is_dense is None:  # SO decides
+            is_dense = sum(size > 1 for size in p.shape) < 2
+        if is_dense:
             continue
         if p.dim() != 2:
             dense[name] = f"{p.dim()} dimensions"
-        elif fused:
-            dense[name] = f"used by torch's own {fused[0]}"
-        elif all(isinstance(module, EMBEDDINGS) for module in users[id(p)]):
-            dense[name] = "an embedding"
+        elif all(isinstance(module, OTHER_MODULES) for module in users[p]):
+            dense[name] = "not used by F.linear"
         elif type(p) not in (nn.Parameter, _SampledParameter):
             dense[name] = f"of class {type(p).__name__}"
         else:
-            sampled[name] = p
+            sampled[p] = name
     return sampled, dense
 
 
@@ -367,15 +294,16 @@ class _Sampled:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
             if func is F.linear:
-                return _linear(*args, **(kwargs or {}))
-            result = func(*args, **(kwargs or {}))
+                return _linear(*args, **kwargs)
+            result = func(*args, **kwargs)
             if func is Tensor.__getitem__ and isinstance(args[1], slice):
                 parent, rows = args
-                if isinstance(parent, _SampledParameter) and rows.step in (None, 1) and len(result):
+                if isinstance(parent, _SampledParameter) and rows.step in (None, 1):
                     result.__class__ = _SampledRows
                     result.parent, result.rows = parent, rows
             return result
@@ -384,14 +312,14 @@ class _Sampled:
 class _SampledParameter(_Sampled, nn.Parameter):
     """A parameter whose class `SampledGradients` has set to this one."""
 
+    _sampler: SampledGradients | None = None  # a deep copy has none
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_sampler"}
+
 
 class _SampledRows(_Sampled, Tensor):
     """Rows of a sampled parameter; to all but F.linear they are what torch's own slice is."""
-
-
-def _handle_of(p: Tensor) -> SampledGradients | None:
-    """Who samples p's gradients; a deep copy of p keeps p's class, but has no handle."""
-    return _handles[p]() if p in _handles else None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -399,40 +327,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     parent, rows = weight, slice(None)
     if isinstance(weight, _SampledRows):
         parent, rows = weight.parent, weight.rows
-    handle = _handle_of(parent) if isinstance(parent, _SampledParameter) else None
-    plan = handle.plan(parent) if handle is not None and parent.requires_grad else None
+    sampler = getattr(parent, "_sampler", None)
+    plan = sampler.plan(parent) if sampler is not None and parent.requires_grad else None
     if plan is None:
         return F.linear(input, weight, bias)
     return _SampledLinear.apply(input, parent, bias, plan, rows)
-
-
-def _coalesce(p: Tensor) -> None:
-    """Note whether a new gradient is sampled; give it its k entries and the mark of coalescing.
-
-    autograd drops the mark, and appends the entries of each use and pass to those before. Without
-    it `clip_grad_norm_` would sort the entries of each matrix.
-    """
-    handle, grad = _handle_of(p), p.grad
-    if handle is None or grad is None:
-        return
-    name, sampled = handle._names[id(p)], grad.layout == torch.sparse_coo
-    handle._is_sampled[id(p)] = sampled
-    if not sampled:
-        handle.dense[name] = "not used by F.linear only, or compiled"
-        return
-    handle.dense.pop(name, None)
-    plan, values = handle._plans[id(p)], grad._values()
-    k = len(plan.support)
-    if len(values) % k == 0 and len(values) > 0:
-        values = values.view(-1, k).sum(dim=0) if len(values) > k else values
-        p.grad = _sparse(plan, values, p.shape)
-
-
-def _sparse(plan: _Plan, values: Tensor, shape: torch.Size) -> Tensor:
-    """The coalesced sparse COO tensor of a support's values."""
-    return torch.sparse_coo_tensor(
-        plan.positions, values, shape, check_invariants=False, is_coalesced=True
-    )
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -447,90 +346,94 @@ class _SampledLinear(torch.autograd.Function):
                 t if t is None or t.dtype == torch.float64 else t.to(dtype)
                 for t in (x, factor, bias)
             )
-        ctx.plan, ctx.shape, ctx.dtype = plan, weight.shape, weight.dtype
-        ctx.first = None if rows == slice(None) else rows.indices(len(weight))[0]
-        x_columns = x if plan.columns is None else _gather_columns(x, plan.columns)  # (..., c)
+        ctx.plan, ctx.dtype, ctx.first = plan, weight.dtype, rows.indices(len(weight))[0]
+        x_columns = x  # (..., c)
+        if plan.columns is not None:  # gather, as on a CPU it is faster than index_select
+            x_columns = x.gather(-1, plan.columns.expand(*x.shape[:-1], -1))
         ctx.save_for_backward(x_columns, factor if ctx.needs_input_grad[0] else None)
         return F.linear(x, factor, bias)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x_columns, factor = ctx.saved_tensors
-        shape = (*dy.shape[:-1], ctx.shape[1])
+        x_shape = (*dy.shape[:-1], ctx.plan.shape[1])
         dy = dy.reshape(-1, dy.shape[-1])  # (N, rows)
-        dx = db = dw = None
+        dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy.mm(factor).view(shape)
+            dx = dy.mm(factor).view(x_shape)
         if ctx.needs_input_grad[1]:
             x_columns = x_columns.reshape(-1, x_columns.shape[-1])
-            values = _products(dy, x_columns, ctx.plan, ctx.first).to(ctx.dtype)
-            dw = _sparse(ctx.plan, values, ctx.shape)
+            dw = ctx.plan.gradient(_products(dy, x_columns, ctx.plan, ctx.first).to(ctx.dtype))
         if ctx.needs_input_grad[2]:
             db = dy.sum(dim=0)
         return dx, dw, db, None, None
 
 
-def _make_plans(supports: Sequence[Tensor], widths: Sequence[int]) -> list[_Plan]:
+class _Plan(NamedTuple):
+    """Where the entries of a support find their factors in dy (N, out) and in x (N, in)."""
+
+    shape: torch.Size  # of W
+    support: Tensor  # (k,) flat
+    positions: Tensor  # (2, k): rows i and columns j
+    columns: Tensor | None  # columns of x that the forward pass keeps, (c,); None for all
+    column_pos: Tensor | None  # of each entry's column among these, (k,); None if all are in order
+
+    def gradient(self, values: Tensor) -> Tensor:
+        """The coalesced sparse COO tensor with these values (k,)."""
+        return torch.sparse_coo_tensor(
+            self.positions, values, self.shape, check_invariants=False, is_coalesced=True
+        )
+
+
+def _make_plans(supports: Mapping[Tensor, Tensor]) -> dict[Tensor, _Plan]:
     """Split flat indices into rows and columns, and choose the columns of each x.
 
     All positions are computed in one row, since on a GPU each kernel counts.
     """
     if not supports:
-        return []
-    sizes, device = [len(support) for support in supports], supports[0].device
-    table = torch.tensor([widths, sizes], device="cpu").to(device, non_blocking=True)
-    width = table[0].repeat_interleave(table[1], output_size=sum(sizes))
-    row = torch.cat(list(supports))
-    positions = torch.stack([row // width, row % width])  # (2, sum of sizes)
-    parts = [positions.new_empty(2, size) for size in sizes]
-    torch.split_with_sizes_copy(positions, sizes, dim=1, out=parts)
-    plans = []
-    for support, part, in_features in zip(supports, parts, widths, strict=True):
-        columns, column_pos = part[1], None
-        if device.type == "cpu":  # elsewhere counting distinct columns waits for the device
-            distinct, inverse = columns.unique(return_inverse=True)
-            if len(distinct) < len(columns):
-                columns, column_pos = distinct, inverse
-        if len(columns) >= in_features:
-            columns, column_pos = None, part[1]
-        plans.append(_Plan(support, part, columns, column_pos, in_features))
+        return {}
+    widths, sizes = [W.shape[1] for W in supports], [len(support) for support in supports.values()]
+    row = torch.cat(list(supports.values()))
+    table = torch.tensor([widths, sizes], device="cpu").to(row.device, non_blocking=True)
+    width = table[0].repeat_interleave(table[1], output_size=len(row))
+    positions = [row.new_empty(2, size) for size in sizes]  # contiguous: autograd copies others
+    torch.split_with_sizes_copy(
+        torch.stack([row // width, row % width]), sizes, dim=1, out=positions
+    )
+    plans = {}
+    for (W, support), position in zip(supports.items(), positions, strict=True):
+        columns, column_pos = position[1], None
+        if row.device.type == "cpu":  # elsewhere counting distinct columns waits for the device
+            columns, column_pos = columns.unique(return_inverse=True)
+        if len(columns) >= W.shape[1]:
+            columns, column_pos = None, position[1]
+        plans[W] = _Plan(W.shape, support, position, columns, column_pos)
     return plans
 
 
-def _gather_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """Copy columns (c,) of x (..., n): (..., c); on a CPU faster than index_select."""
-    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
-
-
-def _products(dy: Tensor, x_columns: Tensor, plan: _Plan, first: int | None) -> Tensor:
+def _products(dy: Tensor, x_columns: Tensor, plan: _Plan, first: int) -> Tensor:
     """Sum dy[:, i - first] * x[:, j] over N tokens: (N, rows), (N, c) -> (k,)."""
-    rows, inside = plan.positions[0], None
-    if first is not None:  # a slice of W: entries elsewhere have no gradient here
+    rows, column_pos, k = plan.positions[0], plan.column_pos, len(plan.support)
+    is_slice = dy.shape[1] < plan.shape[0]
+    if is_slice:
         rows = rows - first
-        inside = (rows >= 0) & (rows < dy.shape[1])
+        inside = (rows >= 0) & (rows < dy.shape[1])  # entries elsewhere have no gradient here
         rows = rows.clamp(0, dy.shape[1] - 1)
-    device, exact = dy.device.type, torch.promote_types(dy.dtype, torch.float32)
-    density = len(rows) / max(dy.shape[1] * plan.in_features, 1)
-    if (
-        density * DENSE_MATMUL_FACTOR.get((device, dy.dtype.itemsize == 2), 1)
-        >= DENSE_MATMUL_DENSITY
-    ):
-        product = dy.t().mm(x_columns)  # (rows, c)
-        columns = plan.column_pos
-        if columns is None:
-            columns = torch.arange(len(rows), device=rows.device)
-        total = product[rows, columns]
+    density = k / (dy.shape[1] * plan.shape[1])
+    factor = DENSE_MATMUL_FACTOR.get((dy.device.type, dy.dtype.itemsize == 2), 1)
+    if density * factor >= DENSE_MATMUL_DENSITY:
+        if column_pos is None:
+            column_pos = torch.arange(k, device=dy.device)
+        total = dy.t().mm(x_columns)[rows, column_pos]
     else:
-        step = max(CHUNK.get(device, DEFAULT_CHUNK) // max(len(rows), 1), 1)
-        total = None
-        for part in (slice(start, start + step) for start in range(0, max(len(dy), 1), step)):
-            product = _gather_columns(dy[part], rows).to(exact)  # (step, k)
-            product *= (
-                x_columns[part]
-                if plan.column_pos is None
-                else _gather_columns(x_columns[part], plan.column_pos)
-            )
+        step, total = max(CHUNK.get(dy.device.type, DEFAULT_CHUNK) // k, 1), None
+        exact = torch.promote_types(dy.dtype, torch.float32)
+        for dy_part, x_part in zip(dy.split(step), x_columns.split(step), strict=True):
+            product = dy_part.gather(1, rows.expand(len(dy_part), -1)).to(exact)  # (step, k)
+            if column_pos is not None:
+                x_part = x_part.gather(1, column_pos.expand(len(x_part), -1))
+            product *= x_part
             chunk = product.sum(dim=0)
             total = chunk if total is None else total.add_(chunk)
-    return total if inside is None else total * inside
+    return total * inside if is_slice else total

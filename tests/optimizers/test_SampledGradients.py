@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import build_model
 from optimizers import SampledGradients
-from optimizers.SampledGradients import sample_gradients, sampled_linear
+from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO, draw_support
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
@@ -23,16 +23,36 @@ CLOSE = dict(rtol=1e-10, atol=1e-12)
 SETTINGS = dict(lr=1e-2, eps=1e-4, weight_decay=0.01, density_ratio=0.05, T=3, seed=5)
 
 
-def support(shape, k, seed=0):
-    return draw_support(shape[0] * shape[1], k, torch.Generator().manual_seed(seed))
+@pytest.fixture(autouse=True)
+def products_entry_by_entry(monkeypatch):
+    """Matrices here are so small that all would be computed whole."""
+    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", 2)
+
+
+def draw(k):
+    """A support of a matrix of shape (5, 7)."""
+    return draw_support(35, k, torch.Generator().manual_seed(0))
 
 
 def leaf(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype).requires_grad_()
 
 
+def sampled_linear(x, weight, bias, support):
+    plan = SampledGradients._make_plans({weight: support})[weight]
+    return SampledGradients._SampledLinear.apply(x, weight, bias, plan, slice(None))
+
+
 def make_mlp():
     return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.LayerNorm(30), nn.Linear(30, 10)).double()
+
+
+def mlp_loss(model, step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(6, 4, 20, generator=generator, dtype=torch.float64)
+    with torch.no_grad():  # an evaluation in between
+        model(x)
+    return model(x).square().mean()
 
 
 def make_clip():
@@ -43,42 +63,33 @@ def make_clip():
     return model
 
 
-def clip_loss(model, seed):
-    generator = torch.Generator().manual_seed(seed)
+def clip_loss(model, step):
+    generator = torch.Generator().manual_seed(step)
     images = torch.randn(4, 3, 32, 32, generator=generator, dtype=torch.float64)
     tokens = torch.randint(1, 512, (4, 9), generator=generator)
     tokens[:, -1] = 513
     return F.cross_entropy(model(images, tokens)[0], torch.arange(4))
 
 
-def mlp_loss(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return model(torch.randn(6, 4, 20, generator=generator, dtype=torch.float64)).square().mean()
+def mlp_backward(model, step):
+    mlp_loss(model, step).backward()
 
 
-@pytest.fixture(autouse=True)
-def products_entry_by_entry(monkeypatch):
-    """Matrices here are so small that all would be computed whole."""
-    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", 2)
-
-
-CASES = pytest.mark.parametrize("make, loss", [(make_mlp, mlp_loss), (make_clip, clip_loss)])
-
-
-def twice(make, **settings):
-    """The same model twice, with an optimizer each."""
+def twice(make=make_mlp, **settings):
+    """The same model twice, with an optimizer each; the second one gets sampled gradients."""
     plain = make()
     models = plain, copy.deepcopy(plain)
     trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
-    return *models, *(SO(params, **(SETTINGS | settings)) for params in trained)
+    a, b = (SO(params, **(SETTINGS | settings)) for params in trained)
+    return *models, a, b, sample_gradients(models[1], b)
 
 
-def train(pairs, steps, loss=mlp_loss):
+def train(pairs, steps, backward=mlp_backward):
     """Train each (model, optimizer), a step for each number."""
     for step in steps:
         for model, optimizer in pairs:
-            optimizer.zero_grad()
-            loss(model, step).backward()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            backward(model, step)
             optimizer.step()
 
 
@@ -90,58 +101,45 @@ def assert_equal_weights(a, b):
 # One product
 
 
-@pytest.mark.parametrize("shape", [(0, 7), (7,), (9, 7), (2, 3, 7), (2, 0, 7), (2, 3, 4, 7)])
+@pytest.mark.parametrize("shape", [(0, 7), (7,), (9, 7), (2, 0, 7), (2, 3, 4, 7)])
 @pytest.mark.parametrize("k", [1, 4, 20, 35])
 @pytest.mark.parametrize("chunk, product_from", [(1, 2), (2**18, 2), (1, 0)])
-def test_sampled_linear_equals_plain_gradient(shape, k, chunk, product_from, monkeypatch):
+def test_product_equals_plain_gradient(shape, k, chunk, product_from, monkeypatch):
     monkeypatch.setitem(SampledGradients.CHUNK, "cpu", chunk)
     monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", product_from)
-    x, weight, bias = leaf(*shape), leaf(5, 7), leaf(5)
-    at = support((5, 7), k)
-    out = F.linear(x, weight, bias)
-    dy = torch.randn_like(out)
-    dx, dw, db = torch.autograd.grad(out, (x, weight, bias), dy)
-    ours = sampled_linear(x, weight, bias, at)
-    ours.backward(dy)
-    assert torch.equal(ours, out) and weight.grad.is_sparse and weight.grad.shape == weight.shape
-    assert weight.grad._nnz() == k
+    x, weight, bias, support = leaf(*shape), leaf(5, 7), leaf(5), draw(k)
+    expected = F.linear(x, weight, bias)
+    dy = torch.randn_like(expected)
+    dx, dw, db = torch.autograd.grad(expected, (x, weight, bias), dy)
+    out = sampled_linear(x, weight, bias, support)
+    out.backward(dy)
+    assert torch.equal(out, expected)
+    assert weight.grad.is_sparse and weight.grad.shape == (5, 7) and weight.grad._nnz() == k
     torch.testing.assert_close(x.grad, dx, **CLOSE)
     torch.testing.assert_close(bias.grad, db, **CLOSE)
-    expected = torch.zeros_like(dw).flatten().index_copy(0, at, dw.take(at)).view_as(dw)
-    torch.testing.assert_close(weight.grad.to_dense(), expected, **CLOSE)
+    wanted = torch.zeros_like(dw).put_(support, dw.take(support))
+    torch.testing.assert_close(weight.grad.to_dense(), wanted, **CLOSE)
 
 
 def test_strides_do_not_matter():
-    base, matrix = torch.randn(7, 3, 8, dtype=torch.float64), leaf(7, 5)
-    at = support((5, 7), 6)
+    base, matrix, support = torch.randn(7, 3, 8, dtype=torch.float64), leaf(7, 5), draw(6)
     weight = matrix.detach().t().requires_grad_()
     for x in (base.permute(2, 1, 0), base[:, 0, ::2].t(), base[:, 0, :1].t().expand(4, 7)):
         dy = torch.randn(5, *x.shape[:-1], dtype=torch.float64).movedim(0, -1)
         assert not (x.is_contiguous() or weight.is_contiguous() or dy.is_contiguous())
         (expected,) = torch.autograd.grad(F.linear(x, matrix.t()), matrix, dy)
         weight.grad = None
-        sampled_linear(x, weight, None, at).backward(dy)
-        torch.testing.assert_close(weight.grad.to_dense().take(at), expected.t().take(at), **CLOSE)
+        sampled_linear(x, weight, None, support).backward(dy)
+        values = weight.grad.to_dense().take(support)
+        torch.testing.assert_close(values, expected.t().take(support), **CLOSE)
 
 
-def test_support_serves_other_widths():
-    at = torch.tensor([3, 5, 11])
-    for shape in [(4, 3), (3, 4), (2, 6)]:
-        x, weight = leaf(5, shape[1]), leaf(*shape)
-        sampled_linear(x, weight, None, at).sum().backward()
-        expected = x.detach().sum(dim=0).expand(shape).take(at)
-        torch.testing.assert_close(weight.grad.to_dense().take(at), expected, **CLOSE)
-
-
-def test_frozen_parts_cost_and_give_nothing():
+def test_frozen_parts_get_nothing():
     x, weight, bias = leaf(6, 7), leaf(5, 7), leaf(5)
-    at = support((5, 7), 3)
-    sampled_linear(x.detach(), weight, bias.detach(), at).sum().backward()
+    sampled_linear(x.detach(), weight, bias.detach(), draw(3)).sum().backward()
     assert weight.grad._nnz() == 3 and x.grad is None and bias.grad is None
-    sampled_linear(x, weight.detach(), bias, at).sum().backward()
+    sampled_linear(x, weight.detach(), bias, draw(3)).sum().backward()
     torch.testing.assert_close(x.grad, weight.detach().sum(dim=0).expand(6, 7), **CLOSE)
-    with torch.no_grad():
-        assert not sampled_linear(x, weight, bias, at).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -149,115 +147,85 @@ def test_frozen_parts_cost_and_give_nothing():
 def test_autocast_multiplies_low_and_sums_high(dtype, product_from, close, monkeypatch):
     monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", product_from)
     x, weight, bias = (leaf(*shape, dtype=torch.float32) for shape in [(4, 900, 7), (5, 7), (5,)])
-    at = support((5, 7), 9)
+    support = draw(9)
     with torch.autocast("cpu", dtype):
         expected = F.linear(x, weight, bias)
-        out = sampled_linear(x, weight, bias, at)
+        out = sampled_linear(x, weight, bias, support)
     assert out.dtype == dtype and torch.equal(out, expected)
     dy = torch.randn_like(out)
     out.backward(dy)
     assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
     exact = dy.double().flatten(0, 1).t() @ x.detach().to(dtype).double().flatten(0, 1)
-    got = weight.grad.to_dense().double().take(at)
-    torch.testing.assert_close(got, exact.take(at), rtol=close, atol=close)
+    values = weight.grad.to_dense().double().take(support)
+    torch.testing.assert_close(values, exact.take(support), rtol=close, atol=close)
     for ours, plain in zip((x, bias), torch.autograd.grad(expected, (x, bias), dy), strict=True):
         torch.testing.assert_close(ours.grad, plain, rtol=1e-2, atol=1e-2)
 
 
 def test_half_precision_gradients_keep_dtype():
     x, weight = leaf(600, 7, dtype=torch.bfloat16), leaf(5, 7, dtype=torch.bfloat16)
-    at = support((5, 7), 9)
-    out = sampled_linear(x, weight, None, at)
+    out, support = sampled_linear(x, weight, None, draw(9)), draw(9)
     dy = torch.randn_like(out)
     out.backward(dy)
     exact = (dy.double().t() @ x.detach().double()).bfloat16()
-    assert torch.equal(weight.grad.to_dense().take(at), exact.take(at))
-
-
-def test_sampled_linear_refuses_other_shapes():
-    with pytest.raises(ValueError, match="two dimensions"):
-        sampled_linear(leaf(3, 4), leaf(4), None, torch.tensor([0]))
-    with pytest.raises(ValueError, match="indices"):
-        sampled_linear(leaf(3, 4), leaf(5, 4), None, torch.tensor([[0, 1]]))
-    with pytest.raises(ValueError, match="indices"):
-        sampled_linear(leaf(3, 4), leaf(5, 4), None, torch.tensor([0], dtype=torch.int32))
+    assert torch.equal(weight.grad.to_dense().take(support), exact.take(support))
 
 
 # Training
 
 
-@CASES
+@pytest.mark.parametrize("make, loss", [(make_mlp, mlp_loss), (make_clip, clip_loss)])
 @pytest.mark.parametrize("T", [1, 3])
 def test_training_equals_plain_computation(make, loss, T):
-    plain, ours, a, b = twice(make, T=T)
-    handle = sample_gradients(ours, b)
+    plain, ours, a, b, handle = twice(make, T=T)
+    matrices = {p for p in ours.parameters() if p.requires_grad and p.dim() == 2}
+    assert set(handle.params) == matrices
+
+    def micro_batches(model, step):
+        for part in range(1 + step % 3):
+            loss(model, 10 * step + part).backward()
+
     for step in range(8):
-        for model, optimizer in ((plain, a), (ours, b)):
-            optimizer.zero_grad()
-            loss(model, step).backward()
-        for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
-            if p.grad is not None and p.dim() == 2:
-                at = b.state[q]["grad_indices"]
-                assert q.grad.is_coalesced() and q.grad._nnz() == len(at)
-                values = p.grad.take(at)
-                torch.testing.assert_close(q.grad.to_dense().take(at), values, **CLOSE)
-        a.step()
-        b.step()
+        train([(plain, a), (ours, b)], [step], micro_batches)
+        for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+            if p in matrices:
+                support = b.state[p]["grad_indices"]
+                assert p.grad.is_coalesced() and p.grad._nnz() == len(support)
+                values = p.grad.to_dense().take(support)
+                torch.testing.assert_close(values, q.grad.take(support), **CLOSE)
         assert_equal_weights(plain, ours)
-    wanted = [p for p in ours.parameters() if p.requires_grad and p.dim() == 2]
-    assert len(handle.params) == len(wanted) and all(map(torch.equal, handle.params, wanted))
-
-
-@CASES
-def test_micro_batches_add_up(make, loss):
-    plain, ours, a, b = twice(make)
-    handle = sample_gradients(ours, b)
-    for step in range(5):
-        for model, optimizer in ((plain, a), (ours, b)):
-            optimizer.zero_grad(set_to_none=step % 2 == 0)
-            (loss(model, 10 * step) + 2 * loss(model, 10 * step + 1)).backward()
-            with torch.no_grad():
-                loss(model, 0)  # an evaluation in between
-            loss(model, 10 * step + 2).backward()
-            for p in handle.params if model is ours else ():
-                assert p.grad.is_coalesced() and p.grad._nnz() == len(b.state[p]["grad_indices"])
-            optimizer.step()
-    assert_equal_weights(plain, ours)
 
 
 @needs_sparse_clipping
 def test_clipped_norm_is_of_support():
-    plain, ours, a, b = twice(make_mlp)
-    sample_gradients(ours, b)
+    plain, ours, a, b, _ = twice()
+    supports = {p: b.state[q] for p, q in zip(plain.parameters(), ours.parameters(), strict=True)}
+    norms = []
+
+    def clipped(model, step):
+        mlp_backward(model, 2 * step)
+        mlp_backward(model, 2 * step + 1)
+        for p in model.parameters() if model is plain else ():
+            if p.dim() == 2:  # what the plain computation would have to clip
+                support = supports[p]["grad_indices"]
+                p.grad = torch.zeros_like(p).put_(support, p.grad.take(support))
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+
     for step in range(4):
-        for model, optimizer in ((plain, a), (ours, b)):
-            optimizer.zero_grad()
-            mlp_loss(model, 2 * step).backward()
-            mlp_loss(model, 2 * step + 1).backward()
-        for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
-            if q.grad.is_sparse:  # what the plain computation would have to clip
-                wanted = torch.zeros_like(p).flatten()
-                wanted[b.state[q]["grad_indices"]] = 1
-                p.grad *= wanted.view_as(p)
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.01) for m in (plain, ours)]
-        torch.testing.assert_close(*norms, **CLOSE)
-        assert norms[0] > 0.01
-        a.step()
-        b.step()
+        train([(ours, b), (plain, a)], [step], clipped)
+        torch.testing.assert_close(*norms[-2:], **CLOSE)
+        assert norms[-1] > 0.01
     assert_equal_weights(plain, ours)
 
 
 def test_grad_scaler_unscales_and_skips():
-    plain, ours, a, b = twice(make_mlp)
-    sample_gradients(ours, b)
+    plain, ours, a, b, _ = twice()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(6):
         overflow = step == 3
         train([(plain, a)], [] if overflow else [step])
         b.zero_grad()
-        loss = mlp_loss(ours, step) * (torch.inf if overflow else 1)
-        scaler.scale(loss).backward()
-        assert ours[0].weight.grad.is_sparse
+        scaler.scale(mlp_loss(ours, step) * (torch.inf if overflow else 1)).backward()
         scaler.step(b)
         scaler.update()
     assert scaler.get_scale() == 512
@@ -267,70 +235,62 @@ def test_grad_scaler_unscales_and_skips():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 def test_recomputed_activations_and_closures_work(reentrant):
-    plain, ours, a, b = twice(make_mlp)
-    sample_gradients(ours, b)
+    plain, ours, a, b, _ = twice()
+    x = torch.ones(3, 20, dtype=torch.float64, requires_grad=True)
 
     def closure():
         b.zero_grad()
-        x = torch.ones(3, 20, dtype=torch.float64, requires_grad=True)
         loss = checkpoint(ours, x, use_reentrant=reentrant).square().mean()
         loss.backward()
         assert ours[0].weight.grad.is_sparse
         return loss
 
-    for _ in range(4):
-        a.zero_grad()
-        plain(torch.ones(3, 20, dtype=torch.float64)).square().mean().backward()
-        a.step()
+    for step in range(4):
+        train([(plain, a)], [step], lambda model, _: model(x).square().mean().backward())
         b.step(closure)
     assert_equal_weights(plain, ours)
 
 
 def test_thawed_parameter_is_drawn():
-    plain, ours, a, b = twice(make_mlp, T=1)
-    sample_gradients(ours, b)
-    for step in range(6):
-        for model, optimizer in ((plain, a), (ours, b)):
-            optimizer.zero_grad()
-            model[0].requires_grad_(step < 2)
-            mlp_loss(model, step).backward()
-            model[0].requires_grad_(True)
-            mlp_loss(model, step + 10).backward()
-            optimizer.step()
+    plain, ours, a, b, _ = twice(T=1)
+
+    def thaw_between(model, step):
+        model[0].requires_grad_(step < 2)
+        mlp_backward(model, step)
+        model[0].requires_grad_(True)
+        mlp_backward(model, step + 10)
+
+    train([(plain, a), (ours, b)], range(6), thaw_between)
     assert_equal_weights(plain, ours)
 
 
 @pytest.mark.parametrize("steps", [2, 3])  # within a window of T, and at its end
-def test_loading_a_state_brings_its_supports(steps):
-    plain, ours, a, b = twice(make_mlp)
-    sample_gradients(ours, b)
+def test_loaded_state_brings_its_supports(steps):
+    plain, ours, a, b, _ = twice()
     train([(plain, a)], range(steps))
-    mlp_loss(ours, 0).backward()  # draws supports that the loaded state replaces
+    mlp_backward(ours, 0)  # draws supports that the loaded state replaces
     ours.load_state_dict(plain.state_dict())
     b.load_state_dict(a.state_dict())
     train([(plain, a), (ours, b)], range(steps, 6))
     assert_equal_weights(plain, ours)
 
 
-def test_multihead_attention_keeps_dense_gradients():
-    plain, ours, a, b = twice(
-        lambda: nn.TransformerEncoderLayer(20, 2, 32, dropout=0.0, batch_first=True).double()
+def test_compiled_code_computes_plain_gradients():
+    plain, ours, a, b, _ = twice()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    train(
+        [(plain, a), (compiled, b)],
+        range(3),
+        lambda m, _: m(torch.ones(3, 20).double()).mean().backward(),
     )
-    handle = sample_gradients(ours, b)
-    assert [id(p) for p in handle.params] == [id(ours.linear1.weight), id(ours.linear2.weight)]
-    attention = "used by torch's own MultiheadAttention"
-    assert handle.dense == dict.fromkeys(
-        ["self_attn.in_proj_weight", "self_attn.out_proj.weight"], attention
-    )
-    train([(plain, a), (ours, b)], range(4))
-    assert ours.linear1.weight.grad.is_sparse and not ours.self_attn.in_proj_weight.grad.is_sparse
+    assert not ours[0].weight.grad.is_sparse
     assert_equal_weights(plain, ours)
 
 
 # Memory
 
 
-def saved(model, x):
+def saved_bytes(model, x):
     """Bytes kept for the backward pass, and whether x is among it."""
     storages = {}
 
@@ -344,25 +304,22 @@ def saved(model, x):
 
 
 def test_forward_saves_columns_only():
-    model = nn.Linear(256, 256, bias=False)
-    x = torch.randn(1000, 256)
-    optimizer = SO(model.parameters(), density_ratio=1e-3)
+    model, x = nn.Linear(256, 256, bias=False), torch.randn(1000, 256)
     whole = 4 * 1000 * 256
-    assert saved(model, x) == (whole, True)
-    with sample_gradients(model, optimizer):
-        kept, whole_input = saved(model, x)
-        assert kept <= 4 * 1000 * 65 and not whole_input  # k = 65, no column twice
-    for density, all_columns in ((1e-2, False), (0.1, True)):  # k = 655 and 6553
-        with sample_gradients(model, SO(model.parameters(), density_ratio=density, seed=0)):
-            kept, whole_input = saved(model, x)
-            assert (kept == whole and whole_input) if all_columns else kept < whole
+    assert saved_bytes(model, x) == (whole, True)
+    limits = {1e-3: 4 * 1000 * 65, 1e-2: whole - 1}  # k = 65 and 655
+    for density, limit in limits.items():
+        sample_gradients(model, SO(model.parameters(), density_ratio=density, seed=0))
+        size, has_x = saved_bytes(model, x)
+        assert size <= limit and not has_x
+    sample_gradients(model, SO(model.parameters(), density_ratio=0.1, seed=0))
+    assert saved_bytes(model, x) == (whole, True)  # all columns occur
 
 
 def test_backward_allocates_nothing_large():
-    model = nn.Linear(1000, 2000)
+    model, x = nn.Linear(1000, 2000), torch.randn(3000, 1000)
     optimizer = SO(model.parameters(), density_ratio=5e-4, seed=0)
     sample_gradients(model, optimizer)
-    x = torch.randn(3000, 1000)
     for _ in range(2):
         out = model(x)
         dy = torch.randn_like(out)
@@ -375,80 +332,55 @@ def test_backward_allocates_nothing_large():
         assert 0 < largest < 1.1 * 4 * SampledGradients.CHUNK["cpu"] < model.weight.numel()
 
 
-# Giving back
+# What is sampled, and giving back
 
 
 def test_remove_restores_plain_gradients():
-    plain, ours, a, b = twice(make_clip)
-    before = [(type(p), id(p)) for p in ours.parameters()]
-    hooks = len(b._optimizer_step_post_hooks), len(b._optimizer_load_state_dict_post_hooks)
-    with sample_gradients(ours, b) as handle:
-        assert [id(p) for p in ours.parameters()] == [at for _, at in before]
-        clip_loss(ours, 0).backward()
-        assert ours.transformer.resblocks[0].attn.in_proj_weight.grad.is_sparse
-        b.step()
-    handle.remove()
-    sample_gradients(ours, b).remove()
-    clip_loss(plain, 0).backward()
-    a.step()
-    train([(plain, a), (ours, b)], [1], clip_loss)
-    assert not ours.transformer.resblocks[0].attn.in_proj_weight.grad.is_sparse
-    assert [(type(p), id(p)) for p in ours.parameters()] == before
-    assert (
-        len(b._optimizer_step_post_hooks),
-        len(b._optimizer_load_state_dict_post_hooks),
-    ) == hooks
+    plain, ours, a, b, handle = twice(make_clip)
+    types = [type(p) for p in plain.parameters()]
+    matrix = ours.transformer.resblocks[0].attn.in_proj_weight
+    clip_loss(ours, 0).backward()
+    assert matrix.grad.is_sparse
+    b.step()
+    sample_gradients(ours, b)  # removes the first handle
+    assert handle.params == []
+    matrix._sampler.remove()
+    train([(plain, a)], [0], lambda model, step: clip_loss(model, step).backward())
+    train([(plain, a), (ours, b)], [1], lambda model, step: clip_loss(model, step).backward())
+    assert not matrix.grad.is_sparse and [type(p) for p in ours.parameters()] == types
+    assert not b._optimizer_step_pre_hooks and not b._optimizer_step_post_hooks
     assert_equal_weights(plain, ours)
 
 
 def test_evaluation_copies_and_files_are_plain():
-    _, ours, _, b = twice(make_mlp)
+    plain, ours, _, _, _ = twice()
     x = torch.randn(3, 20, dtype=torch.float64)
-    expected = ours(x).detach()
-    sample_gradients(ours, b)
-    with torch.no_grad():
-        assert torch.equal(ours(x), expected)
-    with torch.inference_mode():
-        assert torch.equal(ours(x), expected)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(ours(x), plain(x))
     other = copy.deepcopy(ours)
     other(x).sum().backward()
     assert not other[0].weight.grad.is_sparse
     optimizer = SO(other.parameters())
-    with sample_gradients(other, optimizer):
-        optimizer.zero_grad()
-        other(x).sum().backward()
-        assert other[0].weight.grad.is_sparse
+    sample_gradients(other, optimizer)
+    optimizer.zero_grad()
+    other(x).sum().backward()
+    assert other[0].weight.grad.is_sparse
     for content in (ours.state_dict(), ours[0].weight):
         save_and_load(content)
     assert type(ours.state_dict()["0.weight"]) is torch.Tensor
 
 
 def test_nothing_is_kept_alive():
-    _, ours, _, b = twice(make_mlp)
-    handle = weakref.ref(sample_gradients(ours, b))
-    mlp_loss(ours, 0).backward()
-    b.step()
+    _, ours, _, b, handle = twice()
+    handle = weakref.ref(handle)
+    train([(ours, b)], [0])
+    matrix = weakref.ref(ours[0].weight)
     gc.collect()
     assert handle() is not None  # nobody needs to keep the handle
-    matrix = weakref.ref(ours[0].weight)
     del ours, b
     gc.collect()
     assert handle() is None and matrix() is None
-
-
-def test_dense_groups_are_left():
-    one_row = nn.Linear(8, 1)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(2, 2, 1), one_row)
-    groups = [
-        {"params": model[0].parameters(), "dense": True},
-        {"params": [p for layer in model[1:] for p in layer.parameters()]},
-    ]
-    handle = sample_gradients(model, SO(groups, density_ratio=0.1))
-    assert [id(p) for p in handle.params] == [id(model[1].weight)]
-    assert repr(handle).splitlines() == [
-        "expected: sampled gradients in 1 matrices, 6 of 64 entries; whole in 1 others",
-        "    whole: 2.weight (3 dimensions)",
-    ]
 
 
 def test_unfit_models_are_refused():
@@ -457,47 +389,36 @@ def test_unfit_models_are_refused():
         sample_gradients(model, torch.optim.Adam(model.parameters()))
     with pytest.raises(ValueError, match="no sparse matrix"):
         sample_gradients(model, SO(nn.Linear(4, 4).parameters()))
-    optimizer = SO(model.parameters())
-    sample_gradients(model, optimizer)
-    with pytest.raises(ValueError, match="already active"):
-        sample_gradients(model, optimizer)
 
 
-def test_compiled_code_computes_plain_gradients():
-    plain, ours, a, b = twice(make_mlp)
-    sample_gradients(ours, b)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    train([(plain, a), (compiled, b)], range(3))
-    assert not ours[0].weight.grad.is_sparse
-    assert_equal_weights(plain, ours)
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_gpu_gradients_equal_cpu(precision):
-    ours = make_mlp().float()
-    theirs = copy.deepcopy(ours).cuda()
-    pairs = [(m, SO(m.parameters(), **SETTINGS)) for m in (ours, theirs)]
-    for model, optimizer in pairs:
-        sample_gradients(model, optimizer)
-    x = torch.randn(6, 4, 20)
-    inputs = x, x.cuda()
-    for step in range(5):
-        with forbid_gpu_sync("error" if step else "default"):  # the first one warms up
-            for (model, optimizer), batch in zip(pairs, inputs, strict=True):
-                optimizer.zero_grad()
-                for _ in range(2):
-                    with torch.autocast(batch.device.type, precision, precision != torch.float32):
-                        out = model(batch)
-                    out.float().square().mean().backward()
-                optimizer.step()
-        assert theirs[0].weight.grad.is_sparse
-    tolerance = 1e-4 if precision == torch.float32 else 5e-2
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q.cpu(), rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(
+    "layer, dense",
+    [
+        (nn.Linear(8, 1), []),  # dense in SO
+        (nn.Conv1d(2, 2, 1), ["weight (3 dimensions)"]),
+        (
+            nn.MultiheadAttention(8, 2),
+            ["in_proj_weight (not used by F.linear)", "out_proj.weight (not used by F.linear)"],
+        ),
+        (
+            nn.LSTM(8, 8),
+            ["weight_ih_l0 (not used by F.linear)", "weight_hh_l0 (not used by F.linear)"],
+        ),
+        (
+            nn.GRUCell(8, 8),
+            ["weight_ih (not used by F.linear)", "weight_hh (not used by F.linear)"],
+        ),
+        (nn.EmbeddingBag(9, 8), ["weight (not used by F.linear)"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_handle_prints_what_is_expected(layer, dense):
+    model = nn.ModuleList([layer, nn.Linear(8, 8), nn.Linear(8, 8)])
+    groups = [{"params": model[:2].parameters()}, {"params": model[2].parameters(), "dense": True}]
+    handle = sample_gradients(model, SO(groups, density_ratio=0.1))
+    assert [id(p) for p in handle.params] == [id(model[1].weight)]
+    head = f"expected: sampled gradients in 1 matrices, whole ones in {len(dense)} others"
+    assert repr(handle).splitlines() == [head, *(f"    whole: 0.{line}" for line in dense)]
 
 
 class Product(nn.Module):
@@ -516,25 +437,43 @@ def test_handle_reports_what_was_sampled(pruned):
     model = Product()
     if pruned:  # the parameter is another one, and F.linear is given a product with its mask
         nn.utils.prune.l1_unstructured(model.linear, "weight", 0.5)
-    optimizer = SO(model.parameters(), density_ratio=0.1)
-    handle = sample_gradients(model, optimizer)
-    expected = "sampled gradients in 2 matrices, 12 of 128 entries; whole in 0 others"
-    assert repr(handle) == f"expected: {expected}"
-    model(torch.randn(5, 8)).sum().backward()
-    name = "linear.weight_orig" if pruned else "linear.weight"
-    head, *lines = repr(handle).splitlines()
-    sampled = dict(model.named_parameters())[name].grad.is_sparse
-    assert sampled is not pruned and not model.W.grad.is_sparse
-    if pruned:
-        assert head == "sampled gradients in 0 matrices, 0 of 0 entries; whole in 2 others"
-    else:
-        assert head == "sampled gradients in 1 matrices, 6 of 64 entries; whole in 1 others"
-    assert "    whole: W (not used by F.linear only, or compiled)" in lines
-    optimizer.step()
-
-
-@pytest.mark.parametrize("layer", [nn.LSTMCell(8, 8), nn.GRUCell(8, 8), nn.EmbeddingBag(9, 8)])
-def test_fused_modules_are_expected_whole(layer):
-    model = nn.ModuleList([layer, nn.Linear(8, 8)])
     handle = sample_gradients(model, SO(model.parameters(), density_ratio=0.1))
-    assert [id(p) for p in handle.params] == [id(model[1].weight)]
+    head = "sampled gradients in 2 matrices, whole ones in 0 others"
+    assert repr(handle) == f"expected: {head}"
+    model(torch.randn(5, 8)).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.dim() == 2}
+    assert [grad.is_sparse for grad in grads.values()] == [False, not pruned]
+    head, *lines = repr(handle).splitlines()
+    count = sum(grad.is_sparse for grad in grads.values())
+    assert head == f"sampled gradients in {count} matrices, whole ones in {2 - count} others"
+    assert "    whole: W (not used by F.linear only, or compiled)" in lines
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gpu_gradients_equal_cpu(precision):
+    ours = make_mlp().float()
+    theirs = copy.deepcopy(ours).cuda()
+    pairs = [(model, SO(model.parameters(), **SETTINGS)) for model in (ours, theirs)]
+    for model, optimizer in pairs:
+        sample_gradients(model, optimizer)
+    x = torch.randn(6, 4, 20)
+
+    def micro_batches(model, _):
+        batch = x if model is ours else x_cuda
+        for _ in range(2):
+            with torch.autocast(batch.device.type, precision, precision != torch.float32):
+                out = model(batch)
+            out.float().square().mean().backward()
+
+    x_cuda = x.cuda()
+    for step in range(5):
+        with forbid_gpu_sync("error" if step else "default"):  # the first one warms up
+            train(pairs, [step], micro_batches)
+        assert theirs[0].weight.grad.is_sparse
+    tolerance = 1e-4 if precision == torch.float32 else 5e-2
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q.cpu(), rtol=tolerance, atol=tolerance)

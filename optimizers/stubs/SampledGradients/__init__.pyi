@@ -1,30 +1,25 @@
 """Types of the installed module, which as a single file cannot carry py.typed (PEP 561)."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
-__all__ = ["SampledGradients", "sample_gradients", "sampled_linear", "sum_gradients"]
+__all__ = ["SampledGradients", "sample_gradients", "sum_gradients"]
 
 def sample_gradients(
     model: nn.Module, optimizer: Optimizer, process_group: ProcessGroup | None = None
 ) -> SampledGradients: ...
-def sampled_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, rows: slice = slice(None)
-) -> Tensor: ...
 
 class SampledGradients:
     params: list[Tensor]
+    dense: dict[str, str]
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, process_group: ProcessGroup | None = None
     ) -> None: ...
     def remove(self) -> None: ...
-    def __enter__(self) -> SampledGradients: ...
-    def __exit__(self, *exception: Any) -> None: ...
 
 def sum_gradients(
     params: Iterable[Tensor],
