@@ -62,6 +62,7 @@ from runs.output_dir import (
     get_output_dir,
     load_finished_result,
     lock_output_dir,
+    remove_stale_files,
     save_curve,
     save_result,
     save_run_inputs,
@@ -126,8 +127,9 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
     )
     result = distributed.run_on_main(load_finished_result, output_dir, args, identity)
     if result:
-        uneven = tasks[""].has_uneven_classes
-        distributed.run_on_main(cli.print_finished_run, result, output_dir, args, uneven)
+        distributed.run_on_main(remove_stale_files, output_dir)
+        print(f"This run is finished: {output_dir}")
+        cli.print_accuracies(result, args.eval_split, tasks[""].has_uneven_classes)
         missing = distributed.run_on_main(print_known_targets, output_dir, targets)
         if not missing:
             return
@@ -167,7 +169,7 @@ class Evaluator:
         """Classify the images of a task, each process its slice; signals may interrupt that."""
         items = eval_items(task.dataset, task.split)
         local_items = items[distributed.local_slice(len(items))]
-        with self.signals.allow():
+        with self.signals.defer(False):
             classifier = self.build_classifier(task.dataset)
             local = evaluate(classifier, self.loader, local_items, desc)
         return Predictions(*(distributed.all_gather_rows(part, len(items)) for part in local))
@@ -287,7 +289,7 @@ def finetune(evaluator: Evaluator, identity: dict[str, Any]) -> None:
             distributed.run_on_main(save_outputs, evaluator, state, weights, identity)
         except OSError as error:
             raise ValueError(f"{format_error(error)}: make room, then --resume") from error
-        saver.remove()
+        distributed.run_on_main(saver.path.unlink, True)
         cli.print_accuracies(state.final_accuracies(), args.eval_split, task.has_uneven_classes)
         if targets := {name: task for name, task in evaluator.tasks.items() if task.is_target}:
             with evaluation_weights(model, weights, pretrained, args.wise):

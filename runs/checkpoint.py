@@ -1,9 +1,4 @@
-"""checkpoint.pt: all that an interrupted run is continued from.
-
-It has how the trained weights differ from the pretrained ones, the optimizer's state and the
-training's state; and the configuration, the images and the pretrained weights that it belongs to.
-It is read with weights_only=True.
-"""
+"""checkpoint.pt: all that an interrupted run is continued from, and whose run it is."""
 
 import argparse
 import sys
@@ -63,22 +58,21 @@ class CheckpointSaver:
     def load(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, with --resume and if there is one.
 
-        Raises:
-            ValueError: It is damaged, or belongs to another version, configuration, data or
-                backbone; or it belongs to this very run, and --resume was not given.
+        One that is damaged, of another run, or of this very run without --resume is a ValueError.
         """
         resume, overwrite = self.args.resume, self.args.overwrite
         if not self.path.exists() or (overwrite and not resume):
             return None
         try:
             content = safe_load(self.path)
-            fault = self._describe_fault(content)
+            if content["version"] != VERSION:
+                raise ValueError("another version of this software wrote it")
+            if changes := diff_runs(content, self.identity):
+                raise ValueError(f"it belongs to another run: {'; '.join(changes)}")
         except Exception as error:  # damage shows in many ways; a zip file has checksums
-            fault = f"is damaged ({repr(error)[:160]})"
-        if fault and overwrite:
-            return None
-        if fault:
-            raise ValueError(f"{self.path} {fault}; {OVERWRITE_HINT}")
+            if overwrite:
+                return None
+            raise ValueError(f"{self.path} cannot be used ({error}); {OVERWRITE_HINT}") from error
         if not resume:
             state = content["state"]
             raise ValueError(
@@ -86,15 +80,3 @@ class CheckpointSaver:
                 f"{state['total_iters']}: --resume continues from there, --overwrite starts anew"
             )
         return content
-
-    def _describe_fault(self, content: dict[str, Any]) -> str:
-        """Why a checkpoint cannot be resumed from; "" if it can."""
-        if content["version"] != VERSION:
-            return "was written by another version of this software"
-        changes = diff_runs(content, self.identity)
-        return f"belongs to another run ({'; '.join(changes)})" if changes else ""
-
-    def remove(self) -> None:
-        """Remove the checkpoint of a run that has its result."""
-        if is_main_process():
-            self.path.unlink(missing_ok=True)

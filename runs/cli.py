@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -19,12 +18,7 @@ from datasets import FewShotDataset, dataset_name
 from run_utils import EVAL_SPLITS
 from runs.distributed import PeerExited, get_world_size, is_first_to_report_error
 from runs.environment import device_name
-from runs.output_dir import (
-    classes_with_fewer_images,
-    eval_items,
-    remove_stale_files,
-    weights_path,
-)
+from runs.output_dir import classes_with_fewer_images, eval_items
 from runs.signals import Preempted
 from utils import format_error, one_line, truncate_list
 
@@ -96,28 +90,26 @@ class TolerantStream:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.has_failed = stream, False
+        self.stream = stream
 
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
         except OSError as error:
-            self.has_failed = True
             if self.stream is sys.__stderr__ and error.errno == errno.EPIPE:
                 with suppress(OSError), open("/dev/tty", "w") as terminal:
                     terminal.write(text)
             return len(text)
 
     def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def close(self) -> None:
+        """Drop what cannot be written, which Python would try to write once more at its end."""
         try:
             self.stream.flush()
         except OSError:
-            self.has_failed = True
-
-    def close(self) -> None:
-        """Drop what could not be written, which Python would try to write once more at its end."""
-        self.flush()
-        if self.has_failed:
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -158,15 +150,3 @@ def print_run_summary(
         f"{args.backbone} on {processes}{device_name(device)}, {args.precision}:\n{method}",
         flush=True,
     )
-
-
-def print_finished_run(
-    result: dict[str, Any], output_dir: Path, args: argparse.Namespace, uneven: bool
-) -> None:
-    """Print a finished run's accuracies, and remove what it may have left behind."""
-    remove_stale_files(output_dir)
-    print(f"This run is finished: {output_dir}")
-    print_accuracies(result, args.eval_split, uneven)
-    weights = weights_path(output_dir, args)
-    if args.save_weights and not weights.exists():
-        print(f"note: it saved no {weights.name}; --overwrite runs it again", file=sys.stderr)

@@ -1,9 +1,8 @@
 """One run in several processes, as torchrun starts them: each one's share, and what they exchange.
 
-All processes compute the same sums, so they agree on what comes next without asking: on the early
-stop, on a loss that is not finite. Only what a single process knows, a signal or a file, is
-exchanged. A process that fails ends; the others then fail in their next exchange, with PeerExited.
-Without torchrun there is one process, and nothing here does anything.
+All compute the same sums, so they agree on the early stop without asking. A process that fails
+ends; the others then fail in their next exchange, with PeerExited. Without torchrun there is one
+process, and nothing here does anything.
 """
 
 import os
@@ -11,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from runs.signals import Preempted, SignalHandler
 
-T = TypeVar("T")
 LAUNCHER_ENV_VARS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _store: "dist.Store | None" = None  # which all processes see from `init_store` to their end
 
@@ -28,14 +26,10 @@ class PeerExited(Preempted):
     """Another process of the run has ended."""
 
 
-# Start and end
-
-
 def init_store() -> None:
     """Connect to the other processes' store, if torchrun or another launcher started them.
 
-    Raises:
-        ValueError: The launcher did not say where the store is, or it cannot be reached.
+    A store that the launcher does not name or that cannot be reached is a ValueError.
     """
     global _store
     world_size, tasks = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -99,8 +93,7 @@ def cleanup_distributed() -> None:
 def is_first_to_report_error(together: bool = False) -> bool:
     """Whether this process is the one to print why the run ends: the first that asks.
 
-    Args:
-        together: All processes end for the same reason; then it is rank 0.
+    Where all end `together`, for the same reason, it is rank 0.
     """
     if _store is None:
         return True
@@ -110,9 +103,6 @@ def is_first_to_report_error(together: bool = False) -> bool:
         return _store.add("errors", 1) == 1
     except RuntimeError:  # the process that kept the store has ended
         return False
-
-
-# Shares
 
 
 def get_rank() -> int:
@@ -146,9 +136,6 @@ def print_on_main_only() -> Iterator[None]:
         yield
 
 
-# Exchanges
-
-
 @contextmanager
 def comm_errors_as_peer_exit() -> Iterator[None]:
     """Within this context, a failed exchange raises PeerExited."""
@@ -158,7 +145,7 @@ def comm_errors_as_peer_exit() -> Iterator[None]:
         raise PeerExited(signal.SIGTERM) from error
 
 
-def run_on_main(function: Callable[..., T], *args: Any) -> T:
+def run_on_main(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function on rank 0 only, and return its result on all ranks."""
     result = [function(*args) if is_main_process() else None]
     if get_world_size() > 1:
@@ -176,22 +163,16 @@ def share_signals(signals: SignalHandler) -> None:
 
 
 def check_same_on_all_ranks(**values: object) -> None:
-    """Refuse processes that were started with different values.
-
-    Raises:
-        ValueError: A value is another one on some rank.
-    """
+    """Raise a ValueError where the processes were started with different values."""
     by_rank: list[dict[str, object]] = [values] * get_world_size()
     if get_world_size() > 1:
         with comm_errors_as_peer_exit():
             dist.all_gather_object(by_rank, values)
-    for rank, other in enumerate(by_rank):
-        for name, value in by_rank[0].items():
-            if other[name] != value:
-                raise ValueError(
-                    f"process {rank} has {name} {other[name]}, process 0 has {value}: start all "
-                    "of them with the same arguments, data and backbone"
-                )
+    if different := [name for name in values if any(x[name] != values[name] for x in by_rank)]:
+        raise ValueError(
+            f"the processes differ in {', '.join(different)}: start all of them with the same "
+            "arguments, data and backbone"
+        )
 
 
 def all_gather_rows(rows: Tensor, count: int) -> Tensor:

@@ -18,11 +18,6 @@ import torchvision
 from runs.distributed import get_world_size
 from utils import REPO_ROOT
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and values in glibc's malloc.h
 
 
@@ -34,11 +29,7 @@ def get_default_device() -> str:
 
 
 def set_up_device(name: str, threads: int | None) -> torch.device:
-    """Set torch's number of threads, and return the device.
-
-    Raises:
-        ValueError: There is no such device.
-    """
+    """Set torch's number of threads, and return the device; a ValueError if it cannot be used."""
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
@@ -99,8 +90,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: torch's on a CUDA device, else the process's; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
+    if sys.platform == "win32":
         return 0.0
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 

@@ -66,10 +66,7 @@ def images_sha256(items: Sequence[Datum], image_dir: str) -> str:
     for item in items:
         path = nfc(os.path.relpath(item.impath, image_dir))
         sha.update(f"{path}\0{item.label}\0".encode())
-        try:
-            sha.update(retry_disk_errors(partial(read_tail, item.impath), item.impath))
-        except FileNotFoundError:  # is reported where the image is read
-            sha.update(b"missing")
+        sha.update(retry_disk_errors(partial(read_tail, item.impath), item.impath))
     return sha.hexdigest()
 
 
@@ -84,8 +81,7 @@ def read_tail(path: str) -> bytes:
 def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What differs between a saved run's identity and this one's, in words.
 
-    Raises:
-        KeyError, TypeError, AttributeError: `saved` is not an identity.
+    A KeyError, TypeError or AttributeError says that `saved` is none.
     """
     return diff_settings(saved["config"], current["config"]) + diff_inputs(saved, current)
 

@@ -94,10 +94,7 @@ def weights_path(output_dir: Path, args: argparse.Namespace) -> Path:
 def lock_output_dir(output_dir: Path) -> Iterator[None]:
     """Create a directory and keep other runs out of it; a dead process's lock ends with it.
 
-    Of several processes of one run, rank 0 has the lock.
-
-    Raises:
-        ValueError: Another process is using it, or it cannot be created or written.
+    Of several processes, rank 0 has the lock. A directory in use or not writable is a ValueError.
     """
     if not is_main_process():
         yield
@@ -187,11 +184,7 @@ def classes_with_fewer_images(dataset: FewShotDataset, shots: int) -> dict[str, 
 
 
 def eval_items(dataset: FewShotDataset, split: str) -> list[Any]:
-    """The images of --eval_split, "test" or "val".
-
-    Raises:
-        ValueError: There are none.
-    """
+    """The images of --eval_split, "test" or "val"; a ValueError where there are none."""
     items = dataset.val if split == "val" else dataset.test
     if not items:
         raise ValueError(f"{dataset.name} has no {EVAL_SPLITS[split]} images to evaluate on")
@@ -206,11 +199,8 @@ def load_finished_result(
 ) -> dict[str, Any] | None:
     """The result of this very run (`runs.identity`), if the directory has it.
 
-    With --eval_only there is none, but images and names must be those of the run.
-
-    Raises:
-        ValueError: The directory has the result of another run, or a damaged one, and --overwrite
-            is not set.
+    With --eval_only there is none, but images and names must be those of the run. Without
+    --overwrite, a damaged result and another run's are refused with a ValueError.
     """
     path = output_dir / "result.json"
     if args.overwrite or not path.exists():
@@ -238,12 +228,7 @@ def find_eval_weights(args: argparse.Namespace) -> tuple[Path, float]:
     """The weights that --eval_only evaluates: the run's delta, or a whole state dict.
 
     Without weights of their own, new classes are evaluated with those of the run on base classes.
-
-    Returns:
-        The file, and the factor of --wise to scale it by: 1 where it was saved scaled.
-
-    Raises:
-        FileNotFoundError: There are none.
+    The second value is the factor of --wise to scale them by: 1 where they were saved scaled.
     """
     unscaled = [key for key in args.overrides if key != "wise"]
     candidates = []

@@ -11,26 +11,18 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 class Preempted(BaseException):
-    """A signal asks the process to end.
-
-    Attributes:
-        signum: The signal.
-        checkpoint_note: What a later run can resume from; set where the checkpoint is written.
-    """
+    """A signal asks the process to end."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.signum, self.checkpoint_note = signum, ""
+        self.signum = signum
 
 
 class SignalHandler:
     """Turns signals into Preempted: at once, or where `pending` is looked at while deferred.
 
-    SIGHUP is left alone where it was ignored when the process began, as by nohup.
-
-    Only the first signal counts: while a checkpoint is written, repeats change nothing, since job
-    schedulers signal every process of a job, and sweeps pass on what they get. A second SIGINT
-    (Ctrl-C) after `force_quit_after_s` seconds ends the process at once.
+    Only the first signal counts, since job schedulers signal every process of a job, and sweeps
+    pass on what they get. A second Ctrl-C after `force_quit_after_s` ends the process at once.
     """
 
     def __init__(self, force_quit_after_s: float = 3.0) -> None:
@@ -41,7 +33,8 @@ class SignalHandler:
     def __enter__(self) -> "SignalHandler":
         for name in SIGNALS:
             signum = getattr(signal, name, None)
-            if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
+            by_nohup = name == "SIGHUP" and signum and signal.getsignal(signum) == signal.SIG_IGN
+            if signum and not by_nohup:
                 self.previous_handlers[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -63,17 +56,11 @@ class SignalHandler:
 
     @contextmanager
     def defer(self, deferring: bool = True) -> Iterator[None]:
-        """Within this context, signals only become `pending`."""
+        """Within this context, signals only become `pending`; with False, they raise again."""
         before, self.is_deferring = self.is_deferring, deferring
         try:
+            if self.pending and not deferring:
+                raise Preempted(self.pending)
             yield
         finally:
             self.is_deferring = before
-
-    @contextmanager
-    def allow(self) -> Iterator[None]:
-        """Within this context, signals raise at once, also inside `defer`."""
-        with self.defer(False):
-            if self.pending:
-                raise Preempted(self.pending)
-            yield

@@ -13,11 +13,7 @@ from utils import Predictions, atomic_write
 
 
 def build_transfer_datasets(args: argparse.Namespace) -> dict[str, FewShotDataset]:
-    """The datasets that --test_on names, by their names in results.
-
-    Raises:
-        ValueError: One of them cannot be read, or two have one name.
-    """
+    """The datasets that --test_on names, by their names in results, which must differ."""
     targets: dict[str, FewShotDataset] = {}
     for path in args.test_on or ():
         name = dataset_name(path)

@@ -1,7 +1,7 @@
 """The weights of a run: pretrained, trained, interpolated between the two, saved."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,10 +51,8 @@ class PretrainedModel:
 def load_weights(model: CLIP, path: Path, alpha: float = 1) -> None:
     """Load trained weights into their base: a delta (.safetensors), or a whole state dict.
 
-    Their difference to the base is scaled by alpha (`interpolate_weights_`).
-
-    Raises:
-        ValueError: The weights belong to another model, or the file is damaged.
+    Their difference to the base is scaled by alpha (`interpolate_weights_`). A damaged file, or
+    one of another model, is a ValueError.
     """
     base = {name: p.detach().clone() for name, p in model.named_parameters() if alpha != 1}
     if path.suffix == ".safetensors":
@@ -63,25 +61,19 @@ def load_weights(model: CLIP, path: Path, alpha: float = 1) -> None:
         try:
             model.load_state_dict(clip.build_model(clip.read_checkpoint(path)).state_dict())
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} does not hold weights of this model: {reason}") from error
+            raise ValueError(f"{path} does not hold weights of this model: {error}") from error
     interpolate_weights_({name: model.get_parameter(name) for name in base}, base, alpha)
 
 
 def find_saved_run(folder: Path) -> tuple[Run, Path]:
-    """Read a finished run and return it with the path of its weights.
-
-    Raises:
-        ValueError: The folder has no result or no weights.
-    """
-    if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder} has no result.json: name the folder that main.py printed")
+    """Read a finished run, which must have saved its weights; return it and their path."""
+    run = read_run(folder)
     weights = sorted(folder.glob("*.safetensors"), key=lambda path: path.stem != "weights")
     if not weights:
         raise ValueError(
             f"{folder} has no weights: run main.py again with --overwrite --save_weights"
         )
-    return read_run(folder), weights[0]
+    return run, weights[0]
 
 
 def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
@@ -93,11 +85,7 @@ def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
 
 
 def resolve_base(delta: Delta, base: str | None = None) -> Path:
-    """Return the checkpoint that a delta belongs to: `base`, or the one in its metadata.
-
-    Raises:
-        ValueError: There is no such checkpoint.
-    """
+    """Return the checkpoint that a delta belongs to: `base`, or the one in its metadata."""
     try:
         return resolve_checkpoint(base or delta.metadata.get("backbone", "unnamed"))
     except (ValueError, OSError) as error:
@@ -125,8 +113,6 @@ def evaluation_weights(
     LoRA's adapters are merged, and what was learned is scaled by alpha: --wise, or 0 for the
     pretrained weights.
     """
-    scaled = nullcontext()
-    if alpha != 1:
-        scaled = interpolated_weights(weights, pretrained.weights, alpha)
-    with merged_lora(model), scaled:
+    scaled = weights if alpha != 1 else {}
+    with merged_lora(model), interpolated_weights(scaled, pretrained.weights, alpha):
         yield

@@ -166,7 +166,7 @@ def fail_to_read(*_, **__):
 @pytest.mark.parametrize(
     "extra, extra_of_rank_1, message",
     [
-        ([], ["--lr", 7], "process 1 has lr 7.0, process 0 has"),
+        ([], ["--lr", 7], "the processes differ in lr: "),
         ([], ["--lr", "x"], "argument --lr"),
         (["--lr", "x"], [], "argument --lr"),
         ([], None, "7.png cannot be read"),

@@ -148,7 +148,7 @@ def test_export_errors_are_one_line(vit_run, resnet_run, tmp_path, monkeypatch):
     (bare / "mine.safetensors").unlink()
     shutil.copy(vit_run / "mine.safetensors", weights := tmp_path / "weights.safetensors")
     assert "has no weights" in error(bare, "--to", "openai", "--out", out)
-    assert "has no result.json" in error(tmp_path, "--to", "openai", "--out", out)
+    assert "result.json: No such file" in error(tmp_path, "--to", "openai", "--out", out)
     assert "no weights at" in error(tmp_path / "gone.safetensors", "--to", "onnx", "--out", out)
     assert "unknown model 'ViT'" in error("ViT", "--to", "openai", "--out", out)
     assert "invalid choice: 'hf'" in error(vit_run, "--to", "hf", "--out", out)
