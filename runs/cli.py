@@ -35,10 +35,7 @@ ACCURACY_LINES = {
 
 
 def run_cli(main: Callable[[], int | None], prog: str = "main.py") -> int:
-    """Run a program's main function and return the exit status.
-
-    The environment variable SO_TRACEBACK=1 brings tracebacks back.
-    """
+    """Run a program's main function and return the exit status; SO_TRACEBACK=1 shows tracebacks."""
     # Pillow's warnings about an image's metadata do not matter here.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", message="SO keeps fewer")  # said in main.py's own words

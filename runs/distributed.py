@@ -27,10 +27,7 @@ class PeerExited(Preempted):
 
 
 def init_store() -> None:
-    """Connect to the other processes' store, if torchrun or another launcher started them.
-
-    A store that the launcher does not name or that cannot be reached is a ValueError.
-    """
+    """Connect to the other processes' store, if torchrun or another launcher started them."""
     global _store
     world_size, tasks = os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if world_size is None and tasks != "1":

@@ -119,11 +119,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def get_git_sha() -> str | None:
     """The commit of this repository, with + where files differ from it; None outside git."""
-    command = ["git", "-C", REPO_ROOT, "describe", "--always", "--abbrev=40", "--exclude=*"]
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        done = subprocess.run(
-            [*command, "--dirty=+"], capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -43,10 +43,7 @@ def get_hparams(args: argparse.Namespace) -> dict[str, Any]:
 def get_identity(
     args: argparse.Namespace, dataset: FewShotDataset, base_sha256: str
 ) -> dict[str, Any]:
-    """What a run computes, as result.json and checkpoints have it.
-
-    `base_sha256` is of the pretrained model, its activation and its heads.
-    """
+    """What a run computes, as result.json has it; `base_sha256` is PretrainedModel.model_sha256."""
     return {
         "config": get_hparams(args),
         "data": dataset.fingerprint,
@@ -79,10 +76,7 @@ def read_tail(path: str) -> bytes:
 
 
 def diff_runs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What differs between a saved run's identity and this one's, in words.
-
-    A KeyError, TypeError or AttributeError says that `saved` is none.
-    """
+    """What differs between a saved run's identity and this one's, in words."""
     return diff_settings(saved["config"], current["config"]) + diff_inputs(saved, current)
 
 

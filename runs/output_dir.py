@@ -122,9 +122,6 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-# Writing
-
-
 def save_run_inputs(output_dir: Path, args: argparse.Namespace, dataset: FewShotDataset) -> None:
     """Write config.yaml, from which --config repeats the run, and its few images, fewshot.json."""
     settings = {k: v for k, v in vars(args).items() if k not in ("config", "overrides")}
@@ -189,9 +186,6 @@ def eval_items(dataset: FewShotDataset, split: str) -> list[Any]:
     if not items:
         raise ValueError(f"{dataset.name} has no {EVAL_SPLITS[split]} images to evaluate on")
     return items
-
-
-# Reading
 
 
 def load_finished_result(

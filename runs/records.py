@@ -96,10 +96,7 @@ def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_predictions(run: Run) -> list[tuple[str, int, int, float]]:
-    """Return path, label, predicted label and its probability of each test image of a run.
-
-    A malformed predictions.csv is a ValueError, one that cannot be read an OSError.
-    """
+    """Return path, label, predicted label and its probability of each test image of a run."""
     columns = {"path": str, "label": int, "predicted": int, "probability": float}
     rows = _read_csv(run.folder / "predictions.csv", columns)
     labels = range(len(run.classnames))
