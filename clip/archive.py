@@ -16,18 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 # A file with one of these names was made to run a program; no checkpoint needs them.
 BLOCKED_NAMES = re.compile(
     r"(__builtin__|builtins)\.(__import__|compile|eval|exec|getattr|open)$|torch\.(hub|load)\b"
@@ -38,10 +26,7 @@ BLOCKED_NAMES = re.compile(
 def safe_load(path: Path) -> Any:
     """Read a zip file of torch.save, or the state dict of a TorchScript archive, to the CPU.
 
-    Damage raises exceptions of many kinds.
-
-    Raises:
-        ValueError: The file names what can run programs, or has no pickle.
+    Damage raises exceptions of many kinds; a file that names what can run programs a ValueError.
     """
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -60,46 +45,33 @@ class _ModuleStub:
 class _ObjectStub:
     """Stands for an object of any other class: takes what it is given and keeps nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> "_ObjectStub":
-        return super().__new__(cls)
-
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def __call__(self, *_: Any, **__: Any) -> "_ObjectStub":
+    def __call__(self, *_: Any) -> "_ObjectStub":
         return self
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    append = extend = add = __call__
+    append = extend = add = __setitem__ = __call__
 
 
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    """Make a tensor over a storage; torch refuses one that reaches beyond it."""
-    return storage.as_strided(size, stride, offset)
-
-
-def _first_argument(value: Any, *_: Any) -> Any:
-    """Leave out that a value is a parameter, or its type."""
-    return value
+def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    return storage.as_strided(size, stride, offset)  # which refuses to reach beyond the storage
 
 
 ALLOWED_NAMES = {
-    **{f"torch.{name}": dtype for name, dtype in STORAGE_DTYPES.items()},
-    **{str(dtype): dtype for dtype in STORAGE_DTYPES.values()},
     "collections.OrderedDict": OrderedDict,
-    "torch.Size": tuple,
-    "torch.device": str,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _first_argument,
-    "torch.jit._pickle.restore_type_tag": _first_argument,
-    "torch.jit._pickle.build_boollist": list,
-    "torch.jit._pickle.build_doublelist": list,
-    "torch.jit._pickle.build_intlist": list,
-    "torch.jit._pickle.build_tensorlist": list,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
 
 
@@ -114,13 +86,11 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
-        if full_name in ALLOWED_NAMES:
-            return ALLOWED_NAMES[full_name]
         if full_name.startswith("__torch__."):
             return type("Module", (_ModuleStub,), {})
         if BLOCKED_NAMES.match(full_name):
             raise ValueError(f"it names {full_name}, which no CLIP needs; nothing was run")
-        return _ObjectStub
+        return ALLOWED_NAMES.get(full_name, _ObjectStub)
 
     def load_build(self) -> None:
         """Set the attributes of a module; drop those of other objects, such as a dict's version."""

@@ -7,8 +7,7 @@ A model that is not built like OpenAI's CLIP is refused, and its kind named.
 
 import math
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,16 +15,14 @@ from torch import Tensor
 
 from clip.model import CLIP, EXTRA_KEYS
 from clip.resnet import TOTAL_STRIDE
-from utils import truncate_list
+from utils import one_line, truncate_list
 
 MARKER_KEYS = (  # every layout has one; what stands before it in a file is a prefix
     "visual.conv1.weight",
     "vision_model.embeddings.patch_embedding.weight",
     "logit_scale",
 )
-STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")  # preferred to other dicts
-MAX_DEPTH = 4  # of dicts within dicts
-FIRST_MLP_BIAS = "transformer.resblocks.0.mlp.c_fc.bias"
+USUAL_PREFIXES = ("visual.", "state_dict.", "model")
 # DataParallel, torch.compile, FSDP and activation checkpointing leave these within names.
 WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
@@ -35,7 +32,7 @@ BY_OPEN_CLIP = "open_clip runs it where open_clip_config.json is next to it"
 NOT_OPENAIS = (  # pattern of a key, what has it, the way out
     (r"\.base_layer\.|\.lora_[AB]\.", "a model with unmerged PEFT adapters, or these adapters only",
      "load it with peft on its base, merge_and_unload() and save_pretrained()"),
-    (r"^w_lora_[AB]$", "CLIP-LoRA's lora_weights.pt, adapters only",
+    (r"\bw_lora_[AB]$", "CLIP-LoRA's lora_weights.pt, adapters only",
      "merge them with CLIP-LoRA's code, and save the model's state_dict()"),
     (r"^prompt_learner\.|^image_encoder\.", "CoOp's, which lacks the token embedding",
      "CoOp leaves CLIP's weights as they are: name the backbone that it was trained on"),
@@ -69,118 +66,99 @@ HF_TO_OPENAI = (  # parts of names in transformers' and in OpenAI's layout
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
+HF_PROJECTIONS = {  # transposed there
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+}
+TEXT_PREFIXES = ("token_embedding.", "transformer.", "text_model.")
 
 
 def extract_state_dict(content: Any) -> tuple[dict[str, Any], str]:
-    """Find the state dict of a CLIP in what a training script saved.
-
-    Args:
-        content: Dicts within dicts, of which one has the tensors, under any prefix.
+    """Find the state dict of a CLIP in what a training script saved: dicts within dicts.
 
     Returns:
-        The state dict of a CLIP without prefix, preferably one below STATE_DICT_KEYS, or else the
-        first dict with a tensor; and a note on where it was, "" where it is the content itself.
+        The state dict of a CLIP, or else all values by the path of their keys; and a note on what
+        was removed from the names, if anything.
 
     Raises:
-        ValueError: No dict has a tensor.
+        ValueError: There is no tensor.
     """
-    candidates = [
-        (path, state)
-        for path, state in _iter_dicts(content)
-        if any(isinstance(value, Tensor) for value in state.values())
-    ]
-    if not candidates:
+    state = dict(_flatten(content))
+    if not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("it holds no state dict")
-    clips = [(path, state) for path, state in candidates if _find_prefix(state) is not None]
-    clips.sort(key=lambda clip: not clip[0] or clip[0][-1] not in STATE_DICT_KEYS)
-    path, state = (clips or candidates)[0]
-    prefix = _find_prefix(state) or ""
-
-    notes = [f"below {'.'.join(path)!r}"] if path else []
-    if prefix:
-        notes.append(f"without the prefix {prefix!r}")
-    if left_out := [key for key in state if not key.startswith(prefix)]:
-        notes.append(f"leaving out {truncate_list(left_out)}")
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if wrappers := {match[0] for key in state for match in WRAPPERS.finditer(key)}:
-        notes.append(f"without {', '.join(map(repr, sorted(wrappers)))} inside names")
+    removed = {wrapper for key in state for wrapper in WRAPPERS.findall(key)}
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
-    if clips[1:]:
-        notes.append(f"not {truncate_list(repr('.'.join(path)) for path, _ in clips[1:])}")
-    return state, ", ".join(notes)
+    if prefix := _find_prefix(state):
+        removed.add(prefix)
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return state, f"without {', '.join(map(repr, sorted(removed)))} in names" if removed else ""
 
 
-def _iter_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """All dicts in some content with the keys that lead to them, the outer ones first."""
-    queue = deque([((), content)])
-    while queue:
-        path, value = queue.popleft()
-        if isinstance(value, dict) and len(path) <= MAX_DEPTH:
-            value = {str(key): inner for key, inner in value.items()}
-            yield path, value
-            queue.extend(((*path, key), inner) for key, inner in value.items())
+def _flatten(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in dicts within dicts, each with its keys joined by dots."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
-def _find_prefix(state: Mapping[str, Any]) -> str | None:
-    """What stands before the names of a CLIP; None for other names."""
-    for keys in (list(state), [WRAPPERS.sub("", key) for key in state]):
-        for marker in MARKER_KEYS:
-            matches = [key for key in keys if f".{key}".endswith(f".{marker}")]
-            if matches:
-                return min(matches, key=len).removesuffix(marker)
-    return None
+def _find_prefix(state: Mapping[str, Any]) -> str:
+    """What stands before the names of a CLIP; of several preferably a usual one, the outermost."""
+    for marker in MARKER_KEYS:
+        if keys := [key for key in state if f".{key}".endswith(f".{marker}")]:
+            keys.sort(key=lambda key: (not key.startswith(USUAL_PREFIXES), key.count(".")))
+            return keys[0].removesuffix(marker)
+    return ""
 
 
 def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the tensors of any known layout as OpenAI does.
+    """Rename the tensors of a state dict without prefix as OpenAI does.
 
-    The same tensors are returned, except that transformers' queries, keys and values are joined
-    and its projections transposed.
-
-    Args:
-        state_dict: Without prefix.
+    Of transformers' layout, queries, keys and values are joined and projections transposed.
 
     Raises:
-        ValueError: It belongs to a model that is not built like OpenAI's CLIP; its kind is named.
+        ValueError: A value is no tensor, or the model is not built like OpenAI's CLIP; its kind is
+            named.
     """
     state = {str(key): value for key, value in state_dict.items()}
     for pattern, kind, remedy in NOT_OPENAIS:
         if key := next(filter(re.compile(pattern).search, state), None):
             raise ValueError(f"it is {kind} (it has {key}): {remedy}")
+    others = [k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)]
+    if others:
+        raise ValueError(f"it holds no tensor in {truncate_list(others)}")
     if any(key.startswith("vision_model.") for key in state):
         state = _convert_from_hf(state)
     state = {key.removeprefix("text."): value for key, value in state.items()}
     has_image_tower = any(key.startswith("visual.") for key in state)
-    texts = ("token_embedding.", "transformer.", "text_model.")
-    if has_image_tower != any(key.startswith(texts) for key in state):
+    has_text_tower = any(key.startswith(TEXT_PREFIXES) for key in state)
+    if has_image_tower != has_text_tower:
         tower = "image" if has_image_tower else "text"
         raise ValueError(f"it has only the {tower} tower: name the CLIP that it belongs to")
     return state
 
 
-def _convert_from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the state dict of transformers' CLIPModel."""
+def _convert_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for key, value in state.items():
         for theirs, ours in HF_TO_OPENAI:
             key = key.replace(theirs, ours)
-        result[key] = value
-    for theirs, ours in (
-        ("visual_projection.weight", "visual.proj"),
-        ("text_projection.weight", "text_projection"),
-    ):
-        if isinstance(value := result.pop(theirs, None), Tensor) and value.dim() == 2:
-            result[ours] = value.T
+        if key in HF_PROJECTIONS:
+            result[HF_PROJECTIONS[key]] = value.t()
+        elif not key.endswith(".position_ids"):
+            result[key] = value
     for key in [key for key in result if ".attn.q_proj." in key]:
         qkv = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(isinstance(result.get(part), Tensor) for part in qkv):
+        if result.keys() >= {*qkv}:
             joined = torch.cat([result.pop(part) for part in qkv])
             result[key.replace(".q_proj.", ".in_proj_")] = joined
-    return {key: value for key, value in result.items() if not key.endswith(".position_ids")}
+    return result
 
 
 def convert_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a state dict from OpenAI's layout to that of transformers' CLIPModel."""
+    projections = {ours: theirs for theirs, ours in HF_PROJECTIONS.items()}
     result = {}
     for key, value in state.items():
         for theirs, ours in HF_TO_OPENAI:
@@ -191,8 +169,8 @@ def convert_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ".in_proj_" in key:
             for part, rows in zip("qkv", value.chunk(3), strict=True):
                 result[key.replace(".in_proj_", f".{part}_proj.")] = rows
-        elif key in ("visual.proj", "text_projection"):
-            result[{"visual.proj": "visual_projection"}.get(key, key) + ".weight"] = value.T
+        elif key in projections:
+            result[projections[key]] = value.T
         else:
             result[key] = value
     return result
@@ -215,83 +193,47 @@ def build_model(
         The model in float32 and evaluation mode, on the device of the tensors, which it copies.
 
     Raises:
-        ValueError: Tensors are missing, unexpected or wrongly shaped, of which some are named; the
-            model is not built like OpenAI's CLIP; or the heads do not fit.
+        ValueError: The tensors are not those of a CLIP like OpenAI's, or the heads do not fit.
     """
     state = {k: v for k, v in convert_to_openai(state_dict).items() if not _is_extra(k)}
-    vision_heads, transformer_heads = heads or (None, None)
-    with torch.device("meta"):  # takes neither memory nor random numbers
-        model = CLIP(
-            **infer_model_args(state),
-            vision_heads=vision_heads,
-            transformer_heads=transformer_heads,
-            activation=activation,
-        ).float()
-    expected = model.state_dict()
-    for key in expected.keys() - state.keys():
-        if key.endswith("num_batches_tracked"):  # older files lack it, and nothing here reads it
-            state[key] = torch.tensor(0, device="cpu")
-    _raise_for_keys("lacks", expected.keys() - state.keys())
-    _raise_for_keys("holds unexpected", state.keys() - expected.keys())
-    if state["logit_scale"].numel() == 1:
-        state["logit_scale"] = state["logit_scale"].reshape(())
-    mismatched = {
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if state[key].shape != value.shape
-    }
-    _raise_for_keys("holds wrongly shaped", mismatched)
-    state = {
-        key: value.detach().to(expected[key].dtype, copy=True).contiguous()
-        for key, value in state.items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    try:
+        with torch.device("meta"):  # takes neither memory nor random numbers
+            model = CLIP(**infer_model_args(state), heads=heads, activation=activation)
+        state = {
+            key: value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in state.items()
+        }
+        model.load_state_dict(state, assign=True)
+    except Exception as error:  # sizes that no CLIP has show in many ways
+        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(str(error))
+        raise ValueError(f"no CLIP can be built of its tensors: {reason.rstrip('.')}") from None
+    return model.float().eval()
 
 
 def infer_model_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Infer the sizes among the arguments of `CLIP` from the shapes in OpenAI's layout.
-
-    Raises:
-        ValueError: Tensors with these sizes are missing or wrongly shaped, or a value is no tensor.
-    """
-    not_tensors = {k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)}
-    _raise_for_keys("holds no tensor in", not_tensors)
+    """Infer the sizes among the arguments of `CLIP` from the shapes in OpenAI's layout."""
     is_vit = "visual.proj" in state
     positions_key = f"visual.{'' if is_vit else 'attnpool.'}positional_embedding"
-    dims = {
-        "visual.conv1.weight": 4,
-        positions_key: 2,
-        "token_embedding.weight": 2,
-        "positional_embedding": 2,
-        "text_projection": 2,
-        FIRST_MLP_BIAS: 1,
-    }
-    if is_vit:
-        dims[f"visual.{FIRST_MLP_BIAS}"] = 1
-    _raise_for_keys("lacks", dims.keys() - state.keys())
-    mismatched = {k for k, n in dims.items() if state[k].dim() != n or not state[k].numel()}
-    _raise_for_keys("holds wrongly shaped", mismatched)
-
+    mlp_key = "transformer.resblocks.0.mlp.c_fc.bias"
     width, _, _, patch_size = state["visual.conv1.weight"].shape
-    positions = len(state[positions_key])
-    side = math.isqrt(positions - 1)  # of the grid of patches; the class token has one, too
+    side = math.isqrt(len(state[positions_key]) - 1)  # of the grid of patches, without the class
     if is_vit:
         vision_layers = _count_blocks(state, "visual.transformer.resblocks.")
     else:
         vision_layers = tuple(_count_blocks(state, f"visual.layer{i}.") for i in (1, 2, 3, 4))
+    transformer_width, embed_dim = state["text_projection"].shape
     return {
-        "embed_dim": state["text_projection"].shape[1],
+        "embed_dim": embed_dim,
         "image_resolution": side * (patch_size if is_vit else TOTAL_STRIDE),
         "vision_layers": vision_layers,
         "vision_width": width if is_vit else 2 * width,
         "vision_patch_size": patch_size if is_vit else None,
-        "vision_mlp": len(state[f"visual.{FIRST_MLP_BIAS}"]) if is_vit else None,
+        "vision_mlp": len(state[f"visual.{mlp_key}"]) if is_vit else None,
         "context_length": len(state["positional_embedding"]),
         "vocab_size": len(state["token_embedding.weight"]),
-        "transformer_width": state["text_projection"].shape[0],
+        "transformer_width": transformer_width,
         "transformer_layers": _count_blocks(state, "transformer.resblocks."),
-        "transformer_mlp": len(state[FIRST_MLP_BIAS]),
+        "transformer_mlp": len(state[mlp_key]),
     }
 
 
@@ -301,11 +243,3 @@ def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 
 def _is_extra(key: str) -> bool:
     return key.rpartition(".")[2] in (*EXTRA_KEYS, "attn_mask")
-
-
-def _raise_for_keys(problem: str, keys: Iterable[str]) -> None:
-    """Raise a ValueError that names the keys, unless there are none."""
-    if keys:
-        raise ValueError(
-            f"the state dict is not a CLIP's: it {problem} {truncate_list(sorted(keys))}"
-        )

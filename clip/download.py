@@ -3,7 +3,7 @@
 import hashlib
 import http.client
 import os
-import ssl
+import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -13,10 +13,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 TIMEOUT = 30.0  # seconds without a byte
-CHUNK_SIZE = 1 << 16  # bytes
-NETWORK_ERRORS = (
-    urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError
-)  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -40,8 +36,8 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
     processes may download one file at once.
 
     Raises:
-        ConnectionError: The file did not arrive; the message says which file to place where.
-        OSError: It cannot be written.
+        ConnectionError: The file did not arrive whole, or there is no room for it; the message says
+            which file to place where.
         ValueError: What arrived has another SHA-256; it is deleted.
     """
     problem = "is missing"
@@ -50,9 +46,9 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
             return target
         problem = "has a wrong SHA-256"
     print(f"note: {target} {problem}: downloading {url}", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         _download(url, partial)
         if sha256_file(partial) != sha256:
             raise ValueError(
@@ -60,38 +56,24 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
                 f"again, or get {target.name} elsewhere and place it at {target}"
             )
         os.replace(partial, target)
-    except NETWORK_ERRORS as error:
+    except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is a response, too
         raise ConnectionError(
             f"{target} {problem} and cannot be downloaded ({error}): run the same command again, "
             f"or get the file from {url} on a machine that can, and place it at {target}"
         ) from None
-    except OSError as error:
-        raise OSError(
-            f"{target} cannot be written ({error.strerror or error}): make room or correct the "
-            f"permissions and run the same command again, or place the file from {url} there"
-        ) from error
     finally:
-        if os.path.lexists(partial):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
     return target
 
 
 def _download(url: str, path: Path) -> None:
-    """Write what comes from an address to a file."""
-    # A context of its own: other code in this process may have switched verification off. And
     # torch.hub's downloader would wait for a silent server for ever.
-    https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    request = urllib.request.Request(url, headers={"User-Agent": "SO"})
-    with (
-        urllib.request.build_opener(https).open(request, timeout=TIMEOUT) as response,
-        open(path, "wb") as file,
-    ):
+    opener = urllib.request.build_opener()
+    with opener.open(url, timeout=TIMEOUT) as response, open(path, "wb") as file:
         total = int(response.headers["Content-Length"] or 0)  # 0: unknown
-        with tqdm(total=total or None, unit="B", unit_scale=True, disable=None) as bar:
-            while chunk := response.read(CHUNK_SIZE):
-                file.write(chunk)
-                bar.update(len(chunk))
+        with tqdm.wrapattr(file, "write", total=total or None, disable=None) as progress:
+            shutil.copyfileobj(response, progress)
         if file.tell() < total:
             raise ConnectionError(f"it stopped after {file.tell():,} of {total:,} bytes")

@@ -1,14 +1,11 @@
 """Read a checkpoint of any format into a state dict, and find it in a folder."""
 
-import re
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,17 +37,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ValueError: It has another format, or the model is not built like OpenAI's CLIP.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
-    if placeholder := detect_placeholder_file(path):
-        raise ValueError(f"{path} is {placeholder}")
+    check_file(path)
     try:
         state_dict, note = extract_state_dict(_load_file(path))
     except Exception as error:  # damage shows in many ways, deep in zipfile, pickle and torch
         raise ValueError(
-            f"{path} is not a checkpoint that can be read safely "
-            f"({_format_load_error(error)}): download it again, or save only the model's "
-            "state_dict() with torch.save"
+            f"{path} is not a checkpoint that can be read safely ({first_sentence(error)}): "
+            "download it again, or save only the model's state_dict() with torch.save"
         ) from None
     try:
         state_dict = convert_to_openai(state_dict)
@@ -61,57 +54,46 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return state_dict
 
 
+def check_file(path: Path) -> None:
+    """Raise an error unless there is a file, and no placeholder of one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
+    if placeholder := detect_placeholder_file(path):
+        raise ValueError(f"{path} is {placeholder}")
+
+
 def _load_file(path: Path) -> Any:
-    """Load a file by the reader of its format."""
     if path.suffix.lower() == ".safetensors":
         return load_file(path, device="cpu")
-    if zipfile.is_zipfile(path):
-        return safe_load(path)
     with open(path, "rb") as file:
-        if file.read(2) == b"PK":  # torch.load would try, and before 2.6 run TorchScript
-            raise ValueError("it is a zip file without its end")
+        is_zip = file.read(4) == b"PK\3\4"
+    if is_zip:  # never by torch.load, which before 2.6 runs what it takes for TorchScript
+        return safe_load(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations of old formats
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _format_load_error(error: Exception) -> str:
-    """Say why a file cannot be read, without torch's advice to load it unsafely."""
-    text = one_line(str(error))
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
-    if match := re.search(r"GLOBAL (\S+)", text):
-        return f"it names {match[1]}, which is not a tensor; nothing was run"
-    is_clear = isinstance(error, (ValueError, RuntimeError, SafetensorError, zipfile.BadZipFile))
-    if is_clear and "weights_only" not in text:
-        return text.partition(". ")[0].rstrip(".")[:160]
-    return "it is not a file that torch.save wrote"
+def first_sentence(error: Exception) -> str:
+    """The start of an error's message, without torch's advice to load a file unsafely."""
+    return one_line(str(error) or type(error).__name__).partition(". ")[0].rstrip(".")[:200]
 
 
 def find_weight_file(folder: Path) -> Path:
-    """Find the checkpoint of a folder: under one of the usual names, or the only one."""
-    for name in WEIGHT_FILENAMES:
-        if (folder / name).is_file():
-            return folder / name
-    if shards := sorted(folder.glob("*.index.json")):
-        raise ValueError(
-            f"{folder} holds weights that are split into several files ({shards[0].name}): save "
-            "them as one, with a larger max_shard_size"
-        )
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
-    if not files:
-        # The folders of the hub's cache, the Trainer and DeepSpeed have them deeper.
-        deeper = {
-            f.parent for depth in ("*/*", "*/*/*") for f in folder.glob(depth)
-            if f.suffix.lower() in SUFFIXES and f.is_file()
-        }  # fmt: skip
-        if len(deeper) == 1:
-            return find_weight_file(deeper.pop())
-        hint = f"; name one of {truncate_list(sorted(map(str, deeper)))}" if deeper else ""
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoint: no file ends in {', '.join(SUFFIXES)}{hint}"
-        )
-    if len(files) > 1:
-        names = truncate_list(file.name for file in files)
-        raise ValueError(f"{folder} holds several checkpoints ({names}): name one of them")
-    return files[0]
+    """Find the checkpoint of a folder: under one of the usual names, or the only one.
+
+    The folders of the hub's cache, the Trainer and DeepSpeed have it one or two levels deeper.
+    """
+    for depth in ("", "*/", "*/*/"):
+        for name in (*WEIGHT_FILENAMES, "*"):
+            files = sorted(folder.glob(depth + name))
+            files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+            if len(files) == 1:
+                return files[0]
+            if files:
+                names = truncate_list(str(file.relative_to(folder)) for file in files)
+                raise ValueError(
+                    f"{folder} holds several checkpoints ({names}): name one of them, or save the "
+                    "parts of one as a single file"
+                )
+    raise FileNotFoundError(f"{folder} holds no checkpoint: no file ends in {', '.join(SUFFIXES)}")

@@ -1,8 +1,4 @@
-"""Load a CLIP by its name or from a file, with the preprocessing of its images.
-
-model, preprocess = load("ViT-B/16")
-features = model.encode_image(preprocess(Image.open("cat.jpg")).unsqueeze(0))
-"""
+"""Load a CLIP by its name or from a file, with the preprocessing of its images."""
 
 import os
 import sys
@@ -14,12 +10,12 @@ from torchvision import transforms
 
 from clip.convert import build_model
 from clip.download import cache_dir, download_url, sha256_file
-from clip.files import SUFFIXES, find_weight_file, read_checkpoint
-from clip.model import ACTIVATIONS, CLIP
+from clip.files import SUFFIXES, check_file, find_weight_file, first_sentence, read_checkpoint
+from clip.model import CLIP
 from clip.model_config import OPEN_CLIP, ModelConfig, find_config_next_to, from_open_clip_pretrained
 from clip.open_clip_adapter import load_open_clip
 from clip.preprocess import image_transform
-from utils import detect_placeholder_file, did_you_mean, one_line
+from utils import did_you_mean
 
 MODELS_URL = "https://openaipublic.azureedge.net/clip/models"  # /<sha256>/<file>
 _MODELS = {  # name: SHA-256 of the file
@@ -64,105 +60,73 @@ def load(
             of OpenAI, open_clip or transformers. Nothing in the file is executed.
         device: Device of the model; None is CUDA where there is one, else the CPU.
         download_root: Folder of downloads; None is ~/.cache/clip.
-        activation: "quickgelu" or "gelu", where no configuration names it.
-        heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower, where
-            no configuration names them.
+        activation: "quickgelu" or "gelu".
+        heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower.
 
     Returns:
         The model in float32 and evaluation mode, nothing frozen: a `CLIP`, or open_clip's own
-        model where a configuration of open_clip describes towers of another kind
-        (`clip.open_clip_adapter`). And a transform that turns a PIL image of any size and mode
-        into its input (3, R, R).
+        where its towers are of another kind (`clip.open_clip_adapter`); and a transform that turns
+        a PIL image of any size and mode into its input (3, R, R).
 
     Raises:
         ValueError: The name is unknown, or the file is not a CLIP's checkpoint.
         FileNotFoundError: There is no such file.
         ConnectionError: A download failed.
     """
-    if activation not in (None, *ACTIVATIONS):
-        raise ValueError(f"the activation must be {' or '.join(ACTIVATIONS)}, not {activation!r}")
-    heads = None if heads is None else tuple(heads)
+    heads = tuple(heads) if heads else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name, path = os.fspath(name_or_path), resolve_checkpoint(name_or_path, download_root)
-    try:
-        if name.startswith(OPEN_CLIP):
-            config, _ = from_open_clip_pretrained(name)
-        else:
-            is_known = name in available_models()
-            config = ModelConfig(source=name) if is_known else find_config_next_to(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
+    path, config = resolve_checkpoint(name_or_path, download_root)
     if config.open_clip_cfg:
-        model = load_open_clip(name, path, config)
-        if activation or heads:
-            print(
-                f"note: {config.source} says how it is built; ignoring activation and heads",
-                file=sys.stderr,
-            )
-        return model.to(device), _transform_of(model)
-    state_dict = read_checkpoint(path)
-    try:
-        activation_used = config.activation or activation or "quickgelu"
-        model = build_model(state_dict, activation_used, config.heads or heads)
-    except (ValueError, RuntimeError) as error:  # torch's, of sizes that it cannot have
-        raise ValueError(f"{path} cannot be used: {error}") from None
-    (model.image_mean, model.image_std), model.image_resize = config.normalization, config.resize
-    _print_notes(path, model, config, activation, heads)
-    return model.to(device), _transform_of(model)
-
-
-def _transform_of(model: CLIP | nn.Module) -> transforms.Compose:
-    """The preprocessing of a model's images."""
-    return image_transform(
-        model.visual.input_resolution, model.image_mean, model.image_std, model.image_resize
-    )
+        model = load_open_clip(os.fspath(name_or_path), path, config)
+    else:
+        model = _load_clip(path, config, activation, heads)
+    used = (model.activation, model.heads) if isinstance(model, CLIP) else ()
+    for argument in (activation, heads):
+        if argument and argument not in used:
+            print(f"note: {config.source} says otherwise; ignoring {argument}", file=sys.stderr)
+    side = model.visual.input_resolution
+    transform = image_transform(side, model.image_mean, model.image_std, model.image_resize)
+    return model.to(device), transform
 
 
 def resolve_checkpoint(
     name_or_path: str | os.PathLike, download_root: str | os.PathLike | None = None
-) -> Path:
-    """The checkpoint file of a model, downloaded and verified if the name is a known one."""
+) -> tuple[Path, ModelConfig]:
+    """The checkpoint file of a model, which may be downloaded, and its configuration."""
     name = os.fspath(name_or_path)
     filename = name.replace("/", "-").replace("@", "-") + ".pt"
-    folder = Path(os.path.expanduser(download_root)) if download_root else None
+    folder = Path(os.path.expanduser(download_root)) if download_root else cache_dir()
     if name in _MODELS:
         url = f"{MODELS_URL}/{_MODELS[name]}/{filename}"
-        return download_url(url, (folder or cache_dir()) / filename, _MODELS[name])
+        return download_url(url, folder / filename, _MODELS[name]), ModelConfig(source=name)
     if name in BUNDLED_MODELS:
-        return WEIGHTS_DIR / filename
-    if name.startswith(OPEN_CLIP):
-        return _resolve_open_clip(name, folder)
-    return _resolve_path(name)
-
-
-def _resolve_open_clip(name: str, folder: Path | None) -> Path:
-    """The file of `open_clip:NAME/PRETRAINED`, which open_clip finds in its caches or downloads."""
-    _, source = from_open_clip_pretrained(name)
+        return WEIGHTS_DIR / filename, ModelConfig(source=name)
+    if not name.startswith(OPEN_CLIP):
+        path = _resolve_path(name)
+        return path, find_config_next_to(path)
+    config, source = from_open_clip_pretrained(name)
     if isinstance(source, Path):
-        return source
+        return source, config
     from open_clip.pretrained import download_pretrained
 
     try:
-        return Path(download_pretrained(source, cache_dir=folder and str(folder)))
+        return Path(download_pretrained(source, cache_dir=download_root and str(folder))), config
     except Exception as error:  # of many kinds, from several packages
-        reason = one_line(str(error)).partition(". ")[0][:200]
-        model = name.removeprefix(OPEN_CLIP).partition("/")[0]
         raise ConnectionError(
-            f"open_clip cannot download the weights of {name} ({reason}): get the file on a "
-            f"machine that can, and name {OPEN_CLIP}{model}/FILE with its path"
+            f"open_clip cannot download the weights of {name} ({first_sentence(error)}): get the "
+            f"file on a machine that can, and name {name.partition('/')[0]}/FILE with its path"
         ) from None
 
 
 def _resolve_path(name: str) -> Path:
     """The checkpoint at a path, or in the folder there."""
     path = Path(os.path.expanduser(name.removeprefix("local-dir:")))
-    if path.is_file():
-        return path
     if path.is_dir():
-        return find_weight_file(path)
+        path = find_weight_file(path)
     is_nested = len(path.parts) > 1 and path.suffix
-    if is_nested or path.is_absolute() or path.suffix.lower() in SUFFIXES:
-        raise FileNotFoundError(f"there is no checkpoint at {path}: check the path")
+    if path.is_file() or is_nested or path.is_absolute() or path.suffix.lower() in SUFFIXES:
+        check_file(path)
+        return path
     hint, hub_name = did_you_mean(name, available_models()), name.removeprefix("hf-hub:")
     if name != hub_name or not hint and len(path.parts) == 2:
         hint = f" (`hf download {hub_name} --local-dir FOLDER` downloads it; then name FOLDER)"
@@ -172,17 +136,18 @@ def _resolve_path(name: str) -> Path:
     )
 
 
-def _print_notes(
-    path: Path,
-    model: CLIP,
-    config: ModelConfig,
-    activation: str | None,
-    heads: tuple[int, int] | None,
-) -> None:
-    """Print which arguments were overruled, and what was assumed."""
-    for argument, used in ((activation, model.activation), (heads, model.heads)):
-        if argument not in (None, used):
-            print(f"note: {config.source} says {used}; ignoring {argument}", file=sys.stderr)
+def _load_clip(
+    path: Path, config: ModelConfig, activation: str | None, heads: tuple[int, int] | None
+) -> CLIP:
+    """Build a CLIP of OpenAI's kind, and print what was assumed about it."""
+    state_dict = read_checkpoint(path)
+    activation_used = config.activation or activation or "quickgelu"
+    try:
+        model = build_model(state_dict, activation_used, config.heads or heads)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+    model.image_mean, model.image_std = config.image_mean, config.image_std
+    model.image_resize = config.resize
     is_unknown = not config.source and not (activation and heads)
     if is_unknown and sha256_file(path) not in {*_MODELS.values(), *BUNDLED_MODELS.values()}:
         vision_heads, text_heads = model.heads
@@ -192,6 +157,7 @@ def _print_notes(
             "--activation and --heads (activation=, heads=) name others",
             file=sys.stderr,
         )
+    return model
 
 
 def validate_name(name_or_path: str | os.PathLike) -> None:
@@ -200,6 +166,4 @@ def validate_name(name_or_path: str | os.PathLike) -> None:
     if name.startswith(OPEN_CLIP):
         from_open_clip_pretrained(name)
     elif name not in available_models():
-        path = _resolve_path(name)
-        if placeholder := detect_placeholder_file(path):
-            raise ValueError(f"{path} is {placeholder}")
+        _resolve_path(name)

@@ -8,13 +8,6 @@ frozen matrices W0 are packed in one:
 
 The factor is that of CLIP-LoRA's code (loralib/layers.py) and of rsLoRA (arXiv 2312.03732); the
 LoRA paper has alpha / r.
-
-    params = apply_lora(model, ["transformer.resblocks.0.attn"])
-    optimizer = torch.optim.AdamW(params.values(), lr=2e-4, weight_decay=1e-2)
-    set_dropout(model, True)
-    ...  # train
-    with merged_lora(model) as weights:  # evaluate, and save the weights
-        ...
 """
 
 import math
@@ -40,26 +33,23 @@ def apply_lora(
 ) -> dict[str, nn.Parameter]:
     """Freeze a model and add trainable adapters to attention layers of it.
 
-    The adapters become parameters of the model, `<layer>.lora_q_a` and so on. B is zero, so that
-    the output is still exactly the model's. Dropout is off until `set_dropout`.
+    The adapters become parameters of the model, `<layer>.lora_q_a` and so on. Dropout is off until
+    `set_dropout`.
 
     Args:
         model: Anything with `clip.model.Attention` in it.
         layers: Full names of the attention layers to adapt.
-        rank: r, of each adapter.
-        alpha: Scales the adapters' output, by alpha / sqrt(rank).
+        rank, alpha: The adapters' output is scaled by alpha / sqrt(rank).
         dropout: Probability of zeroing an adapter's input in training; drawn by torch's global
             generator, for q, k and v separately.
         generator: Draws A; None is torch's global one on the CPU, whatever the model's device.
 
     Returns:
-        The adapters by full name: A (rank, W), uniform within 1 / sqrt(W); B (W, rank).
+        The adapters by full name: A (rank, W), uniform within 1 / sqrt(W); B (W, rank), zero.
 
     Raises:
-        ValueError: The rank is below 1, or a layer is no Attention, or has adapters already.
+        ValueError: A layer is no Attention, or has adapters already.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank!r}")
     attentions = {name: model.get_submodule(name) for name in layers}
     for name, attn in attentions.items():
         if type(attn) is not Attention:
@@ -85,12 +75,9 @@ def apply_lora(
 class LoRAAttention(Attention):
     """An Attention with adapters; dropout is active where `training` is."""
 
-    lora_scaling: float
-    lora_dropout: float
     lora_merged = False  # whether in_proj_weight includes the adapters' products
 
     def project_qkv(self, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
-        """`Attention.project_qkv` plus the adapters' outputs."""
         projected = super().project_qkv(x, parts)
         if self.lora_merged:
             return projected
@@ -105,17 +92,12 @@ class LoRAAttention(Attention):
         x = F.linear(self.lora_scaling * x, b)  # (B, L, W)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def merged_weight(self) -> Tensor:
-        """The packed weight plus the adapters' products, a new tensor (3 W, W)."""
-        products = [b @ a for a, b in map(self._adapter, QKV)]
-        return self.in_proj_weight + self.lora_scaling * torch.cat(products)
-
     def _adapter(self, part: str) -> tuple[nn.Parameter, nn.Parameter]:
         return getattr(self, f"lora_{part}_a"), getattr(self, f"lora_{part}_b")
 
 
 def set_dropout(model: nn.Module, active: bool) -> None:
-    """Switch the adapters' dropout on or off; the rest of the model keeps its mode."""
+    """Switch the adapters' dropout on or off."""
     for attn in _lora_layers(model).values():
         attn.train(active)
 
@@ -124,26 +106,27 @@ def set_dropout(model: nn.Module, active: bool) -> None:
 def merged_lora(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Add a model's adapters to its weights for a while, for evaluation and not for training.
 
-    A forward pass then has no dropout and costs what it costs without adapters. Does nothing to a
-    model without adapters, nor within another `merged_lora`.
+    A forward pass then has no dropout. Does nothing to a model without adapters, nor within
+    another `merged_lora`.
 
     Yields:
         The merged weights by name, (3 W, W) each. They remain valid afterwards, when the model
         has its former weights bit for bit.
     """
     layers = {name: attn for name, attn in _lora_layers(model).items() if not attn.lora_merged}
-    merged, originals = {}, {}
+    originals = {name: attn.in_proj_weight.data for name, attn in layers.items()}
+    merged = {}
     try:
         for name, attn in layers.items():
-            weight = attn.in_proj_weight
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                merged[f"{name}.in_proj_weight"] = product = attn.merged_weight()
-            originals[name] = weight.data
-            weight.data, attn.lora_merged = product, True
+            with torch.no_grad(), torch.autocast(attn.in_proj_weight.device.type, enabled=False):
+                products = [b @ a for a, b in map(attn._adapter, QKV)]
+                weight = attn.in_proj_weight + attn.lora_scaling * torch.cat(products)
+            merged[f"{name}.in_proj_weight"] = attn.in_proj_weight.data = weight
+            attn.lora_merged = True
         yield merged
     finally:
-        for name, original in originals.items():
-            layers[name].in_proj_weight.data, layers[name].lora_merged = original, False
+        for name, attn in layers.items():
+            attn.in_proj_weight.data, attn.lora_merged = originals[name], False
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRAAttention]:

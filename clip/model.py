@@ -5,9 +5,6 @@ Two towers end in one space of D dimensions:
 
     images (B, 3, R, R) -> VisionTransformer or ModifiedResNet -> (B, D)
     tokens (N, L)       -> Transformer, causal                 -> (N, D)
-
-    model, preprocess = clip.load("ViT-B/16")
-    logits_per_image, logits_per_text = model(images, model.tokenize(["a photo of a cat."]))
 """
 
 import math
@@ -25,7 +22,6 @@ from clip.simple_tokenizer import SimpleTokenizer
 
 HEAD_DIM = 64  # channels of an attention head in OpenAI's models
 EXTRA_KEYS = ("input_resolution", "context_length", "vocab_size")  # in files, but not parameters
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # the paper's temperature, section 2.5
 
 
 class CLIP(nn.Module):
@@ -34,22 +30,18 @@ class CLIP(nn.Module):
     Args:
         embed_dim: Dimensions D of the features that both towers end in.
         image_resolution: Side of the square input, in pixels.
-        vision_layers: Blocks of the ViT, or blocks of each of the four stages of a ResNet.
+        vision_layers: Blocks of the ViT, or of each of the four stages of a ResNet.
         vision_width: Channels of the ViT, or of the ResNet's stem.
         vision_patch_size: Side of a ViT's patch, in pixels; None for a ResNet.
-        context_length: Tokens of the longest text.
-        vocab_size: Tokens known; the model's tokenizer follows from it.
-        transformer_width: Channels of the text tower.
-        transformer_layers: Blocks of the text tower.
-        vision_heads, transformer_heads: Attention heads of the ViT, or of the ResNet's pool, and
-            of the text tower; None is OpenAI's number, one for every 64 channels.
+        context_length, vocab_size: Tokens of the longest text, and tokens known.
+        transformer_width, transformer_layers: Channels and blocks of the text tower.
+        heads: Attention heads of the ViT, or of the ResNet's pool, and of the text tower; None is
+            OpenAI's number, one for every 64 channels.
         vision_mlp, transformer_mlp: Channels inside the MLPs; None is four times the width.
         activation: Activation of the MLPs, a key of ACTIVATIONS.
 
     Attributes:
-        heads: Attention heads of the image tower and of the text tower.
-        image_mean, image_std: Normalization of images, three floats each.
-        image_resize: Resize mode and interpolation; see `clip.preprocess.image_transform`.
+        image_mean, image_std, image_resize: Arguments of `clip.preprocess.image_transform`.
 
     Raises:
         ValueError: A width cannot be shared evenly by its attention heads.
@@ -67,50 +59,43 @@ class CLIP(nn.Module):
         transformer_width: int,
         transformer_layers: int,
         *,
-        vision_heads: int | None = None,
-        transformer_heads: int | None = None,
+        heads: tuple[int, int] | None = None,
         vision_mlp: int | None = None,
         transformer_mlp: int | None = None,
         activation: str = "quickgelu",
     ) -> None:
         super().__init__()
         is_vit = isinstance(vision_layers, int)
-        attention_width = vision_width if is_vit else TOTAL_STRIDE * vision_width
-        vision_heads = _resolve_num_heads(attention_width, vision_heads)
-        transformer_heads = _resolve_num_heads(transformer_width, transformer_heads)
-        self.context_length = context_length
-        self.vocab_size = vocab_size
+        widths = vision_width if is_vit else TOTAL_STRIDE * vision_width, transformer_width
+        self.heads = heads or tuple(max(width // HEAD_DIM, 1) for width in widths)
+        if any(n < 1 or width % n for n, width in zip(self.heads, widths, strict=True)):
+            raise ValueError(f"{self.heads} attention heads cannot share widths of {widths}")
+        self.context_length, self.vocab_size = context_length, vocab_size
         self.activation = activation
-        self.heads = vision_heads, transformer_heads
         self.image_mean, self.image_std = OPENAI_MEAN, OPENAI_STD
         self.image_resize = OPENAI_RESIZE
         if is_vit:
             self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, embed_dim,
-                vision_width, vision_layers, vision_heads, vision_mlp, activation,
+                image_resolution, vision_patch_size, embed_dim, vision_width, vision_layers,
+                self.heads[0], vision_mlp or 4 * vision_width, activation, causal=False,
             )  # fmt: skip
         else:
             self.visual = ModifiedResNet(
-                image_resolution, vision_width, vision_layers, embed_dim, vision_heads
+                image_resolution, vision_width, vision_layers, embed_dim, self.heads[0]
             )
         self.transformer = Transformer(
-            transformer_width, transformer_layers, transformer_heads, transformer_mlp, activation,
-            causal=True,
+            transformer_width, transformer_layers, self.heads[1],
+            transformer_mlp or 4 * transformer_width, activation, causal=True,
         )  # fmt: skip
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
         self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))  # its logarithm
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of section 2.5
 
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=transformer_width**-0.5)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights, to which images are cast."""
-        return self.visual.conv1.weight.dtype
 
     @property
     def settings(self) -> list:
@@ -140,13 +125,8 @@ class CLIP(nn.Module):
         """Features of texts, not normalized: (N, L) -> (N, D), where L may be below the context.
 
         The end-of-text token has the highest id and, since attention is causal, has seen all of
-        the text: its output is the text's feature.
-
-        Args:
-            tokens: The texts.
-            hidden: What enters the block `start_block`, (N, L, W), if `forward_text_prefix` has
-                computed it.
-            start_block: Number of that block.
+        the text: its output is the text's feature. `hidden`, (N, L, W), is what enters the block
+        `start_block`, if `forward_text_prefix` has computed it.
         """
         if hidden is None:
             hidden = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
@@ -162,24 +142,11 @@ class CLIP(nn.Module):
         return self.transformer.resblocks[:num_blocks](x)
 
 
-def _resolve_num_heads(width: int, num_heads: int | None) -> int:
-    """A number of attention heads that share the width evenly; OpenAI's for None."""
-    num_heads = max(width // HEAD_DIM, 1) if num_heads is None else num_heads
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(
-            f"a width of {width} cannot be shared by {num_heads} attention heads: name others"
-        )
-    return num_heads
-
-
 class VisionTransformer(nn.Module):
-    """A ViT whose class token, projected, is the image's feature.
-
-    `width` and `transformer_args` are the arguments of `Transformer`.
-    """
+    """A ViT whose class token, projected, is the image's feature."""
 
     def __init__(
-        self, input_resolution: int, patch_size: int, embed_dim: int, width: int, *transformer_args
+        self, input_resolution: int, patch_size: int, embed_dim: int, width: int, *args, **kwargs
     ) -> None:
         super().__init__()
         self.input_resolution = input_resolution
@@ -189,7 +156,7 @@ class VisionTransformer(nn.Module):
         positions = (input_resolution // patch_size) ** 2 + 1
         self.positional_embedding = nn.Parameter(std * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, *transformer_args)
+        self.transformer = Transformer(width, *args, **kwargs)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
 
@@ -207,36 +174,17 @@ class VisionTransformer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The residual blocks of a tower, which runs them: only one position of their output is read.
-
-    Args:
-        width: Channels.
-        layers: Blocks.
-        num_heads: Attention heads, which share the width evenly.
-        mlp_width: Channels inside the MLPs; None is four times the width.
-        activation: A key of ACTIVATIONS.
-        causal: Whether a position sees only itself and earlier ones.
-    """
+    """The residual blocks of a tower, which runs them: one position of their output is read."""
 
     def __init__(
-        self,
-        width: int,
-        layers: int,
-        num_heads: int,
-        mlp_width: int | None = None,
-        activation: str = "quickgelu",
-        causal: bool = False,
+        self, width: int, layers: int, num_heads: int, mlp_width: int, activation: str, causal: bool
     ) -> None:
         super().__init__()
-        mlp_width = mlp_width or 4 * width
-        blocks = [
-            ResidualAttentionBlock(width, num_heads, mlp_width, activation, causal)
-            for _ in range(layers)
-        ]
-        self.resblocks = nn.Sequential(*blocks)
+        args = width, num_heads, mlp_width, activation, causal
+        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(*args) for _ in range(layers)))
 
         # OpenAI's initialization: what each block adds shrinks with the depth of the stack.
-        for block in blocks:
+        for block in self.resblocks:
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
@@ -271,13 +219,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`.
-
-    Args:
-        width: Channels of input and output.
-        num_heads: Number of heads, which share the width evenly.
-        causal: Whether a position sees only itself and earlier ones.
-    """
+    """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, num_heads: int, causal: bool = False) -> None:
         super().__init__()
@@ -324,10 +266,9 @@ class QuickGELU(nn.Module):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """With z = 1.702 x it is silu(z) / 1.702, and its derivative is that of silu at z.
+    """silu(z) / 1.702 with z = 1.702 x, whose derivative is that of silu at z.
 
-    So the backward pass is one of torch's own kernels and needs only z; autograd would keep both
-    factors of x * sigmoid(1.702 x).
+    So the backward pass is one kernel and needs only z; autograd would keep both factors.
     """
 
     @staticmethod

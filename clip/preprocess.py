@@ -23,17 +23,13 @@ def image_transform(
     std: Sequence[float] = OPENAI_STD,
     resize: tuple[str, str] = OPENAI_RESIZE,
 ) -> transforms.Compose:
-    """CLIP's preprocessing: resize the short side, crop the center, normalize.
+    """CLIP's preprocessing of PIL images to float32 tensors (3, R, R).
 
     Args:
         input_resolution: Side R of the model's square input, in pixels.
-        mean: Mean of red, green and blue in [0, 1]; a model's `image_mean`.
-        std: Their standard deviation; a model's `image_std`.
-        resize: A model's `image_resize`: mode and interpolation. As in open_clip, the mode
-            "squash" makes any image a square, and "longest" pads it to one with black.
-
-    Returns:
-        A transform of PIL images to float32 tensors (3, R, R).
+        mean, std: Normalization of red, green and blue in [0, 1].
+        resize: Mode and interpolation. The mode "shortest" crops the center, "squash" distorts any
+            image to a square, and "longest" pads it to one with black, as in open_clip.
     """
     side, mode, interpolation = input_resolution, resize[0], InterpolationMode(resize[1])
     if mode == "squash":
@@ -58,10 +54,7 @@ def resize_and_pad(image: Image.Image, side: int, interpolation: InterpolationMo
 def normalize(
     images: Tensor, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
 ) -> Tensor:
-    """Turn uint8 images (B, 3, R, R) into a model's input, float32 of the same shape.
-
-    Does for a batch on its device what the last two steps of `image_transform` do for an image.
-    """
+    """The last two steps of `image_transform` for a batch of uint8 images (B, 3, R, R)."""
     mean = torch.tensor(mean, device="cpu").to(images.device, non_blocking=True)
     std = torch.tensor(std, device="cpu").to(images.device, non_blocking=True)
     return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -70,11 +63,7 @@ def normalize(
 def convert_image_to_rgb(
     image: Image.Image, gray_range: tuple[float, float] | None = None
 ) -> Image.Image:
-    """Convert an image of any mode to RGB; transparency is dropped.
-
-    Pillow's `convert`, which OpenAI's preprocessing uses, would clip gray values of more than eight
-    bits. They are scaled here, see `scale_gray`.
-    """
+    """Convert an image of any mode to RGB, without transparency; see `scale_gray`."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = scale_gray(image, gray_range)
     elif image.mode in ("P", "PA", "La", "RGBa"):
@@ -83,16 +72,13 @@ def convert_image_to_rgb(
 
 
 def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None = None) -> Image.Image:
-    """Scale gray values of more than eight bits to [0, 255].
+    """Scale gray values of more than eight bits to [0, 255]; Pillow's `convert` would clip them.
 
     Args:
         image: Of mode I, I;16 or F.
         gray_range: The values that become black and white. None: the least of [0, 255] and
             [0, 65535] that holds the image's values, for floating point also [0, 1]; from its least
             to its largest value where neither does, as in Hounsfield units.
-
-    Raises:
-        ValueError: Values are not finite.
     """
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F" and gray_range and gray_range[0] >= 0:

@@ -62,17 +62,11 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(nn.Module):
     """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling.
 
-    The stem has `width` channels W, the four stages `layers` blocks, and the pool `num_heads`
-    attention heads.
+    The stem has `width` channels W, and each of the four stages its number of `layers`.
     """
 
     def __init__(
-        self,
-        input_resolution: int,
-        width: int,
-        layers: Sequence[int],
-        embed_dim: int,
-        num_heads: int,
+        self, input_resolution: int, width: int, layers: Sequence[int], embed_dim: int, heads: int
     ) -> None:
         super().__init__()
         self.input_resolution = input_resolution
@@ -92,7 +86,7 @@ class ModifiedResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
             inplanes = 4 * planes
         side = input_resolution // TOTAL_STRIDE
-        self.attnpool = AttentionPool2d(side, inplanes, num_heads, embed_dim)
+        self.attnpool = AttentionPool2d(side, inplanes, heads, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))

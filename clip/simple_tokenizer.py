@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import ftfy
@@ -20,7 +21,7 @@ import regex
 import torch
 from torch import Tensor
 
-from clip.download import cache_dir, download_url, sha256_file
+from clip.download import cache_dir, download_url
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -69,20 +70,14 @@ BYTE_ENCODER = bytes_to_unicode()
 
 
 class SimpleTokenizer:
-    """Turns texts into tokens.
-
-    Args:
-        merges: Pairs of symbols in the order in which they are joined; none for tokens that are
-            bytes.
-    """
+    """Turns texts into tokens; without merges, tokens are bytes."""
 
     def __init__(self, merges: Iterable[tuple[str, str]] = ()) -> None:
-        merges, letters = list(merges), list(BYTE_ENCODER.values())
-        self.symbols = letters + [letter + END_OF_WORD for letter in letters]
-        self.symbols += [left + right for left, right in merges] + [START, END]
-        self.vocab_size = len(self.symbols)
-        self.ids = {symbol: number for number, symbol in enumerate(self.symbols)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        letters = BYTE_ENCODER.values()
+        symbols = [*letters, *(letter + END_OF_WORD for letter in letters)]
+        symbols += [*map("".join, self.ranks), START, END]
+        self.ids = {symbol: number for number, symbol in enumerate(symbols)}
         self.start, self.end = self.ids[START], self.ids[END]
         self._cache = {START: (self.start,), END: (self.end,)}
 
@@ -90,8 +85,11 @@ class SimpleTokenizer:
     def from_vocab_size(
         vocab_size: int = VOCAB_SIZE, merges_path: str | os.PathLike | None = None
     ) -> "SimpleTokenizer":
-        """The tokenizer of a model with this many tokens, built once; see `default_bpe`."""
-        return _build_tokenizer(vocab_size, merges_path or os.environ.get("CLIP_BPE_PATH"))
+        """The tokenizer of a model with this many tokens; see `default_bpe`."""
+        num_merges = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
+        if num_merges <= 0:
+            return SimpleTokenizer()
+        return _build_tokenizer(default_bpe(merges_path), num_merges)
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
@@ -113,8 +111,9 @@ class SimpleTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of one text, without start, end and padding."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         tokens = []
-        for word in WORD.findall(clean_text(text)):
+        for word in WORD.findall(" ".join(text.split()).lower()):
             if word not in self._cache:
                 self._cache[word] = self._bpe(word)
             tokens += self._cache[word]
@@ -139,63 +138,35 @@ class SimpleTokenizer:
         return tuple(self.ids[symbol] for symbol in symbols)
 
 
-def clean_text(text: str) -> str:
-    """Repair broken Unicode, resolve HTML entities, collapse white space, lower the case."""
-    if not isinstance(text, str):
-        raise ValueError(f"a text to tokenize must be a string, not {text!r}")
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
 @lru_cache(maxsize=8)
-def _build_tokenizer(vocab_size: int, merges_path: str | os.PathLike | None) -> SimpleTokenizer:
-    count = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
-    if count <= 0:
-        return SimpleTokenizer()
-    path = default_bpe(merges_path)
-    merges = read_merges(path, count)
-    if len(merges) < count:
-        raise ValueError(
-            f"{path} holds {len(merges)} merges, and a vocabulary of {vocab_size} tokens needs "
-            f"{count}: use OpenAI's {MERGES_FILE}"
-        )
-    return SimpleTokenizer(merges)
+def _build_tokenizer(path: Path, num_merges: int) -> SimpleTokenizer:
+    return SimpleTokenizer(read_merges(path, num_merges))
 
 
 def default_bpe(path: str | os.PathLike | None = None) -> Path:
-    """Find the merges file: as named, in the cache, in `open_clip`, or downloaded.
-
-    Args:
-        path: The file to use, whatever its SHA-256; None is the environment variable
-            CLIP_BPE_PATH, where it is set.
+    """Find the merges file at `path` or CLIP_BPE_PATH, in the cache, in open_clip, or download it.
 
     Raises:
-        FileNotFoundError: The file that was named does not exist.
-        ConnectionError: There is none, and it cannot be downloaded.
+        ConnectionError: The download failed.
     """
-    if named := path or os.environ.get("CLIP_BPE_PATH"):
-        file = Path(os.path.expanduser(named))
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no merges file at {file} (CLIP_BPE_PATH)")
-        return file
+    if path := path or os.environ.get("CLIP_BPE_PATH"):
+        return Path(os.path.expanduser(path))
     cached = cache_dir() / MERGES_FILE
     if not cached.exists():
         spec = importlib.util.find_spec("open_clip")  # finds the folder, imports nothing
-        for folder in spec.submodule_search_locations or () if spec else ():
-            file = Path(folder) / MERGES_FILE
-            if file.is_file() and sha256_file(file) == MERGES_SHA256:
-                return file
+        if spec and (file := Path(spec.origin).with_name(MERGES_FILE)).is_file():
+            return file
     return download_url(MERGES_URL, cached, MERGES_SHA256)
 
 
-def read_merges(path: str | os.PathLike, count: int | None = None) -> list[tuple[str, str]]:
-    """Read the first pairs of a merges file, one a line, gzipped or not; all if count is None."""
+def read_merges(path: Path, count: int) -> list[tuple[str, str]]:
+    """Read the first pairs of symbols of a merges file, one a line after its first line."""
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        data = Path(path).read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        lines = data.decode("utf-8").rstrip("\n").split("\n")
-        start = 1 if "#version" in lines[0] else 0
-        return [(left, right) for left, right in map(str.split, lines[start:][:count])]
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path} is not a merges file, lines of two symbols: {error}") from None
+        with open_text(path, "rt", encoding="utf-8") as file:
+            merges = [(left, right) for left, right in map(str.split, islice(file, 1, count + 1))]
+        if len(merges) < count:
+            raise ValueError(f"it has {len(merges)} pairs, and {count} are needed")
+    except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not OpenAI's {MERGES_FILE}: {error}") from None
+    return merges

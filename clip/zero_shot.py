@@ -7,6 +7,7 @@ cosine.
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,7 @@ class ZeroShotClassifier:
 
     Args:
         model: The CLIP. Shortcuts that only our own has are not taken for others'.
-        text_tokens: Of P prompts of each class, (P, C, L), from `tokenize_class_prompts`;
-            the features of a class's prompts are averaged.
+        text_tokens: Of P prompts of each class, (P, C, L), from `tokenize_class_prompts`.
         logit_scale: Factor of the cosines; "checkpoint" is the one that the weights carry.
         precision: Of the matrix products, "fp32", "bf16" or "fp16"; weights stay as they are.
         class_batch_size: Classes encoded at once where gradients are needed; each batch is encoded
@@ -47,14 +47,12 @@ class ZeroShotClassifier:
         self.autocast: AbstractContextManager = nullcontext()
         if precision != "fp32":
             self.autocast = torch.autocast(self.device.type, AUTOCAST_DTYPES[precision])
-        if logit_scale == "checkpoint":
-            logit_scale = model.logit_scale.detach().exp()
-        self.logit_scale = logit_scale
+        scale = model.logit_scale.detach().exp() if logit_scale == "checkpoint" else logit_scale
+        self.logit_scale = scale
         self.dtype = torch.promote_types(model.logit_scale.dtype, torch.float32)  # of features
         self.image_mean = torch.tensor(model.image_mean).view(3, 1, 1).to(self.device)
         self.image_std = torch.tensor(model.image_std).view(3, 1, 1).to(self.device)
-        # see `precompute_frozen_text`
-        self._frozen_text: tuple[int, Tensor | None] = 0, None
+        self._frozen_text: tuple[int, Tensor | None] = 0, None  # of `precompute_frozen_text`
         self._frozen_features: Tensor | None = None
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -71,24 +69,18 @@ class ZeroShotClassifier:
             return self._frozen_features[classes]
         start_block, hidden = self._frozen_text
         tokens = self.text_tokens[:, classes]  # (P, c, L)
-        size = self.class_batch_size
-        needs_grad = torch.is_grad_enabled()
-        if not needs_grad:
-            hidden = None  # computed by the weights as they are now
-            size = min(size or self.num_classes, max(TEXT_BATCH_SIZE // len(tokens), 1))
+        size = self.class_batch_size or max(tokens.shape[1], 1)
+        encode_text = self.model.encode_text
+        if not torch.is_grad_enabled():  # with the weights as they are now
+            hidden, size = None, min(size, max(TEXT_BATCH_SIZE // len(tokens), 1))
+        elif self.class_batch_size:
+            encode_text = partial(checkpoint, encode_text, use_reentrant=False)
         sums = []
-        size = size or max(tokens.shape[1], 1)
-        chunks = tokens.split(size, dim=1)
-        hiddens = hidden.split(size, dim=1) if hidden is not None else [None] * len(chunks)
-        for chunk, x in zip(chunks, hiddens, strict=True):
+        for i, chunk in enumerate(tokens.split(size, dim=1)):
             args = [chunk.flatten(0, 1)]  # (P c, L)
-            if x is not None:
-                args += [x.flatten(0, 1), start_block]
-            if needs_grad and self.class_batch_size:
-                features = checkpoint(self.model.encode_text, *args, use_reentrant=False)
-            else:
-                features = self.model.encode_text(*args)
-            features = F.normalize(features.to(self.dtype), dim=-1)
+            if hidden is not None:
+                args += [hidden[:, i * size : (i + 1) * size].flatten(0, 1), start_block]
+            features = F.normalize(encode_text(*args).to(self.dtype), dim=-1)
             sums.append(features.unflatten(0, chunk.shape[:2]).sum(dim=0))
         return F.normalize(torch.cat(sums), dim=-1)
 
@@ -102,14 +94,13 @@ class ZeroShotClassifier:
         named = self.model.named_parameters()
         if not any(p.requires_grad for name, p in named if not name.startswith("visual.")):
             self._frozen_features = self.encode_classes()
-        if self._frozen_features is not None or not isinstance(self.model, CLIP):
-            return
-        blocks = self.model.transformer.resblocks
-        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-        start_block, tokens = trained.index(True), self.text_tokens[:, classes]
-        parts = tokens.flatten(0, 1).split(TEXT_BATCH_SIZE)
-        hidden = torch.cat([self.model.forward_text_prefix(part, start_block) for part in parts])
-        self._frozen_text = start_block, hidden.unflatten(0, tokens.shape[:2])
+        elif isinstance(self.model, CLIP):
+            blocks = self.model.transformer.resblocks
+            trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+            start_block, tokens = trained.index(True), self.text_tokens[:, classes]
+            parts = tokens.flatten(0, 1).split(TEXT_BATCH_SIZE)
+            hidden = [self.model.forward_text_prefix(part, start_block) for part in parts]
+            self._frozen_text = start_block, torch.cat(hidden).unflatten(0, tokens.shape[:2])
 
 
 def tokenize_class_prompts(
@@ -117,20 +108,16 @@ def tokenize_class_prompts(
 ) -> Tensor:
     """Tokens of each class's prompts: (P, C, L) int64.
 
-    For our own CLIP they are cut after the longest one's end: attention is causal, so nothing
-    behind a prompt's last token changes its feature. A prompt that is too long for the model is
-    truncated, with a note on standard error.
+    For our own CLIP they are cut after the longest one's end, since nothing behind it changes a
+    feature. A prompt that is too long for the model is truncated, with a note on standard error.
     """
     texts = [t.format(name.replace("_", " ")) for t in templates for name in classnames]
     try:
         tokens = model.tokenize(texts)
     except ValueError:
         tokens = model.tokenize(texts, truncate=True)
-        print(
-            f"note: prompts of more than {model.context_length} tokens, the most that this "
-            "backbone reads, are truncated",
-            file=sys.stderr,
-        )
+        limit = f"{model.context_length} tokens, the most that this backbone reads"
+        print(f"note: prompts of more than {limit}, are truncated", file=sys.stderr)
         by_prompt: dict[tuple, str] = {}
         for name, prompt in zip(classnames, tokens[: len(classnames)].tolist(), strict=True):
             if (other := by_prompt.setdefault(tuple(prompt), name)) != name:

@@ -87,7 +87,8 @@ def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
 def resolve_base(delta: Delta, base: str | None = None) -> Path:
     """Return the checkpoint that a delta belongs to: `base`, or the one in its metadata."""
     try:
-        return resolve_checkpoint(base or delta.metadata.get("backbone", "unnamed"))
+        path, _ = resolve_checkpoint(base or delta.metadata.get("backbone", "unnamed"))
+        return path
     except (ValueError, OSError) as error:
         raise ValueError(f"the base of {delta.path} is not here ({error}): give --base") from error
 

@@ -1,9 +1,4 @@
-"""Random CLIPs, open_clip as their reference, a server on loopback."""
-
-import socketserver
-import threading
-import time
-from http.server import BaseHTTPRequestHandler
+"""Random CLIPs, and open_clip as their reference."""
 
 import torch
 from torch import Tensor, nn
@@ -29,34 +24,13 @@ KEYS = (
 TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
 CONFIGS = {name: dict(zip(KEYS, sizes, strict=True)) | TEXT for name, sizes in SIZES.items()}
 
-TINY_VIT = {
-    "embed_dim": 64,
-    "image_resolution": 32,
-    "vision_layers": 4,
-    "vision_width": 128,
-    "vision_patch_size": 8,
-    "context_length": 16,
-    "vocab_size": 514,
-    "transformer_width": 64,
-    "transformer_layers": 2,
-}
-TINY_RESNET = {
-    **TINY_VIT,
-    "image_resolution": 64,
-    "vision_layers": (1, 2, 1, 1),
-    "vision_width": 8,
-    "vision_patch_size": None,
-}
+TINY_TEXT = {"context_length": 16, "vocab_size": 514, "transformer_layers": 2}
+TINY_VIT = dict(zip(KEYS, (64, 32, 4, 128, 8, 64), strict=True)) | TINY_TEXT
+TINY_RESNET = dict(zip(KEYS, (64, 64, (1, 2, 1, 1), 8, None, 64), strict=True)) | TINY_TEXT
 
 
-def random_state_dict(name_or_config: str | dict, seed: int = 0) -> dict[str, Tensor]:
-    """Random float32 weights of a CLIP in OpenAI's format, none of them at its neutral value.
-
-    Args:
-        name_or_config: A key of CONFIGS, or the arguments of `CLIP`.
-        seed: The global generator is not touched.
-    """
-    config = CONFIGS.get(name_or_config) if isinstance(name_or_config, str) else name_or_config
+def random_state_dict(config: dict, seed: int = 0) -> dict[str, Tensor]:
+    """Random float32 weights of a CLIP in OpenAI's format, none of them at its neutral value."""
     with torch.device("meta"):
         shapes = CLIP(**config).state_dict()
     generator = torch.Generator().manual_seed(seed)
@@ -70,16 +44,12 @@ def random_state_dict(name_or_config: str | dict, seed: int = 0) -> dict[str, Te
             state[key] = torch.tensor(seed)
         elif name == "running_var":
             state[key] = 0.5 + noise.abs()
-        elif name in ("bias", "in_proj_bias", "running_mean"):
-            state[key] = 0.1 * noise
         elif value.dim() == 1 and name == "weight":  # of a normalization
             state[key] = 1 + 0.1 * noise
         else:
             state[key] = noise * (value[0].numel() ** -0.5 if value.dim() > 1 else 0.1)
-    state["input_resolution"] = torch.tensor(config["image_resolution"])
-    state["context_length"] = torch.tensor(config["context_length"])
-    state["vocab_size"] = torch.tensor(config["vocab_size"])
-    return state
+    sizes = (config[key] for key in ("image_resolution", "context_length", "vocab_size"))
+    return state | {key: torch.tensor(size) for key, size in zip(EXTRA_KEYS, sizes, strict=True)}
 
 
 def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
@@ -90,12 +60,6 @@ def open_clip_model(state: dict[str, Tensor]) -> nn.Module:
     model = build_model_from_openai_state_dict(dict(state)).float()
     model.load_state_dict(state)  # once more, since it rounds what it builds from to fp16
     return model.eval()
-
-
-def random_images(model, count=3, seed=1):
-    """Normalized images of the model's input size."""
-    side = model.visual.input_resolution
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def random_tokens(model, count=4, seed=2):
@@ -110,59 +74,17 @@ def random_tokens(model, count=4, seed=2):
     return tokens
 
 
+@torch.no_grad()
+def assert_features_equal(model, encode_image, encode_text):
+    """Compare a model with another's functions on random inputs; return images and tokens."""
+    side = model.visual.input_resolution
+    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    tokens = random_tokens(model)
+    assert relative_error(model.encode_image(images), encode_image(images)) < 1e-5
+    assert relative_error(model.encode_text(tokens), encode_text(tokens)) < 1e-5
+    return images, tokens
+
+
 def relative_error(ours, theirs):
     """The largest error of a row, as a share of the row's length."""
     return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
-
-
-class Server:
-    """Serves one file at every path on loopback, faithfully or not; a context manager.
-
-    Attributes:
-        content: The file.
-        stop_after: Bytes after which the first, second, ... answer ends, None for all of them; the
-            last one holds for the answers that follow.
-        stall: Seconds to wait before an answer ends.
-        chunked: Send the file as one chunk, without its length.
-        status: Answer with this error instead.
-        requests: Number of requests so far.
-    """
-
-    def __init__(self, content: bytes) -> None:
-        self.content, self.status, self.requests = content, None, 0
-        self.stop_after, self.stall, self.chunked = [None], 0, False
-
-    def __enter__(self) -> "Server":
-        class Handler(BaseHTTPRequestHandler):
-            do_GET = lambda handler: self._answer(handler)  # noqa: E731
-            log_message = lambda *_: None  # noqa: E731
-
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        stop = self.stop_after[min(self.requests, len(self.stop_after) - 1)]
-        self.requests += 1
-        if self.status:
-            return handler.send_error(self.status)
-        handler.send_response(200)
-        if self.chunked:
-            handler.send_header("Transfer-Encoding", "chunked")
-            handler.end_headers()
-            handler.wfile.write(b"%x\r\n" % len(self.content) + self.content[:stop])
-            if stop is None:
-                handler.wfile.write(b"\r\n0\r\n\r\n")
-        else:
-            handler.send_header("Content-Length", str(len(self.content)))
-            handler.end_headers()
-            handler.wfile.write(self.content[:stop])
-        time.sleep(self.stall)
-        return None

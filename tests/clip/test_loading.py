@@ -1,17 +1,17 @@
 """Names, paths and folders, and the file that each of them means."""
 
 import hashlib
-import io
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from clip_helpers import CONFIGS, TINY_VIT, Server, random_state_dict
+from clip_helpers import CONFIGS, TINY_VIT, random_state_dict
 from safetensors.torch import save_file
 
 import clip
 from clip import loading, model_config
+from clip.files import find_weight_file
 from clip.loading import resolve_checkpoint
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 350939004\n"
@@ -40,11 +40,21 @@ def test_available_models():
         clip.validate_name(name)
 
 
-def test_unknown_name_gets_a_hint():
-    assert "unknown model 'vit-b16' (did you mean 'ViT-B/16'?)" in refused("vit-b16")
-    message = refused("openai/clip-vit-base-patch16")
-    assert all(name in message for name in clip.available_models())
-    assert "hf download openai/clip-vit-base-patch16" in message
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit-b16", "unknown model 'vit-b16' (did you mean 'ViT-B/16'?)"),
+        ("vit-b16", "known are " + ", ".join(clip.available_models())),
+        ("openai/clip-vit-base-patch16", "`hf download openai/clip-vit-base-patch16 --local-dir"),
+        ("hf-hub:ORG/NAME", "`hf download ORG/NAME --local-dir FOLDER`"),
+        ("open_clip:ViT-B-32", "should be open_clip:NAME/PRETRAINED"),
+        ("open_clip:ViT-B-16-SigLIQ/webli", "no model 'ViT-B-16-SigLIQ' (did you mean"),
+        ("open_clip:ViT-B-16-SigLIP/webly", "SigLIP (did you mean 'webli'?): it has webli"),
+    ],
+)
+def test_unknown_name_gets_a_hint(name, words):
+    pytest.importorskip("open_clip")
+    assert words in refused(name)
 
 
 @pytest.mark.parametrize("path", ["missing.pt", "a/b/missing.ckpt", "/no/x"])
@@ -65,31 +75,27 @@ def test_folder_prefers_safetensors(state, tmp_path):
     names += ["open_clip_model.safetensors", "model.safetensors"]
     for name in names:
         (save_file if name.endswith("tensors") else torch.save)(state, tmp_path / name)
-        assert resolve_checkpoint(tmp_path) == tmp_path / name
-        clip.validate_name(tmp_path)
-    assert clip.load(tmp_path, "cpu")[0].vocab_size == 514
+        assert find_weight_file(tmp_path) == tmp_path / name
+    clip.validate_name(tmp_path)
+    assert clip.load(f"local-dir:{tmp_path}", "cpu")[0].vocab_size == 514
 
 
-def test_folder_without_one_checkpoint(state, tmp_path):
+def test_folder_without_one_checkpoint(tmp_path):
     assert "holds no checkpoint" in refused(tmp_path, FileNotFoundError)
     for name in ("a.pt", "b.pth"):
-        torch.save(state, tmp_path / name)
+        (tmp_path / name).touch()
     assert "several checkpoints (a.pt, b.pth): name one of them" in refused(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert "split into several files (model.safetensors.index.json)" in refused(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("open_clip:ViT-B-32", "should be open_clip:NAME/PRETRAINED"),
-        ("open_clip:ViT-B-16-SigLIQ/webli", "no model 'ViT-B-16-SigLIQ' (did you mean"),
-        ("open_clip:ViT-B-16-SigLIP/webly", "SigLIP (did you mean 'webli'?): it has webli"),
-    ],
-)
-def test_unsupported_open_clip_name(name, words):
-    pytest.importorskip("open_clip")
-    assert words in refused(name)
+def test_folders_are_searched_deeper(tmp_path):
+    file, other = (tmp_path / f"checkpoint-{i}" / "model.safetensors" for i in (5, 9))
+    file.parent.mkdir()
+    file.touch()
+    file.with_name("optimizer.pt").touch()
+    assert find_weight_file(tmp_path) == file
+    other.parent.mkdir()
+    other.touch()
+    assert "(checkpoint-5/model.safetensors, checkpoint-9/model.saf" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_open_clip_configs(name, activation, heads):
     pytest.importorskip("open_clip")
     config, _ = model_config.from_open_clip_pretrained(f"open_clip:{name}")
     assert (config.activation, config.heads) == (activation, heads)
-    assert config.normalization == (clip.OPENAI_MEAN, clip.OPENAI_STD)
+    assert (config.image_mean, config.image_std) == (clip.OPENAI_MEAN, clip.OPENAI_STD)
 
 
 def test_open_clip_weights(tmp_path, monkeypatch):
@@ -118,7 +124,7 @@ def test_open_clip_weights(tmp_path, monkeypatch):
     download = "open_clip.pretrained.download_pretrained"
     monkeypatch.setattr(download, lambda record, cache_dir: str(file))
     name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
-    assert resolve_checkpoint(name) == file
+    assert resolve_checkpoint(name)[0] == file
 
     def fail(record, cache_dir):
         raise RuntimeError("The hub\ncannot be reached. And so on.")
@@ -133,27 +139,19 @@ def test_missing_open_clip_package(monkeypatch):
     assert "pip install open_clip_torch" in refused("open_clip:ViT-B-32/openai")
 
 
-def test_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="must be quickgelu or gelu, not 'relu'"):
-        clip.load("ViT-Tiny/8", "cpu", activation="relu")
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_load_downloads(tmp_path, monkeypatch, state, named):
-    file = io.BytesIO()
-    torch.save(state, file)
-    sha256 = hashlib.sha256(file.getvalue()).hexdigest()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(state, tmp_path / "x.pt")
+    sha256 = hashlib.sha256((tmp_path / "x.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(loading, "MODELS_URL", tmp_path.as_uri())
     monkeypatch.setitem(loading._MODELS, "ViT-L/14@336px", sha256)
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "weights" if named else Path.home() / ".cache" / "clip"
     args = "ViT-L/14@336px", "cpu", folder if named else None
-    with Server(file.getvalue()) as server:
-        monkeypatch.setattr(loading, "MODELS_URL", server.url)
-        server.status = 404
-        with pytest.raises(ConnectionError, match=f"{sha256}/ViT-L-14-336px.pt .*at {folder}/ViT"):
-            clip.load(*args)
-        server.status = None
-        model, _ = clip.load(*args)
+    with pytest.raises(ConnectionError, match=f"{sha256}/ViT-L-14-336px.pt .*at {folder}/ViT"):
+        clip.load(*args)
+    (tmp_path / sha256).mkdir()
+    (tmp_path / "x.pt").rename(tmp_path / sha256 / "ViT-L-14-336px.pt")
+    model, _ = clip.load(*args)
     assert torch.equal(model.logit_scale.detach(), state["logit_scale"])
     assert [path.name for path in folder.iterdir()] == ["ViT-L-14-336px.pt"]

@@ -123,7 +123,7 @@ def test_bad_folders_are_refused(tmp_path, monkeypatch):
         ):
             clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/vocab.txt").unlink()
-    with pytest.raises(ValueError, match="vocabulary is empty.*hf download somebody/bert"):
+    with pytest.raises(ValueError, match="tokenizer is empty.*hf download somebody/bert"):
         clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/open_clip_config.json").unlink()
     (tmp_path / "bert/config.json").unlink()

@@ -1,15 +1,15 @@
 """The tokenizer against open_clip's, its vocabularies, and where its merges come from."""
 
 import gzip
-import hashlib
 import sys
 
 import pytest
 import torch
-from clip_helpers import TINY_VIT, Server, random_state_dict
+from clip_helpers import TINY_VIT, random_state_dict
 
 import clip
 from clip import simple_tokenizer
+from clip.download import sha256_file
 from clip.simple_tokenizer import BYTE_ENCODER, SimpleTokenizer, default_bpe, read_merges, tokenize
 
 TEXTS = [
@@ -35,8 +35,6 @@ TEXTS = [
     "ǅ ß ẞ ſ 'ſ ŉ K Ω ℡",
     "......!!!???,,,;;; -- ... \u2026 \u2014",
 ]
-
-
 BYTE_ID = {chr(byte): number for number, byte in enumerate(BYTE_ENCODER)}
 
 
@@ -54,11 +52,6 @@ def open_clip():
     return pytest.importorskip("open_clip", reason="open_clip is the reference, and has the merges")
 
 
-def write_merges(path, lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_equal_open_clip(text, open_clip):
     assert torch.equal(tokenize(text, 200), open_clip.tokenize([text], 200))
@@ -69,7 +62,6 @@ def test_tokenize_pads_with_zeros():
     assert rows.shape == (2, 77) and rows.dtype == torch.int64
     assert torch.equal(tokenize("a cat"), rows[:1])
     assert rows[0].tolist() == [49406, 320, 2368, 49407] + [0] * 73
-    assert rows.argmax(dim=-1).tolist() == [3, 5]
     assert tokenize([]).shape == (0, 77)
 
 
@@ -83,25 +75,18 @@ def test_long_text_needs_truncation():
     assert torch.equal(tokenize("a cat", 4, truncate=True), tokenize("a cat", 4))
 
 
-def test_invalid_arguments_are_refused():
-    for texts in (["fine", None], [["nested"]]):
-        with pytest.raises(ValueError, match="string"):
-            tokenize(texts)
-
-
 def test_byte_vocabulary_needs_no_file(no_merges):
-    tokens = SimpleTokenizer.from_vocab_size(514)
+    tokenizer = SimpleTokenizer.from_vocab_size(514)
     a, b = BYTE_ID["a"], BYTE_ID["b"]
-    assert tokens.encode("ab a") == [a, 256 + b, 256 + a]
-    assert tokens("ab", 6).tolist() == [[512, a, 256 + b, 513, 0, 0]]
+    assert tokenizer.encode("ab a") == [a, 256 + b, 256 + a]
+    assert tokenizer("ab", 6).tolist() == [[512, a, 256 + b, 513, 0, 0]]
 
 
 def test_vocabulary_uses_first_merges(open_clip):
-    assert read_merges(default_bpe())[:2] == [("i", "n"), ("t", "h")]
+    assert read_merges(default_bpe(), 2) == [("i", "n"), ("t", "h")]
     small, full = SimpleTokenizer.from_vocab_size(514 + 2), SimpleTokenizer.from_vocab_size()
-    assert (small.vocab_size, small.start, small.end) == (516, 514, 515)
-    assert (full.start, full.end) == (49406, 49407)
-    assert SimpleTokenizer.from_vocab_size(49411).vocab_size == 49408  # a padded one
+    assert (small.start, small.end, full.start, full.end) == (514, 515, 49406, 49407)
+    assert SimpleTokenizer.from_vocab_size(49411).end == 49407  # a padded one
     assert small.encode("in") == [BYTE_ID["i"], 256 + BYTE_ID["n"]]
     assert small.encode("thin")[0] == 513  # "th", the second merge
     assert small.encode("int")[0] == 512  # "in", the first one
@@ -117,12 +102,12 @@ def test_model_tokenizes_with_its_vocabulary():
     assert model.tokenize("a photo of a horse.", truncate=True)[0, -1] == 513
 
 
-def test_path_precedes_environment(no_merges, tmp_path, monkeypatch):
-    given = write_merges(tmp_path / "given.txt", ["#version: 1", "a b</w>"])
-    named = write_merges(tmp_path / "named.txt", ["b a</w>"])
+def test_path_precedes_environment(no_merges, monkeypatch):
+    given, named = no_merges / "given.txt", no_merges / "named.txt"
+    given.write_text("#version: 1\na b</w>\n")
+    named.write_text("#version: 1\nb a</w>\n")
     monkeypatch.setenv("CLIP_BPE_PATH", str(named))
-    assert default_bpe(given) == given
-    assert default_bpe() == named
+    assert (default_bpe(given), default_bpe()) == (given, named)
     assert SimpleTokenizer.from_vocab_size(515, given).encode("ab") == [512]
     assert SimpleTokenizer.from_vocab_size(515).encode("ba") == [512]
 
@@ -138,41 +123,33 @@ def test_cache_precedes_open_clip(open_clip, no_merges, monkeypatch):
 
 
 def test_merges_are_downloaded(no_merges, monkeypatch):
-    content = gzip.compress(b"#version: 1\na b</w>\n", mtime=0)
-    with Server(content) as server:
-        monkeypatch.setattr(simple_tokenizer, "MERGES_URL", server.url)
-        with pytest.raises(ValueError, match="wrong SHA-256"):
-            default_bpe()
-        monkeypatch.setattr(simple_tokenizer, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
-        path = default_bpe()
-    assert path == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
-    assert read_merges(path) == [("a", "b</w>")]
-
-
-def test_missing_merges_file_is_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="missing.txt"):
-        default_bpe(tmp_path / "missing.txt")
-    monkeypatch.setenv("CLIP_BPE_PATH", str(tmp_path / "missing.txt"))
-    with pytest.raises(FileNotFoundError, match="missing.txt"):
+    file = no_merges / "merges.gz"
+    file.write_bytes(gzip.compress(b"#version: 1\na b</w>\n", mtime=0))
+    monkeypatch.setattr(simple_tokenizer, "MERGES_URL", file.as_uri())
+    with pytest.raises(ValueError, match="wrong SHA-256"):
         default_bpe()
+    monkeypatch.setattr(simple_tokenizer, "MERGES_SHA256", sha256_file(file))
+    path = default_bpe()
+    assert path == no_merges / ".cache" / "clip" / simple_tokenizer.MERGES_FILE
+    assert read_merges(path, 1) == [("a", "b</w>")]
 
 
-NOT_MERGES = {
-    "three words": b"a b\nthree words here\n",
-    "half of a gzip": gzip.compress(b"a b\n", mtime=0)[:-6],
-    "other letters": b"\xff\xfe\x00",
+WRONG = {
+    "three words.txt": b"#version\na b\nthree words here\n",
+    "half.gz": gzip.compress(b"#version\na b\n", mtime=0)[:-6],
+    "no zip.gz": b"#version\na b\nc d\n",
+    "other letters.txt": b"\xff\xfe\x00",
+    "too few.txt": b"#version\na b\n",
 }
 
 
-@pytest.mark.parametrize("kind", NOT_MERGES)
-def test_wrong_merges_file_is_refused(tmp_path, kind):
-    path = tmp_path / "merges.txt"
-    path.write_bytes(NOT_MERGES[kind])
-    with pytest.raises(ValueError, match="merges.txt is not a merges file"):
-        read_merges(path)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_merges_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(WRONG[name])
+    with pytest.raises(ValueError, match=f"{name} is not OpenAI's bpe_simple_vocab"):
+        read_merges(tmp_path / name, 2)
 
 
-def test_too_few_merges_are_refused(tmp_path):
-    path = write_merges(tmp_path / "short.txt", ["a b", "b c"])
-    with pytest.raises(ValueError, match="short.txt holds 2 merges.* needs 48894"):
-        tokenize("a", merges_path=path)
+def test_missing_merges_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.txt"):
+        tokenize("a", merges_path=tmp_path / "missing.txt")
