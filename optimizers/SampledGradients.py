@@ -262,10 +262,8 @@ def sum_gradients(
         torch._foreach_copy_(tensors, _unflatten_dense_tensors(row, tensors))
 
 
-def _partition_params(
-    model: nn.Module, groups: list[dict]
-) -> tuple[dict[Tensor, str], dict[str, str]]:
-    """Split the sparse tensors into those to sample, with their names, and others, and why."""
+def _partition_params(model: nn.Module, groups: list[dict]) -> tuple[dict, dict]:
+    """The sparse tensors to sample, with their names; the names of others, and why."""
     flags = {p: group["dense"] for group in groups for p in group["params"]}
     users = defaultdict(list)
     for module in model.modules():

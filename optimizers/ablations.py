@@ -26,7 +26,6 @@ from optimizers.SparseOptimizer import SO
 GRAD_SUPPORTS = ("random", "magnitude")
 MOMENT_SUPPORTS = ("magnitude", "random", "fixed", "reset")
 MOMENTS = ("adam", "none")
-MOMENT_STATE = ("indices", "exp_avg", "exp_avg_sq")
 
 
 class SOVariant(SO):
@@ -39,13 +38,11 @@ class SOVariant(SO):
         moment_support: S_m is the k entries of the union with the largest "magnitude" of m,
             "random" ones of it, "fixed", the first S_g for good, or "reset": always S_g, with all
             moments forgotten where it is drawn.
-        moments: "adam" or "none": see the module's docstring. Without moments the state of a
-            tensor is only `step` and `grad_indices`.
+        moments: "adam" or "none": see the module's docstring. Without moments they stay 0.
         **settings: SO's.
 
     Raises:
-        ValueError: A name is none of these, there are no moments to choose a support for or to
-            correct, or SO refuses its arguments.
+        ValueError: There are no moments to choose a support for or to correct.
     """
 
     def __init__(
@@ -57,21 +54,13 @@ class SOVariant(SO):
         moments: str = "adam",
         **settings: Any,
     ) -> None:
-        for kind, name, valid in (
-            ("support", grad_support, GRAD_SUPPORTS),
-            ("support", moment_support, MOMENT_SUPPORTS),
-            ("moments", moments, MOMENTS),
-        ):
-            if name not in valid:
-                raise ValueError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
         correction = settings.get("bias_correction", "tensor")
         if moments == "none" and (moment_support, correction) != ("magnitude", "tensor"):
             raise ValueError(
                 "without moments there is no support of them to choose, and no bias to correct: "
                 "leave out moment_support and bias_correction, or moments"
             )
-        self.grad_support, self.moment_support = grad_support, moment_support
-        self.moments = moments
+        self.grad_support, self.moment_support, self.moments = grad_support, moment_support, moments
         super().__init__(params, **settings)
 
     @torch.no_grad()
@@ -84,14 +73,10 @@ class SOVariant(SO):
             if self.grad_support == "magnitude":
                 k = len(state["grad_indices"])
                 state["grad_indices"] = p.grad.abs().flatten().topk(k).indices.sort().values
-            if self.moments == "none":
-                self._drop_moments(state)
-                continue
             if self.moment_support == "reset" or not state["step"]:
                 state["indices"] = state["grad_indices"].clone()
-                for name in ("exp_avg", "exp_avg_sq", "entry_steps"):
-                    if name in state:
-                        state[name] = torch.zeros_like(state[name])
+                for name in state.keys() & {"exp_avg", "exp_avg_sq", "entry_steps"}:
+                    state[name] = torch.zeros_like(state[name])
 
     def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if self.moments == "none":
@@ -119,22 +104,3 @@ class SOVariant(SO):
         if self.moment_support == "fixed":
             return torch.isin(U, S_m).to(m.dtype)
         return super()._score(U, m, S_m)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As SO's; a state without moments is checked as one whose moments are 0."""
-        if self.moments != "none":
-            return super().load_state_dict(state_dict)
-        filled = {number: dict(state) for number, state in state_dict["state"].items()}
-        for state in filled.values():
-            if "grad_indices" in state:
-                support = state["grad_indices"]
-                zeros = torch.zeros(support.shape)
-                state.update(zip(MOMENT_STATE, (support, zeros, zeros), strict=True))
-        super().load_state_dict({**state_dict, "state": filled})
-        for state in self.state.values():
-            if "grad_indices" in state:
-                self._drop_moments(state)
-
-    def _drop_moments(self, state: dict[str, Any]) -> None:
-        for name in MOMENT_STATE:
-            state.pop(name, None)

@@ -52,13 +52,9 @@ ROLES = {
 }  # fmt: skip
 METHODS = ("so", "lora", "adam")
 # How the paper's SO chooses its supports and keeps its moments; other values are ablations.
-ABLATION_DEFAULTS = {
-    "grad_support": "random",
-    "moment_support": "magnitude",
-    "moments": "adam",
-    "bias_correction": "tensor",
-}
-LORA_WEIGHT_DECAY = 1e-2  # CLIP-LoRA's
+ABLATION_DEFAULTS = dict(
+    grad_support="random", moment_support="magnitude", moments="adam", bias_correction="tensor"
+)
 IN_PROJ_SUFFIX = ".in_proj_weight"  # queries, keys and values of an attention layer
 
 
@@ -77,20 +73,18 @@ def layer_indices(position: str, depth: int) -> range:
 def mark_as_trainable(
     model: CLIP | nn.Module, encoder: str, position: str, method: str = "so"
 ) -> dict[str, nn.Parameter]:
-    """Freeze a CLIP except for the weight matrices to adapt, and return these by name.
+    """Freeze a CLIP except for the matrices to adapt, and return these by name.
+
+    In each block these are the matrices of all ROLES; with LoRA, as in CLIP-LoRA, only queries,
+    keys and values. Of a ResNet, which has no such blocks, "both" adapts only the text tower.
 
     Args:
-        model: The CLIP. In each block the matrices of all ROLES are adapted; with LoRA, as in
-            CLIP-LoRA, only queries, keys and values. Attention pools, projections and embeddings
-            stay frozen.
-        encoder: "text", "vision" or "both". A ResNet has no such blocks: only its text tower is
-            adapted.
-        position: A key of POSITIONS.
-        method: One of METHODS.
+        model: The CLIP.
+        encoder: "text", "vision" or "both".
+        position, method: A key of POSITIONS, and one of METHODS.
 
     Raises:
-        ValueError: Nothing is left to adapt, the blocks of a tower are of an unknown kind, or LoRA
-            does not know the attention.
+        ValueError: A tower has no such blocks, or LoRA does not know the attention.
     """
     if method == "lora" and not isinstance(model, CLIP):
         raise ValueError(
@@ -98,52 +92,25 @@ def mark_as_trainable(
             f"{type(model).__name__} has another: use --method so or adam"
         )
     model.requires_grad_(False)
-    weights = {}
+    modules, weights = dict(model.named_modules()), {}
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     for tower in BLOCKS if encoder == "both" else [encoder]:
-        if tower == "vision" and hasattr(model.visual, "attnpool"):  # a ResNet
-            continue
-        stack, blocks = _find_blocks(model, tower)
-        for layer in layer_indices(position, len(blocks)):
-            for suffix in _find_matrices(blocks[layer], tower):
-                name = f"{stack}.{layer}.{suffix}"
-                if method != "lora" or name.endswith(IN_PROJ_SUFFIX):
-                    weights[name] = model.get_parameter(name).requires_grad_()
-    if not weights:
-        raise ValueError(
-            f"--encoder {encoder}: the image tower is a ResNet, without the transformer blocks "
-            "that SO adapts; use --encoder text or both, or a ViT backbone"
-        )
-    return weights
-
-
-def _find_blocks(model: nn.Module, tower: str) -> tuple[str, nn.ModuleList]:
-    """The name of a tower's stack of blocks, and the stack."""
-    modules = dict(model.named_modules())
-    for name in BLOCKS[tower]:
-        if name in modules:
-            return name, modules[name]
-    root = modules["visual"] if tower == "vision" else modules.get("text", model)
-    trunk = getattr(root, "trunk", getattr(root, "transformer", root))
-    other = "text" if tower == "vision" else "vision"
-    raise ValueError(
-        f"no transformer blocks are found in the {tower} tower, a {type(trunk).__name__}: use "
-        f"--encoder {other}, or another backbone"
-    )
-
-
-def _find_matrices(block: nn.Module, tower: str) -> list[str]:
-    """The names of a block's matrices of all roles."""
-    matrices = {name for name, p in block.named_parameters() if p.dim() == 2}
-    names = []
-    for role, candidates in ROLES.items():
-        found = [name for name in candidates if name in matrices]
-        if not found:
+        if encoder == "both" and tower == "vision" and hasattr(model.visual, "attnpool"):
+            continue  # a ResNet
+        stack = next((name for name in BLOCKS[tower] if name in modules), None)
+        layers = layer_indices(position, len(modules.get(stack, ())))
+        suffixes = [suffix for role in ROLES.values() for suffix in role]
+        names = [f"{stack}.{layer}.{suffix}" for layer in layers for suffix in suffixes]
+        names = [name for name in names if name in matrices]
+        if missing := ROLES.keys() - count_roles(names).keys():
             raise ValueError(
-                f"no matrix of {role} is found in the blocks of the {tower} tower, "
-                f"{type(block).__name__}: use the other --encoder, or another backbone"
+                f"no matrix of {' or '.join(sorted(missing))} is found in the {tower} tower's "
+                "blocks (a ResNet has none): use the other --encoder, or another backbone"
             )
-        names += found
-    return names
+        if method == "lora":
+            names = [name for name in names if name.endswith(IN_PROJ_SUFFIX)]
+        weights.update((name, matrices[name].requires_grad_()) for name in names)
+    return weights
 
 
 def build_optimizer(
@@ -162,29 +129,23 @@ def build_optimizer(
     """Build the optimizer of a method.
 
     Args:
-        method: "so", "adam" (torch's, on the same matrices), or "lora" (adapters on queries, keys
-            and values; Zanella and Ben Ayed 2024, arXiv 2405.18541), which freezes the matrices
-            and gives the model the adapters as parameters.
-        model: The model that has the weights.
-        weights: As `mark_as_trainable` returns them.
+        method: "so", "adam" (torch's, on the same matrices), or "lora" (Zanella and Ben Ayed 2024,
+            arXiv 2405.18541), which freezes the matrices and gives the model adapters.
+        model, weights: As `mark_as_trainable` takes and returns them.
         lr: Learning rate at the start.
-        density: Density of SO, the fraction of entries whose moments are kept.
-        T: Refresh interval of SO's gradient support, in steps.
-        rank: Rank of LoRA's adapters.
-        seed: Seed of SO's supports and LoRA's adapters.
-        sparse_grad: Compute SO's gradients at its gradient support only.
-        ablation: Settings of `optimizers.ablations.SOVariant`. A gradient support by magnitude
-            needs whole gradients.
+        density, T: SO's `density_ratio` and refresh interval.
+        rank: Of LoRA's adapters.
+        seed: Of SO's supports and of LoRA's adapters.
+        sparse_grad: Compute SO's gradients at its support only, where that is drawn at random.
+        ablation: Settings of `optimizers.ablations.SOVariant`.
     """
     if method == "lora":
         layers = [name.removesuffix(IN_PROJ_SUFFIX) for name in weights]
         adapters = apply_lora(model, layers, rank, generator=torch.Generator().manual_seed(seed))
         set_dropout(model, True)
-        return torch.optim.AdamW(adapters.values(), lr=lr, weight_decay=LORA_WEIGHT_DECAY)
+        return torch.optim.AdamW(adapters.values(), lr=lr, weight_decay=1e-2)  # as CLIP-LoRA
     if method == "adam":
         return torch.optim.Adam(weights.values(), lr=lr)
-    if method != "so":
-        raise ValueError(f"method {method!r} has no optimizer; valid: {', '.join(METHODS)}")
     settings = dict(lr=lr, density_ratio=density, T=T, seed=seed)
     if ablation == ABLATION_DEFAULTS:
         optimizer = SO(weights.values(), **settings)
@@ -199,20 +160,20 @@ def describe_optimizer(
     method: str, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> str:
     """What is trained, in words."""
-    groups = optimizer.param_groups
+    (group,) = optimizer.param_groups
     if method == "lora":
-        entries = sum(p.numel() for group in groups for p in group["params"])
+        entries = sum(p.numel() for p in group["params"])
         return f"{len(weights)} layers with LoRA adapters, {entries:,} entries to train"
+    sizes = [p.numel() for p in weights.values()]
     roles = ", ".join(f"{count} of {role}" for role, count in count_roles(weights).items())
-    entries = sum(p.numel() for p in weights.values())
-    matrices = f"{len(weights)} matrices ({roles}),\n{entries:,} entries"
+    matrices = f"{len(weights)} matrices ({roles}),\n{sum(sizes):,} entries"
     if method == "adam":
         return f"{matrices}, all with Adam's moments"
-    density = groups[0]["density_ratio"]
-    k = sum(max(1, int(p.numel() * density)) for p in weights.values())
+    density = group["density_ratio"]
+    k = sum(max(1, int(size * density)) for size in sizes)
     verb = "reads" if getattr(optimizer, "moments", "") == "none" else "keeps moments for"
     lines = [f"{matrices}, of which SO {verb} {k:,} (density {density:.3g})"]
-    if few := sum(p.numel() * density < 10 <= p.numel() for p in weights.values()):
+    if few := sum(size * density < 10 <= size for size in sizes):
         lines.append(f"note: {few} of them keep fewer than ten entries and barely train: lower --s")
     if dense := getattr(getattr(optimizer, "sampled_gradients", None), "dense", None):
         lines.append(f"{len(dense)} gradients stay dense ({next(iter(dense.values()))})")

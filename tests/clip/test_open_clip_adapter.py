@@ -110,11 +110,12 @@ def test_bad_folders_are_refused(tmp_path, monkeypatch):
     assert model.tokenize("forest " * 30, truncate=True).shape == (1, 24)
     with pytest.raises(ValueError, match="--method lora needs .*CustomTextCLIP"):
         mark_as_trainable(model, "both", "all", "lora")
-    model.text.transformer.encoder.layer[0].attention.self = torch.nn.Identity()
-    with pytest.raises(ValueError, match="no matrix of query, key and value .*text tower, BertL"):
+    for layer in model.text.transformer.encoder.layer:
+        layer.attention.self = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no matrix of query, key and value .*text tower"):
         mark_as_trainable(model, "both", "all")
     del model.visual.transformer.resblocks
-    with pytest.raises(ValueError, match="no transformer blocks .*vision tower, a Transformer"):
+    with pytest.raises(ValueError, match="no matrix of MLP input or .* vision tower"):
         mark_as_trainable(model, "vision", "all")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
