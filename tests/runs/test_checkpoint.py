@@ -9,16 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import (
-    act_after,
-    call_main,
-    outcome,
-    preempt,
-    refused,
-    run,
-    run_folder,
-    wait_for,
-)
+from commands import act_after, call_main, outcome, preempt, refused, run, run_folder, wait_for
 from helpers import before_call
 from process_helpers import run_main_in_processes
 
@@ -64,9 +55,6 @@ def checkpoint(interrupt, flags, tmp_path):
 
 def load(checkpoint):
     return torch.load(checkpoint, weights_only=True)
-
-
-# Resuming
 
 
 # torch 2.4 warns about its own autocast in torch.utils.checkpoint.
@@ -134,9 +122,6 @@ def test_resume_after_exception(owner, function, saved, flags, unbroken, tmp_pat
     assert outcome(tmp_path) == unbroken
 
 
-# Signals
-
-
 def test_sigterm_and_repeats_leave_checkpoint(flags, tmp_path):
     argv = [*flags, tmp_path, "--n_iters", 10**6, "--checkpoint_every", 3]
     process = subprocess.Popen(
@@ -178,32 +163,23 @@ with SignalHandler(force_quit_after_s=60) as signals, signals.defer():
     assert (done.returncode, done.stdout.split()) == (-signal.SIGINT, ["deferred", "15"])
 
 
-# Checkpoints that cannot be used
-
-
 def test_checkpoint_needs_resume_or_overwrite(checkpoint, flags, unbroken, tmp_path):
-    files = {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
-    message = refused(*flags, tmp_path)
+    content, message = checkpoint.read_bytes(), refused(*flags, tmp_path)
     assert f"{checkpoint} has this run at iteration 4 of 8" in message
     assert "--resume continues" in message and "--overwrite starts anew" in message
-    assert files == {path: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    assert checkpoint.read_bytes() == content
     run(*flags, tmp_path, "--overwrite")
     assert outcome(tmp_path) == unbroken
 
 
-def test_damaged_checkpoint_is_refused(checkpoint, flags, tmp_path):
-    content = checkpoint.read_bytes()
-    losses = load(checkpoint)["state"]["losses"].numpy()
-    changed = content.replace(losses.tobytes(), (losses + 1).tobytes())
-    for damaged in (content[: len(content) // 2], b"", b"\x80\x04nonsense", changed):
+def test_unusable_checkpoint_is_refused(checkpoint, flags, tmp_path):
+    raw, content = checkpoint.read_bytes(), load(checkpoint)
+    losses = content["state"]["losses"].numpy()
+    changed = raw.replace(losses.tobytes(), (losses + 1).tobytes())
+    for damaged in (raw[: len(raw) // 2], b"", b"\x80\x04nonsense", changed):
         checkpoint.write_bytes(damaged)
-        message = refused(*flags, tmp_path, "--resume")
-        assert f"{checkpoint} cannot be used" in message and "--overwrite" in message
+        assert f"{checkpoint} cannot be used" in refused(*flags, tmp_path, "--resume")
         assert checkpoint.read_bytes() == damaged
-
-
-def test_other_checkpoint_is_refused(checkpoint, flags, tmp_path):
-    content = load(checkpoint)
     for words, entries in (
         ("images that few shots", {"data": content["data"] | {"digest": ""}}),
         ("the backbone's weights", {"inputs": content["inputs"] | {"backbone": "0"}}),
@@ -213,10 +189,9 @@ def test_other_checkpoint_is_refused(checkpoint, flags, tmp_path):
         torch.save(content | entries, checkpoint)
         message = refused(*flags, tmp_path, "--resume")
         assert words in message and str(checkpoint) in message and "--overwrite" in message
-    run(*flags, tmp_path, "--overwrite", "--resume")  # as a sweep with --overwrite is repeated
-
-
-# What cannot be written or continued from
+    # As a sweep with --overwrite is repeated.
+    out = run(*flags, tmp_path, "--overwrite", "--resume")
+    assert "note: there is no checkpoint in" in out
 
 
 def test_full_disk_costs_only_checkpoints(flags, tmp_path):

@@ -24,10 +24,6 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["--shots", "1", "--n_iters", "4", "--num_workers", "0"]
 
 
-def start(*argv, **how):
-    return subprocess.Popen([sys.executable, "main.py", *map(str, argv)], cwd=ROOT, **how)
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE, errno.EIO])
 def test_output_errors_lose_nothing(number, tmp_path, monkeypatch):
     class Broken(io.StringIO):
@@ -42,36 +38,38 @@ def test_output_errors_lose_nothing(number, tmp_path, monkeypatch):
 
 
 def test_closed_pipe_is_no_error(tmp_path):
-    process = start(*SHORT, "--save_path", tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    with process.stderr:
+    command = [sys.executable, "main.py", *SHORT, "--save_path", tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1) as process:
+        process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
     assert result_of(tmp_path)["iterations"] == 4
 
 
+@pytest.fixture
+def signal_handlers():
+    """The handlers before the test, which are restored after it."""
+    before = {name: signal.getsignal(signal.Signals[name]) for name in SIGNALS}
+    yield before
+    for name, handler in before.items():
+        signal.signal(signal.Signals[name], handler)
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
-def test_signals_leave_a_checkpoint(name, tmp_path, monkeypatch):
-    before = {each: signal.getsignal(getattr(signal, each)) for each in SIGNALS}
-    signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup ignores SIGHUP
-    send = partial(signal.raise_signal, getattr(signal, name))
-    monkeypatch.setattr(main, "train", act_after(2, send))
-    try:
-        status, _, err = call_main(*SHORT, "--save_path", tmp_path)
-    finally:
-        for each, handler in before.items():
-            signal.signal(getattr(signal, each), handler)
-    assert status == 128 + getattr(signal, name)
+def test_signals_leave_a_checkpoint(name, tmp_path, monkeypatch, signal_handlers):
+    signum = signal.Signals[name]
+    signal.signal(signum, signal.SIG_DFL)  # nohup ignores SIGHUP
+    monkeypatch.setattr(main, "train", act_after(2, partial(signal.raise_signal, signum)))
+    status, _, err = call_main(*SHORT, "--save_path", tmp_path)
+    assert status == 128 + signum
     assert f"ended by {name}; --resume continues from iteration 2" in err
     assert list(tmp_path.rglob("checkpoint.pt"))
 
 
-def test_ignored_hangup_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with SignalHandler():
-            signal.raise_signal(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_ignored_hangup_stays_ignored(signal_handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with SignalHandler() as signals:
+        signal.raise_signal(signal.SIGHUP)
+    assert not signals.pending
 
 
 def test_results_precede_their_printing(tmp_path, monkeypatch):
@@ -111,32 +109,21 @@ def test_unknown_launchers_are_refused(env, words, monkeypatch):
 
 
 def test_foreign_modules_are_named(tmp_path):
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "__init__.py").touch()
+    (tmp_path / "datasets.py").touch()
     code = f"import sys; sys.path.append({str(ROOT)!r}); import main"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     assert "needs its own module 'datasets'" in last and "sys.path.insert(0" in last
 
 
-def test_main_runs_in_safe_path_and_notebooks(tmp_path):
-    env = {**os.environ, "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), "--help"], cwd=tmp_path, env=env, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "--dataset" in done.stdout, done.stderr
+def test_main_runs_in_safe_path(tmp_path):
+    env, command = {**os.environ, "PYTHONSAFEPATH": "1"}, [sys.executable, ROOT / "main.py"]
+    done = subprocess.run([*command, "--help"], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0 and b"--dataset" in done.stdout, done.stderr
 
 
 def test_density_note_names_flags(tmp_path):
     out = run(*SHORT, "--s", "0.9999", "--save_path", tmp_path)
     assert "24 of them keep fewer than ten entries and barely train: lower --s" in out
     assert "dense=True" not in out
-
-
-def test_resume_without_checkpoint_is_said(tmp_path):
-    run(*SHORT, "--save_path", tmp_path)
-    out = run(*SHORT, "--save_path", tmp_path, "--resume", "--lr", "0.01")
-    assert "there is no checkpoint in" in out
