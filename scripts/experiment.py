@@ -16,8 +16,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.experiment_reports import REPORTS, write_experiment
-from reporting.experiments import PlannedRun, read_experiment
+from reporting.experiments import read_experiment, write_experiment
 
 from run_utils import OneLineErrorParser
 from runs.cli import run_cli
@@ -28,11 +27,10 @@ SWEEP = Path(__file__).resolve().with_name("sweep.sh")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="experiment.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "file", type=Path, help="the experiment, such as one of configs/experiments"
-    )
-    parser.add_argument("--root", type=Path, default=Path(), help="folder of its folders (.)")
-    parser.add_argument("--dry-run", action="store_true", help="only print main.py's arguments")
+    add = parser.add_argument
+    add("file", type=Path, help="the experiment, such as one of configs/experiments")
+    add("--root", type=Path, default=Path(), help="folder of its folders (.)")
+    add("--dry-run", action="store_true", help="only print main.py's arguments")
     args, extra = parser.parse_known_args(argv)
     return run_cli(lambda: run_experiment(args, extra), parser.prog)
 
@@ -40,24 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_experiment(args: Namespace, extra: Sequence[str]) -> int:
     """Make the runs and the report, or print the runs; return the exit status."""
     experiment = read_experiment(args.file, extra, args.root)
-    if experiment.report not in REPORTS:
-        raise ValueError(
-            f"{args.file}: unknown report {experiment.report!r}; valid: {', '.join(REPORTS)}"
-        )
+    # sweep.sh reads a run's arguments as bash's `read` does: a backslash escapes a blank.
+    lines = [" ".join(x.replace(" ", "\\ ") for x in run.arguments) for run in experiment.runs]
     if args.dry_run:
-        for run in experiment.runs:
-            print("main.py", *run.arguments)
+        print(*(f"main.py {line}" for line in lines), sep="\n")
         return 0
-    status = sweep(experiment.runs)
+    status = sweep(lines)
     if status in (0, 1):  # 1: some of the runs failed
         write_experiment(experiment)
     return status
 
 
-def sweep(runs: Sequence[PlannedRun]) -> int:
-    """Make the unfinished runs through sweep.sh and return its exit status."""
+def sweep(lines: Sequence[str]) -> int:
+    """Make the unfinished ones of these runs through sweep.sh and return its exit status."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.writelines(" ".join(run.arguments) + "\n" for run in runs)
+        file.writelines(f"{line}\n" for line in lines)
         file.flush()
         environment = {"PYTHON": sys.executable, **os.environ, "RUNS": file.name}
         process = subprocess.Popen(["bash", str(SWEEP)], env=environment)

@@ -4,14 +4,11 @@
     python scripts/report.py results more --out docs/study
 
 Per backbone: accuracy by dataset, method and shots as mean and standard deviation over seeds,
-beside published figures (reporting/published.yaml); base and new classes with their harmonic mean,
-for runs with --subsample base; other datasets and their average, for runs with --test_on; memory
-and time; accuracy by shots; curves; the confusion matrix and the accuracy of each class, worst
-first, over all seeds of a cell. Runs that differ in another setting than the seed are never
-averaged: what differs follows the method's name. tables.md is for reading. tables.csv has the same
-numbers, one line for each cell and published figure, classes.csv one line for each cell and class,
-protocols.csv base and new classes and other datasets. Broken and unfinished runs are named on
-standard error and left out.
+beside published figures (reporting/published.yaml), memory and time; base and new classes for runs
+with --subsample base, other datasets for runs with --test_on; accuracy by shots, curves, the
+confusion matrix and the accuracy of each class. Runs that differ in another setting than the seed
+are never averaged: what differs follows the method's name. tables.csv has the numbers of tables.md,
+report.html all of it, with images. Broken and unfinished runs are named on standard error.
 """
 
 import sys
@@ -29,14 +26,12 @@ from utils import one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="report.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "results", nargs="+", type=Path, help="folders that hold runs, at any depth"
-    )
-    parser.add_argument("--out", type=Path, help="the report's folder (report/ in the first one)")
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, help="folders that hold runs, at any depth")
+    add("--out", type=Path, help="the report's folder (report/ in the first one)")
     args = parser.parse_args(argv)
-    return run_cli(
-        lambda: report(args.results, args.out or args.results[0] / "report"), parser.prog
-    )
+    out = args.out or args.results[0] / "report"
+    return run_cli(lambda: report(args.results, out), parser.prog)
 
 
 def report(folders: Sequence[Path], out: Path) -> None:

@@ -53,6 +53,13 @@ def make_seeds(root, method, dataset, accuracies, **options):
         make_run(root, method, dataset, seed=seed, accuracy=float(accuracy), **options)
 
 
+def read_csv(folder, **wanted):
+    """Return the lines of a report's tables.csv in which these fields have these values."""
+    with open(folder / "report" / "tables.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row[key] == str(wanted[key]) for key in wanted)]
+
+
 def read_table(text, heading=""):
     """Return the rows of the first Markdown table below a heading, the header first."""
     if heading:

@@ -65,7 +65,7 @@ def collect(root: Path, out: Path) -> None:
     for name in EXPERIMENTS:
         planned = read_experiment(CONFIGS / f"digits_{name}.yaml", (), root).runs
         planned.sort(key=lambda run: (run.config.shots, run.config.seed))
-        for run in load_finished(planned, required=False):
+        for run in load_finished(planned):
             if run.folder not in runs:
                 alphas = ALPHAS if name in INTERPOLATED and run.shots in SHOTS else (1.0,)
                 runs[run.folder] = make_study_run(run, name, evaluate(run, alphas))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from digits.study_runs import StudyRun, read_runs
 from reporting import ROOT, figures, tables
 from reporting.aggregate import LABELS, confidence_interval, group_by_backbone
-from reporting.experiment_reports import sweep
+from reporting.experiments import sweep
 from reporting.markdown import markdown
 
 from run_utils import OneLineErrorParser

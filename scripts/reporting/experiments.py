@@ -1,4 +1,4 @@
-"""Experiment files: the runs that one lists, and the results that these have.
+"""Experiment files: the runs that one lists, and what is made of the finished ones.
 
 An experiment file has the keys
 
@@ -9,22 +9,39 @@ An experiment file has the keys
     runs       a list of further flags; a flag with a list of values is run with each of them
 """
 
-import itertools
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from matplotlib.figure import Figure
 
-from reporting.aggregate import unify_spellings
-from run_utils import default_settings, get_arguments
-from runs.identity import diff_settings, get_hparams
+from optimizers.build import ABLATION_DEFAULTS
+from reporting.aggregate import (
+    METHODS,
+    MeanStd,
+    format_setting,
+    hparams,
+    label_backbones,
+    summarize,
+)
+from reporting.figures import add_legend, make_figure, plot_means, render_png, style
+from reporting.markdown import markdown
+from reporting.report import write_report
+from reporting.tables import format_spread
+from run_utils import get_arguments
 from runs.output_dir import get_output_dir
 from runs.records import Run, read_run
-from utils import plural
+from utils import atomic_write, plural
 
-KEYS = {"report", "save_path", "out", "common", "runs"}
+KEYS = ("report", "save_path", "out", "common", "runs")
+# Reports over two settings, and what their columns are.
+COLUMN_TITLES = {"lr_sweep": "initial learning rate", "grid": "density (share of entries)"}
+REPORTS = ("comparison", *COLUMN_TITLES)
 
 
 class PlannedRun(NamedTuple):
@@ -38,102 +55,149 @@ class PlannedRun(NamedTuple):
         """Where its results are, or will be."""
         return get_output_dir(self.config)
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether its folder holds a result."""
-        return (self.folder / "result.json").is_file()
-
 
 class Experiment(NamedTuple):
     """The contents of an experiment file."""
 
     report: str
     out: Path
-    runs: list[PlannedRun]  # those of most iterations first
+    runs: list[PlannedRun]  # all different, those of most iterations first
 
 
 def read_experiment(path: Path, extra: Sequence[str] = (), root: Path = Path()) -> Experiment:
-    """Read an experiment file and list its runs.
+    """Read an experiment file and list its runs; a ValueError says what is wrong with it.
 
-    Args:
-        path: The file.
-        extra: Arguments of main.py for every run.
-        root: Folder that the file's folders are relative to.
-
-    Raises:
-        ValueError: The file is not as the module's docstring says; the sentence names it.
-        OSError: It cannot be read.
-        SystemExit: main.py's parser refuses a run's arguments.
+    Folders in it are relative to `root`. `extra` are arguments of main.py for every run.
     """
-    data = _read_file(path)
-    runs = []
-    for flags in (flags for entry in data["runs"] for flags in expand({**data["common"], **entry})):
-        arguments = [*to_arguments(flags), *extra, "--save_path", str(root / data["save_path"])]
-        if bad := next((text for text in arguments if len(text.split()) != 1), None):
-            raise ValueError(f"{path}: {bad!r} is empty or has spaces, which sweep.sh cannot pass")
-        # As sweep.sh has it: weights are not saved unless a flag asks for them.
-        runs.append(PlannedRun(arguments, get_arguments(["--no-save_weights", *arguments])))
-    runs.sort(key=lambda run: -run.config.n_iters * run.config.shots)
-    if repeated := len(runs) - len({run.folder for run in runs}):
-        raise ValueError(f"{path} lists {plural(repeated, 'run')} twice")
-    return Experiment(data["report"], root / data["out"], runs)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """Return the entries of an experiment file, checked."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict) or data.keys() != KEYS:
-        raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, and no others")
-    common, runs = data["common"], data["runs"]
-    if (
-        not isinstance(runs, list)
-        or not runs
-        or not all(isinstance(e, dict) for e in [common, *runs])
-    ):
-        raise ValueError(f"{path}: common must hold flags, and runs a list of such")
-    flags = default_settings()
-    for key in itertools.chain(common, *runs):
-        if key not in flags:
-            raise ValueError(f"{path}: main.py has no flag {key!r}")
-    return data
+        report, save_path, out, common, entries = (data[key] for key in KEYS)
+        lines = [line for entry in entries for line in command_lines(common | entry)]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML with the keys {', '.join(KEYS)}: {reason}") from error
+    if report not in REPORTS:
+        raise ValueError(f"{path}: unknown report {report!r}; valid: {', '.join(REPORTS)}")
+    runs = {}
+    for line in lines:
+        arguments = [*line, *extra, "--save_path", str(root / save_path)]
+        # As sweep.sh has it: weights are not saved unless a flag asks for them.
+        run = PlannedRun(arguments, get_arguments(["--no-save_weights", *arguments]))
+        runs[run.folder] = run
+    ordered = sorted(runs.values(), key=lambda run: -run.config.n_iters * run.config.shots)
+    return Experiment(report, root / out, ordered)
 
 
-def expand(flags: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return flags with one value each, for every combination of the listed values."""
-    lists = [value if isinstance(value, list) else [value] for value in flags.values()]
-    return [dict(zip(flags, values, strict=True)) for values in itertools.product(*lists)]
+def command_lines(flags: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return arguments of main.py for every combination of the listed values."""
+    options = []
+    for key, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        options.append([f"--{key}={value}" for value in values])
+        if isinstance(values[0], bool):
+            options[-1] = [f"--{key}" if value else f"--no-{key}" for value in values]
+    return list(product(*options))
 
 
-def to_arguments(flags: dict[str, Any]) -> list[str]:
-    """Return flags as a command line."""
-    switches = {True: "--{}", False: "--no-{}"}
-    return [
-        switches[value].format(key) if isinstance(value, bool) else f"--{key}={value}"
-        for key, value in flags.items()
-    ]
-
-
-def load_finished(planned: Iterable[PlannedRun], required: bool = True) -> list[Run]:
-    """Read the runs that are finished.
-
-    Raises:
-        ValueError: No run is finished though one is required, or a result is damaged or another
-            run's.
-    """
+def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
+    """Read the runs that are finished; a ValueError names a damaged one."""
     runs = []
-    for plan in planned:
-        if plan.is_finished:
+    for folder in (run.folder for run in planned):
+        if (folder / "result.json").is_file():
             try:
-                run = read_run(plan.folder)
-                # main.py compares the images; here a run is what it was planned to be.
-                if changes := diff_settings(run.config, get_hparams(plan.config)):
-                    raise ValueError(f"the result is another run's ({'; '.join(changes)})")
+                runs.append(read_run(folder))
             except ValueError as error:
-                raise ValueError(f"{plan.folder}: {error}; remove it, and run it again") from error
-            runs.append(run)
-    if not runs and required:
+                raise ValueError(f"{folder}: {error}; remove it, and run it again") from error
+    return label_backbones(runs)
+
+
+def write_experiment(experiment: Experiment) -> None:
+    """Write and print what the finished runs of an experiment show."""
+    runs, out = load_finished(experiment.runs), experiment.out
+    if not runs:
         raise ValueError("no run of this experiment is finished")
-    return unify_spellings(runs)
+    if experiment.report == "comparison":
+        write_report(runs, out, lambda sentence: print(f"experiment.py: {sentence}", flush=True))
+        return
+    text, draw = sweep(runs, experiment.report)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "figure.png", render_png(draw))
+    atomic_write(out / "table.md", f"{text}\n\n![figure](figure.png)\n")
+    print(f"\n{text}\n\nTable and figure: {out}", flush=True)
+
+
+def sweep(runs: Sequence[Run], report: str) -> tuple[str, Callable[[], Figure]]:
+    """Return the table of accuracies over two settings, and a function that draws it."""
+    lines, title = group_by_two(runs, report), COLUMN_TITLES[report]
+    columns = sorted({column for line in lines.values() for column in line}, key=float)
+    rows = [
+        [row, *(format_spread(*line[c][:2], ".1f") if c in line else "-" for c in columns)]
+        for row, line in lines.items()
+    ]
+    split = "validation" if runs[0].config.get("eval_split") == "val" else "test"
+    shots = " and ".join(map(str, sorted({run.shots for run in runs})))
+    seeds = plural(len({run.seed for run in runs}), "seed")
+    text = (
+        f"Mean {split} accuracy in percent (± its standard deviation), {shots} shots, {seeds}, by "
+        f"{title}:\n\n{markdown(['', *columns], rows)}"
+    )
+    if split == "validation":  # nothing is chosen on test images
+        # Rounded, since sums in another order differ in their last digits: the lowest of equals.
+        best = (
+            f"{row} {max(sorted(line, key=float), key=lambda c: round(line[c].mean, 9))}"
+            for row, line in lines.items()
+        )
+        text += f"\n\nBest: {'; '.join(best)}."
+    return text, partial(draw_sweep, lines, f"{split} accuracy (%)", title)
+
+
+def group_by_two(runs: Sequence[Run], report: str) -> dict[str, dict[str, MeanStd]]:
+    """Return mean accuracies by row and column. Those over several shots have no spread."""
+    is_lr_sweep = report == "lr_sweep"
+    cells: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        row = method_and_ablation(run.method, run.config) if is_lr_sweep else refresh_interval(run)
+        # Of a density without the noise of its last digits.
+        column = f"{run.config['lr']:g}" if is_lr_sweep else f"{1 - run.config['s']:.6g}"
+        cells[row, column].append(run)
+    lines: dict[str, dict[str, MeanStd]] = defaultdict(dict)
+    for (row, column), cell in cells.items():
+        settings = [
+            (run.method, run.backbone, run.data["digest"], hparams(run), is_lr_sweep or run.shots)
+            for run in cell
+        ]
+        if any(other != settings[0] for other in settings):
+            raise ValueError(
+                f"runs of {row} and {column} differ in other settings, such as {cell[0].folder} "
+                "from others: this report has no place for them"
+            )
+        mean = summarize([run.final_accuracy for run in cell])
+        lines[row][column] = mean._replace(std=None) if is_lr_sweep else mean
+    return lines
+
+
+def draw_sweep(lines: Mapping[str, Mapping[str, MeanStd]], ylabel: str, xlabel: str) -> Figure:
+    """Draw a line for each row against the numbers of the columns."""
+    figure, (axes,) = make_figure("")
+    for number, (row, line) in enumerate(lines.items()):
+        points = sorted((float(column), mean) for column, mean in line.items())
+        plot_means(axes, points, style(number), row)
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter("{x:g}")
+    return add_legend(figure, "mean (± standard\ndeviation) over seeds")
+
+
+def method_and_ablation(method: str, config: Mapping[str, Any]) -> str:
+    """Return a method's name, followed by what an ablation of SO changes: "SO, moments none"."""
+    changes = [
+        format_setting(key, config[key])
+        for key, default in ABLATION_DEFAULTS.items()
+        if config.get(key, default) != default
+    ]
+    return ", ".join([METHODS[method], *changes])
+
+
+def refresh_interval(run: Run) -> str:
+    """Return T, or that SO drew its gradient support only once in this run."""
+    is_refreshed = run.config["t"] < run.config["n_iters"] * run.shots
+    return f"T = {run.config['t']}" if is_refreshed else "never refreshed"

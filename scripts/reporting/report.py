@@ -3,65 +3,50 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reporting.aggregate import display_name, group_by_backbone
-from reporting.classes import classes_csv, classes_section, confusion_cells, plan_class_figures
+from reporting.aggregate import BackboneResults, display_name, group_by_backbone
+from reporting.classes import classes_section, confusion_cells, plan_class_figures
 from reporting.figures import plan_figures, render_png
 from reporting.html import render_html
-from reporting.protocols import ProtocolRow, base_to_new, protocol_sections, transfer
-from reporting.tables import Row, backbone_section, format_mean, table_rows
+from reporting.protocols import base_to_new_section, transfer_results
+from reporting.tables import ACCURACIES, CSV_HEADER, backbone_section, csv_rows, format_mean
 from runs.records import Run
 from utils import atomic_write, plural, to_csv
 
 
 def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) -> None:
-    """Write the tables of some runs and draw their figures; print a summary.
-
-    Args:
-        runs: At least one.
-        out: The report's folder.
-        warn: Is called with a sentence for each oddity.
-
-    Raises:
-        OSError: The report cannot be written.
-    """
-    sections, plan = ["# Report\n"], {}
-    rows, protocol_rows, cells = [], [], []
+    """Write the tables of some runs, at least one, and draw their figures; print a summary."""
+    sections, rows, plan, cells, summary = [f"# Report\n\n{ACCURACIES}\n"], [], {}, [], []
     for results in group_by_backbone(runs):
-        new_rows = table_rows(results)
-        new_protocol_rows = base_to_new(results) + transfer(results)
-        new_cells = confusion_cells(results, warn)
-        sections.append(backbone_section(results, new_rows))
-        sections += filter(None, [protocol_sections(new_protocol_rows), classes_section(new_cells)])
+        transfers, new_cells = list(transfer_results(results)), confusion_cells(results, warn)
+        sections += [backbone_section(results), base_to_new_section(results)]
+        sections += [classes_section(new_cells), *map(backbone_section, transfers)]
+        for tested in [results, *transfers]:
+            rows += csv_rows(tested)
         plan |= plan_figures(results) | plan_class_figures(new_cells)
-        rows += new_rows
-        protocol_rows += new_protocol_rows
         cells += new_cells
+        summary += summary_lines(results)
+    text = "\n".join(filter(None, sections))
 
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "tables.csv", to_csv(Row._fields, rows))
-    atomic_write(out / "classes.csv", classes_csv(cells))
-    if protocol_rows:
-        atomic_write(out / "protocols.csv", to_csv(ProtocolRow._fields, protocol_rows))
-    atomic_write(out / "tables.md", "\n".join(sections))
+    atomic_write(out / "tables.csv", to_csv(CSV_HEADER, rows))
+    atomic_write(out / "tables.md", text)
     figures = {name: render_png(draw) for name, draw in plan.items()}
     for name, png in figures.items():
         (out / name).parent.mkdir(exist_ok=True)
         atomic_write(out / name, png)
-    atomic_write(out / "report.html", render_html(sections[1:], figures, cells))
-    for line in summary_lines(rows):
-        print(line)
-    count = plural(len(runs), "run")
+    atomic_write(out / "report.html", render_html(text, figures, cells))
     drawn = plural(len(figures), "figure")
-    print(f"{count}: tables and {drawn} in {out} (report.html, tables.md)")
+    print(*summary, sep="\n")
+    print(f"{plural(len(runs), 'run')}: tables and {drawn} in {out} (report.html, tables.md)")
 
 
-def summary_lines(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each backbone, shots and variant: the mean over its datasets."""
-    last = {(row.backbone, row.shots): row.dataset for row in rows}  # a mean over several, or one
-    lines = [
-        f"{row.backbone}, {display_name(row.dataset)}, {plural(row.shots, 'shot')}, "
-        f"{row.variant.label}: {format_mean(row.mean, row.std, row.seeds)}"
-        for row in rows
-        if row.dataset == last[row.backbone, row.shots] and row.mean is not None
-    ]
-    return list(dict.fromkeys(lines))  # a variant has a row for each published figure
+def summary_lines(results: BackboneResults) -> list[str]:
+    """Return a line for each number of shots and variant: the mean over its datasets."""
+    lines = []
+    for shots in results.shots:
+        name, datasets = results.table_lines(shots)[-1]
+        where = f"{results.name}, {display_name(name)}, {plural(shots, 'shot')}"
+        for variant in results.variants:
+            if mean := results.mean(datasets, shots, variant):
+                lines.append(f"{where}, {variant.label}: {format_mean(mean)}")
+    return lines

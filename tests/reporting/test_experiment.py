@@ -11,9 +11,13 @@ from pathlib import Path
 
 import experiment
 import pytest
-from report_helpers import read_lines, read_table
-from reporting.experiment_reports import REPORTS, method_and_ablation, write_experiment
-from reporting.experiments import read_experiment
+from report_helpers import make_run, read_lines, read_table
+from reporting.experiments import (
+    REPORTS,
+    method_and_ablation,
+    read_experiment,
+    write_experiment,
+)
 
 from runs.output_dir import get_hparams
 
@@ -43,21 +47,13 @@ def write(tmp_path):
 
 def finish(plan, accuracy):
     """Write the files of a made-up result."""
-    plan.folder.mkdir(parents=True)
-    (plan.folder / "curve.csv").write_text(
-        f"iteration,loss,lr,test_accuracy\n1,0.5,0.1,{accuracy}\n"
-    )
-    (plan.folder / "predictions.csv").write_text("path,label,predicted,probability\na,0,0,0.9\n")
-    keys = ("method", "backbone", "dataset", "shots", "seed")
-    result = {key: getattr(plan.config, key) for key in keys} | {"config": get_hparams(plan.config)}
-    result |= {"zero_shot_accuracy": 50.0, "final_accuracy": accuracy, "iterations": 1, "ece": 1.0}
-    result |= {
-        "wall_seconds": 1.0,
-        "peak_memory_mb": 100.0,
-        "data": {"split": "made", "digest": "d"},
-    }
-    result |= {"classnames": ["a"], "template": ["{}"], "device": "cpu", "versions": {}}
-    (plan.folder / "result.json").write_text(json.dumps(result))
+    config = get_hparams(plan.config)
+    keys = ("method", "dataset", "shots", "seed", "backbone")
+    made = make_run(plan.folder / "made", **{key: config[key] for key in keys}, accuracy=accuracy)
+    for path in made.iterdir():
+        path.rename(plan.folder / path.name)
+    path = plan.folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
 
 
 def write_and_read(path, folder):
@@ -107,19 +103,23 @@ def test_runs_are_product_of_values(write, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("common: {}\nruns: [{}]\nmore: 1\n", "must have the keys"),
-    ("common: {}\nruns: []\n", "runs a list"),
-    ("common: {shot: 1}\nruns: [{}]\n", "no flag 'shot'"),
-    ("common: {filename: a b}\nruns: [{}]\n", "has spaces"),
-    ("common: {}\nruns: [{}, {}]\n", "lists 1 run twice"),
-    ("common: [\n", "is not YAML"),
+    ("common: {}\n", "with the keys"), ("common: {}\nruns: [1]\n", "with the keys"),
+    ("common: [\n", "is not YAML"), ("common: {no_flag: 1}\nruns: [{}]\n", "no_flag"),
     ("common: {}\nruns: [{}]\nreport: graph\n", "unknown report 'graph'"),
 ])  # fmt: skip
 def test_bad_files_are_one_sentence(text, words, write, capsys):
-    path = write(text)
-    assert experiment.main([str(path), "--dry-run"]) == 2
+    assert experiment.main([str(write(text)), "--dry-run"]) == 2
     err = capsys.readouterr().err
-    assert words in err and str(path) in err and err.count("\n") == 1
+    assert words in err and err.count("\n") == 1
+
+
+def test_blanks_are_written_as_sweep_reads_them(write, capsys):
+    path = write("common: {filename: a b, flip: [true, false]}\nruns: [{}, {seed: 3}]\n")
+    assert experiment.main([str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == [  # seed 3 is the default: the same runs
+        f"main.py --filename=a\\ b {flip} --seed=3 --save_path experiment"
+        for flip in ("--flip", "--no-flip")
+    ]
 
 
 def test_reports_refuse_other_settings(write, tmp_path):
@@ -131,13 +131,11 @@ def test_reports_refuse_other_settings(write, tmp_path):
         write_experiment(found)
     for run in found.runs:
         finish(run, 60.0)
-    with pytest.raises(ValueError, match="differs in its settings from others of T = 1 and 0.01"):
+    with pytest.raises(ValueError, match="runs of T = 1 and 0.01 differ in other settings"):
         write_experiment(found)
     path = found.runs[0].folder / "result.json"
-    result = json.loads(path.read_text())
-    result["config"]["lr"] = 7.0
-    path.write_text(json.dumps(result))
-    with pytest.raises(ValueError, match="another run's .lr 7.0 there"):
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=f"{path.parent}: .*; remove it, and run it again"):
         write_experiment(found)
 
 

@@ -1,5 +1,7 @@
 """The report's figures: what is drawn, that it is there, and that it is the same each time."""
 
+import io
+
 import pytest
 import report
 from PIL import Image
@@ -47,48 +49,31 @@ def test_report_draws_same_files_twice(tmp_path, capsys):
     names += ["accuracy-dtd", "accuracy-eurosat", "differences"]
     names += ["curves-dtd-1shots", "curves-eurosat-1shots"]
     names = {f"ViT-B-16/{name}.png" for name in names}
-    assert set(files[0]) == names | {"classes.csv", "report.html", "tables.csv", "tables.md"}
+    assert set(files[0]) == names | {"report.html", "tables.csv", "tables.md"}
     for name in names:
-        image = Image.open(outs[0] / name)
-        assert image.width >= 900 and image.height > 250
+        image = Image.open(io.BytesIO(files[0][name]))
+        assert image.width > 800 and image.height > 250
         assert len(image.convert("RGB").getcolors(10**6)) > 50
 
 
-def test_accuracy_has_published_points(plan):
+def test_accuracy_has_spread_and_zero_shot(plan):
     figure = plan("accuracy-dtd")
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4", "8", "16"]
-    assert sorted(legend(figure)) == [
-        "LoRA", "LoRA, published (CLIP-LoRA)", "LoRA, published (SO's table)", "SO",
-        "SO, moment_support random", "SO, published (SO's paper)", "zero-shot (44.3)",
-    ]  # fmt: skip
-    theirs = {line.get_label(): line for line in axes.lines}["LoRA, published (CLIP-LoRA)"]
-    assert list(theirs.get_xdata()) == [1, 4, 16]
-    assert list(theirs.get_ydata()) == [54.3, 63.8, 72.0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4"]
+    assert sorted(legend(figure)) == ["LoRA", "SO", "SO, moment_support random", "zero-shot (44.3)"]
     so = axes.containers[0]
-    assert len(so.lines[0].get_ydata()) == 2 and so.has_yerr
+    assert list(so.lines[0].get_ydata()) == [61.5, 61.5] and so.has_yerr
 
 
-def test_curves_have_loss_and_accuracy(plan):
+def test_curves_have_line_per_run(plan):
     figure = plan("curves-dtd-4shots")
     loss, accuracy = figure.axes
     assert loss.get_yscale() == "log" and "mean of 26 iterations" in loss.get_ylabel()
-    assert accuracy.get_ylabel() == "test accuracy (%)"
-    assert accuracy.lines[0].get_xdata()[0] == 0
-    assert accuracy.lines[0].get_ydata()[0] == pytest.approx(44.3)
     assert legend(figure)[1] == "SO, moment_support random (2 seeds)"
-    assert len(plan("curves-dtd-1shots").axes) == 1  # measured only at the end
-
-
-def test_short_run_is_continued(tmp_path):
-    for seed, n in ((1, 4), (2, 10)):
-        make_run(tmp_path, seed=seed, iterations=n)
-    runs = find_runs([tmp_path], pytest.fail)
-    x, (short, long) = figures.average_losses(runs, width=4)
-    assert list(x) == [2.5, 6.5, 9.5]
-    assert list(short) == pytest.approx([runs[0].loss_curve.mean()] * 3)
-    assert list(long) == pytest.approx([runs[1].loss_curve[i : i + 4].mean() for i in (0, 4, 8)])
+    assert len(loss.lines) == len(accuracy.lines) == 6
+    x, y = accuracy.lines[0].get_data()
+    assert (x[0], y[0]) == (0, pytest.approx(44.3)) and x[-1] == 1250
 
 
 def test_long_legend_stays_on_page(tmp_path):
@@ -98,7 +83,7 @@ def test_long_legend_stays_on_page(tmp_path):
     make_run(tmp_path)
     (results,) = group_by_backbone(find_runs([tmp_path], pytest.fail))
     for draw in figures.plan_figures(results).values():
-        figure = draw()
-        figure.draw_without_rendering()
-        box = figure.legends[0].get_window_extent()
-        assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1
+        png = Image.open(io.BytesIO(figures.render_png(draw))).convert("L")
+        edge = [png.getpixel((x, y)) for x in range(png.width) for y in (0, png.height - 1)]
+        assert min(edge) == 255  # nothing is cut
+    assert png.height > 1500  # that of the curves, for a legend higher than its panels
