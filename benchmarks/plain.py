@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import T
 from clip import CLIP
-from clip.model import Attention, ResidualAttentionBlock
+from clip.model import Attention
 
 
 class PlainSO:
     """SO as the authors compute it, less its faults: by matrix, O(n) draws, O(k^2) overlap."""
 
-    def __init__(
-        self, params: list[Tensor], density: float, lr: float = 1e-4, window: int = 5
-    ) -> None:
-        self.params, self.density, self.lr, self.window, self.t = params, density, lr, window, 0
+    def __init__(self, params: list[Tensor], density: float, lr: float = 1e-4) -> None:
+        self.params, self.density, self.lr, self.t = params, density, lr, 0
         self.state: list[dict[str, Tensor]] = [{} for _ in params]
 
     @torch.no_grad()
@@ -29,7 +28,7 @@ class PlainSO:
         for p, s in zip(self.params, self.state, strict=True):
             weight, grad = p.view(-1), p.grad.view(-1)
             k = max(1, int(weight.numel() * self.density))
-            if (self.t - 1) % self.window == 0:
+            if (self.t - 1) % T == 0:
                 s["S_g"] = torch.randperm(weight.numel(), device=p.device)[:k]
             S_g, g = s["S_g"], grad[s["S_g"]]
             if self.t == 1:
@@ -46,77 +45,50 @@ class PlainSO:
             s["S_m"], s["m"], s["v"] = U[top], m[top], v[top]
 
 
-def encode_image(model: CLIP, images: Tensor, one_token: bool = False) -> Tensor:
-    """Features of images, not normalized: (B, 3, R, R) -> (B, D).
-
-    With `one_token` the last block computes only the class token.
-    """
+def encode_image(model: CLIP, images: Tensor) -> Tensor:
+    """Features of images, not normalized: (B, 3, R, R) -> (B, D)."""
     visual = model.visual
     if not hasattr(visual, "transformer"):  # a ResNet, which has no shortcuts
         return visual(images)
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
     class_token = visual.class_embedding.expand(len(x), 1, -1)
     x = visual.ln_pre(torch.cat([class_token, x], dim=1) + visual.positional_embedding)
-    pool_idx = x.new_zeros(len(x), dtype=torch.int64)  # the class token
-    x = _transformer(visual.transformer.resblocks, x, pool_idx if one_token else None)
+    x = _transformer(visual.transformer.resblocks, x)
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
-def encode_text(model: CLIP, tokens: Tensor, one_token: bool = False) -> Tensor:
+def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
     """Features of texts, not normalized: (N, L) -> (N, D); L is the context in the authors' code.
 
-    The end-of-text token, whose output is the feature, has the highest id; with `one_token` the
-    last block computes only it.
+    The end-of-text token, whose output is the feature, has the highest id.
     """
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     mask = x.new_full((length, length), float("-inf")).triu(1)
-    pool_idx = tokens.argmax(dim=-1)
-    x = _transformer(model.transformer.resblocks, x, pool_idx if one_token else None, mask)
-    x = model.ln_final(x)  # (N, L, W), or (N, 1, W)
-    x = x[:, 0] if one_token else x[torch.arange(len(x), device=x.device), pool_idx]
+    x = model.ln_final(_transformer(model.transformer.resblocks, x, mask))  # (N, L, W)
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
     return x @ model.text_projection
 
 
-def cosine_loss(
-    image_features: Tensor, text_features: Tensor, labels: Tensor, logit_scale: float = 100.0
-) -> Tensor:
-    """Cross-entropy over scaled cosines of features (B, D) and (C, D)."""
-    image_features = image_features / image_features.norm(dim=-1, keepdim=True)
-    text_features = text_features / text_features.norm(dim=-1, keepdim=True)
-    return F.cross_entropy(logit_scale * image_features @ text_features.T, labels)
+def cosine_loss(image_features: Tensor, text_features: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over 100 times the cosines of features (B, D) and (C, D)."""
+    cosines = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
+    return F.cross_entropy(100.0 * cosines, labels)
 
 
-def _transformer(
-    blocks: nn.Sequential, x: Tensor, pool_idx: Tensor | None, mask: Tensor | None = None
-) -> Tensor:
-    """All positions through all blocks, which see (L, N, W) as in OpenAI's code.
-
-    Where `pool_idx` is given, the last block is our own, and computes only these positions.
-    """
-    x = x.transpose(0, 1)
-    for block in blocks if pool_idx is None else blocks[:-1]:
-        x = _block(block, x, mask)
-    x = x.transpose(0, 1)
-    return x if pool_idx is None else blocks[-1](x, pool_idx)
-
-
-def _block(block: ResidualAttentionBlock, x: Tensor, mask: Tensor | None) -> Tensor:
-    x = x + _attention(block.attn, block.ln_1(x), mask)
-    hidden = F.linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-    hidden = hidden * torch.sigmoid(1.702 * hidden)
-    return x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+def _transformer(blocks: nn.Sequential, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """All positions through all blocks, (N, L, W)."""
+    for block in blocks:
+        x = x + _attention(block.attn, block.ln_1(x), mask)
+        hidden = F.linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+        hidden = hidden * torch.sigmoid(1.702 * hidden)
+        x = x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+    return x
 
 
 def _attention(attn: Attention, x: Tensor, mask: Tensor | None) -> Tensor:
     """`F.multi_head_attention_forward` without attention weights."""
-    length, texts, width = x.shape
     x = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = x.unflatten(-1, (3, width)).movedim(-2, 0).contiguous()  # (L, N, W) each
-    q, k, v = (
-        t.reshape(length, texts * attn.num_heads, -1).transpose(0, 1).unflatten(0, (texts, -1))
-        for t in (q, k, v)
-    )  # (N, heads, L, W / heads)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    x = x.permute(2, 0, 1, 3).reshape(length, texts, width)
-    return F.linear(x, attn.out_proj.weight, attn.out_proj.bias)
+    q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in x.chunk(3, dim=-1))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (N, heads, L, W / heads)
+    return F.linear(x.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)

@@ -2,36 +2,42 @@
 
     python benchmarks/step.py [--model ViT-B/16] [--density 5e-5 5e-4 1e-2 0.1] [--threads 1]
 
-Compared: SO; SO one tensor at a time (`foreach=False`); SO without moments (`--moments none`); SO
-as the authors' code computes it (a permutation of all entries for each draw, a k x k comparison of
-the supports; our own re-statement); torch's AdamW foreach and fused, Adam as it is by default.
-Rows take turns, each in a process of its own; medians are printed. On a CPU with one thread they
-are of processor time, which other programs disturb less. Peaks are over weights and gradients.
+Rows are those of ADAMS and SOS, each in a process of its own; medians are printed. On a CPU with
+one thread they are of processor time. Peaks are over weights and gradients.
 """
 
 import argparse
-import statistics
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import T, peak_mb, print_table, run_in_process
+from benchmarks.common import T, print_table, run_in_process
 from benchmarks.plain import PlainSO
 from optimizers import SO
 from optimizers.ablations import SOVariant
+from runs.environment import get_default_device, peak_memory_mb
 from utils import Progress
 
 PLAIN_LIMIT = 20_000  # the k x k comparison takes k^2 bytes
-ADAM_ROWS = ("AdamW foreach", "AdamW fused", "Adam, as it is by default")  # the first two divide
-SO_ROWS = ("SO", "SO, foreach=False", "SO without moments", "SO, as the authors compute it")
+ADAMS = {  # by parameters; ratios are to the first two
+    "AdamW foreach": lambda params: AdamW(params, foreach=True),
+    "AdamW fused": lambda params: AdamW(params, fused=True),
+    "Adam, as it is by default": lambda params: Adam(params),
+}
+SOS = {  # by parameters and density
+    "SO": lambda params, density: SO(params, density_ratio=density, T=T),
+    "SO, foreach=False": lambda params, d: SO(params, density_ratio=d, T=T, foreach=False),
+    "SO without moments": lambda params, d: SOVariant(params, density_ratio=d, T=T, moments="none"),
+    "SO, as the authors compute it": PlainSO,
+}
 
 
 def block(width: int) -> list[tuple[int, int]]:
@@ -45,110 +51,63 @@ MODELS = {
 }
 
 
-def make_params(shapes: Iterable[tuple[int, int]], device: str) -> list[nn.Parameter]:
-    """Matrices with random gradients."""
-    params = []
-    for shape in shapes:
-        params.append(nn.Parameter(0.02 * torch.randn(shape, device=device)))
-        params[-1].grad = 1e-3 * torch.randn_like(params[-1])
-    return params
-
-
-def make_optimizer(name: str, params: list[nn.Parameter], density: float) -> Any:
-    """The optimizer of a row."""
-    so = dict(density_ratio=density, T=T, lr=1e-5)
-    return {
-        "AdamW foreach": lambda: AdamW(params, lr=1e-5, foreach=True),
-        "AdamW fused": lambda: AdamW(params, lr=1e-5, fused=True),
-        "Adam, as it is by default": lambda: Adam(params, lr=1e-5),
-        "SO": lambda: SO(params, **so),
-        "SO, foreach=False": lambda: SO(params, foreach=False, **so),
-        "SO without moments": lambda: SOVariant(params, moments="none", **so),
-        "SO, as the authors compute it": lambda: PlainSO(params, density),
-    }[name]()
-
-
-def milliseconds(step: Callable[[], object], device: str) -> float:
-    """Time of one call, the device's work included."""
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    single_thread = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if single_thread else time.perf_counter
-    synchronize()
-    start = clock()
-    step()
-    synchronize()
-    return 1e3 * (clock() - start)
-
-
-def state_mb(optimizer: Any) -> float:
-    """MB of all tensors of an optimizer's state."""
-    states = optimizer.state if isinstance(optimizer, PlainSO) else optimizer.state.values()
-    tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
-
-
-def measure(name: str, density: float, shapes: list, args: argparse.Namespace) -> dict[str, Any]:
-    """One turn of a row."""
-    torch.set_num_threads(args.threads)
-    params = make_params(shapes, args.device)
-    refs = Path("/proc/self/clear_refs")
-    if args.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    elif refs.exists():
-        refs.write_text("5")  # the peak is now what is in use
-    before = peak_mb(torch.device(args.device))
-    optimizer = make_optimizer(name, params, density)
-    times = [milliseconds(optimizer.step, args.device) for _ in range(T * (args.windows + 1))]
-    peak = peak_mb(torch.device(args.device)) - before
-    return dict(times=times[T:], state_mb=state_mb(optimizer), peak_mb=peak)  # the first warms up
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="ViT-B/16")
     parser.add_argument("--density", type=float, nargs="+", default=[5e-5, 5e-4, 1e-2, 0.1])
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each row")
-    parser.add_argument("--windows", type=int, default=2, help=f"of T = {T} steps, in a turn")
+    parser.add_argument("--windows", type=int, default=4, help=f"of T = {T} steps each")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", nargs="+", choices=SO_ROWS, default=SO_ROWS)
+    parser.add_argument("--device", default=get_default_device())
     args = parser.parse_args()
-
-    shapes = MODELS[args.model]
-    entries = [rows * columns for rows, columns in shapes]
-    todo = [(name, None) for name in ADAM_ROWS]
-    for density, name in product(args.density, args.rows):
-        if name != "SO, as the authors compute it" or max(entries) * density <= PLAIN_LIMIT:
-            todo.append((name, density))
-    turns: dict[tuple, list[dict]] = {row: [] for row in todo}
-    for _, row in Progress([*product(range(args.rounds), todo)], desc="Steps", unit="turn"):
-        turns[row].append(run_in_process(measure, *row, shapes, args))
-
-    times = {
-        row: [t for turn in measured for t in turn["times"]] for row, measured in turns.items()
-    }
-    usual = {
-        row: statistics.median(t for i, t in enumerate(ms) if i % T) for row, ms in times.items()
-    }
-    foreach, fused, *_ = usual.values()
-    rows = []
-    for (name, density), measured in turns.items():
-        ms = usual[name, density]
-        rows.append({
+    entries = [math.prod(shape) for shape in MODELS[args.model]]
+    rows = [(name, None) for name in ADAMS]
+    for density, name in product(args.density, SOS):
+        if SOS[name] is not PlainSO or max(entries) * density <= PLAIN_LIMIT:
+            rows.append((name, density))
+    measured = [run_in_process(measure, *row, args) for row in Progress(rows, desc="Optimizers")]
+    foreach, fused = (turn["ms"] for turn in measured[:2])
+    print(f"{args.model}: {len(entries)} matrices, {sum(entries) / 1e6:.0f} M entries\n")
+    print_table([
+        {
             "density": density or "",
             "optimizer": name,
-            "step, ms": f"{ms:.1f}",
-            "of foreach's": f"{ms / foreach:.3f}",
-            "of fused's": f"{ms / fused:.2f}",
-            "step that draws, ms": f"{statistics.median(times[name, density][::T]):.1f}",
-            "state, MB": f"{measured[0]['state_mb']:.2f}",
-            "peak, MB": f"{max(turn['peak_mb'] for turn in measured):.0f}",
-        })  # fmt: skip
-    print(
-        f"{args.model}: {len(shapes)} matrices, {sum(entries) / 1e6:.0f} M entries, torch "
-        f"{torch.__version__}, {args.device}, {args.threads} threads\n"
-    )
-    print_table(rows)
+            "step, ms": f"{turn['ms']:.1f}",
+            "of foreach's": f"{turn['ms'] / foreach:.3f}",
+            "of fused's": f"{turn['ms'] / fused:.2f}",
+            "step that draws, ms": f"{turn['draw_ms']:.1f}",
+            "state, MB": f"{turn['state_mb']:.2f}",
+            "peak, MB": f"{turn['peak_mb']:.0f}",
+        }
+        for (name, density), turn in zip(rows, measured, strict=True)
+    ])  # fmt: skip
+
+
+def measure(name: str, density: float | None, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of a step and of one that draws, MB of the state, peak MB of the steps."""
+    torch.set_num_threads(args.threads)
+    device, clock = torch.device(args.device), time.perf_counter
+    if device.type == "cpu" and args.threads == 1:
+        clock = time.process_time  # which other programs disturb less
+    params = []
+    for shape in MODELS[args.model]:  # nothing is freed, so the peak is what is in use
+        params.append(nn.Parameter(torch.normal(0, 0.02, shape, device=device)))
+        params[-1].grad = torch.normal(0, 1e-3, shape, device=device)
+    before, times = peak_memory_mb(device), []
+    optimizer = SOS[name](params, density) if density else ADAMS[name](params)
+    for _ in range(T * (args.windows + 1)):
+        start = clock()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (clock() - start))
+    states = optimizer.state if isinstance(optimizer, PlainSO) else optimizer.state.values()
+    tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    return {  # the first window warms up
+        "ms": median(ms for i, ms in enumerate(times) if i > T and i % T),
+        "draw_ms": median(times[T::T]),
+        "state_mb": sum(t.nbytes for t in tensors) / 2**20,
+        "peak_mb": peak_memory_mb(device) - before,
+    }
 
 
 if __name__ == "__main__":

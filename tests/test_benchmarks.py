@@ -14,14 +14,13 @@ from benchmarks import settings as settings_of_so
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a benchmark; returns its standard output, and the rows of its table by heading."""
+    """Run a benchmark; returns the rows of its table by heading."""
 
     def command(benchmark, *flags):
         monkeypatch.setattr(sys, "argv", ["", *flags])
         benchmark.main()
-        text = capsys.readouterr().out
-        header, *rows = read_table(text)
-        return text, [dict(zip(header, row, strict=True)) for row in rows]
+        header, *rows = read_table(capsys.readouterr().out)
+        return [dict(zip(header, row, strict=True)) for row in rows]
 
     return command
 
@@ -43,14 +42,11 @@ def test_plain_so_equals_adam():
 # Scripts
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "short", "last", "sampled", "lora", "adam", "so", "so:bf16"]
-)
+@pytest.mark.parametrize("name", ["plain", "short", "sampled", "lora", "adam", "so", "so:bf16"])
 def test_iteration_rows_train(name):
     args = argparse.Namespace(
-        backbone="tiny", classes=3, batch=2, density=1e-3,
-        class_batch_size=0, width=None,
-    )  # fmt: skip
+        backbone="tiny", classes=3, batch=2, density=1e-3, class_batch_size=0, width=None
+    )
     model, iterate = iteration.prepare(name, args, torch.device("cpu"))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     iterate()
@@ -61,11 +57,10 @@ def test_iteration_rows_train(name):
 
 
 def test_iteration_prints_ratios(run):
-    text, rows = run(
+    rows = run(
         iteration, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2", "--turns=1",
         "--device=cpu", "--rows", "plain", "so:bf16",
     )  # fmt: skip
-    assert "tiny, width its own, 3 classes" in text
     assert [row[""] for row in rows] == ["SO, as the authors compute it", "SO, bf16"]
     assert rows[0]["times as fast"] == rows[0]["of the first"] == "1.00"
     assert all(float(row["ms"]) > 0 and float(row["peak, MB"]) > 0 for row in rows)
@@ -73,17 +68,19 @@ def test_iteration_prints_ratios(run):
 
 def test_step_prints_ratios(run, monkeypatch):
     monkeypatch.setitem(step.MODELS, "ViT-B/16", step.block(16))
-    _, rows = run(step, "--density=0.01", "--windows=1", "--rounds=1", "--device=cpu")
-    assert [row["optimizer"] for row in rows] == [*step.ADAM_ROWS, *step.SO_ROWS]
+    rows = run(step, "--density=0.01", "--windows=1", "--device=cpu")
+    assert [row["optimizer"] for row in rows] == [*step.ADAMS, *step.SOS]
     assert rows[0]["of foreach's"] == "1.000" and rows[1]["of fused's"] == "1.00"
 
 
 def test_crossover_times_both_ways():
-    times = crossover.milliseconds(torch.randn(5, 30), torch.randn(5, 40), 0.01, repeats=1)
-    assert len(times) == 2 and all(0 < ms < float("inf") for ms in times)
+    assert 0 < crossover.time_ratio(torch.randn(5, 30), torch.randn(5, 40), 0.01) < float("inf")
 
 
-def test_settings_prints_all_rows(run):
-    _, rows = run(settings_of_so, "--steps", "2", "--seeds", "1", "2", "--adam_steps=2")
-    assert len(rows) == 2 * (1 + len(settings_of_so.DENSITIES) * len(settings_of_so.LRS))
-    assert sum(row["optimizer"] == "Adam" for row in rows) == 2
+def test_settings_prints_both_tasks(run, monkeypatch):
+    monkeypatch.setattr(settings_of_so, "ADAM_STEPS", 2)
+    rows = run(settings_of_so, "--steps", "2", "--seeds", "1", "2")
+    assert [float(row["density"]) for row in rows] == list(settings_of_so.DENSITIES)
+    accuracies = [row[f"lr {lr}"] for row in rows for lr in settings_of_so.LRS]
+    accuracies.append(rows[-1]["Adam, 0.001"])
+    assert all(0 < float(value) < 100 for pair in accuracies for value in pair.split(", "))
