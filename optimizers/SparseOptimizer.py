@@ -83,6 +83,8 @@ class SO(Optimizer):
         ValueError: An argument is out of range, or a parameter is complex or a part of a matrix.
     """
 
+    # What another class may select the next S_m by: |m| or, of U, m and S_m, other numbers from 0.
+    _score: Score | None = None
     # Of the coming step: tensors that have their support, the places of all parameters, and g of
     # sharded tensors. Replaced, never changed in place.
     _ready: frozenset[Tensor] = frozenset()
@@ -121,17 +123,16 @@ class SO(Optimizer):
                 loss = closure()
         self.draw_supports(lambda p: p.grad is not None)
         self._ready = frozenset()
-        self._reduced = self._reduce_shards()
+        self._reduced = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            if dense := [p for p in params if _is_dense(p, group)]:
+            if dense := [p for p in params if "grad_indices" not in self.state[p]]:
                 self._dense_update(dense, group)
-            sparse = [p for p in params if not _is_dense(p, group)]
+            sparse = [p for p in params if "grad_indices" in self.state[p]]
             for p in sparse:
                 self.state[p]["step"] += 1
             for chunk in self._chunks(sparse):
                 self._sparse_update(chunk, group)
-        self._reduced = {}
         return loss
 
     def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -151,7 +152,11 @@ class SO(Optimizer):
     def _sparse_update(self, params: list[Tensor], group: Group) -> None:
         """Take a step on a chunk of sparse tensors."""
         states, numels = [self.state[p] for p in params], [p.numel() for p in params]
-        gradients = self._read_gradients(params, group)
+        if hasattr(params[0], "device_mesh"):
+            self._reduced = self._reduced or self._reduce_shards()
+            gradients = [self._reduced[p] for p in params]
+        else:
+            gradients = self._read_gradients(params, group)
         if group["foreach"] is False or len(params) == 1:
             updates = [
                 _single_tensor_so(state, g, group, self._score, numel)
@@ -160,10 +165,6 @@ class SO(Optimizer):
         else:
             updates = _multi_tensor_so(states, numels, gradients, group, self._score)
         self._add(params, updates, group)
-
-    def _score(self, U: Tensor, m: Tensor, S_m: Tensor) -> Tensor:
-        """Importance of the union's slots, 0 or more; the k highest are the next S_m."""
-        return m.abs()
 
     def _dense_update(self, params: list[Tensor], group: Group) -> None:
         """Update whole tensors, or shards, by torch's own Adam; half precision in float32."""
@@ -195,7 +196,8 @@ class SO(Optimizer):
         Args:
             filter_fn: Tells which tensors will take part; those that require a gradient by default.
         """
-        self._init_seeds(exchange=True)
+        if any(group["seed"] is None for group in self.param_groups):
+            self._init_seeds(exchange=True)
         generator = torch.Generator("cpu")
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         self._positions = {p: position for position, (_, p) in enumerate(params)}
@@ -204,7 +206,11 @@ class SO(Optimizer):
             skip = not (filter_fn(p) if filter_fn else p.requires_grad)
             if skip or p.numel() == 0 or p in self._ready:
                 continue
-            state, dense = self.state[p], _is_dense(p, group)
+            state, dense = self.state[p], group["dense"]
+            if "step" in state:
+                dense = "grad_indices" not in state
+            elif dense is None:
+                dense = sum(size > 1 for size in p.shape) < 2
             step = int(state.get("step", 0))
             if not dense and not (step % group["T"] and "step" in state):
                 # A draw depends on seed, position and step only: there is no generator to save, the
@@ -243,8 +249,6 @@ class SO(Optimizer):
 
     def _read_gradients(self, params: list[Tensor], group: Group) -> Sequence[Tensor]:
         """The g of the module's docstring of each tensor, (k,)."""
-        if params[0] in self._reduced:
-            return [self._reduced[p] for p in params]
         supports = [self.state[p]["grad_indices"] for p in params]
         if params[0].grad.layout == torch.sparse_coo:
             g = _gather_coo([p.grad for p in params], supports)
@@ -262,7 +266,8 @@ class SO(Optimizer):
         rows = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
-                if hasattr(p, "device_mesh") and p.grad is not None and not _is_dense(p, group):
+                sparse = p.grad is not None and "grad_indices" in self.state[p]
+                if sparse and hasattr(p, "device_mesh"):
                     rows[p.device_mesh].append((p, *self._read_gradients([p], group)))
         reduced = {}
         for mesh, row in rows.items():
@@ -356,7 +361,7 @@ class SO(Optimizer):
             _validate_group(saved_group)
             for number, p in zip(saved_group["params"], group["params"]):
                 if saved := state_dict["state"].get(number):
-                    states[p] = _restore(p, saved, _is_dense(p, saved_group))
+                    states[p] = _restore(p, saved)
         super().load_state_dict({**state_dict, "state": {}})  # would cast it to p's dtype
         self.state.update(states)
         self._ready = frozenset()
@@ -366,7 +371,12 @@ class SO(Optimizer):
 
 
 def _single_tensor_so(
-    state: State, g: Tensor, group: Group, score: Score, numel: float, segments: Segments = ()
+    state: State,
+    g: Tensor,
+    group: Group,
+    score: Score | None,
+    numel: float,
+    segments: Segments = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the step of the module's docstring on one tensor, whose gradient at S_g is g.
 
@@ -390,8 +400,8 @@ def _single_tensor_so(
     bias_correction1, bias_correction2 = bias_corrections
     denom = (v / bias_correction2).sqrt_().add_(group["eps"])
     update = (-group["lr"] / bias_correction1 * m).div_(denom).masked_fill_(void, 0)
-    importance = score(U, m, S_m).masked_fill_(void, -1)
-    keep = _topk(importance, segments or [(len(U), len(S_g))])
+    importance = m.abs() if score is None else score(U, m, S_m)
+    keep = _topk(importance.masked_fill_(void, -1), segments or [(len(U), len(S_g))])
     for name, row in zip(STATE_NAMES[2:], (U, m, v, *entry_steps)):
         state[name] = row.index_select(0, keep)
     return U, update, void
@@ -456,7 +466,11 @@ def _topk_by_counting(score: Tensor, k: int) -> Tensor:
 
 
 def _multi_tensor_so(
-    states: list[State], numels: list[int], gradients: Sequence[Tensor], group: Group, score: Score
+    states: list[State],
+    numels: list[int],
+    gradients: Sequence[Tensor],
+    group: Group,
+    score: Score | None,
 ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """Compute the step of `_single_tensor_so` on many tensors at once, as if they were one.
 
@@ -587,11 +601,6 @@ def _shard_box(t: Tensor) -> list[tuple[int, int]]:
 # Checks and warnings
 
 
-def _is_dense(p: Tensor, group: Group) -> bool:
-    """Whether plain Adam updates this tensor: as its group says, else by its dimensions."""
-    return sum(size > 1 for size in p.shape) < 2 if group["dense"] is None else group["dense"]
-
-
 def _warn_if_too_sparse(supports: list[tuple[Tensor, int]]) -> None:
     """Warn of sparse tensors that keep so few entries that they will barely train."""
     few = [str(tuple(p.shape)) for p, k in supports if k < 10 < p.numel()]
@@ -607,9 +616,9 @@ def _warn_if_too_sparse(supports: list[tuple[Tensor, int]]) -> None:
         )
 
 
-def _restore(p: Tensor, saved: State, dense: bool) -> State:
+def _restore(p: Tensor, saved: State) -> State:
     """A copy of p's saved state in p's precision and place; raise ValueError if it is not p's."""
-    state = {}
+    state, dense = {}, saved.keys().isdisjoint(("grad_indices", "indices"))
     for name, value in saved.items():
         if name == "step":  # a plain number in some files
             value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
