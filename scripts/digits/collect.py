@@ -3,35 +3,37 @@
     python scripts/digits/collect.py        # after the runs, which scripts/digits/study.sh makes
 
 Weights that runs saved are evaluated on the task and on the glyphs of the pre-training, and
-interpolated (WiSE-FT) for some. What that gives is kept beside the weights, in interpolation.json.
+interpolated (WiSE-FT) for some.
 """
 
+import gzip
 import json
 import platform
 import re
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from digits.glyphs import CLASSNAMES, draw_glyphs, render_glyphs, zero_shot_accuracy
-from digits.study_runs import KEY, SETTINGS, StudyRun, write_runs
+from digits import glyphs
+from digits.study import CURVES_FILE, KEY, RUNS_FILE, SETTINGS
 from reporting import ROOT
 from reporting.experiments import load_finished, read_experiment
 
 import clip
-from clip.preprocess import normalize
 from datasets import build_dataset
 from datasets.transforms import read_image
-from optimizers.delta import apply_delta, interpolated_weights, read_delta
 from run_utils import OneLineErrorParser
 from runs.cli import run_cli
 from runs.records import Run
-from utils import atomic_write
+from runs.weights import load_weights
+from utils import atomic_write, to_csv
 
 CONFIGS = ROOT / "configs/experiments"
 EXPERIMENTS = (
@@ -60,99 +62,86 @@ def collect(root: Path, out: Path) -> None:
         ValueError: A result is damaged, or runs are of several commits.
     """
     torch.set_num_threads(1)
-    runs: dict[Path, StudyRun] = {}
-    evaluate = WeightsEvaluator()
+    rows, curves = {}, []
     for name in EXPERIMENTS:
         planned = read_experiment(CONFIGS / f"digits_{name}.yaml", (), root).runs
         planned.sort(key=lambda run: (run.config.shots, run.config.seed))
         for run in load_finished(planned):
-            if run.folder not in runs:
-                alphas = ALPHAS if name in INTERPOLATED and run.shots in SHOTS else (1.0,)
-                runs[run.folder] = make_study_run(run, name, evaluate(run, alphas))
-    if len(commits := {run.git_commit for run in runs.values()}) > 1:
+            if run.folder not in rows:
+                rows[run.folder] = row = make_row(run, name)
+                curves += make_curve(run, [row[column] for column in KEY])
+    if len(commits := {row["git_commit"] for row in rows.values()}) != 1:
         raise ValueError(f"runs of {len(commits)} commits ({', '.join(commits)}): keep one's")
-    write_runs(list(runs.values()), out)
-    print(f"{len(runs)} runs: {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / RUNS_FILE, to_csv(list(row), [row.values() for row in rows.values()]))
+    header = (*KEY, "iteration", "loss", "test_accuracy")
+    atomic_write(out / CURVES_FILE, gzip.compress(to_csv(header, curves).encode(), mtime=0))
+    print(f"{len(rows)} runs: {out}")
 
 
-def make_study_run(
-    run: Run, experiment: str, interpolation: dict[float, tuple[float, float]]
-) -> StudyRun:
-    """Return what the study has of a run: losses only of runs with --eval_every, all rounded."""
+def make_row(run: Run, experiment: str) -> dict[str, Any]:
+    """Return a run's line of runs.csv by column, rounded."""
     result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
-    losses = run.loss_curve if run.config["eval_every"] else []
-    return StudyRun(
-        **{key: getattr(run, key) for key in (*KEY, "iterations") if key != "experiment"},
-        experiment=experiment,
-        config={key: run.config[key] for key in SETTINGS},
-        zero_shot_accuracy=round(run.zero_shot_accuracy, 4),
-        final_accuracy=round(run.final_accuracy, 4),
-        per_class=[round(accuracy, 1) for accuracy in result["per_class"].values()],
-        interpolation={a: tuple(round(v, 4) for v in pair) for a, pair in interpolation.items()},
-        wall_seconds=round(run.wall_seconds, 1),
-        data_digest=run.data["digest"][:12],
-        processor=processor_name(),
-        torch=run.versions["torch"],
-        git_commit=run.git_commit[:12],
-        loss_curve=np.array([float(f"{loss:.4g}") for loss in losses]),
-        eval_curve=run.eval_curve.round(4),
-    )
+    interpolated = experiment in INTERPOLATED and run.shots in SHOTS
+    points = evaluate_weights(run, ALPHAS if interpolated else (1.0,))
+    return {
+        "experiment": experiment,
+        **{key: getattr(run, key) for key in KEY if key != "experiment"},
+        **{key: run.config[key] for key in SETTINGS},
+        "zero_shot_accuracy": round(run.zero_shot_accuracy, 4),
+        "final_accuracy": round(run.final_accuracy, 4),
+        "iterations": run.iterations,
+        "wall_seconds": round(run.wall_seconds, 1),
+        "data_digest": run.data["digest"][:12],
+        "processor": processor_name(),
+        "torch": run.versions["torch"],
+        "git_commit": run.git_commit[:12],
+        "glyphs_accuracy": points[1.0][1] if points else "",
+        "per_class": " ".join(f"{accuracy:.1f}" for accuracy in result["per_class"].values()),
+        "interpolation": "; ".join(f"{alpha:g} {a} {b}" for alpha, (a, b) in points.items()),
+    }
 
 
 def processor_name() -> str:
-    """Return the name of this machine's processor."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
+    """Return the name of this machine's processor, as Linux has it, or its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return name[1] if name else platform.machine()
 
 
-class WeightsEvaluator:
-    """Evaluates the saved weights of runs on their task and on the glyphs of the pre-training."""
-
-    def __init__(self) -> None:
-        self.model, _ = clip.load("ViT-Tiny/8", "cpu")
-        self.base = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.glyphs = (*glyph_test_set(), CLASSNAMES)
-        self.tasks, self.zero_shot = {}, {}  # by dataset
-
-    def __call__(self, run: Run, alphas: tuple[float, ...]) -> dict[float, tuple[float, float]]:
-        """Return both accuracies by alpha, of the weights base + alpha (trained - base)."""
-        weights, cache = run.folder / "weights.safetensors", run.folder / "interpolation.json"
-        if not weights.is_file():
-            return {}
-        is_current = cache.is_file() and cache.stat().st_mtime >= weights.stat().st_mtime
-        points = json.loads(cache.read_text()) if is_current else {}
-        if missing := [alpha for alpha in alphas if str(alpha) not in points]:
-            if run.dataset not in self.tasks:
-                self.tasks[run.dataset] = load_test_set(run.config["dataset"])
-                self.zero_shot[run.dataset] = self.evaluate(weights, 0.0, run.dataset)
-            for alpha in missing:
-                evaluated = alpha and self.evaluate(weights, alpha, run.dataset)
-                points[str(alpha)] = evaluated or self.zero_shot[run.dataset]
-            atomic_write(cache, json.dumps(points))
-        return {alpha: tuple(points[str(alpha)]) for alpha in alphas}
-
-    def evaluate(self, path: Path, alpha: float, dataset: str) -> tuple[float, float]:
-        """Return both accuracies in percent."""
-        self.model.load_state_dict(self.base)
-        delta = read_delta(path)
-        apply_delta(self.model, delta)
-        weights = {name: self.model.get_parameter(name) for name in delta.tensors}
-        with interpolated_weights(weights, self.base, alpha):
-            tasks = self.tasks[dataset], self.glyphs
-            return tuple(zero_shot_accuracy(self.model, *task) for task in tasks)
+def make_curve(run: Run, key: list) -> list[list]:
+    """Return a run's lines of curves.csv.gz; none without --eval_every."""
+    accuracies = dict(run.eval_curve.round(4).tolist())
+    return [
+        [*key, iteration, float(f"{loss:.4g}"), accuracies.get(iteration, "")]
+        for iteration, loss in enumerate(run.loss_curve, start=1)
+        if run.config["eval_every"]
+    ]
 
 
-def load_test_set(name: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Return a dataset's normalized test images (N, 3, 32, 32), labels (N,) and class names."""
+def evaluate_weights(run: Run, alphas: Sequence[float]) -> dict[float, tuple[float, float]]:
+    """Return accuracies on task and glyphs by alpha, of the weights base + alpha (trained - base).
+
+    {} if the run saved no weights.
+    """
+    weights, points = run.folder / "weights.safetensors", {}
+    for alpha in alphas if weights.is_file() else ():
+        model, _ = clip.load("ViT-Tiny/8", "cpu")
+        load_weights(model, weights, alpha)
+        tasks = load_test_sets(run.config["dataset"])
+        points[alpha] = tuple(round(glyphs.zero_shot_accuracy(model, *task), 4) for task in tasks)
+    return points
+
+
+@cache
+def load_test_sets(name: str) -> list[tuple[Tensor, Tensor, Sequence[str]]]:
+    """Return images, labels and class names to test on: of a dataset, and of the glyphs."""
     dataset = build_dataset(name, None, shots=1)
-    images = [np.asarray(read_image(item.impath)) for item in dataset.test]
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([read_image(item.impath) for item in dataset.test]))
     labels = torch.tensor([item.label for item in dataset.test])
-    return normalize(pixels), labels, dataset.classnames
+    task = glyphs.normalize(pixels.permute(0, 3, 1, 2) / 255), labels, dataset.classnames
+    return [task, (*glyph_test_set(), glyphs.CLASSNAMES)]
 
 
 def glyph_test_set() -> tuple[Tensor, Tensor]:
@@ -161,14 +150,14 @@ def glyph_test_set() -> tuple[Tensor, Tensor]:
     They are distorted as in pre-training, from a seed that it did not use.
     """
     generator = Generator().manual_seed(SEED)
-    distances, labels = draw_glyphs()
+    distances, labels = glyphs.draw_glyphs()
     chosen = []
-    for label in range(len(CLASSNAMES)):
+    for label in range(len(glyphs.CLASSNAMES)):
         rows = (labels == label).nonzero().flatten()
         chosen.append(rows[torch.randint(len(rows), (PER_CLASS,), generator=generator)])
     rows = torch.cat(chosen)
-    images, _ = render_glyphs(distances[rows], 1.0, generator)
-    return images, labels[rows]
+    images, _ = glyphs.render_glyphs(distances[rows], 1.0, generator)
+    return glyphs.normalize(images), labels[rows]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The 70 classes of glyphs that the tiny CLIP is pre-trained on, drawn and distorted.
 
 The ten digits, 52 letters and 8 shapes, in the fonts that matplotlib ships. pretrain.py trains on
-them, study.py measures what is forgotten of them, greek.py draws other letters. `strength` is that
-of all distortions, from 0 for none to 1; all randomness comes from a torch generator.
+them, collect.py measures what is forgotten of them, greek.py draws other letters. `strength` is
+that of all distortions, from 0 for none to 1; all randomness comes from a torch generator.
 """
 
 import math
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import reporting  # noqa: F401  (puts the repository on the path)
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
 from torch import Generator, Tensor
-from torchvision.transforms.functional import normalize
+from torchvision.transforms import Normalize
 
 from clip import CLIP, OPENAI_MEAN, OPENAI_STD
 from datasets.digits import CLASSNAMES as DIGITS
@@ -49,28 +50,17 @@ COLORS = {
 CANVAS = 64  # pixels of a side of a drawn glyph
 CAPITAL = 40  # pixels that a capital H is high
 
+normalize = Normalize(OPENAI_MEAN, OPENAI_STD)
+
 
 def render_glyphs(
     distances: Tensor, strength: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Distort and color glyphs.
-
-    Args:
-        distances: Signed distances to the outlines (B, 64, 64), as `draw_glyphs` returns them.
-        strength: Of all distortions, from 0 to 1.
-        generator: Source of all randomness.
+    """Distort and color glyphs, given as `draw_glyphs` returns them (B, 64, 64).
 
     Returns:
-        Images (B, 3, 32, 32), normalized, and the index in COLORS of each one's ink (B,).
+        Images (B, 3, 32, 32) from 0 to 1, and the index in COLORS of each one's ink (B,).
     """
-    images, colors = distort_glyphs(distances, strength, generator)
-    return normalize(images, OPENAI_MEAN, OPENAI_STD), colors
-
-
-def distort_glyphs(
-    distances: Tensor, strength: float, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """As `render_glyphs`, with images from 0 to 1."""
     ink = random_warp(distances, strength, generator)
     ink = random_affine(random_downsample(ink, strength, generator), strength, generator)
     colors = torch.randint(len(COLORS), (len(ink),), generator=generator)
@@ -92,8 +82,8 @@ def draw_glyphs() -> tuple[Tensor, Tensor]:
     """Draw every class in every font, the shapes once, class by class.
 
     Returns:
-        Distances to the outline in pixels, positive inside the ink (N, 64, 64), and the labels
-        (N,). Distances, because a stroke gets wider or thinner by adding to them.
+        Distances to the outline in pixels, positive inside the ink (N, 64, 64): adding to them
+        makes a stroke wider. And the labels (N,).
     """
     shapes = torch.stack([to_distances(draw_shape(name)) for name in SHAPES])
     characters, labels = draw_characters("".join(CHARACTERS.values()), FONTS)
@@ -154,31 +144,24 @@ def draw_shape(name: str) -> np.ndarray:
 
 
 def uniform(generator: Generator, low: float, high: float, *shape: int) -> Tensor:
-    """Draw uniformly from [low, high)."""
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
 def random_warp(distances: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Draw glyphs as a restless hand might: sheared, wavy, thick or thin.
-
-    Returns:
-        Ink (B, 1, 32, 32) from 0 to 1. A capital about fills the height.
-    """
+    """Draw glyphs sheared, wavy, thick or thin, capitals as high as the image: (B, 1, 32, 32)."""
     count = len(distances)
     zoom = 0.76 + strength * uniform(generator, -0.14, 0.14, count)
     aspect = (strength * uniform(generator, -0.3, 0.3, count)).exp()
     slant = strength * uniform(generator, -0.4, 0.4, count)
     turn = strength * uniform(generator, -0.2, 0.2, count)
     zero = torch.zeros(count)
-    rows = [zoom * aspect, slant * zoom, zero], [turn * zoom, zoom, zero]
-    grid = affine_grid(rows)
+    grid = affine_grid([zoom * aspect, slant * zoom, zero], [turn * zoom, zoom, zero])
     waves = torch.randn(count, 2, 4, 4, generator=generator)
     waves = waves * uniform(generator, 0.0, 0.12 * strength, count, 1, 1, 1)
     waves = F.interpolate(waves, size=32, mode="bicubic", align_corners=False)
     grid = grid + waves.permute(0, 2, 3, 1)
-    warped = F.grid_sample(
-        distances[:, None], grid, padding_mode="border", align_corners=False
-    )  # (B, 1, 32, 32)
+    distances = distances[:, None]  # (B, 1, 64, 64)
+    warped = F.grid_sample(distances, grid, padding_mode="border", align_corners=False)
     deepest = warped.amax(dim=(2, 3), keepdim=True)
     wider = (strength * uniform(generator, -2.5, 3.0, count, 1, 1, 1)).maximum(1.0 - deepest)
     return torch.sigmoid((warped + wider) / uniform(generator, 0.4, 1.2, count, 1, 1, 1))
@@ -201,21 +184,20 @@ def random_affine(ink: Tensor, strength: float, generator: Generator) -> Tensor:
     angle = strength * uniform(generator, -0.3, 0.3, count)
     shift = strength * uniform(generator, -0.2, 0.2, count, 2) * scale[:, None]
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    grid = affine_grid(([cos, -sin, shift[:, 0]], [sin, cos, shift[:, 1]]))
+    grid = affine_grid([cos, -sin, shift[:, 0]], [sin, cos, shift[:, 1]])
     return F.grid_sample(ink, grid, align_corners=False)
 
 
-def affine_grid(rows: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+def affine_grid(*rows: list[Tensor]) -> Tensor:
     """Return the sampling grid (B, 32, 32, 2) of 2 x 3 matrices whose entries are given (B,)."""
     matrices = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)  # (B, 2, 3)
     return F.affine_grid(matrices, [len(matrices), 1, 32, 32], align_corners=False)
 
 
 def colorize(ink: Tensor, colors: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Color ink (B, 1, 32, 32) and background with a minimum contrast, and add noise.
+    """Color ink and background with a minimum contrast, and add noise: (B, 3, 32, 32).
 
-    Returns:
-        Images (B, 3, 32, 32) from 0 to 1. At strength 0 backgrounds are black or white.
+    At strength 0 backgrounds are black or white.
     """
     count = len(ink)
     front = torch.tensor(list(COLORS.values()))[colors] + uniform(generator, -0.1, 0.1, count, 3)

@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from digits.glyphs import FONTS, distort_glyphs, draw_characters
+from digits.glyphs import FONTS, draw_characters, render_glyphs
 
 CLASSNAMES = (
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa",
@@ -37,7 +36,7 @@ def write_greek(out: Path) -> None:
     for label, name in enumerate(CLASSNAMES):
         letter = distances[labels == label]
         fonts = torch.randint(len(letter), (PER_CLASS,), generator=generator)
-        images, _ = distort_glyphs(letter[fonts], STRENGTH, generator)
+        images, _ = render_glyphs(letter[fonts], STRENGTH, generator)
         pixels = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()  # (60, 32, 32, 3)
         (out / name).mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(pixels):

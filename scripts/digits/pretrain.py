@@ -20,25 +20,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from digits.glyphs import CLASSNAMES, COLORS, draw_glyphs, render_glyphs, zero_shot_accuracy
+from digits import glyphs
 
-import datasets.digits
 from clip import CLIP
-from clip.preprocess import normalize
+from datasets import digits
 from utils import atomic_write
 
 MODEL_ARGS = {
-    "embed_dim": 64,
-    "image_resolution": 32,
-    "vision_layers": 4,
-    "vision_width": 128,
-    "vision_patch_size": 8,
-    "context_length": 32,
-    "vocab_size": 514,
-    "transformer_width": 64,
+    "embed_dim": 64, "image_resolution": 32, "vision_layers": 4, "vision_width": 128,
+    "vision_patch_size": 8, "context_length": 32, "vocab_size": 514, "transformer_width": 64,
     "transformer_layers": 2,
-}
+}  # fmt: skip
 DIGIT_WEIGHT = 3.0  # how much more often a digit is drawn than another class
 TEMPLATES = (
     *("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}."),
@@ -52,6 +44,18 @@ LR, WARMUP_STEPS, WEIGHT_DECAY, LOGIT_SCALE_LR_FACTOR = 1.5e-3, 100, 0.05, 5.0
 # the start, the loss does not fall for the first thousand steps.
 RAMP_FRACTION = 0.3
 LOG_EVERY = 250  # steps
+
+
+def main() -> None:
+    """Read the flags and train."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and of all data")
+    parser.add_argument("--steps", type=int, default=3000, help="batches of 128")
+    parser.add_argument("--out", type=Path, default=Path("ViT-Tiny-8.pt"), help="checkpoint")
+    parser.add_argument("--threads", type=int, default=1, help="no more than there are free cores")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args.out, args.seed, args.steps)
 
 
 def train(out: Path, seed: int, steps: int) -> None:
@@ -81,82 +85,12 @@ def train(out: Path, seed: int, steps: int) -> None:
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % LOG_EVERY == 0:
-            accuracy = zero_shot_accuracy(model, *validation, datasets.digits.CLASSNAMES)
-            print(
-                f"step {step + 1}/{steps}, loss {fmean(losses[-LOG_EVERY:]):.3f}, "
-                f"validation zero-shot {accuracy:.2f} %",
-                flush=True,
-            )
+            accuracy = glyphs.zero_shot_accuracy(model, *validation, digits.CLASSNAMES)
+            mean_loss = fmean(losses[-LOG_EVERY:])
+            print(f"step {step + 1}, loss {mean_loss:.3f}, validation {accuracy:.2f} %", flush=True)
     data = checkpoint_bytes(model)
     atomic_write(out, data)
     print(f"{out}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
-
-
-class GlyphCaptionDataset:
-    """Endless batches of glyphs and captions.
-
-    Attributes:
-        captions: All captions that there are, as token rows (M, 32).
-    """
-
-    def __init__(self, model: CLIP):
-        self.distances, labels = draw_glyphs()
-        self.first = torch.searchsorted(labels, torch.arange(len(CLASSNAMES)))
-        self.count = torch.bincount(labels)
-        self.weights = torch.ones(len(CLASSNAMES))
-        self.weights[: len(datasets.digits.CLASSNAMES)] = DIGIT_WEIGHT
-        self.captions = model.tokenize(
-            [
-                template.format(color + name).replace("a orange", "an orange")
-                for name in CLASSNAMES
-                for color in ["", *(f"{color} " for color in COLORS)]
-                for template in TEMPLATES
-            ]
-        )
-
-    def batch(self, strength: float, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw one batch.
-
-        Args:
-            strength: Of the distortions, from 0 to 1.
-            generator: Source of all randomness.
-
-        Returns:
-            Normalized images (B, 3, 32, 32), the batch's different captions (U, L), and which of
-            them are true of which image (B, U), bool.
-        """
-        classes = torch.multinomial(self.weights, BATCH_SIZE, replacement=True, generator=generator)
-        fonts = (torch.rand(BATCH_SIZE, generator=generator) * self.count[classes]).long()
-        distances = self.distances[self.first[classes] + fonts]
-        images, colors = render_glyphs(distances, strength, generator)
-
-        names_color = torch.rand(BATCH_SIZE, generator=generator) < COLOR_CAPTION_PROB
-        templates = torch.randint(len(TEMPLATES), (BATCH_SIZE,), generator=generator)
-        per_class = len(TEMPLATES) * (1 + len(COLORS))
-        color_words = torch.where(names_color, colors + 1, 0)  # 0: no color
-        captions = (classes * per_class + color_words * len(TEMPLATES) + templates).unique()  # (U,)
-        caption_colors = captions % per_class // len(TEMPLATES) - 1
-        is_match = (captions // per_class == classes[:, None]) & (
-            (caption_colors == -1) | (caption_colors == colors[:, None])
-        )  # (B, U)
-        tokens = self.captions[captions]
-        length = int(tokens.argmax(dim=1).max()) + 1  # nothing follows the end of a text
-        return images, tokens[:, :length], is_match
-
-
-def contrastive_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """Return CLIP's symmetric loss where images and captions have several matches each.
-
-    Args:
-        logits: Scaled similarities (B, U).
-        is_match: Which captions are true of which images (B, U), at least one in each row and
-            column.
-    """
-    loss = torch.zeros(())
-    for scores, match in ((logits, is_match), (logits.T, is_match.T)):
-        target = match / match.sum(dim=1, keepdim=True)
-        loss = loss + F.cross_entropy(scores, target) / 2
-    return loss
 
 
 def get_lr(step: int, steps: int) -> float:
@@ -167,33 +101,77 @@ def get_lr(step: int, steps: int) -> float:
 
 def digits_images(part: str) -> tuple[Tensor, Tensor]:
     """Return a part of the digits' split: normalized images (N, 3, 32, 32) and labels (N,)."""
-    pixels, labels = datasets.digits.render()
-    chosen = datasets.digits.split_indices(labels)[part]
-    images = torch.from_numpy(pixels[chosen])[:, None].expand(-1, 3, -1, -1)
-    return normalize(images), torch.from_numpy(labels[chosen])
+    pixels, labels = map(torch.from_numpy, digits.render())
+    chosen = digits.split_indices(labels.numpy())[part]
+    return glyphs.normalize(pixels[chosen, None].expand(-1, 3, -1, -1) / 255), labels[chosen]
+
+
+class GlyphCaptionDataset:
+    """Endless batches of glyphs and captions, of which `captions` has all as token rows (M, 32)."""
+
+    def __init__(self, model: CLIP):
+        self.distances, labels = glyphs.draw_glyphs()
+        self.first = torch.searchsorted(labels, torch.arange(len(glyphs.CLASSNAMES)))
+        self.count = torch.bincount(labels)
+        self.weights = torch.ones(len(glyphs.CLASSNAMES))
+        self.weights[: len(digits.CLASSNAMES)] = DIGIT_WEIGHT
+        self.captions = model.tokenize(
+            [
+                template.format(color + name).replace("a orange", "an orange")
+                for name in glyphs.CLASSNAMES
+                for color in ["", *(f"{color} " for color in glyphs.COLORS)]
+                for template in TEMPLATES
+            ]
+        )
+
+    def batch(self, strength: float, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw one batch, distorted by a strength from 0 to 1.
+
+        Returns:
+            Normalized images (B, 3, 32, 32), the batch's different captions (U, L), and which of
+            them are true of which image (B, U), bool.
+        """
+        classes = torch.multinomial(self.weights, BATCH_SIZE, replacement=True, generator=generator)
+        fonts = (torch.rand(BATCH_SIZE, generator=generator) * self.count[classes]).long()
+        distances = self.distances[self.first[classes] + fonts]
+        images, colors = glyphs.render_glyphs(distances, strength, generator)
+
+        names_color = torch.rand(BATCH_SIZE, generator=generator) < COLOR_CAPTION_PROB
+        templates = torch.randint(len(TEMPLATES), (BATCH_SIZE,), generator=generator)
+        per_class = len(TEMPLATES) * (1 + len(glyphs.COLORS))
+        color_words = torch.where(names_color, colors + 1, 0)  # 0: no color
+        captions = (classes * per_class + color_words * len(TEMPLATES) + templates).unique()  # (U,)
+        caption_colors = captions % per_class // len(TEMPLATES) - 1
+        is_match = (captions // per_class == classes[:, None]) & (
+            (caption_colors == -1) | (caption_colors == colors[:, None])
+        )  # (B, U)
+        tokens = self.captions[captions]
+        length = int(tokens.argmax(dim=1).max()) + 1  # nothing follows the end of a text
+        return glyphs.normalize(images), tokens[:, :length], is_match
+
+
+def contrastive_loss(logits: Tensor, is_match: Tensor) -> Tensor:
+    """Return CLIP's symmetric loss where images and captions have several matches each.
+
+    Args:
+        logits: Scaled similarities (B, U).
+        is_match: Which captions are true of which images (B, U); at least one in a row or column.
+    """
+    loss = torch.zeros(())
+    for scores, match in ((logits, is_match), (logits.T, is_match.T)):
+        target = match / match.sum(dim=1, keepdim=True)
+        loss = loss + F.cross_entropy(scores, target) / 2
+    return loss
 
 
 def checkpoint_bytes(model: CLIP) -> bytes:
     """Return the file to ship: OpenAI's layout, fp16, readable with weights_only=True."""
     state = {key: value.half() for key, value in model.state_dict().items()}
-    state["input_resolution"] = torch.tensor(MODEL_ARGS["image_resolution"])
-    state["context_length"] = torch.tensor(MODEL_ARGS["context_length"])
-    state["vocab_size"] = torch.tensor(MODEL_ARGS["vocab_size"])
+    for key in ("input_resolution", "context_length", "vocab_size"):
+        state[key] = torch.tensor(MODEL_ARGS[key.replace("input", "image")])
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def main() -> None:
-    """Read the flags and train."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=1, help="of the weights and of all data")
-    parser.add_argument("--steps", type=int, default=3000, help="batches of 128")
-    parser.add_argument("--out", type=Path, default=Path("ViT-Tiny-8.pt"), help="checkpoint")
-    parser.add_argument("--threads", type=int, default=1, help="no more than there are free cores")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(args.out, args.seed, args.steps)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def drawn():
 
 @pytest.fixture
 def dataset(drawn, monkeypatch):
-    monkeypatch.setattr(pretrain, "draw_glyphs", lambda: drawn)
+    monkeypatch.setattr(glyphs, "draw_glyphs", lambda: drawn)
     return pretrain.GlyphCaptionDataset(clip.CLIP(**pretrain.MODEL_ARGS))
 
 
@@ -85,7 +85,7 @@ def test_contrastive_loss_matches_cross_entropy():
 def test_pretraining_writes_same_file_twice(drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrain, "BATCH_SIZE", 16)
     monkeypatch.setattr(pretrain, "TEMPLATES", pretrain.TEMPLATES[:2])
-    monkeypatch.setattr(pretrain, "draw_glyphs", lambda: drawn)
+    monkeypatch.setattr(glyphs, "draw_glyphs", lambda: drawn)
     paths = tmp_path / "one.pt", tmp_path / "two.pt"
     for path in paths:
         pretrain.train(path, seed=5, steps=2)
