@@ -4,7 +4,7 @@
 to get the datasets and how their folders look; `python -m datasets --root_path ROOT` checks them.
 """
 
-from datasets.base import SUBSAMPLES, DatasetInfo, Datum, FewShotDataset
+from datasets.base import SUBSAMPLES, Datum, FewShotDataset
 from datasets.build import (
     build_dataset,
     build_test_dataset,
@@ -18,7 +18,6 @@ from datasets.fewshot import dump_fewshot_split
 __all__ = [
     "DATASETS",
     "SUBSAMPLES",
-    "DatasetInfo",
     "Datum",
     "FewShotDataset",
     "build_dataset",

@@ -1,7 +1,6 @@
-"""What all datasets share: their records, how their folder is found, how files are read."""
+"""What all datasets share: their records, and how their folder is found."""
 
 import hashlib
-import json
 import math
 import os
 import unicodedata
@@ -10,11 +9,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from utils import detect_placeholder_file, format_error
+from datasets.files import PathLike, nfc
+from utils import format_error
 
-PathLike = str | os.PathLike
 RawSample = tuple[str, int, str]  # path below the image folder with "/", label, class name
 GrayRange = tuple[float, float]  # the values that become black and white (`transforms.read_image`)
 
@@ -22,19 +20,13 @@ SPLITS = ("train", "val", "test")
 SUBSAMPLES = ("all", "base", "new")  # halves of the classes (see `Split.subsample_classes`)
 DEFAULT_TEMPLATE = "a photo of a {}."
 DEFAULT_ROOT = "~/.cache/so"  # for the dataset that is made, not downloaded
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".gif", ".bmp", ".ppm", ".pgm")
-IMAGE_EXTENSIONS += (".tif", ".tiff", ".webp")
-# Folders that archives and file servers leave behind, besides hidden ones; in lower case.
-IGNORED_DIRS = ("__macosx", "@eadir", "@recycle", "lost+found", "$recycle.bin", "#recycle")
-IGNORED_DIRS += ("#snapshot", "system volume information")
-IGNORED_FILES = ("thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Datum:
-    """One image: its path on this disk, its label and its class name."""
+    """One image."""
 
-    impath: str
+    impath: str  # on this disk
     label: int
     classname: str
     gray_range: GrayRange | None = None
@@ -57,7 +49,7 @@ class FewShotDataset:
 
 @dataclass(frozen=True)
 class Split:
-    """All samples of a dataset as they were read; `splits.check_split` checks them."""
+    """All samples of a dataset as they were read; `splits.find_problems` checks them."""
 
     source_path: str  # the file or folder that they were read from, for messages
     train: list[RawSample]
@@ -67,10 +59,14 @@ class Split:
     origin: str = "published"  # or "made" here from the raw download, or "own" for a user's images
     files_exist: bool = False  # whether the paths come from listing their folders
     has_parts: bool = True  # False if the classes of own images were divided here
+    gray_range: GrayRange | None = None  # of own images, for `transforms.read_image`
     notes: tuple[str, ...] = ()  # what was left out, dropped or taken in another sense
 
+    @property
+    def parts(self) -> dict[str, list[RawSample]]:
+        return {part: getattr(self, part) for part in SPLITS}
+
     def samples(self) -> Iterator[RawSample]:
-        """Yield all samples, in the order of SPLITS."""
         return chain(self.train, self.val, self.test)
 
     def subsample_classes(self, subsample: str) -> "Split":
@@ -83,16 +79,27 @@ class Split:
             return self
         middle = math.ceil(len(self.lab2cname) / 2)
         labels = range(middle) if subsample == "base" else range(middle, len(self.lab2cname))
-        lab2cname = {label - labels.start: self.lab2cname[label] for label in labels}
-        splits = {
-            split: [(p, label - labels.start, c) for p, label, c in samples if label in labels]
-            for split, samples in ((split, getattr(self, split)) for split in SPLITS)
+        return self.relabel({label: (i, self.lab2cname[label]) for i, label in enumerate(labels)})
+
+    def relabel(self, classes: dict[int, tuple[int, str]]) -> "Split":
+        """Return the samples of classes, given their new labels and names by the old labels."""
+        parts = {
+            part: [(path, *classes[label]) for path, label, _ in samples if label in classes]
+            for part, samples in self.parts.items()
         }
-        return replace(self, **splits, lab2cname=lab2cname)
+        return replace(self, **parts, lab2cname=dict(classes.values()))
+
+    def fingerprint(self, subsample: str = "all") -> dict[str, str | int]:
+        """Return what results record of a half's data: origin, SHA-256, numbers of images.
+
+        A run on base classes tests on all of them.
+        """
+        half = self.subsample_classes(subsample)
+        tested = replace(half, test=self.test) if subsample == "base" else half
+        return {"split": self.origin, "digest": tested.sha256(), **half.num_images()}
 
     def num_images(self) -> dict[str, int]:
-        """Return the number of training, validation and test images."""
-        return {split: len(getattr(self, split)) for split in SPLITS}
+        return {part: len(samples) for part, samples in self.parts.items()}
 
     def sha256(self) -> str:
         """Return the SHA-256 of all samples in their order, which no folder's place changes."""
@@ -101,29 +108,24 @@ class Split:
             sha.update(nfc(f"{path}\0{label}\0{name}\0").encode(errors="surrogateescape"))
         return sha.hexdigest()
 
-    def fingerprint(self) -> dict[str, str | int]:
-        """Return what results record of their data: origin, SHA-256, numbers of images."""
-        return {"split": self.origin, "digest": self.sha256(), **self.num_images()}
-
 
 @dataclass(frozen=True)
 class DatasetInfo:
     """One row of the catalog: where a dataset is, how it is read, what it should hold.
 
-    Numbers are the published ones: None if there is none, or no such part; a dataset that is only
-    for testing has 0 training images.
+    Numbers are the published ones, None where there is none; a dataset that is only for testing has
+    0 training images.
     """
 
     title: str  # as people write it; the name of its section in DATASETS.md
-    dataset_dirs: tuple[str, ...]  # names of its folder below the root, in order of preference
-    image_dir: str  # in that folder, what the samples' paths start from; "." for the folder itself
-    num_classes: int | None
-    num_images: tuple[int | None, int | None, int | None]  # for training, validation, testing
+    dataset_dirs: tuple[str, ...] = ()  # names of its folder below the root, by preference
+    image_dir: str = "."  # in that folder, what the samples' paths start from
+    num_classes: int | None = None
+    num_images: tuple[int | None, ...] = (None, None, None)  # for training, validation, testing
     split_file: str | None = None  # None if the download has lists of its own
     read_data: Callable[["DatasetDir"], Split] | None = None  # used if there is no split file
     required_subdirs: tuple[str, ...] = (".",)  # of image_dir, to recognize the dataset's folder
-    aliases: tuple[str, ...] = ()  # what archives, torchvision and Kaggle call the dataset's folder
-    image_aliases: tuple[str, ...] = ()  # what they call the image folder
+    aliases: tuple[str, ...] = ()  # what archives, torchvision and Kaggle call one of the folders
     val_from_train: bool = False  # validation images are drawn from the training images
     prepare: Callable[[Path], None] | None = None  # makes the folder, if it is not downloaded
     template: str = DEFAULT_TEMPLATE  # CoOp's prompt
@@ -131,20 +133,17 @@ class DatasetInfo:
 
     @property
     def needs_root(self) -> bool:
-        """Whether its folder is below the root of all datasets."""
         return not self.prepare and not self.custom_path
 
     @property
     def test_only(self) -> bool:
-        """Whether it has neither training nor validation images."""
         return self.num_images[0] == 0
 
     def image_dirs(self, path: Path) -> list[Path]:
-        """Return the folders of images in a dataset's folder."""
+        """Return the folders of images that a dataset's folder needs."""
         return [path / self.image_dir / name for name in self.required_subdirs]
 
     def is_complete(self, path: Path) -> bool:
-        """Return whether a folder has the dataset's folders of images."""
         return all(map(os.path.isdir, self.image_dirs(path)))
 
 
@@ -159,7 +158,6 @@ class DatasetDir:
 
     @property
     def image_dir(self) -> Path:
-        """The folder that the samples' paths start from."""
         return self.path / self.info.image_dir
 
     def image_path(self, path: str) -> str:
@@ -171,9 +169,8 @@ class DatasetDir:
 
         It may be written on Windows or in Unicode's other form, and for own images be absolute.
         """
-        if self.info.custom_path and os.path.isabs(path):
-            relative = os.path.relpath(path, self.image_dir)
-            path = path if relative.startswith("..") else relative
+        if self.info.custom_path:
+            path = path.removeprefix(os.path.join(self.image_dir, ""))
         if path.isascii() and "\\" not in path:
             return path
         posix = path.replace("\\", "/")
@@ -181,29 +178,25 @@ class DatasetDir:
         return next((c for c in candidates if os.path.isfile(self.image_path(c))), path)
 
 
-def find_dataset_dir(name: str, info: DatasetInfo, root_path: PathLike | None) -> DatasetDir:
+def find_dataset_dir(
+    name: str, info: DatasetInfo, root_path: PathLike | None, prepare: bool = True
+) -> DatasetDir:
     """Find a dataset's folder below the root: by the first of its names, or the most complete one.
 
-    A dataset that is made, not downloaded, is made if it does not exist, and needs no root.
-
-    Raises:
-        ValueError: No root_path, or the folder could not be made.
-        FileNotFoundError: The root or the dataset's folder does not exist.
+    A dataset that is not downloaded is made if `prepare`. Raises FileNotFoundError if there is no
+    such folder, ValueError without root_path.
     """
     if info.custom_path:
         return DatasetDir(name, info, info.custom_path.parent, info.custom_path)
-    names = " or ".join(info.dataset_dirs)
-    if not root_path and info.needs_root:
-        raise ValueError(
-            f"{name} needs --root_path, the folder with {names} in it; see DATASETS.md, section "
-            f"{info.title}"
-        )
-    root = resolve_root(root_path)
+    root = Path(os.path.expanduser(root_path or DEFAULT_ROOT))
     preferred = DatasetDir(name, info, root, root / info.dataset_dirs[0])
     with dataset_errors(preferred):
+        names = " or ".join(info.dataset_dirs)
+        if not root_path and info.needs_root:
+            raise ValueError(f"needs --root_path, the folder with {names} in it")
         if root_path and not os.path.isdir(root):
             raise FileNotFoundError(f"--root_path {root} is not a folder")
-        if info.prepare:
+        if info.prepare and prepare:
             info.prepare(preferred.path)
         paths = [root / folder for folder in info.dataset_dirs if os.path.isdir(root / folder)]
         if not paths:
@@ -213,111 +206,40 @@ def find_dataset_dir(name: str, info: DatasetInfo, root_path: PathLike | None) -
     return replace(preferred, path=path)
 
 
-def resolve_root(root_path: PathLike | None) -> Path:
-    """Return the folder of all datasets, or DEFAULT_ROOT if none is given."""
-    return Path(os.path.expanduser(root_path or DEFAULT_ROOT))
-
-
 @contextmanager
 def dataset_errors(dataset_dir: DatasetDir) -> Iterator[None]:
-    """Add to errors: the dataset's name, what to move or rename, and a section of DATASETS.md."""
+    """Raise errors with what `describe_problem` adds to them."""
     try:
         yield
     except (ValueError, OSError) as error:
-        parts = [f"{dataset_dir.name}: {format_error(error)}"]
-        with suppress(OSError):  # of folders that cannot be read
-            parts += suggest_fix(dataset_dir)
-        parts.append(f"see DATASETS.md, section {dataset_dir.info.title}")
-        missing = isinstance(error, FileNotFoundError)
-        raise (FileNotFoundError if missing else ValueError)("; ".join(parts)) from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(describe_problem(dataset_dir, format_error(error))) from error
 
 
-def suggest_fix(dataset_dir: DatasetDir) -> list[str]:
-    """Return what to move or rename if the data is one level deeper or has another name."""
+def describe_problem(dataset_dir: DatasetDir, problem: str) -> str:
+    """Add to a problem: the dataset's name, what to move or rename, a section of DATASETS.md."""
+    text = f"{dataset_dir.name}: {problem}"
+    with suppress(OSError):  # of folders that cannot be read
+        for source, target in find_moves(dataset_dir)[:1]:
+            content = "all that is in " if os.path.isdir(target) else ""
+            text += f"; move {content}{source} to {target}"
+    return f"{text}; see DATASETS.md, section {dataset_dir.info.title}"
+
+
+def find_moves(dataset_dir: DatasetDir) -> list[tuple[Path, Path]]:
+    """Return folders one level deeper or of another name, and where they belong."""
     info, root, path = dataset_dir.info, dataset_dir.root, dataset_dir.path
+    moves: list[tuple[Path, Path]] = []
     if not info.is_complete(path):
-        if root.name in info.dataset_dirs and info.is_complete(root):
-            return [f"name the folder above, {root.parent}, as --root_path"]
         for name in (*info.dataset_dirs, *info.aliases):
-            for candidate in filter(info.is_complete, _walk(root / name)):
-                return [_move(candidate, path)]
-        for candidate in (p / name for p in (path, root) for name in info.image_aliases):
-            if os.path.isdir(candidate) and list_subdirs(candidate):
-                # torchvision's root/SUN397/a is the image folder, not the dataset's.
-                home = root / info.dataset_dirs[0] if candidate == path else path
-                return [_move(candidate, home / info.image_dir)]
-    nested = [(folder / folder.name, folder) for folder in info.image_dirs(path) if folder != path]
-    return [_move(inner, folder) for inner, folder in nested if os.path.isdir(inner)]
-
-
-def _move(source: Path, target: Path) -> str:
-    """Return the instruction that brings a folder to its place."""
-    if os.path.isdir(target):
-        return f"move all that is in {source} to {target}"
-    return f"{'rename' if source.parent == target.parent else 'move'} {source} to {target}"
-
-
-def _walk(folder: Path, max_depth: int = 2) -> Iterator[Path]:
-    """Yield a folder, the folders in it, and so on down to max_depth."""
-    level = [folder] if os.path.isdir(folder) else []
-    for _ in range(max_depth + 1):
-        yield from level
-        level = [path / name for path in level for name in list_subdirs(path)]
-
-
-def list_images(folder: PathLike) -> list[str]:
-    """Return the sorted names of a folder's images, by their extensions."""
-    return [name for name in list_entries(folder)[0] if name.lower().endswith(IMAGE_EXTENSIONS)]
-
-
-def list_subdirs(folder: PathLike) -> list[str]:
-    """Return the sorted names of a folder's subfolders."""
-    return list_entries(folder)[1]
-
-
-def list_entries(folder: PathLike) -> tuple[list[str], list[str], list[str]]:
-    """Return the sorted names of a folder's files, subfolders, and links that lead nowhere.
-
-    Hidden and ignored ones are left out; links are followed.
-    """
-    files, subdirs, dead_links = [], [], []
-    for entry in os.scandir(folder):
-        if entry.name.startswith(".") or entry.name.lower() in (*IGNORED_DIRS, *IGNORED_FILES):
-            continue
-        with suppress(OSError):  # a link to itself
-            if entry.is_dir():
-                subdirs.append(entry.name)
-                continue
-            if entry.is_file():
-                files.append(entry.name)
-                continue
-        if entry.is_symlink():
-            dead_links.append(entry.name)
-    return sorted(files), sorted(subdirs), sorted(dead_links)
-
-
-def nfc(text: str) -> str:
-    """Return a name in the one of Unicode's forms in which names are compared."""
-    return unicodedata.normalize("NFC", text)
-
-
-def read_text(path: PathLike, remedy: str = "get the file again") -> str:
-    """Read a text file in UTF-8; a ValueError says what else it is, and the remedy."""
-    if placeholder := detect_placeholder_file(path):
-        raise ValueError(f"{path} is {placeholder}")
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): {remedy}") from error
-
-
-def read_json(path: PathLike, remedy: str = "get the file again") -> Any:
-    """Read a JSON file; a ValueError says what else it is, and the remedy."""
-    text = read_text(path, remedy)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
+            folders = (root / name, *root.glob(f"{name}/*"), *root.glob(f"{name}/*/*"))
+            moves += [(folder, path) for folder in folders if info.is_complete(folder)]
+        # torchvision's root/SUN397/a is the image folder, not the dataset's.
+        home = root / info.dataset_dirs[0] if path.name in info.aliases else path
+        folders = [folder / name for folder in (path, root) for name in info.aliases]
+        moves += [(folder, home / info.image_dir) for folder in folders]
+    moves += [(folder / folder.name, folder) for folder in info.image_dirs(path)]
+    return [(source, target) for source, target in moves if os.path.isdir(source)]
 
 
 def group_by_label(samples: Iterable[RawSample]) -> list[list[RawSample]]:

@@ -12,19 +12,16 @@ from datasets.base import (
     DatasetInfo,
     Datum,
     FewShotDataset,
-    GrayRange,
-    PathLike,
     Split,
     dataset_errors,
     find_dataset_dir,
 )
 from datasets.catalog import DATASETS
 from datasets.fewshot import generate_fewshot_dataset, load_fewshot_split
+from datasets.files import PathLike
 from datasets.image_folder import custom_dataset_info, dataset_stem, is_path
 from datasets.prompts import rename_classes, resolve_templates
-from datasets.readers import digest_key
-from datasets.splits import check_split, count_mismatch, read_split, save_generated_split
-from datasets.transforms import detect_gray_range
+from datasets.splits import count_mismatch, find_problems, read_split, save_generated_split
 from utils import did_you_mean
 
 
@@ -40,9 +37,6 @@ def build_dataset(
 ) -> FewShotDataset:
     """Read a dataset and draw its few shots with Python's global `random`, seeded by the caller.
 
-    Notes on standard error say where numbers of classes or images differ from the published ones,
-    and where a split is not the published one.
-
     Args:
         name: A name of the catalog `DATASETS`, or the path of own images.
         root_path: The folder of all datasets; None for own images and the digits.
@@ -50,65 +44,45 @@ def build_dataset(
         classnames: YAML file with the names that prompts give the classes (see `rename_classes`).
         template: Prompts with {}, or "dataset" or "clip" (see `resolve_templates`).
         fewshot_split: List of images to take instead of the draw (see `load_fewshot_split`).
-        subsample: "base" or "new" for one half of the classes (see `Split.subsample_classes`). The
-            few are drawn for all classes first, so that a seed means the same images.
+        subsample: "base" or "new" for one half of the classes. The few are drawn for all classes
+            first, so that a seed means the same images.
 
     Raises:
-        ValueError: An unknown name, shots below 1, no root_path, broken data, or names, a template
-            or a list that do not fit the data.
-        FileNotFoundError: A folder, list or image is missing.
+        ValueError, FileNotFoundError: Something is wrong or missing; the sentence says what.
     """
     info = get_dataset_info(name)
     if not isinstance(shots, int) or shots < 1:
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
     templates = resolve_templates(template, info)
-    dataset_dir, original = _read_dataset(name, root_path)
-    if info.custom_path and subsample != "all" and len(original.lab2cname) < 4:
+    dataset_dir, split = _read_dataset(name, root_path)
+    if info.custom_path and subsample != "all" and len(split.lab2cname) < 4:
         raise ValueError(
-            f"{dataset_dir.name} has {len(original.lab2cname)} classes: --subsample takes four or "
-            "more, two in each half, since one class is always right"
+            f"--subsample takes four or more classes, two in each half: {name} has less"
         )
-    _print_notes(dataset_dir, original)
-    split = rename_classes(original, classnames)
+    _print_notes(dataset_dir, split)
+    split = rename_classes(split, classnames)
     if fewshot_split:
-        train, val = load_fewshot_split(fewshot_split, original, split, subsample)
+        train, val = load_fewshot_split(fewshot_split, split, subsample)
     else:
-        with dataset_errors(dataset_dir):
-            train, val = generate_fewshot_dataset(split, shots, info.val_from_train)
+        train, val = generate_fewshot_dataset(split, shots, info.val_from_train)
     few = replace(split, train=train, val=val)
-    gray_range = find_gray_range(dataset_dir, original)
-    make = partial(_make_dataset, dataset_dir, templates=templates, gray_range=gray_range)
-    dataset = make(few.subsample_classes(subsample), _fingerprint(split, subsample))
-    if fewshot_split and len(dataset.train_x) != shots * len(dataset.classnames):
-        print(
-            f"note: {fewshot_split} has {len(dataset.train_x)} training images for "
-            f"{len(dataset.classnames)} classes, not {shots} for each, as the results' folder says",
-            file=sys.stderr,
-        )
-    if subsample == "base":
-        new_classes = make(few.subsample_classes("new"), _fingerprint(split, "new"))
-        dataset = replace(dataset, new_classes=new_classes)
-    return dataset
+    make = partial(_make_dataset, dataset_dir, split, few, templates)
+    new_classes = make("new") if subsample == "base" else None
+    return replace(make(subsample), new_classes=new_classes)
 
 
 def build_test_dataset(
-    name: str,
-    root_path: PathLike | None,
-    *,
-    template: str | Sequence[str] | None = None,
+    name: str, root_path: PathLike | None, *, template: str | Sequence[str] | None = None
 ) -> FewShotDataset:
-    """Read a dataset that is only tested on: it has no other images.
+    """Read a dataset that is only tested on; arguments and errors are those of `build_dataset`.
 
     All own images without named parts are test images.
-
-    Arguments and errors are those of `build_dataset`.
     """
     templates = resolve_templates(template, get_dataset_info(name))
     dataset_dir, split = _read_dataset(name, root_path, test_only=True)
-    _print_notes(dataset_dir, split, test_only=True)
-    gray_range = find_gray_range(dataset_dir, split)
-    task = replace(split, train=[], val=[])
-    return _make_dataset(dataset_dir, task, split.fingerprint(), templates, gray_range)
+    _print_notes(dataset_dir, split)
+    few = replace(split, train=[], val=[])
+    return _make_dataset(dataset_dir, split, few, templates, "all")
 
 
 def dataset_fingerprint(
@@ -119,21 +93,13 @@ def dataset_fingerprint(
     *,
     test_only: bool = False,
 ) -> dict[str, str | int]:
-    """Return the fingerprint of the data that `build_dataset` would use, without a draw.
-
-    Arguments and errors are those of `build_dataset`; with test_only, it is the fingerprint of
-    `build_test_dataset`'s data.
-    """
+    """Return the fingerprint of `build_dataset`'s data, or of `build_test_dataset`'s."""
     _, split = _read_dataset(name, root_path, test_only)
-    return _fingerprint(rename_classes(split, classnames), subsample)
+    return rename_classes(split, classnames).fingerprint(subsample)
 
 
 def get_dataset_info(name: str) -> DatasetInfo:
-    """Return the row of a dataset: of the catalog, or made for a path of own images.
-
-    Raises:
-        ValueError: It is neither a name of the catalog nor such a path.
-    """
+    """Return the row of a dataset: of the catalog, or made for a path of own images; or refuse."""
     name = os.fspath(name)
     if name in DATASETS:
         return DATASETS[name]
@@ -150,30 +116,9 @@ def dataset_name(name: str) -> str:
     return name if name in DATASETS else dataset_stem(name)
 
 
-def find_gray_range(dataset_dir: DatasetDir, split: Split) -> GrayRange | None:
-    """Return the range of own gray pictures of more than eight bits, and print a note on it.
-
-    It is that of 500 files, the first by their digests, of the formats that have so many bits.
-    """
-    if not dataset_dir.info.custom_path:
-        return None
-    paths = {path for path, _, _ in split.samples()}
-    paths = [path for path in paths if path.lower().endswith((".png", ".pgm", ".tif", ".tiff"))]
-    files = [dataset_dir.image_path(path) for path in sorted(paths, key=digest_key)[:500]]
-    gray_range = detect_gray_range(files)
-    if gray_range:
-        print(
-            f"note: {dataset_dir.name} has gray pictures of more than eight bits: values from "
-            "{:g} to {:g} are scaled to black to white".format(*gray_range),
-            file=sys.stderr,
-        )
-    return gray_range
-
-
 def _read_dataset(
     name: str, root_path: PathLike | None, test_only: bool = False
 ) -> tuple[DatasetDir, Split]:
-    """Read and check all samples, leaving Python's global `random` as it was."""
     info, state = get_dataset_info(name), random.getstate()
     try:
         dataset_dir = find_dataset_dir(dataset_name(name), info, root_path)
@@ -184,47 +129,28 @@ def _read_dataset(
                 split = replace(split, train=[], val=[], test=tested)
                 info = replace(info, num_images=(0, None, None))
                 dataset_dir = replace(dataset_dir, info=info)
-            check_split(dataset_dir, split)
+            for problem in find_problems(dataset_dir, split):
+                raise ValueError(problem)
     finally:
         random.setstate(state)  # importing scikit-learn for the digits draws from it
     return dataset_dir, split
 
 
-def _print_notes(dataset_dir: DatasetDir, split: Split, test_only: bool = False) -> None:
-    """Print what a user should know of the data on standard error; save a split made here."""
-    name = dataset_dir.name
+def _print_notes(dataset_dir: DatasetDir, split: Split) -> None:
     if split.origin == "made":
         save_generated_split(dataset_dir, split)
-    notes = [f"{name}: {note}" for note in split.notes]
-    if mismatch := count_mismatch(dataset_dir, split):
-        notes.append(mismatch)
-    if dataset_dir.info.test_only and not test_only:
-        notes.append(
-            f"{name} has only test images; `--dataset imagenet --test_on {name}` trains on "
-            "imagenet and tests on it"
-        )
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-
-
-def _fingerprint(split: Split, subsample: str) -> dict[str, str | int]:
-    """Return the fingerprint of a half's data. A run on base classes tests on all of them."""
-    half = split.subsample_classes(subsample)
-    tested = replace(half, test=split.test) if subsample == "base" else half
-    return half.fingerprint() | {"digest": tested.sha256()}
+    for note in (*split.notes, *count_mismatch(dataset_dir, split)):
+        print(f"note: {dataset_dir.name}: {note}", file=sys.stderr)
 
 
 def _make_dataset(
-    dataset_dir: DatasetDir,
-    task: Split,
-    fingerprint: dict[str, str | int],
-    templates: list[str],
-    gray_range: GrayRange | None,
+    dataset_dir: DatasetDir, split: Split, few: Split, templates: list[str], subsample: str
 ) -> FewShotDataset:
-    """Make a dataset of all samples of a split."""
+    half = few.subsample_classes(subsample)
     parts = [
-        [Datum(dataset_dir.image_path(path), *rest, gray_range) for path, *rest in samples]
-        for samples in (task.train, task.val, task.test)
+        [Datum(dataset_dir.image_path(path), *rest, split.gray_range) for path, *rest in samples]
+        for samples in half.parts.values()
     ]
-    classnames, image_dir = list(task.lab2cname.values()), str(dataset_dir.image_dir)
+    classnames, image_dir = list(half.lab2cname.values()), str(dataset_dir.image_dir)
+    fingerprint = split.fingerprint(subsample)
     return FewShotDataset(dataset_dir.name, *parts, classnames, templates, fingerprint, image_dir)

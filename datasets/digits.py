@@ -5,19 +5,9 @@ The source is `sklearn.datasets.load_digits`: 1,797 gray images of 8x8 pixels, t
 Repository, https://doi.org/10.24432/C50P49, license CC BY 4.0.
 
 There the digits are centered and of one size, and the nearest neighbor on raw pixels recognizes
-64 % of them at one shot, 95 % at sixteen. So each is drawn on a black canvas of 32x32 pixels.
-Digit i of the file takes the i-th four draws of `np.random.RandomState(0)`, each uniform:
-
-    size      18 to 28     side of the 8x8 image on the canvas, in pixels
-    dx        -3 to 3      shift of its center to the right, in pixels
-    dy        -3 to 3      shift downwards
-    angle    -15 to 15     degrees, counter-clockwise
-
-Pixels are interpolated bilinearly, and gray 16 of the file becomes 255. The nearest neighbor then
-recognizes 25 / 34 / 39 / 50 / 60 % at 1 / 2 / 4 / 8 / 16 shots (test images, mean of ten draws).
-
-The split is stratified: within each class the images are shuffled by `random.Random(1)`, 50 % are
-for training, 20 % for validation, the rest for testing, rounded: 898 / 359 / 540 images.
+64 % of them at one shot, 95 % at sixteen. So each is drawn on a black canvas of 32x32 pixels, with
+a size, a shift and a rotation of its own. The nearest neighbor then recognizes 25 / 34 / 39 / 50 /
+60 % at 1 / 2 / 4 / 8 / 16 shots (test images, mean of ten draws).
 """
 
 import json
@@ -34,54 +24,39 @@ CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "ei
 SPLIT_FILE = "split_zhou_Digits.json"
 CANVAS_SIZE = 32
 RENDER_SEED, SPLIT_SEED = 0, 1
-MIN_SIZE, MAX_SIZE, MAX_SHIFT, MAX_ANGLE = 18.0, 28.0, 3.0, 15.0
+MIN_SIZE, MAX_SIZE, MAX_SHIFT, MAX_ANGLE = 18.0, 28.0, 3.0, 15.0  # pixels and degrees
 
 
-def build_digits(folder: str | os.PathLike) -> None:
+def build_digits(folder: Path) -> None:
     """Make the dataset's folder: images/<class>/<index>.png and the split file.
 
     Everything is written to a temporary folder next to it, which is then renamed, so that several
-    processes may do this at once: the first one's folder stays. A folder with the split file in it
-    is left as it is.
-
-    Raises:
-        OSError: The folder cannot be written, or holds something else.
-        ValueError: scikit-learn is not installed.
+    processes may do this at once: the first one's folder stays. A folder that cannot be written, or
+    has other content, is an OSError.
     """
-    folder = Path(folder)
     if (folder / SPLIT_FILE).is_file():
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise OSError(
-            f"{folder} exists but has no {SPLIT_FILE}: move it away, or name another --root_path"
-        )
-    images, labels = render()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             draft = Path(scratch) / folder.name  # has the umask's permissions, unlike the scratch
-            _write(draft, images, labels)
+            _write(draft, *render())
             os.rename(draft, folder)
     except OSError as error:
         if not (folder / SPLIT_FILE).is_file():  # else another process was faster
             raise OSError(
-                f"cannot write the digits to {folder} ({error.strerror or error}): "
-                "name a folder that can be written with --root_path"
+                f"cannot make {folder} ({error.strerror}): name a folder without other content "
+                "that can be written with --root_path"
             ) from error
 
 
 def render() -> tuple[np.ndarray, np.ndarray]:
     """Draw the digits of the source, in its order: (1797, 32, 32) uint8; and their labels (1797,).
 
-    Raises:
-        ValueError: scikit-learn is not installed.
+    Each takes the next four draws of a generator of their own, all uniform.
     """
-    try:
-        from sklearn.datasets import load_digits  # takes a second, and only this dataset needs it
-    except ImportError as error:
-        raise ValueError(
-            f"the digits come from scikit-learn ({error}): pip install scikit-learn"
-        ) from error
+    from sklearn.datasets import load_digits  # takes a second, and only this dataset needs it
+
     source, rng = load_digits(), np.random.RandomState(RENDER_SEED)
     images = []
     for digit in source.images:
@@ -93,17 +68,10 @@ def render() -> tuple[np.ndarray, np.ndarray]:
 
 
 def render_digit(digit: np.ndarray, size: float, dx: float, dy: float, angle: float) -> np.ndarray:
-    """Draw a small image on the black canvas, scaled, shifted and turned.
+    """Draw an image (n, n) of values from 0 to 1 on the black canvas: (32, 32) uint8.
 
-    Args:
-        digit: Square image (n, n) of values from 0 to 1.
-        size: Its side on the canvas, in pixels.
-        dx: Shift of its center from the canvas's center to the right, in pixels.
-        dy: Shift downwards.
-        angle: Degrees, counter-clockwise.
-
-    Returns:
-        The canvas (32, 32), uint8.
+    `size` is its side there, dx and dy are the shift of its center to the right and down from the
+    canvas's, in pixels; it is turned counter-clockwise by `angle` degrees.
     """
     n, step = len(digit), len(digit) / size
     cos, sin = math.cos(math.radians(angle)) * step, math.sin(math.radians(angle)) * step
@@ -123,11 +91,7 @@ def render_digit(digit: np.ndarray, size: float, dx: float, dy: float, angle: fl
 
 
 def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
-    """Return the indices of the images in each part of the fixed, stratified split.
-
-    Args:
-        labels: Label of each image, in the source's order (N,).
-    """
+    """Divide images with labels (N,) 50 / 20 / 30 by class; return the indices of each part."""
     rng = random.Random(SPLIT_SEED)
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for label in range(len(CLASSNAMES)):
@@ -141,7 +105,6 @@ def split_indices(labels: np.ndarray) -> dict[str, list[int]]:
 
 
 def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write images and split file into a new folder."""
     split = {}
     for part, indices in split_indices(labels).items():
         split[part] = []

@@ -6,21 +6,10 @@ import random
 import re
 from typing import Any
 
-from datasets.base import (
-    Datum,
-    FewShotDataset,
-    PathLike,
-    RawSample,
-    Split,
-    group_by_label,
-    nfc,
-    read_json,
-)
+from datasets.base import Datum, FewShotDataset, RawSample, Split, group_by_label
+from datasets.files import PathLike, nfc, read_json
 from datasets.readers import parse_lines
-from datasets.splits import is_sample
-from utils import truncate_list
-
-FORM = '{"train": [...], "val": [...]} with entries [path, label, class name]'
+from datasets.splits import parse_samples
 
 
 def generate_fewshot_dataset(
@@ -34,17 +23,6 @@ def generate_fewshot_dataset(
     order, or one `random.choices` if it has fewer than wanted. With `val_from_train` (ImageNet) it
     is one `random.sample` of shots + min(shots, 4) training images of each class, training images
     first. Nothing else here uses the global generator.
-
-    Args:
-        split: What to draw from.
-        shots: Training images per class.
-        val_from_train: Draw validation images from the training images.
-
-    Returns:
-        Training and validation samples.
-
-    Raises:
-        ValueError: With `val_from_train`, a class has too few images.
     """
     num_val = min(shots, 4)
     if not val_from_train:
@@ -64,7 +42,6 @@ def generate_fewshot_dataset(
 
 
 def _draw(samples: list[RawSample], count: int) -> list[RawSample]:
-    """Draw so many samples of each class."""
     drawn = []
     for group in group_by_label(samples):
         enough = len(group) >= count
@@ -73,99 +50,46 @@ def _draw(samples: list[RawSample], count: int) -> list[RawSample]:
 
 
 def load_fewshot_split(
-    path: PathLike, original: Split, split: Split, subsample: str = "all"
+    path: PathLike, split: Split, subsample: str
 ) -> tuple[list[RawSample], list[RawSample]]:
-    """Take the few images from a list instead of a draw.
+    """Take the few training and validation images from a list instead of a draw.
 
-    The list is a JSON file, {"train": [...], "val": [...]}, with entries [path, label, class name],
-    as `dump_fewshot_split` writes it, or {"impath", "label", "classname"}, as the code of
-    cross-modal adaptation does. Or it is one of 2SFS's two files, `shot_{K}-seed_{S}_train.jsonl`
-    and `..._val.jsonl`, with one such entry a line. An image is found by its path below the image
-    folder: more folders before it do not matter, nor do its first ones.
-
-    Args:
-        path: The list.
-        original: The dataset with its own class names.
-        split: The same with the class names that prompts have.
-        subsample: The half of the classes in which the list's labels may be counted.
-
-    Returns:
-        Training and validation samples of `split`.
-
-    Raises:
-        ValueError: The file is not such a list, or has an image, a class or a label that the
-            dataset does not have.
+    The list is a JSON file as `parse_samples` describes it, such as `dump_fewshot_split` writes; or
+    one of 2SFS's two files, `shot_{K}-seed_{S}_train.jsonl` and `..._val.jsonl`, with an entry a
+    line. An image is found by its path below the image folder, whatever folders are before it.
+    Labels may be counted in the half of the classes. A list of other images is a ValueError.
     """
     path = os.path.expanduser(path)
-    by_filename: dict[str, list[RawSample]] = {}
-    for sample in (*split.train, *split.val):
-        by_filename.setdefault(nfc(os.path.basename(sample[0])), []).append(sample)
-    num_new = len(split.subsample_classes("new").lab2cname)
-    offset = len(split.lab2cname) - num_new if subsample == "new" else 0
-    parts_by_image: dict[str, str] = {}
-    few = {"train": [], "val": []}
-    for part, entries in _read_list(path).items():
-        for image, label, name in entries:
-            matches = _find_image(image, by_filename)
-            if len(matches) != 1:
-                which = "which several images have" if matches else "which is not a training image"
-                raise ValueError(f"{path} names the image {image}, {which} in {split.source_path}")
-            true_image, true_label, prompt_name = matches[0]
-            if parts_by_image.setdefault(true_image, part) != part:
-                raise ValueError(f"{path} has the image {image} in train and in val: take one out")
-            true_name = original.lab2cname[true_label]
-            names = [nfc(n.replace("_", " ")) for n in (name, true_name, prompt_name)]
-            if true_label not in (label, label + offset) or names[0] not in names[1:]:
-                raise ValueError(
-                    f"{path} gives {image} the label {label} and the class {name!r}, which are "
-                    f"{true_label} and {true_name!r} in {split.source_path}"
-                )
-            few[part] += matches
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path}: --fewshot_split takes a .json or a .jsonl")
+    data = _read_jsonl_pair(path) if path.endswith(".jsonl") else read_json(path)
+    by_path = {nfc(sample[0]): sample for sample in (*split.train, *split.val)}
+    offset = len(split.subsample_classes("base").lab2cname) if subsample == "new" else 0
+    few: dict[str, list[RawSample]] = {"train": [], "val": []}
+    for part, entries in parse_samples(data, few, path).items():
+        for image, label, _ in entries:
+            folders = nfc(image.replace("\\", "/")).split("/")
+            suffixes = ("/".join(folders[i:]) for i in range(len(folders)))
+            sample = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+            if not sample:
+                raise ValueError(f"{path} names {image}, no training image of {split.source_path}")
+            if sample[1] not in (label, label + offset):
+                raise ValueError(f"{path} gives {image} the label {label}, which is {sample[1]}")
+            few[part].append(sample)
+    if not few["train"]:
+        raise ValueError(f"{path} has no training images")
+    if both := set(few["train"]) & set(few["val"]):
+        raise ValueError(f"{path} has the image {min(both)[0]} in train and in val: take one out")
     return few["train"], few["val"]
 
 
-def _read_list(path: str) -> dict[str, list[list]]:
-    """Return the entries [path, label, class name] of a list, by part."""
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"there is no file {path}: --fewshot_split takes a list of the form {FORM}"
-        )
-    is_jsonl = path.endswith(".jsonl")
-    data = _read_jsonl_pair(path) if is_jsonl else read_json(path, f"it must be {FORM}")
-    parts = {}
-    for part in ("train", "val"):
-        entries = data.get(part) if isinstance(data, dict) else None
-        if not isinstance(entries, list) or part == "train" and not entries:
-            raise ValueError(f"{path} has no list of images named {part}: it must be {FORM}")
-        keys = ("impath", "label", "classname")
-        parts[part] = [[e.get(key) for key in keys] if isinstance(e, dict) else e for e in entries]
-        if bad := [repr(entry)[:60] for entry in parts[part] if not is_sample(entry)]:
-            raise ValueError(
-                f"{path} has entries in {part} that are not {FORM}: {truncate_list(bad)}"
-            )
-    return parts
-
-
 def _read_jsonl_pair(path: str) -> dict[str, list[Any]]:
-    """Read the pair of JSON-lines files that one of them belongs to."""
     match = re.fullmatch(r"(.*)_(train|val)\.jsonl", path)
     if not match:
         raise ValueError(f"{path} is not one of a pair ..._train.jsonl and ..._val.jsonl")
     files = {part: f"{match[1]}_{part}.jsonl" for part in ("train", "val")}
-    for file in files.values():
-        if not os.path.isfile(file):
-            raise ValueError(f"there is no file {file}: --fewshot_split needs both of the pair")
     form = '{"impath": ..., "label": ..., "classname": ...}'
     return {part: parse_lines(file, form, json.loads) for part, file in files.items()}
-
-
-def _find_image(path: str, by_filename: dict[str, list[RawSample]]) -> list[RawSample]:
-    """Return the samples whose path ends as this one does: one, if the path is right."""
-    path = nfc(path.replace("\\", "/"))
-    candidates = by_filename.get(os.path.basename(path), [])
-    full_matches = [sample for sample in candidates if f"/{path}".endswith(f"/{nfc(sample[0])}")]
-    suffix_matches = [sample for sample in candidates if nfc(sample[0]).endswith(f"/{path}")]
-    return sorted(full_matches, key=lambda sample: len(sample[0]))[-1:] or suffix_matches
 
 
 def dump_fewshot_split(dataset: FewShotDataset) -> str:

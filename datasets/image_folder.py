@@ -1,14 +1,12 @@
-"""A user's own images as a dataset: a folder, a CSV or a JSON file.
-
-DATASETS.md, section "Your own images", shows the forms. A JSON file is read as split files are.
-"""
+"""A user's own images as a dataset: a folder, a CSV or a JSON file; DATASETS.md shows the forms."""
 
 import csv
 import io
 import os
+import posixpath
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,23 +14,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.base import (
-    IMAGE_EXTENSIONS,
-    SPLITS,
-    DatasetDir,
-    DatasetInfo,
-    RawSample,
-    Split,
-    list_entries,
-    list_images,
-    list_subdirs,
-    nfc,
-    read_text,
-)
-from datasets.readers import split_trainval, split_trainvaltest
-from datasets.splits import drop_repeats
-from datasets.transforms import OTHER_FORMATS, detect_other_format
-from utils import truncate_list
+from datasets.base import SPLITS, DatasetDir, DatasetInfo, RawSample, Split
+from datasets.files import IMAGE_EXTENSIONS, list_entries, list_images, nfc, read_text
+from datasets.readers import digest_key, split_trainval, split_trainvaltest
+from datasets.splits import read_split_file
+from datasets.transforms import OTHER_FORMATS, detect_gray_range, detect_other_format
+from utils import plural, truncate_list
 
 # What people call the parts, in lower case.
 SPLIT_ALIASES = {
@@ -51,240 +38,203 @@ REMEDIES = {
     DEEPER: "move them up into the class folder",
     OUTSIDE_CLASSES: "move them into a class folder",
 }
+GRAY_EXTENSIONS = (".png", ".pgm", ".tif", ".tiff")  # of formats with more than eight bits
+Parts = dict[str, list[RawSample]]  # by SPLITS
 
 
 def custom_dataset_info(name: str) -> DatasetInfo:
-    """Make the row of a folder, a .csv or a .json; no image is read.
-
-    Raises:
-        ValueError: There is nothing of the kind at that path.
-    """
+    """Make the row of a folder, a .csv or a .json; a ValueError if there is nothing of the kind."""
     path = Path(os.path.abspath(os.path.expanduser(name)))
-    row = partial(
-        DatasetInfo,
-        title="Your own images",
-        dataset_dirs=(),
-        image_dir=".",
-        num_classes=None,
-        num_images=(None, None, None),
-        custom_path=path if path.is_dir() else path.parent,
-    )
-    extension = path.suffix.lower()
-    if path.is_dir():
-        return row(read_data=read_image_folder)
-    if path.is_file() and extension in (".csv", ".tsv"):
-        return row(read_data=partial(read_csv, file=path.name))
-    if path.is_file() and extension == ".json":
-        return row(split_file=path.name)
-    raise ValueError(
-        f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of these; "
-        "see DATASETS.md, section Your own images"
-    )
+    readers = {".csv": read_csv, ".tsv": read_csv, ".json": read_json_list}
+    reader = read_image_folder if path.is_dir() else readers.get(path.suffix.lower())
+    if not reader or not path.exists():
+        raise ValueError(
+            f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of "
+            "these; see DATASETS.md, section Your own images"
+        )
+    read_data = partial(read_custom_dataset, reader=reader, path=path)
+    folder = path if path.is_dir() else path.parent
+    return DatasetInfo("Your own images", read_data=read_data, custom_path=folder)
 
 
 def is_path(name: str) -> bool:
     """Return whether a name that is not in the catalog can only be meant as a path."""
-    extensions = (".csv", ".tsv", ".json", ".jsonl", ".pkl")
-    looks_so = os.sep in name or name.startswith("~") or name.lower().endswith(extensions)
+    looks_so = os.sep in name or name.startswith("~") or name.endswith((".csv", ".tsv", ".json"))
     return looks_so or os.path.exists(name)
 
 
 def dataset_stem(path: str) -> str:
     """Return the name of a folder, or of a file without its extension."""
-    path = os.path.abspath(os.path.expanduser(path))
-    name = os.path.basename(path) or "root"
-    return name if os.path.isdir(path) else os.path.splitext(name)[0]
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    return (path.name if path.is_dir() else path.stem) or "root"
 
 
-def read_image_folder(dataset_dir: DatasetDir) -> Split:
-    """Read class folders, or train/, test/ and perhaps val/ with class folders in them."""
-    image_dir, lister = dataset_dir.image_dir, _ClassLister(dataset_dir)
-    files, folders, dead_links = list_entries(image_dir)
-    by_part = {
-        folder: list_subdirs(image_dir / folder)
-        for folder in folders
-        if folder.lower() in SPLIT_ALIASES
-    }
-    if len(by_part) > 1 or any(by_part.values()):
-        others = [name for name in folders if name not in by_part]
-        lister.ignored["folders other than those of the parts"] = others
-        split = _read_parts(image_dir, by_part, lister)
-        return replace(split, notes=split.notes + lister.notes())
-    if not folders:
-        files = truncate_list(files) or "it is empty"
-        raise ValueError(f"{image_dir} has no class folders ({files}): sort its images into some")
-    lister.ignored[DEAD_LINKS] = dead_links
-    lister.ignored[OUTSIDE_CLASSES] = [f for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
-    by_name = lister.group_by_name(folders)
-    names = natural_sort(by_name)
-    samples = lister.list_samples(names, by_name)
-    first = image_dir / folders[0]
-    if len(folders) == 1 and not samples and list_subdirs(first):
-        raise ValueError(f"{image_dir} has only the folder {folders[0]}: name {first} as --dataset")
-    split = split_trainvaltest(image_dir, samples, dict(enumerate(names)))
-    notes = lister.notes()
-    return replace(split, origin="own", files_exist=True, has_parts=False, notes=notes)
+def read_custom_dataset(
+    dataset_dir: DatasetDir, reader: Callable[[DatasetDir, Path], Split], path: Path
+) -> Split:
+    """Read own images; find the range of gray pictures of more than eight bits in 500 of them."""
+    split = reader(dataset_dir, path)
+    images = sorted({image for image, _, _ in split.samples()}, key=digest_key)
+    images = [image for image in images if image.lower().endswith(GRAY_EXTENSIONS)]
+    gray_range = detect_gray_range([dataset_dir.image_path(image) for image in images[:500]])
+    notes = split.notes
+    if gray_range:
+        text = "gray pictures of more than eight bits: values from {:g} to {:g} are scaled"
+        notes += (f"{text.format(*gray_range)} to black to white",)
+    return replace(split, origin="own", gray_range=gray_range, notes=notes)
 
 
-def _read_parts(image_dir: Path, by_part: dict[str, list[str]], lister: "_ClassLister") -> Split:
-    """Read folders called as the parts are, given the class folders in each."""
-    folders = {SPLIT_ALIASES[folder.lower()]: folder for folder in by_part}
-    complete = {"train", "test"} <= folders.keys() or folders.keys() in ({"test"}, {"train", "val"})
-    if len(folders) < len(by_part) or not complete:
-        raise ValueError(
-            f"{image_dir} has the folders {truncate_list(by_part)}: it needs train/ and test/, and "
-            "can have val/, each once"
-        )
-    by_name = {
-        part: lister.group_by_name(by_part[folder], folder) for part, folder in folders.items()
-    }
-    classes = [by_class.keys() for by_class in by_name.values()]
-    differing = sorted(set().union(*classes) - set(classes[0]).intersection(*classes))
-    if differing or not classes[0]:
-        only = f"only some have {truncate_list(differing)}" if differing else "they have none"
-        raise ValueError(
-            f"{truncate_list(by_part)} in {image_dir} need the same class folders, but {only}"
-        )
-    names = natural_sort(classes[0])
-    parts = {part: lister.list_samples(names, by_name[part]) for part in folders}
-    return replace(_make_split(image_dir, parts, names), files_exist=True)
+def read_image_folder(dataset_dir: DatasetDir, path: Path) -> Split:
+    """Read class folders, or folders of parts with class folders in them."""
+    top = list_entries(path)
+    places = {name: list_entries(path / name) for name in top[1] if name.lower() in SPLIT_ALIASES}
+    has_parts = len(places) > 1 or any(subdirs for _, subdirs, _ in places.values())
+    ignored: dict[str, list[str]] = defaultdict(list)
+    if has_parts:
+        others = [name for name in top[1] if name not in places]
+        ignored["folders other than those of the parts"] = others
+    else:
+        places = {"": top}
+    labels = number_classes(nfc(name) for _, subdirs, _ in places.values() for name in subdirs)
+    if not labels:
+        files = truncate_list(top[0]) or "it is empty"
+        raise ValueError(f"{path} has no class folders ({files}): sort its images into some")
+    parts: Parts = {part: [] for part in SPLITS}
+    for place, (files, subdirs, dead_links) in places.items():
+        images = [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)]
+        ignored[OUTSIDE_CLASSES] += [os.path.join(place, name) for name in images]
+        ignored[DEAD_LINKS] += [os.path.join(place, name) for name in dead_links]
+        part = SPLIT_ALIASES[place.lower()] if has_parts else "train"
+        for folder in sorted(subdirs, key=lambda folder: labels[nfc(folder)]):
+            images = list_class(dataset_dir, os.path.join(place, folder), ignored)
+            parts[part] += [(image, labels[nfc(folder)], nfc(folder)) for image in images]
+    split = make_split(path, parts, labels, has_parts)
+    notes = [*split.notes, *describe_ignored(ignored)]
+    counts = Counter(nfc(image) for image, _, _ in split.samples())
+    if twins := [image for image, count in counts.items() if count > 1]:
+        names = truncate_list(twins)
+        notes.append(f"{names}: there twice, in both of Unicode's forms; both are taken")
+    return replace(split, files_exist=True, notes=tuple(notes))
 
 
-class _ClassLister:
-    """Lists the images of class folders, and counts by kind what it does not take."""
+def list_class(dataset_dir: DatasetDir, folder: str, ignored: dict[str, list[str]]) -> list[str]:
+    """Return the paths of a class folder's images; add what is not taken to `ignored`, by kind."""
+    files, subdirs, dead_links = list_entries(dataset_dir.image_path(folder))
+    ignored[DEAD_LINKS] += [f"{folder}/{name}" for name in dead_links]
+    for subdir in (f"{folder}/{name}" for name in subdirs):
+        deeper = list_images(dataset_dir.image_path(subdir))
+        ignored[DEEPER] += [f"{subdir}/{name}" for name in deeper]
+    images: list[str] = []
+    for path in (f"{folder}/{name}" for name in files):
+        kind = ignored_kind(dataset_dir.image_path(path))
+        (ignored[kind] if kind else images).append(path)
+    return images
 
-    def __init__(self, dataset_dir: DatasetDir) -> None:
-        self.dataset_dir = dataset_dir
-        self.ignored: dict[str, list[str]] = defaultdict(list)  # paths by kind
-        self.duplicates: list[str] = []  # names of which both of Unicode's forms are there
 
-    def group_by_name(self, names: Sequence[str], folder: str = "") -> dict[str, list[str]]:
-        """Return the paths of entries of a folder by their names in NFC."""
-        groups: dict[str, list[str]] = defaultdict(list)
-        for name in names:
-            groups[nfc(name)].append(os.path.join(folder, name))
-        self.duplicates += [paths[0] for paths in groups.values() if len(paths) > 1]
-        return groups
-
-    def list_samples(self, names: Sequence[str], by_name: dict[str, list[str]]) -> list[RawSample]:
-        """Return the samples of classes, given each one's folders by its name."""
-        return [
-            (path, label, name)
-            for label, name in enumerate(names)
-            for folder in by_name[name]
-            for path in self._list_images(folder)
-        ]
-
-    def _list_images(self, folder: str) -> list[str]:
-        files, subdirs, dead_links = list_entries(self.dataset_dir.image_path(folder))
-        kinds = {name: self._ignored_kind(f"{folder}/{name}") for name in files}
-        for name in filter(kinds.get, files):
-            self.ignored[kinds[name]].append(f"{folder}/{name}")
-        self.ignored[DEAD_LINKS] += [f"{folder}/{name}" for name in dead_links]
-        for subdir in (f"{folder}/{name}" for name in subdirs):
-            inner = list_images(self.dataset_dir.image_path(subdir))
-            self.ignored[DEEPER] += [f"{subdir}/{name}" for name in inner]
-        images = self.group_by_name([name for name in files if not kinds[name]], folder)
-        return [path for paths in images.values() for path in paths]
-
-    def _ignored_kind(self, path: str) -> str:
-        """Return the kind of a file that is not taken, or ""."""
-        extension = os.path.splitext(path)[1].lower()
-        if extension in IMAGE_EXTENSIONS:
+def ignored_kind(file: str) -> str:
+    """Return the kind of a file that is no image, or ""."""
+    extension = os.path.splitext(file)[1].lower()
+    if extension in IMAGE_EXTENSIONS:
+        return ""
+    with suppress(Exception):  # a damaged file makes Pillow fail in any way
+        if other := detect_other_format(file):
+            return f"{other} files"
+        with Image.open(file, formats=FORMATS_BY_CONTENT):
             return ""
-        file = self.dataset_dir.image_path(path)
-        with suppress(Exception):  # a damaged file makes Pillow fail in any way
-            if other := detect_other_format(file):
-                return f"{other} files"
-            with Image.open(file, formats=FORMATS_BY_CONTENT):
-                return ""
-        return f"{extension} files" if extension else "files without extension"
-
-    def notes(self) -> tuple[str, ...]:
-        """Return what was not taken, and which names are there twice, in words."""
-        notes = [
-            f"not taken: {len(paths)} {kind} ({truncate_list(sorted(paths))})"
-            + (f": {REMEDIES[kind]}" if kind in REMEDIES else "")
-            for kind, paths in self.ignored.items()
-            if paths
-        ]
-        if self.duplicates:
-            names = truncate_list(sorted(self.duplicates))
-            notes.append(f"{names}: there twice, in both of Unicode's forms; both are taken")
-        return tuple(notes)
+    return f"{extension} files" if extension else "files without extension"
 
 
-def read_csv(dataset_dir: DatasetDir, file: str) -> Split:
+def describe_ignored(ignored: dict[str, list[str]]) -> Iterator[str]:
+    for kind, paths in ignored.items():
+        if paths:
+            remedy = f": {REMEDIES[kind]}" if kind in REMEDIES else ""
+            yield f"not taken: {len(paths)} {kind} ({truncate_list(sorted(paths))}){remedy}"
+
+
+def read_json_list(dataset_dir: DatasetDir, path: Path) -> Split:
+    split = read_split_file(dataset_dir, path)
+    parts, notes = drop_repeats(path, split.parts)
+    return replace(split, **parts, notes=notes)
+
+
+def read_csv(dataset_dir: DatasetDir, path: Path) -> Split:
     """Read the columns path, label and perhaps split; other columns do not matter.
 
     The separator is a comma, a semicolon or a tab; a first line `sep=;` of Excel's is skipped.
     """
-    path = dataset_dir.path / file
     text = read_text(path, "save it as UTF-8 (in Excel, as CSV UTF-8)")
-    if text[:4].lower() == "sep=":
+    if text.lower().startswith("sep="):
         text = text.partition("\n")[2]
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, restval="")
     try:
         columns = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        table = list(reader)
+        rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV ({error}): correct it") from error
     if not {"path", "label"} <= set(columns):
         given = truncate_list(columns) or "none"
-        raise ValueError(
-            f"{path} has the columns {given}: its first line must be path,label or path,label,split"
-        )
-    rows: list[tuple[str, str, str]] = []  # part, path, class name
-    for number, row in enumerate(table, start=2):
-        cells = {column: (row[column] or "").strip() for column in columns}
-        part = cells.get("split", "train").lower()
-        if part not in SPLIT_ALIASES or not cells["path"] or not cells["label"]:
-            raise ValueError(
-                f"line {number} of {path} needs a path, a label and, if there is a column "
-                f"split, train, val or test in it, not {cells}"
-            )
-        if "://" in cells["path"]:
-            raise ValueError(f"line {number} of {path} names the URL {cells['path']}: download it")
-        image = dataset_dir.find_path(cells["path"])
-        rows.append((SPLIT_ALIASES[part], image, nfc(cells["label"])))
-    rows, notes = drop_repeats(path, rows)
-    names = natural_sort(name for _, _, name in rows)
-    if names and all(re.fullmatch(r"-?\d+\.0+", name) for name in names):
-        raise ValueError(
-            f"{path} has the labels {truncate_list(names)}, as pandas writes numbers in a column "
-            "with an empty cell: write names or whole numbers"
-        )
-    labels = {name: label for label, name in enumerate(names)}
-    parts: dict[str, list[RawSample]] = defaultdict(list)
-    for part, image, name in rows:
-        parts[part].append((image, labels[name], name))
-    if "split" not in columns:
-        split = split_trainvaltest(path, parts["train"], dict(enumerate(names)))
-        return replace(split, origin="own", has_parts=False, notes=notes)
-    split = _make_split(path, parts, names)
+        raise ValueError(f"{path} has the columns {given}: it needs path,label or path,label,split")
+    labels = number_classes(nfc(row["label"].strip()) for row in rows)
+    if labels and all(re.fullmatch(r"-?\d+\.0+", name) for name in labels):  # pandas, after a NaN
+        raise ValueError(f"{path} has the labels {truncate_list(labels)}: write whole numbers")
+    parts: Parts = {part: [] for part in SPLITS}
+    for number, row in enumerate(rows, start=2):
+        part = SPLIT_ALIASES.get(row.get("split", "train").strip().lower())
+        image, name = row["path"].strip(), nfc(row["label"].strip())
+        if not (part and image and name):
+            needs = "a path, a label and, in a column split, train, val or test"
+            raise ValueError(f"line {number} of {path} needs {needs}, not {row}")
+        if "://" in image:
+            raise ValueError(f"line {number} of {path} names the URL {image}: download it")
+        parts[part].append((dataset_dir.find_path(image), labels[name], name))
+    parts, notes = drop_repeats(path, parts)
+    split = make_split(path, parts, labels, has_parts="split" in columns)
     return replace(split, notes=split.notes + notes)
 
 
-def _make_split(source_path: Path, parts: dict[str, list[RawSample]], names: list[str]) -> Split:
-    """Make a split of parts; validation images come from training if there is no such part.
+def drop_repeats(source_path: Path, parts: Parts) -> tuple[Parts, tuple[str, ...]]:
+    """Drop repeats from a user's list, with a note; one path in two places is a ValueError."""
+    places: dict[str, tuple[str, str]] = {}  # part and class by path
+    unique: Parts = {part: [] for part in parts}
+    for part, samples in parts.items():
+        for path, label, name in samples:
+            path = posixpath.normpath(path)
+            if path not in places:
+                places[path] = part, name
+                unique[part].append((path, label, name))
+            elif places[path] != (part, name):
+                raise ValueError(
+                    f"{source_path} has the image {path} twice, in {' as '.join(places[path])} and "
+                    f"in {part} as {name}: take one of the lines out"
+                )
+    repeats = sum(map(len, parts.values())) - len(places)
+    notes = (f"{plural(repeats, 'repeated line')} of {source_path} dropped",) if repeats else ()
+    return unique, notes
 
-    Where only training and validation images are given, as in imagenette, the latter are the test.
-    """
-    notes = ()
-    if parts.keys() == {"train", "val"}:
-        parts = {"train": parts["train"], "test": parts["val"]}
-        notes = ("there is no test part: its validation images are the test images",)
-    train, val, test = (parts.get(part, []) for part in SPLITS)
-    lab2cname = dict(enumerate(names))
-    split = Split(str(source_path), train, val, test, lab2cname)
-    if "val" not in parts:
-        split = split_trainval(source_path, train, test, lab2cname)
-    return replace(split, origin="own", notes=notes)
 
-
-def natural_sort(names: Iterable[str]) -> list[str]:
-    """Return distinct names, sorted; by value if all of them are numbers."""
+def number_classes(names: Iterable[str]) -> dict[str, int]:
+    """Return the label of each class: in the order of names, or of values if all are numbers."""
     names = sorted(set(names))
-    all_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    return sorted(names, key=float) if all_numbers else names
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
+        names.sort(key=float)
+    return {name: label for label, name in enumerate(names)}
+
+
+def make_split(source_path: Path, parts: Parts, labels: dict[str, int], has_parts: bool) -> Split:
+    """Make a split of named parts, or divide each class of the only one.
+
+    Validation images come from training if there is no such part. Where only training and
+    validation images are given, as in imagenette, the latter are the test.
+    """
+    names = {label: name for name, label in labels.items()}
+    train, val, test = parts.values()
+    if not has_parts:
+        return replace(split_trainvaltest(source_path, train, names), has_parts=False)
+    if train and val and not test:
+        split = split_trainval(source_path, train, val, names)
+        note = "there is no test part: its validation images are the test images"
+        return replace(split, notes=(note,))
+    if not val:
+        return split_trainval(source_path, train, test, names)
+    return Split(str(source_path), train, val, test, names)

@@ -10,7 +10,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -65,8 +65,6 @@ class ImageLoader:
     ) -> Iterator[tuple[Batch, bool]]:
         """Yield shuffled, augmented batches for ever, and whether each is the last of its epoch.
 
-        Images are those of this process's share of the batch, labels are those of all of it.
-
         Args:
             items: The images to shuffle; the last batch of an epoch has the remaining ones.
             batch_size: Images per batch.
@@ -75,7 +73,7 @@ class ImageLoader:
             ratio: Least and largest width / height of the crop.
             flip: Mirror each image with probability 1/2.
             start: Number of batches to leave out at the beginning.
-            local_slice: This process's part of a batch of so many images; all by default.
+            local_slice: This process's images of a batch of so many; labels are those of all.
         """
         batches_per_epoch = math.ceil(len(items) / batch_size)
 
@@ -115,7 +113,6 @@ class ImageLoader:
         return self._prefetch(partial(make_batch, start) for start in starts)
 
     def _read(self, kind: str, item: Datum) -> Image.Image:
-        """Read an image, crop and resize it for testing, and keep it if the memory suffices."""
         image = read_image(item.impath, item.gray_range)
         if kind == "test":
             image = self.test_transform(image)
@@ -129,14 +126,12 @@ class ImageLoader:
     def _prefetch(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """Run jobs in order, the next few of them in threads while the caller works.
 
-        What a job raises is raised when its batch is due, whatever the number of threads; the jobs
-        behind it are dropped.
+        What a job raises is raised when its batch is due; the jobs behind it are dropped.
         """
         if not self.pool:
-            for job in jobs:
-                yield job()
+            yield from (job() for job in jobs)
             return
-        futures: deque[Future[T]] = deque()
+        futures = deque()
         try:
             for job in jobs:
                 futures.append(self.pool.submit(job))

@@ -3,25 +3,20 @@
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import yaml
 
-from datasets.base import DEFAULT_TEMPLATE, SPLITS, DatasetInfo, PathLike, Split, nfc, read_text
+from datasets.base import DEFAULT_TEMPLATE, DatasetInfo, Split
 from datasets.catalog import CLIP_TEMPLATES
+from datasets.files import PathLike, nfc, read_text
 from utils import did_you_mean, one_line, truncate_list
 
 
 def resolve_templates(template: str | Sequence[str] | None, info: DatasetInfo) -> list[str]:
-    """Return the prompts with {} for the class name.
+    """Return the prompts, each with one {} for the class name, or raise a ValueError.
 
-    Args:
-        template: Texts; "dataset" for CoOp's prompt for this dataset; "clip" for the seven general
-            ones of CLIP's authors; None for "a photo of a {}.".
-        info: The dataset's row in the catalog.
-
-    Raises:
-        ValueError: A text has not exactly one {}, or other braces; or there is no text.
+    "dataset" means CoOp's prompt for this dataset, "clip" the seven general ones of CLIP's authors,
+    None "a photo of a {}.".
     """
     template = DEFAULT_TEMPLATE if template is None else template
     texts = [template] if isinstance(template, str) else list(template)
@@ -42,10 +37,7 @@ def rename_classes(split: Split, path: PathLike | None) -> Split:
     """Give classes the names of a YAML file, which maps folder names or labels to names.
 
     A number is a label, unless a class has a number for its name. Classes that the file leaves out
-    keep their own name. Without a file, the split is returned as it is.
-
-    Raises:
-        ValueError: The file is not such a map, or names an unknown class.
+    keep their own name; other names in it are a ValueError. No file changes nothing.
     """
     if not path:
         return split
@@ -60,11 +52,7 @@ def rename_classes(split: Split, path: PathLike | None) -> Split:
             f"{path} names {truncate_list(unknown)}, which is no class of {split.source_path}"
         )
     names = split.lab2cname | {i: new for old, new in new_names.items() for i in labels[old]}
-    parts = {
-        part: [(image, label, names[label]) for image, label, _ in getattr(split, part)]
-        for part in SPLITS
-    }
-    return replace(split, **parts, lab2cname=names)
+    return split.relabel({label: (label, name) for label, name in names.items()})
 
 
 def _read_names(path: PathLike) -> dict[str, str]:
@@ -72,17 +60,12 @@ def _read_names(path: PathLike) -> dict[str, str]:
     path, form = os.path.expanduser(path), "lines like 'folder: name for the prompt'"
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}: --classnames takes one of {form}")
-    text = read_text(path)
     try:
-        names = yaml.load(text, Loader=yaml.BaseLoader)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        names = yaml.load(read_text(path), Loader=yaml.BaseLoader)
+    except (RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not YAML ({one_line(str(error))})") from error
-    entries = names.items() if isinstance(names, dict) else [(names, "")]
-    bad = [
-        f"{key}: {name}"[:60]
-        for key, name in entries
-        if not all(isinstance(text, str) and text.strip() for text in (key, name))
-    ]
-    if bad or not names:
-        raise ValueError(f"{path} is not made of {form}: {truncate_list(bad) or 'it is empty'}")
+    pairs = list(names.items()) if isinstance(names, dict) else []
+    bad = [pair for pair in pairs if not all(isinstance(x, str) and x.strip() for x in pair)]
+    if bad or not pairs:
+        raise ValueError(f"{path} is not made of {form}: {str(bad or names)[:60]}")
     return names

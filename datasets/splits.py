@@ -2,33 +2,25 @@
 
 import json
 import os
-import posixpath
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split, list_entries, nfc, read_json
+from datasets.base import SPLITS, DatasetDir, DatasetInfo, Split
+from datasets.files import PathLike, list_entries, nfc, read_json
 from utils import atomic_write, plural, truncate_list
 
-SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test"}
-T = TypeVar("T")
+SAMPLE_KEYS = ("impath", "label", "classname")
 NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes in a file's name
 UNSAFE_PATH = re.compile(r"^([A-Za-z]:)?[/\\]|(^|[/\\])\.\.([/\\]|$)")  # absolute, or with ".."
 
 
 def read_split(dataset_dir: DatasetDir) -> Split:
-    """Read all samples of a dataset: from the published split file, or from the raw download.
-
-    Nothing is written, and Python's global `random` is not used.
-
-    Raises:
-        ValueError: A list or split file does not have the expected content.
-        OSError: It cannot be read, or the image folder or a list is missing.
-    """
+    """Read all samples of a dataset: from the published split file, or from the raw download."""
     info, path = dataset_dir.info, dataset_dir.path
     if missing := [str(folder) for folder in info.image_dirs(path) if not os.path.isdir(folder)]:
         raise FileNotFoundError(f"the image folder {truncate_list(missing)} is missing")
@@ -43,73 +35,52 @@ def read_split(dataset_dir: DatasetDir) -> Split:
 
 
 def read_split_file(dataset_dir: DatasetDir, path: Path) -> Split:
-    """Read {"train": [[path, label, class name], ...], "val": [...], "test": [...]}."""
-    data = read_json(path)
-    parts = [data.get(part) for part in SPLITS] if isinstance(data, dict) else [None]
-    if not all(isinstance(part, list) for part in parts):
-        raise ValueError(f"{path} lacks a list named train, val or test: get the file again")
-    if bad := [repr(sample)[:60] for part in parts for sample in part if not is_sample(sample)]:
-        form = "[path, label, class name]"
-        raise ValueError(f"{path} has entries that are not {form}: {truncate_list(bad)}")
-    rows = [
-        (part, dataset_dir.find_path(image), (label, nfc(name)))
-        for part, samples in zip(SPLITS, parts, strict=True)
-        for image, label, name in samples
-    ]
-    origin, notes = "published", ()
-    if dataset_dir.info.custom_path:
-        origin, (rows, notes) = "own", drop_repeats(path, rows)
-    parts = [[(image, *sample) for p, image, sample in rows if p == part] for part in SPLITS]
-    names = dict(sorted(sample for _, _, sample in rows))
-    return Split(str(path), *parts, names, origin, notes=notes)
+    """Read a file as `parse_samples` describes it, with all three parts."""
+    parts = {
+        part: [(dataset_dir.find_path(image), label, nfc(name)) for image, label, name in samples]
+        for part, samples in parse_samples(read_json(path), SPLITS, path).items()
+    }
+    classes = {sample[1:] for samples in parts.values() for sample in samples}
+    return Split(str(path), **parts, lab2cname=dict(sorted(classes)))
 
 
-def drop_repeats(
-    source_path: Path, rows: Iterable[tuple[str, str, T]]
-) -> tuple[list[tuple[str, str, T]], tuple[str, ...]]:
-    """Drop repeats among rows (part, path, label) of a user's list, with a note on them.
+def parse_samples(data: Any, parts: Iterable[str], path: PathLike) -> dict[str, list[list]]:
+    """Check a list {"train": [[path, label, class name], ...], ...}; return its samples by part.
 
-    Raises:
-        ValueError: One path is in two parts or has two labels.
+    An entry may also be a dict of SAMPLE_KEYS, as in lists of the cross-modal adaptation code.
     """
-    rows = [(part, posixpath.normpath(path), label) for part, path, label in rows]
-    unique = list(dict.fromkeys(rows))
-    places: dict[str, tuple[str, T]] = {}
-    for part, path, label in unique:
-        previous = places.setdefault(path, (part, label))
-        if previous != (part, label):
-            raise ValueError(
-                f"{source_path} has the image {path} twice, in {previous[0]} as {previous[1]} and "
-                f"in {part} as {label}: take one of the lines out"
-            )
-    repeats = len(rows) - len(unique)
-    return unique, (f"{plural(repeats, 'repeated line')} of {source_path} dropped",)[: repeats > 0]
+    samples = {}
+    for part in parts:
+        entries = data.get(part) if isinstance(data, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{path} lacks a list named {part}: get the file again")
+        entries = [[e.get(k) for k in SAMPLE_KEYS] if isinstance(e, dict) else e for e in entries]
+        if bad := [repr(entry)[:60] for entry in entries if not is_sample(entry)]:
+            form = "[path, label, class name]"
+            raise ValueError(f"{path} has entries in {part} that are not {form}: {bad[0]}")
+        samples[part] = entries
+    return samples
 
 
 def is_sample(value: Any) -> bool:
-    """Return whether a value is [path, label, class name]."""
     if not isinstance(value, list) or list(map(type, value)) != [str, int, str]:
         return False
     return bool(value[0] and value[2].strip())
 
 
 def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
-    """Save a split made from the raw download, and print that it is not the published one.
+    """Save a split made from the raw download next to the data, and print that it was made.
 
-    It is saved next to the data under another name, with the SHA-256 of its samples. An earlier one
-    of other samples is replaced.
+    It has the SHA-256 of its samples. An earlier one of other samples is replaced.
     """
     split_file = dataset_dir.info.split_file
     path = dataset_dir.path / split_file.replace("split_zhou_", "split_so_")
     note = "made from the raw download; not comparable to published figures"
-    parts = {part: getattr(split, part) for part in SPLITS}
-    content = json.dumps({"note": note, "digest": split.sha256(), **parts}).encode()
-    state = "made now"
+    content = json.dumps({"note": note, "digest": split.sha256(), **split.parts}).encode()
+    state = "made earlier"
     try:
-        if path.exists():
-            is_same = path.read_bytes() == content
-            state = "made earlier" if is_same else "made again, since the data has changed"
-        if state != "made earlier":
+        if not path.exists() or path.read_bytes() != content:
+            state = "made again, since the data has changed" if path.exists() else "made now"
             atomic_write(path, content)
     except OSError as error:
         state += f", not saved: {error.strerror or error}"
@@ -121,84 +92,63 @@ def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
     )
 
 
-def check_split(dataset_dir: DatasetDir, split: Split) -> None:
-    """Check labels, paths, files and classes; raise the first fault as ValueError or OSError."""
-    for check in CHECKS:
-        check(dataset_dir, split)
-
-
-def check_labels(dataset_dir: DatasetDir, split: Split) -> None:
-    """Check that labels run from 0, and that each stands for one class name."""
-    names = split.lab2cname
-    labels = sorted({*names, *(label for _, label, _ in split.samples())})
+def find_problems(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
+    """Yield what is wrong with a split's labels, class names, paths, files and classes."""
+    source, names = split.source_path, split.lab2cname
+    classes = sorted({*names.items(), *(sample[1:] for sample in split.samples())})
+    labels = {label for label, _ in classes}
     if not labels:
-        raise FileNotFoundError(f"{split.source_path} has no images: add them or get it again")
+        yield f"{source} has no images: add them or get it again"
     if dataset_dir.info.custom_path and len(labels) == 1:
-        raise ValueError(f"{split.source_path} has one class: a task takes two or more")
-    if unexpected := sorted(set(labels) ^ set(range(len(labels)))):
-        raise ValueError(
-            f"labels in {split.source_path} must run from 0 to {len(labels) - 1} without gaps, but "
+        yield f"{source} has one class: a task takes two or more, each with its own folder or label"
+    if unexpected := sorted(labels ^ set(range(len(labels)))):
+        yield (
+            f"labels in {source} must run from 0 to {len(labels) - 1} without gaps, but "
             f"{truncate_list(map(str, unexpected))} is missing or extra"
         )
-    for _, label, name in split.samples():
-        if name != names[label]:
-            raise ValueError(
-                f"in {split.source_path}, label {label} stands for {names[label]!r} and {name!r}"
+    if several := [
+        f"label {i} for {name!r} and {names[i]!r}" for i, name in classes if name != names[i]
+    ]:
+        yield f"{source} has {truncate_list(several)}: give each class its own label"
+    paths = dict.fromkeys(path for path, _, _ in split.samples())
+    if bad := [name for name in (*paths, *names.values()) if NOT_UTF_8.search(name)]:
+        yield f"{source} has {truncate_list(bad)}, not UTF-8: rename it"
+    if outside := [path for path in paths if UNSAFE_PATH.search(path)]:
+        yield (
+            f"{source} names {truncate_list(outside)}, outside of the image folder "
+            f"{dataset_dir.image_dir}: paths must be relative and without '..'"
+        )
+    if missing := [] if split.files_exist else find_missing(dataset_dir, paths):
+        yield (
+            f"{truncate_list(missing)}: named in {source}, missing in {dataset_dir.image_dir} "
+            f"({len(missing)} of {plural(len(paths), 'image')}): correct the paths, or complete "
+            "the download"
+        )
+    notes = "".join(f"; {note}" for note in split.notes)
+    needed = {"train": "training", "test": "test"}
+    for part in ("test",) if dataset_dir.info.test_only else needed:
+        present = {label for _, label, _ in split.parts[part]}
+        if lacking := [repr(name) for label, name in names.items() if label not in present]:
+            yield (
+                f"{source} has no {needed[part]} images of the class {truncate_list(lacking)}: add "
+                f"some, 4 if the class is divided here, or remove the class{notes}"
             )
 
 
-def check_paths(dataset_dir: DatasetDir, split: Split) -> None:
-    """Check that paths and class names are text, and that paths stay in the image folder."""
-    paths = dict.fromkeys(path for path, _, _ in split.samples())
-    if bad := [name for name in (*paths, *split.lab2cname.values()) if NOT_UTF_8.search(name)]:
-        raise ValueError(f"{split.source_path} has {truncate_list(bad)}, not UTF-8: rename it")
-    if outside := [path for path in paths if UNSAFE_PATH.search(path)]:
-        raise ValueError(
-            f"{split.source_path} names {truncate_list(outside)}, outside of the image folder "
-            f"{dataset_dir.image_dir}: paths must be relative and without '..'"
-        )
-
-
-def check_files(dataset_dir: DatasetDir, split: Split) -> None:
-    """Check that all images exist.
+def find_missing(dataset_dir: DatasetDir, paths: Collection[str]) -> list[str]:
+    """Return those of a split's paths that are no files.
 
     Each folder is listed once: on a network file system that is far cheaper than a question for
     each image.
     """
-    if split.files_exist:
-        return
-    paths = dict.fromkeys(path for path, _, _ in split.samples())
     files = set()
     for folder in {os.path.dirname(path) for path in paths}:
         with suppress(OSError, ValueError):  # no such folder, or a name that no folder can have
             names = list_entries(dataset_dir.image_path(folder))[0]
             files.update(os.path.join(folder, name) for name in names)
     # Hidden files are not in the list, nor are names in other capitals where case does not count.
-    missing = [
-        path for path in paths.keys() - files if not os.path.isfile(dataset_dir.image_path(path))
-    ]
-    if missing:
-        raise FileNotFoundError(
-            f"{truncate_list(sorted(missing))}: named in {split.source_path}, missing in "
-            f"{dataset_dir.image_dir} ({len(missing)} of {plural(len(paths), 'image')}): correct "
-            "the paths, or complete the download"
-        )
-
-
-def check_classes(dataset_dir: DatasetDir, split: Split) -> None:
-    """Check that each class has images to train and to test with."""
-    notes = "".join(f"; {note}" for note in split.notes)
-    for part in ("test",) if dataset_dir.info.test_only else ("train", "test"):
-        present = {label for _, label, _ in getattr(split, part)}
-        if lacking := [repr(name) for i, name in split.lab2cname.items() if i not in present]:
-            raise ValueError(
-                f"{split.source_path} has no {SPLIT_TITLES[part]} images of the class "
-                f"{truncate_list(lacking)}: add some, 4 if the class is divided here, or remove "
-                f"the class{notes}"
-            )
-
-
-CHECKS = (check_labels, check_paths, check_files, check_classes)
+    unlisted = sorted(set(paths) - files)
+    return [path for path in unlisted if not os.path.isfile(dataset_dir.image_path(path))]
 
 
 def format_counts(info: DatasetInfo, split: Split) -> dict[str, str]:
@@ -215,15 +165,12 @@ def format_counts(info: DatasetInfo, split: Split) -> dict[str, str]:
     }
 
 
-def count_mismatch(dataset_dir: DatasetDir, split: Split) -> str:
-    """Return a sentence on numbers that differ from the published ones, or ""."""
-    nouns = {"classes": "classes", **{part: f"{t} images" for part, t in SPLIT_TITLES.items()}}
+def count_mismatch(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
+    """Yield a sentence on numbers that differ from the published ones, if any do."""
     counts = format_counts(dataset_dir.info, split)
-    differing = [f"{text} {nouns[key]}" for key, text in counts.items() if " of " in text]
-    if not differing:
-        return ""
-    return (
-        f"{dataset_dir.name}: not the published numbers in {dataset_dir.path}: "
-        f"{', '.join(differing)}; the download is incomplete, or this is another split; see "
-        f"DATASETS.md, section {dataset_dir.info.title}"
-    )
+    if differing := [f"{text} {key}" for key, text in counts.items() if " of " in text]:
+        yield (
+            f"not the published numbers in {dataset_dir.path}: {', '.join(differing)}; the "
+            "download is incomplete, or this is another split; see DATASETS.md, section "
+            f"{dataset_dir.info.title}"
+        )

@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from clip.preprocess import convert_image_to_rgb
-from datasets.base import GrayRange, PathLike
+from datasets.base import GrayRange
+from datasets.files import PathLike
 from utils import detect_placeholder_file
 
 # By content, whatever a file is called. Pillow knows more; for EPS it would run Ghostscript.
@@ -34,19 +35,16 @@ OTHER_FORMATS = {
     "DICOM": (128, b"DICM", "convert to 16-bit PNG, for example with dcmtk's dcm2img"),
 }
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-T = TypeVar("T")
+Range = tuple[float, float]  # least and largest
 Batch = tuple[Tensor, Tensor]  # images (B, 3, R, R) uint8, labels (B,) int64
+T = TypeVar("T")
 
 
 def read_image(path: PathLike, gray_range: GrayRange | None = None) -> Image.Image:
     """Decode an image file completely, into RGB: the first picture if there are several.
 
     As in CLIP's own preprocessing, the rotation that a camera noted in EXIF data is not applied.
-
-    Args:
-        path: The file.
-        gray_range: The values of gray pictures of more than eight bits that become black and white.
+    `gray_range` becomes black to white in gray pictures of more than eight bits.
 
     Raises:
         FileNotFoundError: It is missing.
@@ -57,11 +55,7 @@ def read_image(path: PathLike, gray_range: GrayRange | None = None) -> Image.Ima
 
 
 def retry_disk_errors(read: Callable[[], T], path: PathLike) -> T:
-    """Return what `read` returns; where the disk or network fails, try again for six seconds.
-
-    Raises:
-        OSError: It still fails.
-    """
+    """Return what `read` returns; where the disk or network fails, try again for six seconds."""
     for delay in RETRY_DELAYS:
         try:
             return read()
@@ -71,14 +65,12 @@ def retry_disk_errors(read: Callable[[], T], path: PathLike) -> T:
             reason = error.strerror
         time.sleep(delay)
     raise OSError(
-        f"the disk or network failed in reading {path} ({reason}; {len(RETRY_DELAYS)} attempts): "
-        "the image may be good; check the disk or the connection, and start again"
+        f"the disk or network failed in reading {path} ({reason}): the image may be good; check "
+        "the disk or the connection, and start again"
     )
 
 
 def _decode(path: PathLike, gray_range: GrayRange | None) -> Image.Image:
-    """Do one attempt of `read_image`."""
-    remedy = "replace it"
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -88,19 +80,15 @@ def _decode(path: PathLike, gray_range: GrayRange | None) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the image {path} is missing: put it back") from error
     except Exception as error:  # a damaged file makes Pillow fail in any way
-        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        reason, remedy = str(error) or type(error).__name__, "replace it"
         if isinstance(error, UnidentifiedImageError):
-            if placeholder := detect_placeholder_file(path):
-                raise ValueError(f"the image {path} is {placeholder}") from error
-            reason = f"none of {', '.join(FORMATS)}"
+            reason = f"it is {detect_placeholder_file(path) or 'none of ' + ', '.join(FORMATS)}"
             if other := detect_other_format(path):
                 reason, remedy = f"it is {other}", OTHER_FORMATS[other][2]
         elif "pixels" in reason:  # from twice the limit on Pillow refuses
             remedy = f"scale it down to at most {MAX_PIXELS:,} pixels"
-        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
         raise ValueError(f"the image {path} cannot be read ({reason}): {remedy}") from error
 
 
@@ -115,11 +103,10 @@ def detect_other_format(path: PathLike) -> str | None:
 
 
 def detect_gray_range(paths: Sequence[str]) -> GrayRange | None:
-    """Return the range of the gray pictures of more than eight bits among image files.
+    """Return the range of the gray pictures of more than eight bits among files, if there are any.
 
-    It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits; from the least to the largest value where
-    some are negative or larger; None where there is no such picture. Files that cannot be read do
-    not count, nor does floating point from 0 on, which is scaled by each picture's range.
+    It is [0, 2^bits - 1] for 8, 10, 12, 14 or 16 bits, or from the least to the largest value where
+    some are negative or larger. Floating point from 0 on has each picture's own range.
     """
     low, high = 0.0, -1.0
     for path in paths:
@@ -135,16 +122,12 @@ def detect_gray_range(paths: Sequence[str]) -> GrayRange | None:
 
 
 def random_resized_crop_params(
-    width: int,
-    height: int,
-    rng: random.Random,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    width: int, height: int, rng: random.Random, scale: Range, ratio: Range
 ) -> tuple[int, int, int, int]:
     """Draw a crop of random area and shape: (left, top, right, bottom).
 
-    The distribution is the one of torchvision's RandomResizedCrop: an area uniform in `scale`, a
-    shape log-uniform in `ratio`, ten tries, then the largest centered box of an allowed shape.
+    As torchvision's RandomResizedCrop does: an area uniform in `scale`, a shape log-uniform in
+    `ratio`, ten tries, then the largest centered box of an allowed shape.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):

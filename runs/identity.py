@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Datum, FewShotDataset
-from datasets.base import nfc
+from datasets.files import nfc
 from datasets.transforms import retry_disk_errors
 from run_utils import default_settings
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from clip import available_models
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from datasets import Datum
-from datasets.base import list_images, list_subdirs
+from datasets.files import list_images, list_subdirs
 from datasets.loader import ImageLoader
 from run_utils import OneLineErrorParser, bounded_number
 from runs.cli import run_cli

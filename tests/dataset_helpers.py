@@ -1,7 +1,5 @@
 """Small copies of every dataset's real folder layout: images, lists, .mat files, split files.
 
-    make_dataset("oxford_pets", root, convention="lora", split=False, classes=3, per_class=8)
-
 Written from the layouts themselves; test_build.py and test_readers.py check the few names that are
 the catalog's.
 """
@@ -69,29 +67,14 @@ CLASSNAMES = {"eurosat": EUROSAT_NAMES, "caltech101": CALTECH_NAMES}
 
 
 def make_dataset(
-    name: str,
-    root: str | Path,
-    convention: str = "coop",
-    split: bool = True,
-    classes: int = 3,
-    per_class: int = 8,
-    size: Size = (40, 32),
+    name, root, convention="coop", split=True, classes=3, per_class=8, size=(40, 32)
 ) -> Path:
-    """Write a small copy of a dataset, the raw download's lists always included.
+    """Write a small copy of a dataset, the raw download's lists always included; return its folder.
 
-    Args:
-        name: Its name on the command line.
-        root: Folder of all datasets.
-        convention: "coop" or "lora", the two sets of folder names.
-        split: Write the published split file, too, if the dataset has one.
-        classes: Number of classes.
-        per_class: Images per class, half of them for training, a fifth for validation, the rest
-            for testing. ImageNet has per_class training images and half as many for testing; its
-            variants have half of per_class, for testing.
-        size: Width and height of the images.
-
-    Returns:
-        The dataset's folder.
+    `convention` is "coop" or "lora", the two sets of folder names. `split` writes the published
+    split file, too, if the dataset has one. Of the images of each class half are for training, a
+    fifth for validation, the rest for testing; ImageNet has per_class training images and half as
+    many for testing, its variants only the latter. `size` is their width and height.
     """
     folder = Path(root) / LAYOUTS[name][("coop", "lora").index(convention)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,12 +115,11 @@ def check_refused(name: str, root: Path, message: str = ".") -> str:
 def write_image(path: Path, label: int, index: int, size: Size = (8, 8)) -> None:
     """Write one image: its class's color with some noise of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_image(label, index, size, "PNG" if path.suffix == ".png" else "JPEG"))
+    path.write_bytes(_encode_image(label, index, size, "PNG" if path.suffix == ".png" else "JPEG"))
 
 
 @lru_cache(maxsize=4096)
-def encode_image(label: int, index: int, size: Size, form: str) -> bytes:
-    """Return the bytes of such an image's file."""
+def _encode_image(label: int, index: int, size: Size, form: str) -> bytes:
     color = np.random.RandomState(label).randint(40, 216, 3)
     noise = np.random.RandomState(1000 * label + index).randint(-40, 40, (size[1], size[0], 1))
     file = io.BytesIO()
@@ -153,13 +135,10 @@ def _write_images(name: str, folder: Path, names: list[str], per_class: int, siz
         label, index = divmod(number, per_class)
         part = "train" if index < num_train else "val" if index < num_train + num_val else "test"
         path = PATHS.get(name, "{name}/{name}_{index:04d}.jpg").format(
-            name=names[label].lstrip("/"),
-            classname=classname(name, names[label]),
-            index=index,
-            one=index + 1,
-            number=number + 1,
+            name=names[label].lstrip("/"), classname=classname(name, names[label]),
+            index=index, one=index + 1, number=number + 1,
             trainval="test" if part == "test" else "train",
-        )
+        )  # fmt: skip
         write_image(folder / path, label, index, size)
         parts[part].append([path, label, classname(name, names[label])])
     for file in (".directory", "readme.txt"):
@@ -208,8 +187,9 @@ def _cars(folder: Path, names: list[str], parts: Parts) -> None:
     cell = np.empty((1, len(names)), dtype=object)
     cell[0] = names
     savemat(folder / "devkit/cars_meta.mat", {"class_names": cell})
-    lists = _two_lists(parts, "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
-    for file, entries in lists:
+    for file, entries in _two_lists(
+        parts, "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
+    ):
         kind = [(key, object) for key in ("bbox_x1", "class", "fname")]
         rows = [(1.0, float(label + 1), Path(path).name) for path, label, _ in entries]
         savemat(folder / file, {"annotations": np.array([rows], dtype=kind).reshape(1, -1)})
@@ -224,7 +204,6 @@ def _flowers(folder: Path, names: list[str], parts: Parts) -> None:
 
 
 def _pets(folder: Path, names: list[str], parts: Parts) -> None:
-    (folder / "annotations").mkdir(exist_ok=True)
     for file, entries in _two_lists(parts, "trainval.txt", "test.txt"):
         lines = [f"{path[:-4]} {label + 1} 1 {label + 1}" for path, label, _ in entries]
         _write_lines(folder / "annotations" / file, lines)
@@ -238,12 +217,11 @@ def _sun397(folder: Path, names: list[str], parts: Parts) -> None:
 
 def _ucf101(folder: Path, names: list[str], parts: Parts) -> None:
     lists = folder / "ucfTrainTestlist"
-    lists.mkdir(exist_ok=True)
     _write_lines(lists / "classInd.txt", [f"{i + 1} {name}" for i, name in enumerate(names)])
     for file, entries in _two_lists(parts, "trainlist01.txt", "testlist01.txt"):
-        lines = [f"{names[label]}/{Path(path).stem}.avi" for path, label, _ in entries]
-        if file == "trainlist01.txt":  # only this one has labels
-            lines = [f"{line} {e[1] + 1}" for line, e in zip(lines, entries, strict=True)]
+        number = " {}" if file == "trainlist01.txt" else ""  # only this one has labels
+        line = "{}/{}.avi" + number
+        lines = [line.format(names[i], Path(path).stem, i + 1) for path, i, _ in entries]
         _write_lines(lists / file, lines)
 
 
@@ -253,14 +231,9 @@ def _caltech(folder: Path, names: list[str], parts: Parts) -> None:
 
 
 LISTS = {
-    "sun397": _sun397,
-    "fgvc": _fgvc,
-    "stanford_cars": _cars,
-    "oxford_pets": _pets,
-    "oxford_flowers": _flowers,
-    "caltech101": _caltech,
-    "ucf101": _ucf101,
-}
+    "sun397": _sun397, "fgvc": _fgvc, "stanford_cars": _cars, "oxford_pets": _pets,
+    "oxford_flowers": _flowers, "caltech101": _caltech, "ucf101": _ucf101,
+}  # fmt: skip
 
 
 def _two_lists(parts: Parts, training: str, testing: str) -> list[tuple[str, list[list]]]:
@@ -269,6 +242,7 @@ def _two_lists(parts: Parts, training: str, testing: str) -> list[tuple[str, lis
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
 
 

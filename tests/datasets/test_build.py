@@ -13,6 +13,7 @@ import pytest
 from dataset_helpers import (
     LAYOUTS,
     ROOT,
+    SPLITS,
     VARIANTS,
     WITH_SPLIT,
     change_split,
@@ -24,7 +25,7 @@ from datasets import DATASETS, build_dataset, dataset_fingerprint, get_dataset_i
 
 @pytest.fixture(scope="module", params=["coop", "lora"])
 def complete(request, tmp_path_factory):
-    """A root with small copies of all datasets, in one of the two conventions."""
+    """Small copies of all datasets, in one of the two conventions: their root, and its name."""
     root = tmp_path_factory.mktemp(request.param)
     for name in LAYOUTS:
         make_small_dataset(name, root, request.param)
@@ -47,10 +48,9 @@ def test_datasets_md_describes_each_row(name):
     assert [title for title in sections if title in titles] == titles
     section = sections[info.title]
     facts = [*info.dataset_dirs, info.split_file or "", f"`{name}`", "https://"]
+    facts += [f"{count:,}" for count in (info.num_classes, *info.num_images) if count is not None]
     for fact in facts + ([f"{info.image_dir}/"] if info.image_dir != "." else []):
         assert fact in section, f"{fact} is not in the section {info.title}"
-    for count in (info.num_classes, *info.num_images):
-        assert count is None or f"{count:,}" in section
 
 
 def test_imagenet_classnames_are_clips():
@@ -83,16 +83,15 @@ def published_parts(name, folder):
     """All entries as the published split or FGVC's own lists have them."""
     if name != "fgvc":
         return json.loads((folder / LAYOUTS[name][2]).read_text())
-    names = (folder / "variants.txt").read_text().splitlines()
-    parts = {}
-    for part in ("train", "val", "test"):
+    names, parts = (folder / "variants.txt").read_text().splitlines(), {}
+    for part in SPLITS:
         lines = (folder / f"images_variant_{part}.txt").read_text().splitlines()
         pairs = [line.split(" ", 1) for line in lines]
         parts[part] = [[f"{image}.jpg", names.index(name), name] for image, name in pairs]
     return parts
 
 
-@pytest.mark.parametrize("shots", [1, 3, 6])
+@pytest.mark.parametrize("shots", [1, 6])
 @pytest.mark.parametrize("name", [*WITH_SPLIT, "fgvc"])
 def test_draw_follows_the_specification(complete, name, shots):
     folder = dataset_folder(complete, name)
@@ -117,8 +116,7 @@ def test_imagenet_draws_validation_from_training(complete, shots):
     folder = dataset_folder(complete, "imagenet")
     random.seed(5)
     dataset = build_dataset("imagenet", complete[0], shots)
-    rng = random.Random(5)
-    train, val, test = [], [], []
+    rng, train, val, test = random.Random(5), [], [], []
     for label, wnid in enumerate(sorted(os.listdir(folder / "train"))):
         drawn = rng.sample(sorted(os.listdir(folder / "train" / wnid)), shots + min(4, shots))
         train += [(f"train/{wnid}/{name}", label) for name in drawn[:shots]]
@@ -136,34 +134,29 @@ def test_imagenet_draws_validation_from_training(complete, shots):
 
 def test_base_and_new_share_draw(tmp_path):
     make_small_dataset("dtd", tmp_path, classes=5, per_class=10)
-    random.seed(3)
-    everything = build_dataset("dtd", tmp_path, 2)
     halves = {}
-    for subsample in ("base", "new"):
+    for subsample in ("all", "base", "new"):
         random.seed(3)
         halves[subsample] = build_dataset("dtd", tmp_path, 2, subsample=subsample)
     for subsample, labels in {"base": [0, 1, 2], "new": [3, 4]}.items():  # 5 / 2, rounded up
         half = halves[subsample]
-        assert half.classnames == [everything.classnames[label] for label in labels]
+        assert half.classnames == [halves["all"].classnames[label] for label in labels]
         for part in ("train_x", "val", "test"):
-            expected = [
+            assert getattr(half, part) == [
                 replace(item, label=item.label - labels[0])
-                for item in getattr(everything, part)
+                for item in getattr(halves["all"], part)
                 if item.label in labels
             ]
-            assert getattr(half, part) == expected
     assert halves["new"].new_classes is None and halves["base"].new_classes == halves["new"]
 
 
 def test_base_and_new_fingerprints_differ(tmp_path):
     folder = make_small_dataset("dtd", tmp_path, classes=3, per_class=10)
-    images = {"all": (15, 6, 9), "base": (10, 4, 6), "new": (5, 2, 3)}
     digests = {}
-    for subsample, counts in images.items():
+    for subsample, counts in {"all": (15, 6, 9), "base": (10, 4, 6), "new": (5, 2, 3)}.items():
         fingerprint = dataset_fingerprint("dtd", tmp_path, subsample=subsample)
-        dataset = build_dataset("dtd", tmp_path, 1, subsample=subsample)
-        assert dataset.fingerprint == fingerprint
-        assert tuple(fingerprint[part] for part in ("train", "val", "test")) == counts
+        assert build_dataset("dtd", tmp_path, 1, subsample=subsample).fingerprint == fingerprint
+        assert tuple(fingerprint[part] for part in SPLITS) == counts
         digests[subsample] = fingerprint["digest"]
     assert len(set(digests.values())) == 3
     change_split(folder, lambda s: s["test"].remove([e for e in s["test"] if e[1] == 2][0]))
@@ -183,25 +176,23 @@ def test_fingerprint_ignores_place_and_draw(complete, tmp_path, capsys, name):
     state = random.getstate()
     fingerprint = dataset_fingerprint(name, root)
     assert random.getstate() == state and capsys.readouterr().err == ""
-    datasets = [build_dataset(name, root, shots) for shots in (1, 4)]
-    assert all(dataset.fingerprint == fingerprint for dataset in datasets)
+    assert build_dataset(name, root, 1).fingerprint == fingerprint
     assert fingerprint["split"] == "published"
     assert re.fullmatch("[0-9a-f]{64}", fingerprint["digest"])
     counts = (0, 0, 12) if name in VARIANTS else (24, 0, 12) if name == "imagenet" else (12, 6, 6)
-    assert tuple(fingerprint[part] for part in ("train", "val", "test")) == counts
+    assert tuple(fingerprint[part] for part in SPLITS) == counts
     make_small_dataset(name, tmp_path, {"coop": "lora", "lora": "coop"}[convention])
     assert dataset_fingerprint(name, tmp_path) == fingerprint
 
 
 def test_fingerprint_notices_changes(tmp_path):
     folder = make_small_dataset("eurosat", tmp_path)
-    changes = (
+    digests = {dataset_fingerprint("eurosat", tmp_path)["digest"]}
+    for change in (
         lambda split: split["train"].reverse(),
         lambda split: split["val"].append(split["train"].pop()),
         lambda split: split["test"].pop(),
-    )
-    digests = {dataset_fingerprint("eurosat", tmp_path)["digest"]}
-    for change in changes:
+    ):
         change_split(folder, change)
         digests.add(dataset_fingerprint("eurosat", tmp_path)["digest"])
     assert len(digests) == 4
@@ -211,29 +202,23 @@ def test_fingerprint_notices_changes(tmp_path):
 
 
 def test_unpublished_counts_are_noted(tmp_path, capsys, monkeypatch):
-    folder = make_small_dataset("imagenet", tmp_path)
+    make_small_dataset("imagenet", tmp_path)
     build_dataset("imagenet", tmp_path, 1)
     (line,) = capsys.readouterr().err.splitlines()
-    for text in ("imagenet", "3 of 1000 classes", "24 of 1281167 training", "12 of 50000 test"):
-        assert text in line
+    assert "imagenet: " in line
+    assert "3 of 1000 classes, 24 of 1281167 train, 12 of 50000 test;" in line
     info = replace(DATASETS["imagenet"], num_classes=3, num_images=(24, None, 12))
     monkeypatch.setitem(DATASETS, "imagenet", info)
     build_dataset("imagenet", tmp_path, 1)
     assert capsys.readouterr().err == ""
-    next((folder / "val").rglob("*.JPEG")).unlink()
-    build_dataset("imagenet", tmp_path, 1)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert ": 11 of 12 test images;" in line
 
 
 def test_unknown_name_gets_the_nearest():
     with pytest.raises(ValueError, match=r"'EuroSat' \(did you mean 'eurosat'\?\); valid: .*dtd"):
         get_dataset_info("EuroSat")
-    with pytest.raises(ValueError, match="did you mean 'oxford_flowers'"):
-        build_dataset("flowers", "/nowhere", 1)
 
 
-@pytest.mark.parametrize("shots", [0, -1, 1.5, "4"])
+@pytest.mark.parametrize("shots", [0, 1.5, "4"])
 def test_shots_below_one_are_refused(tmp_path, shots):
     with pytest.raises(ValueError, match=f"at least 1, not {shots!r}"):
         build_dataset("eurosat", tmp_path, shots)

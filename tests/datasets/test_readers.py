@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dataset_helpers import (
     LAYOUTS,
     ROOT,
+    SPLITS,
     VARIANTS,
     WITH_SPLIT,
     check_refused,
@@ -21,13 +23,8 @@ from datasets import build_dataset, build_test_dataset
 
 RAW = tuple(name for name in WITH_SPLIT if name != "digits")
 DIVIDED = ("dtd", "eurosat", "caltech101", "food101", "oxford_flowers")  # 50 / 20 / 30
-WNIDS, IMAGENET_NAMES = zip(
-    *(
-        line.split(maxsplit=1)
-        for line in (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()
-    ),
-    strict=True,
-)
+LINES = (ROOT / "datasets/imagenet_classnames.txt").read_text().splitlines()
+WNIDS, IMAGENET_NAMES = zip(*(line.split(maxsplit=1) for line in LINES), strict=True)
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -40,15 +37,10 @@ def test_published_rule_divides_classes(tmp_path, name):
     split = json.loads((folder / LAYOUTS[name][2].replace("zhou", "so")).read_text())
     # 6 or 9 images for training and 3 or 2 for validation: 13 in all, or 9 besides 4 for testing.
     counts = (6, 3, 4) if name in DIVIDED else (7, 2, 4)
-    for part, count in zip(("train", "val", "test"), counts, strict=True):
-        for label in range(3):
-            assert sum(entry[1] == label for entry in split[part]) == count
-    entries = [
-        sorted(tuple(entry) for part in ("train", "val", "test") for entry in parts[part])
-        for parts in (split, published)
-    ]
-    assert entries[0] == entries[1]  # the same images, labels and class names
-    assert not {path for path, _, _ in split["train"]} & {path for path, _, _ in split["val"]}
+    for part, count in zip(SPLITS, counts, strict=True):
+        assert Counter(label for _, label, _ in split[part]) == dict.fromkeys(range(3), count)
+    entries = [sorted(sum((parts[part] for part in SPLITS), [])) for parts in (split, published)]
+    assert entries[0] == entries[1]  # the same images, labels and class names, each once
     if name not in DIVIDED:
         assert sorted(split["test"]) == sorted(published["test"])
 
@@ -108,7 +100,7 @@ def test_unreadable_list_is_named(tmp_path, name, file):
         ("sun397", "Training_01.txt", "/q/quarry/sun_1.jpg", "line 19 of .*'/q/quarry/sun_1.jpg'"),
         ("sun397", "ClassName.txt", "/q/quarry", "no training images of the class 'quarry'"),
         ("oxford_pets", "annotations/test.txt", "beagle_1", "line 7 of .*'beagle_1'"),
-        ("oxford_pets", "annotations/test.txt", "beagle_1 1 1 1", "label 0 stands for 'abyss"),
+        ("oxford_pets", "annotations/test.txt", "beagle_1 1 1 1", "label 0 for 'beagle' and"),
         ("ucf101", "ucfTrainTestlist/testlist01.txt", "TaiChi/v_TaiChi_g01_c01.avi", "line 7 of"),
         ("fgvc", "images_variant_train.txt", "0000001 Concorde", "line 13 of .*Concorde"),
     ],
@@ -122,7 +114,7 @@ def test_wrong_line_is_named(tmp_path, name, file, line, message):
 def test_flower_without_name_is_refused(tmp_path):
     folder = make_small_dataset("oxford_flowers", tmp_path, split=False)
     savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 1, 9]])})
-    check_refused("oxford_flowers", tmp_path, "does not have a name for each label .*KeyError.9")
+    check_refused("oxford_flowers", tmp_path, "imagelabels.mat has no readable .*KeyError: '9'")
 
 
 # ImageNet and its variants
@@ -132,12 +124,9 @@ def test_flower_without_name_is_refused(tmp_path):
 def test_imagenet_needs_both_class_folders(tmp_path, convention):
     folder = make_small_dataset("imagenet", tmp_path, convention, classes=2)
     (folder / "val/n01440764").rename(folder / "val/n01484850")
-    check_refused("imagenet", tmp_path, "only one of them has n01440764, n01484850: sort the")
+    check_refused("imagenet", tmp_path, f"the download lacks {folder}/val/n01440764")
     (folder / "val").rename(tmp_path / "val")
     check_refused("imagenet", tmp_path, f"the image folder {folder}/val is missing")
-    (folder / "val").mkdir()
-    (folder / "val/ILSVRC2012_val_00000001.JPEG").touch()
-    check_refused("imagenet", tmp_path, "sort the images of both")
 
 
 def test_classnames_txt_names_imagenet(tmp_path):
@@ -146,7 +135,7 @@ def test_classnames_txt_names_imagenet(tmp_path):
     names.write_text("n01440764 a fish\nn99999999 nothing\n")
     assert build_dataset("imagenet", tmp_path, 1).classnames == ["a fish", "goldfish"]
     names.write_text("n01440764\n")
-    check_refused("imagenet", tmp_path, "classnames.txt, 'n01440764', is not 'n01440764 tench'")
+    check_refused("imagenet", tmp_path, "txt, 'n01440764', is no known 'n01440764 tench'")
     names.unlink()
     for part in ("train", "val"):
         (folder / part / "n01440764").rename(folder / part / "mine")
