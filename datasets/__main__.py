@@ -21,7 +21,7 @@ from datasets.build import dataset_name, get_dataset_info
 from datasets.catalog import DATASETS
 from datasets.splits import count_mismatch, find_problems, format_counts, read_split
 from datasets.transforms import read_image
-from utils import Progress, format_error, truncate_list, user_path
+from utils import Progress, format_error, truncate_list
 
 COLUMNS = ("dataset", "folder", "split", "classes", *SPLITS, "status")
 
@@ -29,7 +29,9 @@ COLUMNS = ("dataset", "folder", "split", "classes", *SPLITS, "status")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checker; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m datasets", description="Check the datasets.")
-    parser.add_argument("--root_path", type=user_path, help="folder that holds all datasets")
+    parser.add_argument(
+        "--root_path", type=os.path.expanduser, help="folder that holds all datasets"
+    )
     parser.add_argument("--dataset", help="only this dataset: a name, or the path of your own")
     parser.add_argument("--decode", action="store_true", help="open every image as well")
     args = parser.parse_args(argv)
