@@ -39,83 +39,47 @@ def run(optimizer, params, steps, seed=0):
 # Equalities
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("density, T", [(0.01, 1), (0.1, 5), (0.3, 2), (0.7, 3), (1.0, 4)])
-@pytest.mark.parametrize("foreach", [None, False])
-def test_every_step_equals_the_twin(shape, density, T, foreach):
-    w = parameter(*shape)
-    settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    twin = Twin(w, **settings)
-    optimizer = SO([w], **settings, density_ratio=density, T=T, seed=3, foreach=foreach)
-    for step in range(12):
-        w.grad = torch.randn_like(w)
-        gradient = w.grad.clone()
-        optimizer.step()
-        state = optimizer.state[w]
-        twin.step(gradient, mask(state["grad_indices"], shape))
-        assert torch.equal(w.grad, gradient)
-        torch.testing.assert_close(w.detach(), twin.W, rtol=1e-12, atol=1e-12)
-        assert torch.equal(mask(state["indices"], shape), twin.S_m), step
-        at = state["indices"]
-        torch.testing.assert_close(state["exp_avg"], twin.m.flatten()[at], rtol=1e-12, atol=0)
-        torch.testing.assert_close(state["exp_avg_sq"], twin.v.flatten()[at], rtol=1e-12, atol=0)
-
-
 OPTIONS = [
-    dict(maximize=True, weight_decay=0.1),
-    dict(decoupled_weight_decay=True, weight_decay=0.1),
+    dict(weight_decay=0.1),
+    dict(weight_decay=0.1, maximize=True),
+    dict(weight_decay=0.1, decoupled_weight_decay=True),
     dict(bias_correction="entry"),
     dict(bias_correction="entry", betas=(0.0, 0.95)),
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("density, T", [(0.01, 1), (0.1, 5), (0.3, 2), (1.0, 4)])
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize("large", [False, True])
-def test_options_equal_the_twins(options, foreach, large, monkeypatch):
-    if large:  # what a density of 1/32 and more is computed by; it takes float32 only
+def test_every_step_equals_the_twins(options, density, T, foreach, large, monkeypatch):
+    """All tensors of one optimizer, some of them without a gradient in some steps."""
+    if large:  # united by a table and selected by counting, which takes float32
         monkeypatch.setattr(SparseOptimizer, "LARGE", 1)
     dtype, close = (torch.float32, 1e-5) if large else (torch.float64, 1e-12)
-    params = [parameter(9, 11, dtype=dtype), parameter(6, 7, dtype=dtype)]
-    twins = [Twin(p, lr=1e-2, eps=1e-6, **options) for p in params]
-    settings = dict(lr=1e-2, eps=1e-6, density_ratio=0.1, T=3, seed=3, foreach=foreach)
-    optimizer = SO(params, **settings, **options)
-    for _ in range(12):
-        for p in params:
-            p.grad = torch.randn_like(p)
+    params = [parameter(*shape, dtype=dtype) for shape in SHAPES]
+    settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6) | options
+    twins = [Twin(p, **settings) for p in params]
+    optimizer = SO(params, **settings, density_ratio=density, T=T, seed=3, foreach=foreach)
+    for step in range(9):
+        for number, p in enumerate(params):
+            p.grad = None if (step + number) % 7 == 6 else torch.randn_like(p)
+        gradients = [None if p.grad is None else p.grad.clone() for p in params]
         optimizer.step()
-        for p, twin in zip(params, twins, strict=True):
-            state = optimizer.state[p]
-            twin.step(p.grad, mask(state["grad_indices"], p.shape))
+        for p, twin, gradient in zip(params, twins, gradients, strict=True):
+            if gradient is None:
+                continue
+            state, at = optimizer.state[p], optimizer.state[p]["indices"]
+            twin.step(gradient, mask(state["grad_indices"], p.shape))
+            assert torch.equal(p.grad, gradient)
             torch.testing.assert_close(p.detach(), twin.W, rtol=close, atol=close)
-            assert torch.equal(mask(state["indices"], p.shape), twin.S_m)
+            assert torch.equal(mask(at, p.shape), twin.S_m), step
+            torch.testing.assert_close(state["exp_avg"], twin.m.flatten()[at], rtol=close, atol=0)
+            torch.testing.assert_close(
+                state["exp_avg_sq"], twin.v.flatten()[at], rtol=close, atol=0
+            )
             if "bias_correction" in options:
-                counts = twin.t.flatten()[state["indices"]]
-                assert torch.equal(state["entry_steps"].to(dtype), counts)
-                assert state["entry_steps"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("density", [0.04, 0.3, 1.0])
-def test_large_tensors_equal_small_ones(density, monkeypatch):
-    """United by a table and selected by counting, or sorted: the same to rounding."""
-
-    def train(limit):
-        monkeypatch.setattr(SparseOptimizer, "LARGE", limit)
-        torch.manual_seed(0)
-        params = [parameter(40, 50, dtype=torch.float32), parameter(30, 20, dtype=torch.float32)]
-        optimizer = SO(params, lr=1e-2, density_ratio=density, T=2, seed=1)
-        run(optimizer, params, 7)
-        states = [optimizer.state[p] for p in params]
-        order = [state["indices"].sort().indices for state in states]
-        rows = [
-            s[name][o]
-            for s, o in zip(states, order, strict=True)
-            for name in ("indices", "exp_avg", "exp_avg_sq")
-        ]
-        return [*(p.detach() for p in params), *rows]
-
-    for large, small in zip(train(1), train(10**9), strict=True):
-        torch.testing.assert_close(large, small)
+                assert torch.equal(state["entry_steps"], twin.t.flatten()[at].long())
 
 
 def test_count_selects_as_topk_does(monkeypatch):
@@ -144,23 +108,6 @@ def test_chunks_change_nothing(monkeypatch):
 
     for limit in (1, 300):
         assert all(map(torch.equal, train(limit), train(10**9)))
-
-
-def test_many_tensors_equal_single_ones():
-    shapes = [(6, 7), (7, 6), (6, 7), (50, 40), (3,), (5, 2, 3)]
-    together = [parameter(*shape) for shape in shapes]
-    optimizer = SO(together, lr=1e-2, density_ratio=0.1, T=3, weight_decay=0.05, seed=1)
-    twins = [Twin(p, lr=1e-2, weight_decay=0.05) for p in together]
-    for step in range(8):
-        for number, p in enumerate(together):
-            p.grad = None if (step + number) % 4 == 0 else torch.randn_like(p)
-        optimizer.step()
-        for p, twin in zip(together, twins, strict=True):
-            if p.grad is not None:
-                at = optimizer.state[p].get("grad_indices", torch.arange(p.numel()))
-                twin.step(p.grad, mask(at, p.shape))
-    for p, twin in zip(together, twins, strict=True):
-        torch.testing.assert_close(p.detach(), twin.W, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("correction", ["tensor", "entry"])
@@ -268,17 +215,6 @@ def test_supports_are_distinct_and_uniform(numel, k):
     assert (counts - expected).abs().max() <= 5 * spread
 
 
-def test_support_pairs_are_uniform():
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(16, 16)
-    for _ in range(6000):
-        a, b = draw_support(16, 2, generator).tolist()
-        counts[a, b] += 1
-    assert torch.equal(counts, counts.triu(1))
-    expected = 6000 / 120
-    assert (counts[counts.triu(1) > 0] - expected).abs().max() < 5 * expected**0.5
-
-
 def test_support_lasts_T_steps():
     w = parameter(30, 40)
     optimizer = SO([w], density_ratio=0.0146, T=3)
@@ -364,7 +300,11 @@ def test_saved_state_continues_bit_exactly(at, seed):
     a = SO(unbroken, lr=1e-2, density_ratio=0.05, T=5, seed=seed)
     run(a, unbroken, at)
     resumed = [nn.Parameter(p.detach().clone()) for p in unbroken]
-    state = save_and_load(a.state_dict())
+    state = a.state_dict()  # whose tensors go on changing
+    if seed:
+        state = save_and_load(state)
+        for entry in state["state"].values():
+            entry["step"] = float(entry["step"])  # as some files have it
     torch.manual_seed(99)
     b = SO(resumed, lr=5.0, density_ratio=0.5, T=2)
     b.load_state_dict(state)
@@ -374,17 +314,6 @@ def test_saved_state_continues_bit_exactly(at, seed):
         assert torch.equal(p, q)
         for name, value in a.state[p].items():
             assert torch.equal(value, b.state[q][name]), name
-
-
-def test_loading_copies_tensors():
-    w, u = parameter(20, 20), parameter(20, 20)
-    a, b = SO([w], density_ratio=0.1), SO([u], density_ratio=0.1)
-    run(a, [w], 3)
-    b.load_state_dict(a.state_dict())
-    kept = copy.deepcopy(a.state_dict())
-    run(b, [u], 3)
-    for name, value in kept["state"][0].items():
-        assert torch.equal(value, a.state[w][name]), name
 
 
 @pytest.mark.parametrize("to", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -402,20 +331,6 @@ def test_other_precision_state_loads(source, to):
     wide = torch.float64 if to == torch.float64 else torch.float32
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wide
     run(b, [u], 3)
-
-
-@pytest.mark.parametrize("plain", [float, int])
-def test_plain_number_step_loads(plain):
-    w, u = parameter(20, 20), parameter(20, 20)
-    a, b = (SO([p], density_ratio=0.1, T=5, seed=1) for p in (w, u))
-    run(a, [w], 3)
-    state = copy.deepcopy(a.state_dict())
-    state["state"][0]["step"] = plain(state["state"][0]["step"])
-    b.load_state_dict(state)
-    u.data.copy_(w.data)
-    run(a, [w], 6, seed=1)
-    run(b, [u], 6, seed=1)
-    assert torch.equal(w, u)
 
 
 DAMAGE = {
@@ -459,23 +374,15 @@ def test_foreign_state_is_left():
     again.load_state_dict(saved)
     for p in params:
         state = again.state[p]
-        assert "exp_avg" in state and state["note"] == 3 and state["name"] == "w"
-        for name in ("slow", "mask"):
-            assert (
-                torch.equal(state[name], foreign[name]) and state[name].dtype == foreign[name].dtype
-            )
-        assert state["tags"] == ["a"]
+        assert "exp_avg" in state and (state["note"], state["name"]) == (3, "w")
+        assert torch.equal(state["slow"], foreign["slow"])
+        assert torch.equal(state["mask"], foreign["mask"]) and state["tags"] == ["a"]
     run(again, params, 2)
-
-
-def test_foreign_state_loads_before_a_step():
-    w = parameter(20, 20)
-    optimizer = SO([w], density_ratio=0.1)
-    optimizer.state[w]["mask"] = torch.ones(3, dtype=torch.bool)
-    again = SO([w], density_ratio=0.1)
-    again.load_state_dict(optimizer.state_dict())
-    run(again, [w], 1)
-    assert again.state[w]["mask"].dtype == torch.bool
+    early = SO(params, density_ratio=0.1)
+    early.state[params[0]].update(foreign)
+    again.load_state_dict(early.state_dict())
+    run(again, params, 1)
+    assert again.state[params[0]]["mask"].dtype == torch.bool
 
 
 def test_a_parameter_may_change_its_precision():
