@@ -20,7 +20,9 @@ from optimizers import SO
 
 ROWS, COLUMNS, K, T, NUM_REFRESHES = 10, 16, 10, 5, 4
 # Sky blue and black of Okabe and Ito, and gray.
-GRAD_COLOR, MOMENT_COLOR, MOVED_COLOR = "#56B4E9", "#000000", "#DDDDDD"
+SUPPORT_COLORS = GRAD_COLOR, MOMENT_COLOR = "#56B4E9", "#000000"
+MOVED_COLOR = "#DDDDDD"
+DOTS = dict(color=MOMENT_COLOR, marker="o", markersize=4)
 Supports = list[tuple[set[int], set[int]]]  # S_g and S_m after each step, as flat indices of W
 
 
@@ -33,10 +35,9 @@ def main() -> None:
     for column in range(NUM_REFRESHES):
         draw_matrix(figure.add_subplot(grid[0, column]), supports[: (column + 1) * T])
     draw_steps(figure.add_subplot(grid[1, :]), supports)
-    dots = dict(color=MOMENT_COLOR, marker="o", markersize=4)
     handles = [
         Patch(color=GRAD_COLOR, label="$S_g$: gradient read, refreshed every $T = 5$ steps"),
-        Line2D([], [], **dots, label="$S_m$: moments kept, where $|m|$ is largest"),
+        Line2D([], [], **DOTS, label="$S_m$: moments kept, where $|m|$ is largest"),
         Patch(color=MOVED_COLOR, label="moved earlier"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
@@ -64,32 +65,25 @@ def draw_matrix(axes: plt.Axes, supports: Supports) -> None:
     """Draw W after the last of the steps, a cell for each entry."""
     grad_support, moment_support = supports[-1]
     for entry in set().union(*(earlier for earlier, _ in supports)):
-        row, column = divmod(entry, COLUMNS)
         color = GRAD_COLOR if entry in grad_support else MOVED_COLOR
-        axes.add_patch(plt.Rectangle((column, row), 1, 1, color=color, linewidth=0))
-    rows, columns = zip(*(divmod(entry, COLUMNS) for entry in moment_support), strict=True)
-    x, y = [column + 0.5 for column in columns], [row + 0.5 for row in rows]
-    axes.scatter(x, y, s=15, color=MOMENT_COLOR, zorder=3)
+        corner = entry % COLUMNS, entry // COLUMNS
+        axes.add_patch(plt.Rectangle(corner, 1, 1, color=color, linewidth=0))
+    for entry in moment_support:
+        axes.plot(entry % COLUMNS + 0.5, entry // COLUMNS + 0.5, **DOTS)
     axes.set(xlim=(0, COLUMNS), ylim=(ROWS, 0), aspect="equal")
-    axes.set_title(f"W after step {len(supports)}")
-    axes.set_xticks(range(COLUMNS + 1), [])
-    axes.set_yticks(range(ROWS + 1), [])
+    axes.set(title=f"W after step {len(supports)}", xticks=range(COLUMNS), yticks=range(ROWS))
     axes.grid(color="#C8C8C8", linewidth=0.5)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelbottom=False, labelleft=False)
 
 
 def draw_steps(axes: plt.Axes, supports: Supports) -> None:
     """Draw every entry whose gradient was ever read as a row over the steps."""
     entries = list(dict.fromkeys(entry for read, _ in supports for entry in sorted(read)))
-    for y, entry in enumerate(entries):
-        in_grad_support, in_moment_support = (
-            [(step + 0.5, 1) for step, pair in enumerate(supports) if entry in pair[which]]
-            for which in (0, 1)
-        )
-        axes.broken_barh(in_grad_support, (y + 0.04, 0.92), color=GRAD_COLOR, linewidth=0)
-        axes.broken_barh(in_moment_support, (y + 0.33, 0.34), color=MOMENT_COLOR, linewidth=0)
-    for step in range(T, NUM_REFRESHES * T, T):
-        axes.axvline(step + 0.5, color="#777777", linewidth=0.8)
+    for step, pair in enumerate(supports):
+        for support, height, color in zip(pair, (0.92, 0.34), SUPPORT_COLORS, strict=True):
+            axes.barh([entries.index(e) + 0.5 for e in support], 1, height, step + 0.5, color=color)
+        if step and step % T == 0:
+            axes.axvline(step + 0.5, color="#777777", linewidth=0.8)
     axes.set(xlim=(0.5, NUM_REFRESHES * T + 0.5), ylim=(len(entries) + 0.5, -0.5), yticks=[])
     axes.set(xlabel="step", ylabel="entries of W", xticks=range(1, NUM_REFRESHES * T + 1))
 
