@@ -49,12 +49,7 @@ from optimizers.delta import apply_state_diff, diff_state_dict, save_delta
 from run_utils import get_arguments, select_args
 from runs import cli, distributed
 from runs.checkpoint import CheckpointSaver
-from runs.environment import (
-    describe_machine,
-    get_default_device,
-    set_random_seed,
-    set_up_device,
-)
+from runs.environment import describe_machine, get_default_device, set_random_seed, set_up_device
 from runs.identity import get_identity
 from runs.output_dir import (
     eval_items,
@@ -86,7 +81,6 @@ class Task:
 
     dataset: FewShotDataset
     split: str  # "test" or "val"
-    is_target: bool = False  # of --test_on
 
     @property
     def has_uneven_classes(self) -> bool:
@@ -118,7 +112,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
     tasks = {"": Task(dataset, args.eval_split)}
     if dataset.new_classes:
         tasks["new classes"] = Task(dataset.new_classes, args.eval_split)
-    tasks |= {name: Task(target, "test", is_target=True) for name, target in targets.items()}
+    tasks |= {name: Task(target, "test") for name, target in targets.items()}
     pretrained = PretrainedModel(args.backbone, args.activation, args.heads)
     model = pretrained.load(device)
     identity = get_identity(args, dataset, pretrained.model_sha256)
@@ -134,11 +128,12 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         if not missing:
             return
         tasks = {name: tasks[name] for name in missing}
+        targets = {name: targets[name] for name in missing}
         eval_weights = distributed.run_on_main(find_saved_run, output_dir)[1], 1.0
     loader = ImageLoader(
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )
-    evaluator = Evaluator(args, model, pretrained, loader, signals, tasks)
+    evaluator = Evaluator(args, model, pretrained, loader, signals, tasks, targets)
     if result or eval_weights or not args.n_iters:
         kind = "final_accuracy" if result else "accuracy"
         saves = targets and eval_weights and eval_weights[0].parent == output_dir
@@ -150,14 +145,15 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the model of a run on its tasks, by name; that of the run itself is ""."""
+    """Evaluates the model of a run."""
 
     args: argparse.Namespace
     model: CLIP
     pretrained: PretrainedModel
     loader: ImageLoader
     signals: SignalHandler
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, Task]  # by name; that of the run itself is ""
+    targets: Mapping[str, FewShotDataset]  # those of --test_on
 
     def build_classifier(self, dataset: FewShotDataset) -> ZeroShotClassifier:
         """The model as a classifier of a dataset's classes."""
@@ -182,10 +178,8 @@ class Evaluator:
 def evaluate_only(evaluator: Evaluator, eval_weights: tuple[Path, float] | None, kind: str) -> None:
     """Print zero-shot accuracies, then those of saved weights.
 
-    Args:
-        evaluator: Has the model.
-        eval_weights: A file, if any, and the factor of the difference to the pretrained weights.
-        kind: The accuracies' key in runs.cli.ACCURACY_LINES.
+    `eval_weights` is a file, if any, and the factor of its difference to the pretrained weights;
+    `kind` is the accuracies' key in runs.cli.ACCURACY_LINES.
     """
     tasks = evaluator.tasks
     zero_shot = evaluator.predict_all(tasks)
@@ -197,7 +191,8 @@ def evaluate_only(evaluator: Evaluator, eval_weights: tuple[Path, float] | None,
     final = evaluator.predict_all(tasks)
     print_by_task(kind, final, tasks)
     if path.parent == get_output_dir(evaluator.args):
-        save_targets(path.parent, tasks, zero_shot, final)
+        targets = evaluator.targets
+        distributed.run_on_main(save_transfer, path.parent, targets, zero_shot, final)
 
 
 def print_by_task(
@@ -208,18 +203,6 @@ def print_by_task(
         cli.print_accuracy(kind, predictions[name].accuracy, task.split, name)
         if kind == "accuracy" and not name and task.has_uneven_classes:
             cli.print_accuracy("balanced", predictions[name].balanced_accuracy, task.split)
-
-
-def save_targets(
-    output_dir: Path,
-    tasks: Mapping[str, Task],
-    zero_shot: Mapping[str, Predictions],
-    final: Mapping[str, Predictions],
-) -> None:
-    """Write the accuracies on the datasets of --test_on, if there are any."""
-    targets = {name: task.dataset for name, task in tasks.items() if task.is_target}
-    if targets:
-        distributed.run_on_main(save_transfer, output_dir, targets, zero_shot, final)
 
 
 def finetune(evaluator: Evaluator, identity: dict[str, Any]) -> None:
@@ -291,14 +274,15 @@ def finetune(evaluator: Evaluator, identity: dict[str, Any]) -> None:
             raise ValueError(f"{format_error(error)}: make room, then --resume") from error
         distributed.run_on_main(saver.path.unlink, True)
         cli.print_accuracies(state.final_accuracies(), args.eval_split, task.has_uneven_classes)
-        if targets := {name: task for name, task in evaluator.tasks.items() if task.is_target}:
+        if targets := evaluator.targets:
+            tasks = {name: evaluator.tasks[name] for name in targets}
             with evaluation_weights(model, weights, pretrained, args.wise):
-                final = evaluator.predict_all(targets)
+                final = evaluator.predict_all(tasks)
             with evaluation_weights(model, weights, pretrained, alpha=0):
-                zero_shot = evaluator.predict_all(targets)
-            save_targets(output_dir, targets, zero_shot, final)
-            print_by_task("zero_shot_accuracy", zero_shot, targets)
-            print_by_task("final_accuracy", final, targets)
+                zero_shot = evaluator.predict_all(tasks)
+            distributed.run_on_main(save_transfer, output_dir, targets, zero_shot, final)
+            print_by_task("zero_shot_accuracy", zero_shot, tasks)
+            print_by_task("final_accuracy", final, tasks)
     print(f"\nResults: {output_dir}")
 
 

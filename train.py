@@ -99,10 +99,8 @@ class TrainState:
     def curve_rows(self, lr: float) -> list[tuple]:
         """Rows (iteration, loss, lr, test accuracy, or "" where nothing was evaluated)."""
         losses, lrs = self.losses[: self.iteration].tolist(), cosine_lrs(lr, self.total_iters)
-        return [
-            (i, loss, lrs[i - 1], self.accuracies.get(i, ""))
-            for i, loss in enumerate(losses, start=1)
-        ]
+        pairs = enumerate(zip(losses, lrs, strict=False), start=1)
+        return [(i, loss, lr, self.accuracies.get(i, "")) for i, (loss, lr) in pairs]
 
     def final_accuracies(self) -> dict[str, float]:
         """Accuracies of the weights to report, as in result.json."""

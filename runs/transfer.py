@@ -48,6 +48,8 @@ def save_transfer(
     final: Mapping[str, Predictions],
 ) -> None:
     """Write the targets' accuracies before and after training; entries of other targets stay."""
+    if not targets:
+        return
     entries = read_transfer(output_dir / "transfer.json")
     for name, dataset in targets.items():
         entries[name] = {
