@@ -308,9 +308,7 @@ class _Sampled:
 
 
 class _SampledParameter(_Sampled, nn.Parameter):
-    """A parameter whose class `SampledGradients` has set to this one."""
-
-    _sampler: SampledGradients | None = None  # a deep copy has none
+    """A parameter with a `_sampler`, or a deep copy of one, which has none."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_sampler"}

@@ -146,6 +146,8 @@ def build_optimizer(
         return torch.optim.AdamW(adapters.values(), lr=lr, weight_decay=1e-2)  # as CLIP-LoRA
     if method == "adam":
         return torch.optim.Adam(weights.values(), lr=lr)
+    if method != "so":
+        raise ValueError(f"method {method!r} has no optimizer; valid: {', '.join(METHODS)}")
     settings = dict(lr=lr, density_ratio=density, T=T, seed=seed)
     if ablation == ABLATION_DEFAULTS:
         optimizer = SO(weights.values(), **settings)

@@ -33,8 +33,7 @@ def loss_of(model, step, rows=slice(None)):
     generator = torch.Generator().manual_seed(step)
     words = torch.randint(9, (IMAGES,), generator=generator)[rows]
     labels = torch.randint(8, (IMAGES,), generator=generator)[rows]
-    module = getattr(model, "module", model)
-    return nn.functional.cross_entropy(module["body"](module["embed"](words)), labels)
+    return nn.functional.cross_entropy(model["body"](model["embed"](words)), labels)
 
 
 class Wrapped(nn.Module):
@@ -58,38 +57,28 @@ def share(rank):
     return slice(3 * rank, 3 * rank + 3)
 
 
-def connected(work):
-    """What a process does in a group of all."""
+def train(model, *optimizers, rows=slice(None), accumulate=1, clip=None, weight=1):
+    """Weights after STEPS steps on some rows of each batch, or, with a weight of 0, on none."""
+    for step in range(STEPS):
+        model.zero_grad()
+        for part in range(accumulate) if weight else ():
+            loss = loss_of(model, step + 100 * part, rows)
+            (weight * loss / accumulate).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for optimizer in optimizers:
+            optimizer.step()
+    return weights(model)
+
+
+def run_twice(work, folder):
+    """What work(rank) returns in two processes that form a group."""
 
     def run(rank):
         dist.init_process_group("gloo")
         return work(rank)
 
-    return run
-
-
-def trained_alone(sampled=False, clip=None, accumulate=1):
-    """Weights after training on whole batches in this process."""
-    model = make_model()
-    optimizer = SO(model.parameters(), seed=5, **settings)
-    if sampled:
-        sample_gradients(model, optimizer)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        for part in range(accumulate):
-            (loss_of(model, step + 100 * part) / accumulate).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    return weights(model)
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    return run_in_processes(2, run, folder)
 
 
 def test_replicas_use_rank_0_seed(tmp_path):
@@ -105,14 +94,17 @@ def test_replicas_use_rank_0_seed(tmp_path):
             optimizer.step()
         return optimizer.param_groups[0]["seed"], weights(model)
 
-    (seed, first), (other, second) = run_in_processes(2, connected(work), tmp_path)
+    (seed, first), (other, second) = run_twice(work, tmp_path)
     assert seed == other and torch.equal(first, second)
 
 
-def test_given_seed_is_used(alone):
-    optimizer = SO(make_model().parameters(), seed=5)
-    optimizer.draw_supports()
-    assert optimizer.param_groups[0]["seed"] == 5
+def test_given_seed_is_used(tmp_path):
+    def work(rank):
+        optimizer = SO(make_model().parameters(), seed=5 + rank)
+        optimizer.draw_supports()
+        return optimizer.param_groups[0]["seed"]
+
+    assert run_twice(work, tmp_path) == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -125,26 +117,20 @@ def test_process_group_equals_one_process(case, tmp_path):
         model = make_model(rank)  # that of the first process becomes everyone's
         optimizer = SO(model.parameters(), seed=5, **settings)
         sample_gradients(model, optimizer, process_group=dist.group.WORLD)
-        numbers = []
-        all_reduce = dist.all_reduce
-        dist.all_reduce = lambda row, **how: (numbers.append(row.numel()), all_reduce(row, **how))
-        parts = case.get("accumulate", 1)
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            for part in range(parts):
-                (loss_of(model, step + 100 * part, share(rank)) / parts).backward()
-            if case.get("clip"):
-                nn.utils.clip_grad_norm_(model.parameters(), case["clip"])
-            optimizer.step()
-        return weights(model), numbers
+        sizes, all_reduce = [], dist.all_reduce
+        dist.all_reduce = lambda row, **how: (sizes.append(row.numel()), all_reduce(row, **how))
+        return train(model, optimizer, rows=share(rank), **case), sizes
 
-    expected = trained_alone(sampled=True, **case)
-    (first, numbers), (second, _) = run_in_processes(2, connected(work), tmp_path)
+    model = make_model()
+    optimizer = SO(model.parameters(), seed=5, **settings)
+    sample_gradients(model, optimizer)
+    expected = train(model, optimizer, **case)
+    (first, sizes), (second, _) = run_twice(work, tmp_path)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
     # One exchange for each backward pass: the embedding's and the bias's whole gradients, k others.
     row = 9 * 32 + 32 + int(32 * 32 * 0.05) + int(32 * 8 * 0.05)
-    assert numbers == [row] * (STEPS * case.get("accumulate", 1))
+    assert sizes == [row] * (STEPS * case.get("accumulate", 1))
 
 
 def test_other_optimizers_parameters_stay_equal(tmp_path):
@@ -153,14 +139,9 @@ def test_other_optimizers_parameters_stay_equal(tmp_path):
         optimizer = SO(model["body"].parameters(), seed=5, **settings)
         other = torch.optim.SGD(model["embed"].parameters(), lr=0.1)
         sample_gradients(model, optimizer, dist.group.WORLD)
-        for step in range(STEPS):
-            model.zero_grad()
-            loss_of(model, step, share(rank)).backward()
-            optimizer.step()
-            other.step()
-        return weights(model)
+        return train(model, optimizer, other, rows=share(rank))
 
-    first, second = run_in_processes(2, connected(work), tmp_path)
+    first, second = run_twice(work, tmp_path)
     assert torch.equal(first, second)
 
 
@@ -169,16 +150,13 @@ def test_idle_process_joins_exchange(tmp_path):
         model = make_model()
         optimizer = SO(model.parameters(), seed=5, **settings)
         sample_gradients(model, optimizer, dist.group.WORLD)
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            if rank == 0:
-                (2 * loss_of(model, step)).backward()
-            optimizer.step()
-        return weights(model)
+        return train(model, optimizer, weight=2 - 2 * rank)
 
-    first, second = run_in_processes(2, connected(work), tmp_path)
+    model = make_model()
+    expected = train(model, SO(model.parameters(), seed=5, **settings))
+    first, second = run_twice(work, tmp_path)
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, trained_alone(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4's own
@@ -193,33 +171,29 @@ def test_zero_redundancy_optimizer_takes_so(tmp_path):
             exec(line, {"ZeroRedundancyOptimizer": ZeroRedundancyOptimizer}, names)
             return names["optimizer"]
 
-        def step(model, optimizer, number):
-            optimizer.zero_grad()
-            model(number, share(rank)).backward()
-            optimizer.step()
-
         model = DistributedDataParallel(Wrapped(make_model()))
-        optimizer = make(model)
-        for number in range(4):
-            step(model, optimizer, number)
-        optimizer.consolidate_state_dict(0)
-        saved = [copy.deepcopy(optimizer.state_dict()) if rank == 0 else None]  # as through a file
-        dist.broadcast_object_list(saved)
-        again = copy.deepcopy(model)
-        resumed = make(again)
-        resumed.load_state_dict(saved[0])
-        for number in range(4, 8):
-            step(model, optimizer, number)
-            step(again, resumed, number)
+        pairs = [(model, make(model))]
+        for number in range(8):
+            if number == 4:
+                pairs[0][1].consolidate_state_dict(0)
+                saved = [copy.deepcopy(pairs[0][1].state_dict()) if rank == 0 else None]
+                dist.broadcast_object_list(saved)  # as through a file
+                again = copy.deepcopy(model)
+                pairs.append((again, make(again)))
+                pairs[1][1].load_state_dict(saved[0])
+            for replica, optimizer in pairs:
+                optimizer.zero_grad()
+                replica(number, share(rank)).backward()
+                optimizer.step()
         return weights(model), weights(again)
 
-    (first, again), (second, _) = run_in_processes(2, connected(work), tmp_path)
+    (first, again), (second, _) = run_twice(work, tmp_path)
     assert torch.equal(first, second) and torch.equal(first, again)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("original", [False, True])
-def test_what_fsdp_has_flattened_is_refused(original, tmp_path):
+def test_flattened_parameters_are_refused(original, tmp_path):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
 
     def work(rank):
@@ -229,7 +203,7 @@ def test_what_fsdp_has_flattened_is_refused(original, tmp_path):
         with pytest.raises(ValueError, match="flattened by FSDP1.*DistributedDataParallel"):
             SO(model.parameters())
 
-    assert run_in_processes(2, connected(work), tmp_path) == [None, None]
+    assert run_twice(work, tmp_path) == [None, None]
 
 
 @pytest.mark.parametrize("order", ["sampled first", "wrapped first", "the wrapper given"])
@@ -242,4 +216,4 @@ def test_ddp_around_sampling_is_refused(order, tmp_path):
             sample_gradients(wrapped if order == "the wrapper given" else model, optimizer)
             (wrapped or DistributedDataParallel(model))(0, share(rank))
 
-    assert run_in_processes(2, connected(work), tmp_path) == [None, None]
+    assert run_twice(work, tmp_path) == [None, None]
