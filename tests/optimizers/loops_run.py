@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, default_collate
 
 ROOT = Path(__file__).parents[2]
 IMPORTS = {  # what each loop imports
@@ -30,7 +30,7 @@ IMPORTS = {  # what each loop imports
     "Lightning, manual": "lightning.pytorch",
 }
 STEPS, EVERY, T = 17, 7, 5  # the checkpoint is at the second step of a window
-KILLED_IN_STEP = 11
+KILLED_AFTER = 10  # steps
 BATCH = 8  # the Trainer's default
 
 
@@ -50,76 +50,64 @@ class Model(nn.Sequential):
         return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
-class Data(Dataset):
-    """The same random items in every process; one of them may be the last that is read."""
-
-    def __init__(self, as_dict: bool, last: int | None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.inputs = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
-        self.labels = torch.randint(5, (len(self.inputs),), generator=generator)
-        self.as_dict, self.last, self.reads = as_dict, last, 0
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, number):
-        self.reads += 1
-        if self.reads == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        pair = self.inputs[number], self.labels[number]
-        return dict(zip(("inputs", "labels"), pair, strict=True)) if self.as_dict else pair
-
-
-def train(loop: str, sampled: bool, seed: int, last: int | None) -> None:
-    """Execute a loop in the current folder; `last` is the read at which it is killed."""
+def train(folder: Path, loop: str, sampled: bool, seed: int, killed: bool) -> None:
+    """Execute a loop in a folder."""
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     # Not ROOT: transformers would take our folder `datasets` for Hugging Face's package.
     sys.path.insert(0, str(ROOT / "optimizers"))
     from SampledGradients import sample_gradients
     from SparseOptimizer import SO
 
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|accelerate)\b")
     warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # the Trainer's doing
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * STEPS * BATCH, 12, generator=generator)
+    labels = torch.randint(5, (len(inputs),), generator=generator)
+    items = list(zip(inputs, labels, strict=True))
+    if loop == "Hugging Face Trainer":
+        items = [dict(inputs=x, labels=y) for x, y in items]
+    epoch = 2 * EVERY * BATCH if loop.startswith("Lightning") else len(items)
 
     torch.manual_seed(seed)  # decides over weights and supports: both must come from the checkpoint
     model = Model(nn.Linear(12, 40), nn.LayerNorm(40), nn.Tanh(), nn.Linear(40, 5))
     optimizers, sparse = [], []
 
-    def make(params, **settings):
-        optimizer = SO(params, **settings)
-        if sampled:
-            sample_gradients(model, optimizer)
-        optimizer.register_step_post_hook(lambda *_: sparse.append(model[0].weight.grad.is_sparse))
-        optimizers.append(optimizer)
-        return optimizer
+    def after_step(*_):
+        sparse.append(model[0].weight.grad.is_sparse)
+        if killed and len(sparse) == KILLED_AFTER:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    data = Data(loop == "Hugging Face Trainer", last)
-    epoch = 2 * EVERY * BATCH if loop.startswith("Lightning") else len(data)
-    loader = DataLoader(Subset(data, range(epoch)), BATCH)
+    def make(params, **settings):
+        optimizers.append(SO(params, **settings))
+        if sampled:
+            sample_gradients(model, optimizers[0])
+        optimizers[0].register_step_post_hook(after_step)
+        return optimizers[0]
 
     def batches(step):
-        items = [data[number] for number in range(2 * step * BATCH, 2 * (step + 1) * BATCH)]
-        for half in (items[:BATCH], items[BATCH:]):
-            yield [torch.stack(column) for column in zip(*half, strict=True)]
+        for start in (2 * step * BATCH, (2 * step + 1) * BATCH):
+            yield default_collate(items[start : start + BATCH])
 
     names = dict(os=os, torch=torch, SO=make, model=model, criterion=nn.CrossEntropyLoss())
-    names.update(dataset=data, loader=loader, batches=batches, steps=STEPS, every=EVERY)
+    names.update(dataset=items, loader=DataLoader(items[:epoch], BATCH), batches=batches)
+    names.update(steps=STEPS, every=EVERY)
     names.update(settings=dict(lr=1e-2, weight_decay=0.01, density_ratio=0.05, T=T))
     exec(compile(code_of(loop), loop, "exec"), names)
 
-    (optimizer,) = optimizers
-    final = dict(weights=model.state_dict(), optimizer=optimizer.state_dict(), sparse=all(sparse))
-    torch.save(final, "final.pt")
+    state = dict(weights=model.state_dict(), optimizer=optimizers[0].state_dict())
+    torch.save({**state, "sparse": all(sparse)}, "final.pt")
 
 
 def run(folder: Path, *arguments) -> int:
-    """Call train in a new process, with a folder to work in, and return its exit code."""
+    """Call train in a new process and return its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    process = multiprocessing.get_context("fork").Process(target=train, args=arguments)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=train, args=(folder, *arguments))
     process.start()
     process.join()
     return process.exitcode
@@ -130,14 +118,13 @@ def main(top: Path, loops: list[str]) -> None:
 
     for loop in loops:
         importlib.import_module(IMPORTS[loop])
-    last = 2 * BATCH * KILLED_IN_STEP
     for loop in loops:
         for sampled in (False, True):
             folder = top / (f"{loop}-sampled" if sampled else loop)
             codes = [
-                run(folder / "unbroken", loop, sampled, 1, None),
-                run(folder / "killed", loop, sampled, 1, last),
-                run(folder / "killed", loop, sampled, 2, None),
+                run(folder / "unbroken", loop, sampled, 1, False),
+                run(folder / "killed", loop, sampled, 1, True),
+                run(folder / "killed", loop, sampled, 2, False),
             ]
             (folder / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
 

@@ -17,6 +17,7 @@ from loops_run import IMPORTS, STEPS, T
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
+from torch.utils._pytree import tree_flatten
 from twin import Twin, mask
 
 from optimizers import SampledGradients
@@ -39,27 +40,19 @@ def products_entry_by_entry(monkeypatch):
     monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", 2)
 
 
-def make_model():
-    return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 5)).double()
-
-
-def make(sample, build=make_model, **settings):
-    model = build()
-    optimizer = SO(model.parameters(), **(SETTINGS | settings))
+def make(sample, model=None):
+    """A model in float64 and its optimizer, of sampled gradients or not."""
+    model = model or nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 5))
+    optimizer = SO(model.double().parameters(), **SETTINGS)
     if sample:
         sample_gradients(model, optimizer)
     return model, optimizer
 
 
-def data(step, count=6):
-    """Inputs that depend on the step alone."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(count, 12, generator=generator, dtype=torch.float64)
-
-
 def backward(model, step):
-    """Two batches, clipped."""
-    for inputs in data(step).split(3):
+    """Two batches, which depend on the step only, clipped."""
+    generator = torch.Generator().manual_seed(step)
+    for inputs in torch.randn(2, 3, 12, generator=generator, dtype=torch.float64):
         model(inputs).square().mean().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 0.5)
 
@@ -68,39 +61,15 @@ def twin_of(p):
     return Twin(p, **{name: SETTINGS[name] for name in ("lr", "eps", "weight_decay")})
 
 
-def assert_identical(a, b, path=""):
+def assert_identical(a, b):
     """Equal bit for bit, types and keys included."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_identical(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for number, pair in enumerate(zip(a, b, strict=True)):
-            assert_identical(*pair, f"{path}/{number}")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), path
-    else:
-        assert a == b, path
-
-
-def states(parts):
-    # SWALR's state names its annealing function, which no file read as data can hold.
-    return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
-
-
-def continued(start, train):
-    """Train unbroken, and saved halfway and resumed: bit for bit the same; the unbroken parts."""
-    unbroken, resumed = start(), start()
-    train(unbroken, range(HALFWAY))
-    saved = save_and_load(states(unbroken))
-    train(unbroken, range(HALFWAY, STEPS))
-    for part, state in zip(resumed, saved, strict=True):
-        part.load_state_dict(state)
-    train(resumed, range(HALFWAY, STEPS))
-    assert_identical(states(unbroken), states(resumed))
-    return unbroken
+    (leaves, structure), (others, other) = tree_flatten(a), tree_flatten(b)
+    assert structure == other and list(map(type, leaves)) == list(map(type, others))
+    for leaf, value in zip(leaves, others, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            assert leaf.dtype == value.dtype and torch.equal(leaf, value)
+        else:
+            assert leaf == value
 
 
 # The README's loops
@@ -155,6 +124,10 @@ SCHEDULERS = {
 @BOTH
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_saved_schedule_continues_bit_exactly(name, sample):
+    def start():
+        model, optimizer = make(sample)
+        return model, optimizer, SCHEDULERS[name](optimizer)
+
     def train(parts, steps):
         model, optimizer, scheduler = parts
         for step in steps:
@@ -163,12 +136,18 @@ def test_saved_schedule_continues_bit_exactly(name, sample):
             optimizer.zero_grad()
             scheduler.step(*[1.0] * (name == "plateau"))
 
-    def start():
-        model, optimizer = make(sample)
-        return model, optimizer, SCHEDULERS[name](optimizer)
+    def states(parts):
+        # SWALR's state names its annealing function, which no file read as data can hold.
+        return [{k: v for k, v in part.state_dict().items() if not callable(v)} for part in parts]
 
-    _, optimizer, _ = continued(start, train)
-    assert optimizer.param_groups[0]["lr"] != SETTINGS["lr"]
+    unbroken, resumed = start(), start()
+    train(unbroken, range(HALFWAY))
+    for part, state in zip(resumed, save_and_load(states(unbroken)), strict=True):
+        part.load_state_dict(state)
+    for parts in (unbroken, resumed):
+        train(parts, range(HALFWAY, STEPS))
+    assert_identical(states(unbroken), states(resumed))
+    assert unbroken[1].param_groups[0]["lr"] != SETTINGS["lr"]
 
 
 class Tied(nn.Module):
@@ -179,7 +158,6 @@ class Tied(nn.Module):
         self.embed = nn.Embedding(30, 12)
         self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
         self.head = nn.Linear(12, 30)
-        self.double()
         self.head.weight, self.second.weight = self.embed.weight, self.first.weight
 
     def forward(self, words):
@@ -190,12 +168,12 @@ class Tied(nn.Module):
 
 @BOTH
 def test_tied_weights_sum_gradients(sample):
-    model, optimizer = make(sample, build=Tied)
+    model, optimizer = make(sample, Tied())
     assert len(optimizer.param_groups[0]["params"]) == 5
-    apart = Tied()
-    apart.load_state_dict(model.state_dict())
-    apart.head.weight = nn.Parameter(apart.embed.weight.detach().clone())
-    apart.second.weight = nn.Parameter(apart.first.weight.detach().clone())
+    apart = copy.deepcopy(model)
+    apart.head.weight, apart.second.weight = (
+        nn.Parameter(p.detach().clone()) for p in (model.head.weight, model.second.weight)
+    )
     pairs = [(model.embed.weight, "embed", "head"), (model.first.weight, "first", "second")]
     twins = [twin_of(p) for p, *_ in pairs]
     for _ in range(STEPS):
@@ -212,7 +190,6 @@ def test_tied_weights_sum_gradients(sample):
             gradient = getattr(apart, one).weight.grad + getattr(apart, other).weight.grad
             twin.step(gradient, mask(optimizer.state[p]["grad_indices"], p.shape))
             torch.testing.assert_close(p.detach(), twin.W, **CLOSE)
-    assert model.head.weight is model.embed.weight and model.second.weight is model.first.weight
 
 
 FROZEN = {0: {1, 2, 6}, 3: {0, 1, 2, 3, 9, 10}}  # steps in which a layer's matrix is frozen
@@ -222,26 +199,25 @@ FROZEN = {0: {1, 2, 6}, 3: {0, 1, 2, 3, 9, 10}}  # steps in which a layer's matr
 @pytest.mark.parametrize("how", ["requires_grad", "grad is None"])
 def test_frozen_matrix_resumes(how, sample):
     model, optimizer = make(sample)
-    matrices = {number: model[number].weight for number in FROZEN}
-    twins = {number: twin_of(p) for number, p in matrices.items()}
+    twins = {number: twin_of(model[number].weight) for number in FROZEN}
     seen = {number: [] for number in FROZEN}
     for step in range(16):
-        frozen = [number for number, steps in FROZEN.items() if step in steps]
-        for number, p in matrices.items():
-            p.requires_grad_(number not in frozen or how != "requires_grad")
+        for number, steps in FROZEN.items():
+            model[number].weight.requires_grad_(step not in steps or how != "requires_grad")
         backward(model, step)
-        for number in frozen:
-            matrices[number].grad = None
-        resting = [(matrices[number], optimizer.state[matrices[number]]) for number in frozen]
-        before = copy.deepcopy(resting)
+        frozen = [model[number].weight for number, steps in FROZEN.items() if step in steps]
+        for p in frozen:
+            p.grad = None
+        before = copy.deepcopy([(p, optimizer.state[p]) for p in frozen])
         optimizer.step()
-        assert_identical(before, resting)
-        for number, p in matrices.items():
-            if number not in frozen:
+        assert_identical(before, [(p, optimizer.state[p]) for p in frozen])
+        for number, twin in twins.items():
+            if step not in FROZEN[number]:
+                p = model[number].weight
                 support = optimizer.state[p]["grad_indices"]
                 seen[number].append(support.tolist())
-                twins[number].step(p.grad.to_dense(), mask(support, p.shape))
-                torch.testing.assert_close(p.detach(), twins[number].W, **CLOSE)
+                twin.step(p.grad.to_dense(), mask(support, p.shape))
+                torch.testing.assert_close(p.detach(), twin.W, **CLOSE)
         optimizer.zero_grad()
     for supports in seen.values():  # a window is T steps of the matrix, not of the optimizer
         windows = [supports[start : start + T] for start in range(0, len(supports), T)]
