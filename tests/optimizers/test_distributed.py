@@ -92,19 +92,13 @@ def test_replicas_use_rank_0_seed(tmp_path):
             optimizer.zero_grad()
             model(step, share(rank)).backward()
             optimizer.step()
-        return optimizer.param_groups[0]["seed"], weights(model)
+        given = SO(model.parameters(), seed=5 + rank)
+        given.draw_supports()
+        seeds = [o.param_groups[0]["seed"] for o in (optimizer, given)]
+        return seeds, weights(model)
 
-    (seed, first), (other, second) = run_twice(work, tmp_path)
-    assert seed == other and torch.equal(first, second)
-
-
-def test_given_seed_is_used(tmp_path):
-    def work(rank):
-        optimizer = SO(make_model().parameters(), seed=5 + rank)
-        optimizer.draw_supports()
-        return optimizer.param_groups[0]["seed"]
-
-    assert run_twice(work, tmp_path) == [5, 6]
+    ((seed, given), first), ((other, given_1), second) = run_twice(work, tmp_path)
+    assert seed == other and torch.equal(first, second) and (given, given_1) == (5, 6)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from torch.optim.swa_utils import SWALR
 from torch.utils._pytree import tree_flatten
 from twin import Twin, mask
 
-from optimizers import SampledGradients
 from optimizers.SampledGradients import sample_gradients
 from optimizers.SparseOptimizer import SO
 
@@ -29,15 +28,7 @@ CLOSE = dict(rtol=1e-10, atol=1e-12)
 # An eps above rounding: Adam would make a step of a gradient that is zero but for rounding.
 SETTINGS = dict(lr=1e-2, eps=1e-4, weight_decay=0.01, density_ratio=0.05, T=T)
 HALFWAY = 7  # steps: the second of the second window
-
-
 BOTH = pytest.mark.parametrize("sample", [False, pytest.param(True, marks=needs_sparse_clipping)])
-
-
-@pytest.fixture(autouse=True)
-def products_entry_by_entry(monkeypatch):
-    """Matrices here are so small that all would be computed whole."""
-    monkeypatch.setattr(SampledGradients, "DENSE_MATMUL_DENSITY", 2)
 
 
 def make(sample, model=None):
