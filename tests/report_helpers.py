@@ -2,9 +2,10 @@
 
 import csv
 import json
-import math
-import random
 from pathlib import Path
+
+from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
+from utils import to_csv
 
 
 def make_run(
@@ -16,23 +17,14 @@ def make_run(
     tag = "-".join(f"{key}_{value}" for key, value in config.items()).replace("/", "-")
     folder = Path(root) / method / backbone.replace("/", "-") / dataset / f"{shots}shots" / tag
     folder.mkdir(parents=True)
-    draw = random.Random(f"{method} {dataset} {shots} {seed}")
-    rows = []
+    curve = []
     for i in range(1, iterations + 1):
-        done = 1 - math.exp(-5 * i / iterations)
-        test = zero_shot + (accuracy - zero_shot) * done + draw.gauss(0, 0.3)
-        if i == iterations:
-            test = accuracy
-        elif not eval_every or i % eval_every:
-            test = ""
-        loss = (0.05 + 2 * (1 - done)) * draw.uniform(0.7, 1.3)
-        rows.append((i, loss, 2e-4 * (1 - i / iterations), test))
-    with open(folder / "curve.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("iteration", "loss", "lr", "test_accuracy"), *rows])
+        is_evaluated = i == iterations or (eval_every and i % eval_every == 0)
+        test = zero_shot + (accuracy - zero_shot) * i / iterations
+        curve.append((i, 2 / i, 2e-4, test if is_evaluated else ""))
+    (folder / "curve.csv").write_text(to_csv(CURVE_COLUMNS, curve))
     pairs = [(i, i if j > i % 4 else (i + 1) % classes) for i in range(classes) for j in range(8)]
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        rows = [(f"{n}.jpg", *pair, 0.9) for n, pair in enumerate(pairs)]
-        csv.writer(file).writerows([("path", "label", "predicted", "probability"), *rows])
+    write_predictions(folder, [(f"{n}.jpg", *pair, 0.9) for n, pair in enumerate(pairs)])
     result = {
         "method": method, "backbone": backbone, "dataset": dataset, "shots": shots, "seed": seed,
         "zero_shot_accuracy": zero_shot, "final_accuracy": accuracy, "iterations": iterations,
@@ -45,6 +37,11 @@ def make_run(
     (folder / "config.yaml").write_text("lr: 0.0002\n")
     (folder / "result.json").write_text(json.dumps(result | changes))
     return folder
+
+
+def write_predictions(folder, rows):
+    """Write predictions.csv of path, label, predicted label and its probability."""
+    (folder / "predictions.csv").write_text(to_csv(PREDICTION_COLUMNS[:4], rows))
 
 
 def make_seeds(root, method, dataset, accuracies, **options):

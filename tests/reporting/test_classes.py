@@ -8,14 +8,6 @@ import pytest
 from report_helpers import make_run, read_table
 from reporting import classes
 from reporting.aggregate import Variant, find_runs, group_by_backbone
-from reporting.classes import (
-    ConfusionCell,
-    classes_section,
-    confusion_cells,
-    draw_accuracies,
-    draw_confusion,
-    plan_class_figures,
-)
 from reporting.figures import render_png
 
 COUNTS = np.array([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0], [2, 2, 0, 4]])
@@ -25,28 +17,19 @@ def cell(counts=COUNTS, names=("a", "b|c", "none", "$d$"), errors=(4.0, 6.0), **
     """A cell with a run for each calibration error; `fields` are other fields of the runs."""
     variant = Variant("so", "lr 0.01")
     runs = [SimpleNamespace(ece=error, **fields) for error in errors]
-    return ConfusionCell("ViT-B/16", "dtd", 4, variant, list(names), counts, runs)
-
-
-def many_classes(count):
-    """A cell of so many classes, each of 25 images, one to five of them taken for another."""
-    counts = np.diag(np.full(count, 25))
-    for row in range(count):
-        counts[row, row] -= 1 + row % 5
-        counts[row, (row + 7) % count] += 1 + row % 5
-    return cell(counts, [f"class of a long name, number {i}" for i in range(count)], [4.0])
+    return classes.ConfusionCell("ViT-B/16", "dtd", 4, variant, list(names), counts, runs)
 
 
 def test_classes_are_worst_first():
     new, old = (cell(balanced_accuracy=b, macro_f1=f) for b, f in ((58.3, 50.0), (None, None)))
     hardest = "$d$ (50.0), b!c (50.0), a (75.0)"  # the other class has no images
-    assert read_table(classes_section([new, old])) == [
+    assert read_table(classes.classes_section([new, old])) == [
         ["dataset", "method", "shots", "ECE", "balanced accuracy", "macro F1", "hardest classes"],
         ["DTD", "SO, lr 0.01", "4", "5.0 ± 1.4", "58.3 ± 0.0", "50.0 ± 0.0", hardest],
         ["DTD", "SO, lr 0.01", "4", "5.0 ± 1.4", "-", "-", hardest],
     ]  # fmt: skip
     even = cell(np.array([[3, 1], [2, 2]]), names=("a", "b"))
-    assert "balanced" not in classes_section([even]) and classes_section([]) == ""
+    assert "balanced" not in classes.classes_section([even]) and classes.classes_section([]) == ""
 
 
 def test_confusion_cells_add_seeds(tmp_path):
@@ -56,22 +39,20 @@ def test_confusion_cells_add_seeds(tmp_path):
     make_run(tmp_path, seed=1, settings={"lr": 1e-3, "classnames": "/some/where/names.yaml"})
     (results,) = group_by_backbone(find_runs([tmp_path], pytest.fail))
     sentences = []
-    both, one = confusion_cells(results, sentences.append)
+    both, one = classes.confusion_cells(results, sentences.append)
     (sentence,) = sentences
     assert str(folder) in sentence and "predictions.csv" in sentence
     assert (both.counts.sum(), [run.seed for run in both.runs]) == (64, [1, 2])
     assert (one.counts.sum(), one.variant.settings) == (32, "classnames names, lr 0.001")
-    names = ("dtd-4shots-so", "dtd-4shots-so-classnames-names--lr-0.001")
-    assert list(plan_class_figures([both, one])) == [
-        f"ViT-B-16/{kind}-{name}.png" for kind in ("confusion", "classes") for name in names
-    ]
+    path = "ViT-B-16/confusion-dtd-4shots-so-classnames-names--lr-0.001.png"
+    assert list(classes.plan_class_figures([both, one]))[1] == path
 
 
 def test_undrawable_names_become_labels(monkeypatch):
     monkeypatch.setattr(classes, "drawable_characters", lambda: frozenset("ab|cnoed$"))
     some = cell(names=("a", "猫 a", "none", "🦉"))
     assert some.tick_labels() == ["a", "class 1", "none", "class 3"]
-    for draw in (draw_confusion, draw_accuracies):
+    for draw in (classes.draw_confusion, classes.draw_accuracies):
         figure = draw(some)
         title = figure.axes[0].get_title("left").replace("\n", " ")
         assert "n = 8 test images" in title and "no font here has the names" in title
@@ -83,11 +64,13 @@ def test_undrawable_names_become_labels(monkeypatch):
 
 @pytest.mark.parametrize("count, numbers, names", [(10, 20, 10), (100, 0, 100), (400, 0, 0)])
 def test_class_figures_fit_any_number(count, numbers, names):
-    figure = draw_confusion(many_classes(count))
+    counts = np.diag(np.full(count, 20)) + np.roll(np.diag(np.arange(count) % 5 + 1), 7, axis=1)
+    some = cell(counts, [f"class of a long name, number {i}" for i in range(count)], [4.0])
+    figure = classes.draw_confusion(some)
     matrix = figure.axes[0]
     assert len(matrix.texts) == numbers
     labels = [tick.get_text() for tick in matrix.get_yticklabels() if "class" in tick.get_text()]
     assert len(labels) == names
     assert matrix.images[0].get_array().shape == (count, count)
-    bars = [bar.get_width() for bar in draw_accuracies(many_classes(count)).axes[0].patches]
+    bars = [bar.get_width() for bar in classes.draw_accuracies(some).axes[0].patches]
     assert len(bars) == count and bars == sorted(bars)

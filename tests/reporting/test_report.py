@@ -7,8 +7,6 @@ from report_helpers import make_run, make_seeds, read_csv, read_lines
 from reporting.aggregate import PUBLISHED, Variant, find_runs, group_by_backbone
 from reporting.tables import format_differences
 
-from datasets import DATASETS
-
 ELEVEN = PUBLISHED["datasets"]
 
 
@@ -59,6 +57,8 @@ def test_values_are_rounded_when_printed(lines, tmp_path):
         "dataset": "Digits", "zero-shot": "44.00", "SO": "63.00 ± 3.61 (3)",
         "LoRA": "60.90 ± 1.28 (2)", "Adam": "61.50 (1)",
     }  # fmt: skip
+    costs = [lines()[name]["SO"] for name in ("peak memory (MB)", "time (s)")]
+    assert costs == ["2,000.0", "100.0"]
     so, lora, adam = (read_csv(tmp_path, method=name)[0] for name in ("so", "lora", "adam"))
     assert (so["mean"], so["seeds"], so["macro_f1"]) == ("63.0", "3", "")
     assert float(so["std"]) == pytest.approx(13**0.5, rel=1e-12)
@@ -67,26 +67,19 @@ def test_values_are_rounded_when_printed(lines, tmp_path):
     assert [adam[key] for key in by_class] == ["61.25", "60.0"]
 
 
-def test_published_figures_have_source_and_difference(lines, tmp_path):
+def test_published_figures_have_differences(lines, tmp_path):
     make_seeds(tmp_path, "so", "dtd", (66, 67))
     make_seeds(tmp_path, "so", "dtd", (50,), settings={"lr": 1e-3})
     make_seeds(tmp_path, "lora", "dtd", (63, 64))
     make_seeds(tmp_path, "adam", "dtd", (60,))
     make_seeds(tmp_path, "lora", "eurosat", (85,))
     table = lines()
-    found = {
-        (r["method"], r["published_source"]): (
-            r["published"], r["difference"] and round(float(r["difference"]), 6)
-        )
-        for r in read_csv(tmp_path, dataset="dtd", settings="")
-    }  # fmt: skip
-    assert found == {  # ours are 66.5 and 63.5
-        ("zero_shot", "CLIP"): ("44.27", -0.27),
-        ("so", "SO's paper"): ("66.4", 0.1),
-        ("lora", "SO's table"): ("63.5", 0.0),
-        ("lora", "CLIP-LoRA"): ("63.8", -0.3),
-        ("adam", ""): ("", ""),
-    }
+    rows = read_csv(tmp_path, dataset="dtd", settings="")
+    assert [(row["method"], row["published_source"], row["published"]) for row in rows] == [
+        ("zero_shot", "CLIP", "44.27"), ("so", "SO's paper", "66.4"),
+        ("lora", "SO's table", "63.5"), ("lora", "CLIP-LoRA", "63.8"), ("adam", "", ""),
+    ]  # fmt: skip
+    assert float(rows[1]["difference"]) == pytest.approx(0.1)  # ours is 66.5
     assert list(table["DTD"])[3:6] == ["SO", "SO's paper", "SO, lr 0.001"]  # once, behind the first
     assert table["DTD"]["SO's paper"] == "66.4 (+0.10)"
     assert table["EuroSAT"]["SO"] == "-" and table["EuroSAT"]["SO's paper"] == "87.7"
@@ -109,11 +102,9 @@ def test_published_rows_match_their_means():
         assert set(accuracies) <= set(ELEVEN) and row["source"] in PUBLISHED["sources"]
         if accuracies and "mean" in row:
             assert sum(accuracies.values()) / len(ELEVEN) == pytest.approx(row["mean"], abs=0.06)
-    others = {name for name, row in DATASETS.items() if row.test_only} | {"digits"}
-    assert set(ELEVEN) == set(DATASETS) - others
 
 
-def test_mean_over_eleven_uses_published_mean(run, tmp_path):
+def test_eleven_use_published_mean(run, tmp_path):
     for dataset in ELEVEN:
         make_seeds(tmp_path, "so", dataset, (71, 72), shots=1)
     run(tmp_path)
@@ -132,19 +123,6 @@ def test_mean_is_over_common_datasets(lines, tmp_path):
     # Seeds' means are 70 and 73, LoRA's only 70; published is (66.4 + 87.7) / 2.
     assert mean["SO"] == "71.50 ± 2.12 (2)" and mean["LoRA"] == "70.00 (1)"
     assert mean["SO's paper"] == "77.05 (-5.55)" and mean["SO, s 0.9"] == "-"
-
-
-def test_costs_are_of_last_line(lines, tmp_path):
-    make_run(tmp_path, "so", "dtd", 1)
-    for seed, seconds, memory in ((1, 100, 1000.0), (2, 103, 3000.0)):
-        make_run(
-            tmp_path, "lora", "eurosat", 4, seed, wall_seconds=seconds, peak_memory_mb=memory
-        )  # fmt: skip
-    table = lines()
-    assert table["peak memory (MB)"]["LoRA"] == "2,000.0" and table["time (s)"]["LoRA"] == "101.5"
-    assert "SO" not in table["EuroSAT"]
-    (row,) = read_csv(tmp_path, shots=1, dataset="eurosat", method="so")
-    assert (row["mean"], row["seeds"]) == ("", "0")
 
 
 def test_paired_differences_use_common_seeds(tmp_path):
@@ -168,13 +146,8 @@ def test_paired_differences_use_common_seeds(tmp_path):
 def test_different_settings_are_never_averaged(lines, tmp_path):
     make_seeds(tmp_path, "so", "dtd", (60, 62))
     make_seeds(tmp_path, "so", "dtd", (70, 72), settings={"lr": 1e-3})
-    make_seeds(tmp_path, "so", "dtd", (50,), settings={"s": 0.999})
-    make_seeds(tmp_path, "lora", "dtd", (58, 59))
     line = lines()["DTD"]
-    assert {name: cell for name, cell in line.items() if "SO, " in name} == {
-        "SO, lr 0.001": "71.00 ± 1.41 (2)", "SO, s 0.999": "50.00 (1)",
-    }  # fmt: skip
-    assert line["SO"] == "61.00 ± 1.41 (2)"
+    assert line["SO"] == "61.00 ± 1.41 (2)" and line["SO, lr 0.001"] == "71.00 ± 1.41 (2)"
     pairs = lines("Paired differences")["SO, lr 0.001"]
     assert pairs["4 shots"] == "-10.00 ± 0.00 (0/0/2, p 0.5)"
 
@@ -195,16 +168,19 @@ def test_ignored_hparams_do_not_split(run, tmp_path):
 
 
 def test_backbones_are_compared_by_content(tmp_path):
+    make_run(tmp_path / "model", backbone="ViT-B/16")
+    make_run(tmp_path / "model", backbone="ViT-B-16.pt", seed=2)
+    (model,) = group_by_backbone(find_runs([tmp_path / "model"], pytest.fail))
+    assert model.name == "ViT-B/16" and len(model.runs()) == 2
     for folder, weights in (("a", "0f" * 32), ("b", "0f" * 32), ("c", "1e" * 32)):
-        backbone, names = f"/{folder}/my.pt", f"/{folder}/names.yaml"
         make_run(
-            tmp_path / folder, backbone=backbone, seed=1 + (folder == "b"),
-            settings={"backbone": backbone, "classnames": names}, inputs={"backbone": weights},
+            tmp_path / folder, backbone=f"/{folder}/my.pt", seed=1 + (folder == "b"),
+            settings={"classnames": f"/{folder}/names.yaml"}, inputs={"backbone": weights},
         )  # fmt: skip
     (moved,) = group_by_backbone(find_runs([tmp_path / "a", tmp_path / "b"], pytest.fail))
     assert (moved.name, [variant.label for variant in moved.variants]) == ("my", ["SO"])
-    other = group_by_backbone(find_runs([tmp_path / "a", tmp_path / "c"], pytest.fail))
-    assert [results.name for results in other] == ["my, 0f0f0f0", "my, 1e1e1e1"]
+    others = group_by_backbone(find_runs([tmp_path / "a", tmp_path / "c"], pytest.fail))
+    assert [results.name for results in others] == ["my, 0f0f0f0", "my, 1e1e1e1"]
 
 
 def test_variants_are_named_by_differences(tmp_path):
@@ -228,19 +204,7 @@ def test_other_images_are_never_averaged(lines, tmp_path):
     assert cells == dict.fromkeys(names, "60.00 (1)")
 
 
-def test_backbones_have_sections(run, tmp_path):
-    make_run(tmp_path, backbone="ViT-B/16")
-    make_run(tmp_path, backbone="RN50")
-    make_run(tmp_path / "by_path", seed=2, backbone="ViT-B-16.pt")
-    run(tmp_path)
-    text = (tmp_path / "report" / "tables.md").read_text()
-    headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["## RN50", "## ViT-B/16"]
-    (row,) = read_csv(tmp_path, backbone="ViT-B/16", method="so")
-    assert row["seeds"] == "2"
-
-
-def test_disagreeing_zero_shot_is_left_out(lines, tmp_path):
+def test_disagreeing_zero_shot_is_omitted(lines, tmp_path):
     make_run(tmp_path, seed=1)
     make_run(tmp_path, seed=2, zero_shot=50.0)
     assert "zero-shot" not in lines()["DTD"]
@@ -283,10 +247,3 @@ def test_bad_folders_are_one_sentence(folders, words, run, tmp_path):
     status, out, err = run(*(tmp_path / name for name in folders))
     assert (status, out, err.count("\n")) == (2, "", 1) and words in err
     assert not (tmp_path / "report").exists()
-
-
-def test_unwritable_report_is_one_sentence(run, tmp_path):
-    (tmp_path / "file").write_text("")
-    make_run(tmp_path / "results")
-    status, _, err = run(tmp_path / "results", "--out", tmp_path / "file")
-    assert status == 2 and err.splitlines()[-1].endswith(f"{tmp_path / 'file'}: File exists")
