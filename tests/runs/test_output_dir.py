@@ -3,11 +3,8 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import filelock
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
@@ -18,9 +15,6 @@ from runs import environment
 from runs.output_dir import get_output_dir, lock_output_dir
 
 ROOT = Path(__file__).parents[2]
-
-
-# Its name
 
 
 @pytest.mark.parametrize(
@@ -59,18 +53,11 @@ def test_output_dir_of_demo():
 
 def test_output_dir_shortens_templates():
     names = set()
-    for templates in (
-        ["a {}, b."],
-        ["a {}; b!"],
-        ["a" * 99, "noch/ein\\Bild: {}ß"],
-    ):
+    for templates in (["a {}, b."], ["a {}; b!"], ["a" * 99, "noch/ein\\Bild: {}ß"]):
         args = get_arguments(["--dataset", "dtd", "--template", *templates])
         names.add(get_output_dir(args).name)
     assert len(names) == 3  # with a digest each
     assert all(re.fullmatch(r"seed3-template_[\w-]{1,40}", name) for name in names), names
-
-
-# Its files
 
 
 def test_run_writes_its_files(command, tmp_path):
@@ -80,19 +67,18 @@ def test_run_writes_its_files(command, tmp_path):
         "config.yaml", "curve.csv", "fewshot.json", "predictions.csv", "result.json",
         "weights.safetensors",
     }  # fmt: skip
-    assert {
+    assert result.keys() > {
         "method", "backbone", "dataset", "shots", "seed", "zero_shot_accuracy", "final_accuracy",
         "iterations", "wall_seconds", "peak_memory_mb", "versions", "git_commit", "data", "config",
         "classnames", "per_class", "ece",
-    } <= result.keys()  # fmt: skip
-    assert {"split", "digest", "train", "val", "test"} <= result["data"].keys()
+    }  # fmt: skip
+    assert result["data"].keys() == {"split", "digest", "train", "val", "test"}
     assert result["iterations"] == 4 and result["wall_seconds"] > 0
     rows = list(csv.DictReader((folder / "curve.csv").read_text().splitlines()))
     assert list(rows[0]) == ["iteration", "loss", "lr", "test_accuracy"]
     assert [row["iteration"] for row in rows] == ["1", "2", "3", "4"]
     assert [bool(row["test_accuracy"]) for row in rows] == [False, False, True, True]
     assert float(rows[-1]["test_accuracy"]) == result["final_accuracy"]
-    assert float(rows[0]["lr"]) == 1e-3
 
 
 def test_config_yaml_repeats_run(command, tmp_path):
@@ -101,9 +87,6 @@ def test_config_yaml_repeats_run(command, tmp_path):
     run("--config", config, "--save_path", tmp_path / "again")
     assert run_folder(tmp_path / "again").name == "seed3-config"
     assert outcome(tmp_path / "again") == outcome(tmp_path / "out")
-
-
-# Whose result it keeps
 
 
 def test_finished_run_is_printed(command, tmp_path):
@@ -140,18 +123,15 @@ def test_other_result_is_refused(command, tmp_path):
     assert "rank" in result_of(tmp_path)["config"]
 
 
-# Weights
-
-
-def test_weights_of_other_model_refused(command, tmp_path):
-    command += ["--filename", "mine"]
-    run(*command)
+def test_unusable_weights_are_refused(command, data, tmp_path):
+    command += ["--filename", "mine", "--eval_only"]
+    run(*command[:-1])
     other = tmp_path / "tiny vit.pt"  # another model of the same name
-    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}, seed=1), other)
-    assert "the backbone's weights" in refused(*command, "--eval_only", "--backbone", other)
+    other.write_bytes((data / "tiny-resnet.pt").read_bytes())
+    assert "the backbone's weights" in refused(*command, "--backbone", other)
     path = run_folder(tmp_path) / "mine.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "mine.safetensors is damaged" in refused(*command, "--eval_only")
+    assert "mine.safetensors is damaged" in refused(*command)
 
 
 def test_authors_state_dict_is_evaluated(command, data, tmp_path):
@@ -170,9 +150,6 @@ def test_authors_state_dict_is_evaluated(command, data, tmp_path):
     assert "weights.pt does not hold weights of this model" in refused(*command, "--eval_only")
 
 
-# Its lock
-
-
 def test_locked_output_dir_is_refused(command, tmp_path):
     run(*command, "--n_iters", 1)
     folder = run_folder(tmp_path)
@@ -183,31 +160,10 @@ def test_locked_output_dir_is_refused(command, tmp_path):
     assert not (folder / ".lock").exists()
 
 
-def test_killed_process_frees_lock(tmp_path):
-    code = "from filelock import FileLock; import os, sys; FileLock(sys.argv[1]).acquire()"
-    code += "; os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code, tmp_path / ".lock"], check=False)
-    assert (tmp_path / ".lock").exists()
-    with lock_output_dir(tmp_path):
-        pass
-
-
-def test_disk_without_locks_is_used(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    with lock_output_dir(tmp_path / "new"):
-        assert (tmp_path / "new").is_dir()
-
-
 def test_unwritable_output_dir_is_named(command, tmp_path):
     (tmp_path / "file").write_text("")
     message = refused(*command, "--save_path", tmp_path / "file/x")
     assert "cannot write to" in message and "--save_path" in message
-
-
-# The machine that it records
 
 
 def test_git_sha_outside_git(monkeypatch):

@@ -10,10 +10,10 @@ from clip_helpers import TINY_VIT, random_state_dict
 from commands import read_losses, refused, result_of, run, run_folder
 from dataset_helpers import make_dataset
 
-import clip
 import main
 from optimizers.delta import read_delta
 from run_utils import get_arguments
+from runs.output_dir import lock_output_dir
 
 ACCURACY = re.compile(r"\*\*\*\* (.+): (\d+\.\d\d)\. \*\*\*\*")
 
@@ -44,15 +44,12 @@ def parse_accuracies(out):
     return {words: float(value) for words, value in ACCURACY.findall(out)}
 
 
-# Base to new classes
-
-
 @pytest.mark.parametrize("method", ["so", "lora"])
 def test_subsample_base_tests_new_classes(method, command, tmp_path):
     base = [*command, "--method", method, "--subsample", "base"]
     printed = parse_accuracies(run(*base))
     folder, result = run_folder(tmp_path), result_of(tmp_path)
-    assert folder.name == "seed3-early_stop_loss_-1-lr_0.01-n_iters_2-s_0.5-subsample_base"
+    assert folder.name.endswith("-subsample_base")
     names = ["banded", "meshed", "polka-dotted"]  # of five classes three, the half rounded up
     assert result["classnames"] == list(result["per_class"]) == names
     assert printed == {
@@ -64,12 +61,9 @@ def test_subsample_base_tests_new_classes(method, command, tmp_path):
     assert (result["data"]["train"], result["data"]["test"]) == (30, 18)
     fewshot = json.loads((folder / "fewshot.json").read_text())["train"]
     assert sorted(label for _, label, _ in fewshot) == [0, 0, 1, 1, 2, 2]
-    rows = (folder / "predictions.csv").read_text().splitlines()[1:]
-    assert len(rows) == 18 and {row.split(",")[1] for row in rows} == {"0", "1", "2"}
     assert parse_accuracies(run(*base)) == printed  # finished
     # The same weights on the new classes only.
-    new = parse_accuracies(run(*base, "--subsample", "new", "--eval_only"))
-    assert new == {
+    assert parse_accuracies(run(*base, "--subsample", "new", "--eval_only")) == {
         "Zero-shot CLIP's test accuracy": printed["Zero-shot CLIP's test accuracy on new classes"],
         "Test accuracy": printed["Final test accuracy on new classes"],
     }
@@ -82,9 +76,7 @@ def test_subsample_new_is_another_run(command, tmp_path):
     run(*new)
     result = result_of(tmp_path)
     assert result["classnames"] == ["striped", "zigzagged"] and "new_accuracy" not in result
-    assert is_finished(new)
-    for other in (["--subsample", "all"], ["--seed", "1"]):
-        assert not is_finished([*new, *other])
+    assert is_finished(new) and not is_finished([*new, "--subsample", "all"])
 
 
 @pytest.mark.parametrize("method", ["so", "lora"])
@@ -93,13 +85,8 @@ def test_best_val_is_tested_everywhere(method, command, tmp_path):
     command += ["--method", method, "--n_iters", 3, "--test_on", "eurosat"]
     printed, result = parse_accuracies(run(*command)), result_of(tmp_path)
     assert result["selected_iteration"] < result["iterations"]  # or this test shows nothing
-    evaluated = parse_accuracies(run(*command, "--eval_only"))
-    assert evaluated == {
-        words.replace("Final test", "Test"): value for words, value in printed.items()
-    }
-
-
-# Other datasets
+    expected = {words.replace("Final test", "Test"): value for words, value in printed.items()}
+    assert parse_accuracies(run(*command, "--eval_only")) == expected
 
 
 @pytest.mark.parametrize("method", ["so", "lora"])
@@ -125,18 +112,20 @@ def test_test_on_other_datasets(method, command, tmp_path):
 
 def test_test_on_evaluates_once(command, tmp_path, monkeypatch):
     run(*command, "--test_on", "eurosat")
-    evaluated, evaluate = [], main.evaluate
+    folder, evaluated, evaluate = run_folder(tmp_path), [], main.evaluate
 
     def record_name(classifier, loader, items, desc):
         evaluated.append(desc)
         return evaluate(classifier, loader, items, desc)
 
     monkeypatch.setattr(main, "evaluate", record_name)
+    with lock_output_dir(folder):  # found out before evaluating
+        assert "is in use" in refused(*command, "--test_on", "imagenet_r") and not evaluated
     printed = parse_accuracies(run(*command, "--test_on", "eurosat", "imagenet_r"))
     assert evaluated == ["imagenet_r", "imagenet_r"] and len(printed) == 6
     assert is_finished([*command, "--test_on", "imagenet_r", "eurosat"])
     run(*command, "--overwrite", "--no-save_weights")  # other weights, not yet tested on others
-    assert not any(run_folder(tmp_path).glob("transfer.json"))
+    assert not (folder / "transfer.json").exists()
     assert not is_finished([*command, "--test_on", "eurosat"])
     assert "--save_weights" in refused(*command, "--test_on", "eurosat")
 
@@ -159,9 +148,6 @@ def test_test_on_rejects_bad_names(command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# Datasets for testing only
-
-
 def test_test_only_sets_skip_training(command, tmp_path):
     command += ["--dataset", "imagenet_r"]
     start = command.index("--n_iters")
@@ -173,30 +159,19 @@ def test_test_only_sets_skip_training(command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# WiSE-FT
-
-
 @pytest.mark.parametrize("method", ["so", "lora"])
-def test_wise_scales_what_was_learned(method, command, data, tmp_path):
+def test_wise_scales_what_was_learned(method, command, tmp_path):
     command += ["--method", method, "--eval_every", 2]
     run(*command)
     folder = run_folder(tmp_path)
     out = run(*command, "--wise", 0.5)
     wise_folder = folder.with_name(f"{folder.name}-wise_0.5")
-    result = result_of(wise_folder)
-    assert f"Final test accuracy: {result['final_accuracy']:.2f}." in out
-    assert result["config"]["wise"] == 0.5
+    accuracy = f"{result_of(wise_folder)['final_accuracy']:.2f}"
+    assert f"Final test accuracy: {accuracy}." in out
     assert read_losses(wise_folder) == read_losses(folder)
     full, half = (read_delta(f / "weights.safetensors") for f in (folder, wise_folder))
     assert half.metadata == full.metadata | {"wise": "0.5"}
-    base = clip.load(data / "tiny vit.pt", "cpu")[0].state_dict()
-    for name, (indices, values, _) in full.tensors.items():
-        before = base[name].flatten()[indices.long()].double()
-        middle = (before + 0.5 * (values.double() - before)).float()
-        moved = middle != before
-        assert torch.equal(half.tensors[name].values, middle[moved])
-        assert torch.equal(half.tensors[name].indices, indices[moved])
-    evaluated = f"Test accuracy: {result['final_accuracy']:.2f}"
-    assert evaluated in run(*command, "--wise", 0.5, "--eval_only")  # not scaled twice
+    command += ["--wise", 0.5, "--eval_only"]
+    assert f"Test accuracy: {accuracy}" in run(*command)  # not scaled twice
     (wise_folder / "weights.safetensors").unlink()
-    assert evaluated in run(*command, "--wise", 0.5, "--eval_only")  # the other run's, scaled
+    assert f"Test accuracy: {accuracy}" in run(*command)  # the other run's, scaled
