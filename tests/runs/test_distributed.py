@@ -8,17 +8,15 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
+from clip_helpers import TINY_RESNET, TINY_VIT
 from commands import act_after, read_losses, run, run_folder
 from process_helpers import run_in_processes, run_main_in_processes
+from train_helpers import build, train_losses
 
 import main
-from clip import build_model
 from clip.lora import set_dropout
-from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
-from optimizers.build import build_optimizer, mark_as_trainable, trainable_parameters
+from optimizers.build import trainable_parameters
 from runs import distributed
-from train import TrainConfig, TrainState, train
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
@@ -26,53 +24,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
 ]
 SMALL_VIT = {**TINY_VIT, "vision_layers": 2}
-NAMES = ["red", "green", "blue", "x", "grey"]
-BATCH_SIZES = [5, 2, 1]  # of an epoch; the last one leaves processes without an image
 
 
-def random_batches(resolution):
-    """Endless random batches, of which a process has its slice of the images."""
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        for size in BATCH_SIZES:
-            shape = (size, 3, resolution, resolution)
-            images = torch.randint(256, shape, generator=generator).byte()
-            labels = torch.randint(len(NAMES), (size,), generator=generator)
-            yield (images[distributed.local_slice(size)], labels), size == BATCH_SIZES[-1]
-
-
-def fit(
-    config=SMALL_VIT, encoder="both", method="so", dtype=torch.float64, sparse_grad=True,
-    grad_accum_steps=1, **options,
-):  # fmt: skip
-    """Train for four iterations, with two supports.
-
-    Returns:
-        Weights by name, losses, cosines of seven images and the classes.
-    """
-    model = build_model(random_state_dict(config)).to(dtype)
-    weights = mark_as_trainable(model, encoder, "all", method)
-    optimizer = build_optimizer(
-        method, model, weights, lr=1e-2, density=0.02, T=3, rank=2, seed=1, sparse_grad=sparse_grad
-    )
-    if method == "lora":  # each rank has noise of its own
-        set_dropout(model, False)
-    tokens = tokenize_class_prompts(model, NAMES, ["a {}.", "the {}."])
-    classifier = ZeroShotClassifier(model, tokens, **options)
-    state, batches = TrainState(4), random_batches(model.visual.input_resolution)
-    config = TrainConfig(1e-2, grad_accum_steps=grad_accum_steps)
-    for _ in train(classifier, optimizer, batches, state, config):
-        pass
-    shape = (7, 3, *2 * [model.visual.input_resolution])
-    images = torch.randint(256, shape, generator=torch.Generator().manual_seed(2)).byte()
-    with torch.no_grad():
-        local_features = classifier.encode_images(images[distributed.local_slice(7)])
-        image_features = distributed.all_gather_rows(local_features, 7)
-        local_text = classifier.encode_classes(distributed.local_slice(len(NAMES)))
-        text_features = distributed.all_gather_rows(local_text, len(NAMES))
-        cosines = image_features @ text_features.T
-    trained = {name: p.detach() for name, p in trainable_parameters(model).items()}
-    return trained, state.losses, cosines
+def fit(grad_accum_steps=1, **case):
+    """Train for four iterations; return weights by name, losses, and rows of all processes."""
+    classifier, *training = build(
+        position="all", lr=1e-2, total_iters=4, templates=["a {}.", "the {}."],
+        **dict(config=SMALL_VIT, dtype=torch.float64) | case,
+    )  # fmt: skip
+    set_dropout(classifier.model, False)  # of LoRA: each rank has noise of its own
+    losses = train_losses(classifier, *training, grad_accum_steps=grad_accum_steps)
+    rows = torch.arange(14).view(7, 2)
+    rows = distributed.all_gather_rows(rows[distributed.local_slice(7)], 7)
+    trained = trainable_parameters(classifier.model)
+    return {name: p.detach() for name, p in trained.items()}, torch.tensor(losses), rows
 
 
 CASES = {  # by number of processes: arguments of `fit`, relative error

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from commands import refused
 
@@ -47,35 +46,21 @@ def test_shipped_configs_are_valid():
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        (["--root", "x", "--data", "eurosat"], {"root_path": "x", "dataset": "eurosat"}),
-        (["--s", "0.9", "--sh", "4"], {"s": 0.9, "shots": 4}),
-        (["--sparsity", "0.9"], {"s": 0.9}),
-        (["--early_stop_loss", "-1"], {"early_stop_loss": -1.0}),
-        (["--n_iters", "0"], {"n_iters": 0}),
-        (["--save_path", "w"], {"save_weights": True}),
-        (["--save_path", "w", "--no-save_weights"], {"save_weights": False}),
+        ("--root x --data eurosat", {"root_path": "x", "dataset": "eurosat"}),
+        ("--s 0.9 --sh 4", {"s": 0.9, "shots": 4}),
+        ("--sparsity 0.9 --early_stop_loss -1", {"s": 0.9, "early_stop_loss": -1.0}),
+        ("--save_path w", {"save_weights": True}),
+        ("--save_path w --no-save_weights", {"save_weights": False}),
+        ("--shots 4 --method lora", {"dataset": "digits", "n_iters": 50, "shots": 4}),
+        ("--config configs/so_paper.yaml", {"dataset": "dtd", "n_iters": 2000}),
+        ("--root_path .", {"dataset": "dtd", "n_iters": 2000, "logit_scale": 100.0}),
+        ("--backbone ViT-Tiny/8", {"dataset": "dtd"}),
+        ("--dataset digits --n_iters 0", {"n_iters": 0, "logit_scale": 100.0}),
     ],
 )
-def test_authors_flags_keep_their_meaning(argv, expected):
-    assert expected.items() <= vars(get_arguments(argv)).items()
-
-
-@pytest.mark.parametrize(
-    "argv, dataset, n_iters",
-    [
-        ([], "digits", 50),
-        (["--shots", "4", "--method", "lora"], "digits", 50),
-        (["--config", "configs/so_paper.yaml"], "dtd", 2000),
-        (["--root_path", "."], "dtd", 2000),
-        (["--backbone", "ViT-Tiny/8"], "dtd", 2000),
-        (["--dataset", "digits"], "digits", 2000),
-    ],
-)
-def test_demo_needs_no_task(argv, dataset, n_iters, monkeypatch):
+def test_flags_give_these_values(argv, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = get_arguments(argv)
-    assert (args.dataset, args.n_iters) == (dataset, n_iters)
-    assert (args.logit_scale == "checkpoint") == (n_iters == 50)
+    assert expected.items() <= vars(get_arguments(argv.split())).items()
 
 
 def test_demo_has_rates_of_study():
@@ -92,24 +77,24 @@ def test_demo_has_rates_of_study():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--dataset", "eurosta"], ["eurosta", "did you mean 'eurosat'", "oxford_pets"]),
-        (["--backbone", "ViT-B16"], ["ViT-B16", "ViT-B/16"]),
-        (["--position", "botom"], ["botom", "half-up"]),
-        (["--method", "9" * 5000], ["--method", "lora"]),
-        (["--n_iters", 10**30], ["--n_iters"]),
-        (["--s", "1"], ["--s", "0 <= x < 1"]),
-        (["--lr", "nan"], ["--lr", "0 < x", "nan"]),
-        (["--crop_scale", "0.9", "0.1"], ["--crop_scale", "MIN is above MAX"]),
-        (["--filename", "../x"], ["--filename", "../x"]),
-        (["--datset", "x"], ["--datset", "did you mean '--dataset'"]),
-        (["--final_model", "best_val"], ["--final_model", "--eval_every"]),
-        (["--method", "adam", "--moments", "none"], ["--moments", "--method so"]),
+        ("--dataset eurosta", ["eurosta", "did you mean 'eurosat'", "oxford_pets"]),
+        ("--backbone ViT-B16", ["ViT-B16", "ViT-B/16"]),
+        ("--position botom", ["botom", "half-up"]),
+        (f"--n_iters {10**30}", ["--n_iters"]),
+        ("--s 1", ["--s", "0 <= x < 1"]),
+        ("--lr nan", ["--lr", "0 < x", "nan"]),
+        ("--crop_scale 0.9 0.1", ["--crop_scale", "MIN is above MAX"]),
+        ("--filename ../x", ["--filename", "../x"]),
+        ("--datset x", ["--datset", "did you mean '--dataset'"]),
+        ("--final_model best_val", ["--final_model", "--eval_every"]),
+        ("--method adam --moments none", ["--moments", "--method so"]),
+        ("--device tpu --n_iters 0", ["--device tpu cannot be used", "--device c"]),
+        ("--device meta --n_iters 0", ["--device meta cannot be used", "--device c"]),
     ],
-    ids=range(12),
 )
 def test_bad_flags_are_named(argv, words):
-    message = refused(*argv)
-    assert all(word in message for word in words) and len(message) < 2100, message
+    message = refused(*argv.split())
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(
@@ -119,13 +104,11 @@ def test_bad_flags_are_named(argv, words):
         ("shots: many", ["shots", "whole number", "many"]),
         ("flip: 3", ["flip", "true or false"]),
         ("lr: {a: 1}", ["lr", "a plain value"]),
-        ("crop_scale: [0.1]", ["crop_scale", "expected 2 arguments"]),
         ("template: []", ["template", "expected at least one argument"]),
-        ("- a list", ["key: value"]),
         ("[" * 1000, ["as YAML"]),
         ("!!python/object/apply:os.system ['touch executed']", ["as YAML"]),
     ],
-    ids=range(9),
+    ids=range(7),
 )
 def test_bad_config_is_named(text, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -133,13 +116,6 @@ def test_bad_config_is_named(text, words, tmp_path, monkeypatch):
     message = refused("--config", "mine.yaml", "--dataset", "eurosat")
     assert "mine.yaml" in message and all(word in message for word in words), message
     assert not (tmp_path / "executed").exists()
-
-
-def test_device_must_exist():
-    for device in ("cuda:77", "tpu", "meta"):
-        message = refused("--device", device, "--n_iters", 0)
-        assert f"--device {device} cannot be used" in message
-        assert "--device cpu" in message or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(
