@@ -123,7 +123,6 @@ def test_main_runs_in_safe_path(tmp_path):
     assert done.returncode == 0 and b"--dataset" in done.stdout, done.stderr
 
 
-def test_density_note_names_flags(tmp_path):
+def test_density_note_names_flag(tmp_path):
     out = run(*SHORT, "--s", "0.9999", "--save_path", tmp_path)
     assert "24 of them keep fewer than ten entries and barely train: lower --s" in out
-    assert "dense=True" not in out

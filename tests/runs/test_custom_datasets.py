@@ -1,7 +1,6 @@
 """The five commands of docs/custom_datasets.md, run as they are, on ViT-Tiny/8."""
 
 import csv
-import random
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import predict
 import report
 from commands import call, call_main
-from PIL import Image
+from dataset_helpers import write_image
 
 import datasets.__main__ as checker
 
@@ -25,18 +24,11 @@ PROGRAMS = {
 }
 
 
-def make_photo(path, hue):
-    color = Image.new("HSV", (40, 30), (hue, 200, random.randrange(120, 255))).convert("RGB")
-    Image.blend(color, Image.effect_noise((40, 30), 80).convert("RGB"), 0.2).save(path)
-
-
 def test_own_images_page_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(CLASSES):
-        Path("photos", name).mkdir(parents=True)
-        for i in range(8 + number):
-            suffix = SUFFIXES[i % len(SUFFIXES)]
-            make_photo(Path("photos", name, f"IMG {i}.{suffix}"), hue=31 * number)
+    for label, name in enumerate(CLASSES):
+        for i in range(8 + label):
+            write_image(Path("photos", name, f"IMG {i}.{SUFFIXES[i % len(SUFFIXES)]}"), label, i)
     count, outputs = len(list(Path("photos").glob("*/*"))), []
     assert len(COMMANDS) == 5 == PAGE.count("```bash")
     for line in COMMANDS:
@@ -48,17 +40,14 @@ def test_own_images_page_works(tmp_path, monkeypatch):
 
     checked, zero_shot, trained, reported, predicted = outputs
     assert re.search(rf"photos .* {len(CLASSES)} .* ok", checked)
-    assert zero_shot.count("****") == 2 and "Zero-shot CLIP's test accuracy" in zero_shot
-    assert "Final test accuracy" in trained
+    assert zero_shot.count("****") == 2 and "Final test accuracy" in trained
     assert "tables and" in reported
     lines = [line.split("  ") for line in predicted.splitlines()]
     assert len(lines) == count and all(len(line) == 3 for line in lines)
     assert {name for _, name, _ in lines} <= set(CLASSES)
 
-    (run,) = Path("results/so/ViT-Tiny-8/photos/4shots").iterdir()
-    assert run.name == "seed3-n_iters_50"
-    text = (run / "predictions.csv").read_text(encoding="utf-8")
-    assert all(Path("photos", row["path"]).is_file() for row in csv.DictReader(text.splitlines()))
-    assert (run / "fewshot.json").is_file() and (run / "weights.safetensors").is_file()
+    run = Path("results/so/ViT-Tiny-8/photos/4shots/seed3-n_iters_50")
+    with open(run / "predictions.csv", encoding="utf-8") as file:
+        assert all(Path("photos", row["path"]).is_file() for row in csv.DictReader(file))
     figures = {path.name for path in Path("results/report").rglob("*.png")}
     assert {"confusion-photos-4shots-so.png", "classes-photos-4shots-so.png"} <= figures

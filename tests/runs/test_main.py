@@ -2,7 +2,6 @@
 
 import csv
 import random
-import re
 
 import pytest
 import torch
@@ -14,20 +13,14 @@ from optimizers.build import METHODS
 from optimizers.delta import read_delta
 from utils import Predictions
 
-LINES = re.compile(
-    r"\*\*\*\* Zero-shot CLIP's test accuracy: (\d+\.\d\d)\. \*\*\*\*\s+"
-    r"\*\*\*\* Final test accuracy: (\d+\.\d\d)\. \*\*\*\*"
-)
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_share_one_protocol(method, command, tmp_path):
     argv = [*command, "--method", method, "--lr", 0.01]
-    printed = LINES.search(run(*argv)).groups()
-    result = result_of(tmp_path / "out")
-    assert printed == tuple(
-        f"{result[key]:.2f}" for key in ("zero_shot_accuracy", "final_accuracy")
-    )
+    printed, result = run(*argv), result_of(tmp_path / "out")
+    zero_shot, final = (f"{result[f'{key}_accuracy']:.2f}" for key in ("zero_shot", "final"))
+    assert f"\n**** Zero-shot CLIP's test accuracy: {zero_shot}. ****\n" in printed
+    assert f"\n**** Final test accuracy: {final}. ****\n" in printed
     assert result["method"] == method and result["last_accuracy"] == result["final_accuracy"]
     assert result["selected_iteration"] == result["iterations"] == 4
     delta = read_delta(run_folder(tmp_path / "out") / "weights.safetensors")
@@ -36,21 +29,7 @@ def test_methods_share_one_protocol(method, command, tmp_path):
     # The first loss is that of the pretrained weights: same images and augmentation.
     run(*command, "--save_path", tmp_path / "so", "--n_iters", 1)
     assert read_losses(tmp_path / "out")[0] == read_losses(tmp_path / "so")[0]
-    assert f"**** Test accuracy: {printed[1]}. ****" in run(*argv, "--eval_only")
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ["--encoder", "text", "--precision", "bf16"],
-        ["--encoder", "vision"],
-        ["--backbone", "tiny-resnet.pt"],
-    ],
-    ids=" ".join,
-)
-def test_encoders_and_resnets_run(extra, command, data, monkeypatch):
-    monkeypatch.chdir(data)
-    assert LINES.search(run(*command, "--n_iters", 1, *extra))
+    assert f"**** Test accuracy: {final}. ****" in run(*argv, "--eval_only")
 
 
 def test_best_val_is_reported(command, tmp_path, monkeypatch):
@@ -83,13 +62,9 @@ def test_uneven_classes_print_balanced_accuracy(uneven, command, tmp_path):
         change_split(folder, lambda split: split["test"].pop())
     command += ["--root_path", tmp_path]
     printed, again, evaluated = run(*command), run(*command), run(*command, "--eval_only")
-    accuracy, balanced = (
-        f"{result_of(tmp_path / 'out')[key]:.2f}. ****"
-        for key in ("final_accuracy", "balanced_accuracy")
-    )
-    lines = f"**** Final test accuracy: {accuracy}\n\n**** Final balanced accuracy: {balanced}\n"
-    assert (lines in printed) == (lines in again) == uneven
-    assert (f"**** Balanced accuracy: {balanced}\n" in evaluated) == uneven
+    balanced = f"alanced accuracy: {result_of(tmp_path / 'out')['balanced_accuracy']:.2f}. ****\n"
+    for out in (printed, again, evaluated):
+        assert (balanced in out) == uneven
 
 
 @pytest.mark.parametrize("name", ELEVEN)
@@ -112,9 +87,6 @@ def test_python_random_only_draws_shots(command, monkeypatch):
     monkeypatch.setattr(main, "build_dataset", record_states)
     run(*command, "--n_iters", 1)
     assert states == [random.Random(3).getstate(), random.getstate()]
-
-
-# Failures
 
 
 @pytest.mark.parametrize(

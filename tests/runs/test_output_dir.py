@@ -22,28 +22,23 @@ ROOT = Path(__file__).parents[2]
     [
         ("", "so/ViT-B-16/dtd/1shots/seed3"),
         ("--lr 2e-4 --t 5 --seed 1 --shots 4", "so/ViT-B-16/dtd/4shots/seed1"),
-        ("--s 0.999 --lr 0.00002", "so/ViT-B-16/dtd/1shots/seed3-lr_2e-05-s_0.999"),
-        ("--s 0.99995001", "so/ViT-B-16/dtd/1shots/seed3-s_0.99995001"),
-        ("--dense_grad --no-flip", "so/ViT-B-16/dtd/1shots/seed3-dense_grad-no-flip"),
-        ("--crop_scale 0.5 1", "so/ViT-B-16/dtd/1shots/seed3-crop_scale_0.5_1"),
         ("--backbone ViT-L/14@336px --method lora", "lora/ViT-L-14-336px/dtd/1shots/seed3"),
-        ("--device cpu --threads 1 --save_weights", "so/ViT-B-16/dtd/1shots/seed3"),
-        (
-            "--template clip --fewshot_split a/few.json --classnames b/names.yaml",
-            "so/ViT-B-16/dtd/1shots/seed3-classnames_names-fewshot_split_few-template_clip",
-        ),
-        (
-            "--config configs/so_paper.yaml --lr 1e-3 --t 10",
-            "so/ViT-B-16/dtd/1shots/seed3-so_paper-lr_0.001",
-        ),
         ("--config configs/digits.yaml", "so/ViT-Tiny-8/digits/16shots/seed3-digits"),
         ("--backbone clip/weights/ViT-Tiny-8.pt", "so/ViT-Tiny-8/dtd/1shots/seed3"),
+        ("--s 0.999 --lr 0.00002", "seed3-lr_2e-05-s_0.999"),
+        ("--s 0.99995001", "seed3-s_0.99995001"),
+        ("--dense_grad --no-flip", "seed3-dense_grad-no-flip"),
+        ("--crop_scale 0.5 1", "seed3-crop_scale_0.5_1"),
+        ("--device cpu --threads 1 --save_weights", "seed3"),
+        ("--template clip --fewshot_split a/few.json", "seed3-fewshot_split_few-template_clip"),
+        ("--classnames b/names.yaml", "seed3-classnames_names"),
+        ("--config configs/so_paper.yaml --lr 1e-3 --t 10", "seed3-so_paper-lr_0.001"),
     ],
 )
 def test_output_dir_names_overrides(argv, name, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = get_arguments(["--root_path", ".", *argv.split(), "--save_path", "out"])
-    assert str(get_output_dir(args)) == f"out/{name}"
+    assert str(get_output_dir(args)).endswith(f"/{name}")
 
 
 def test_output_dir_of_demo():
@@ -61,7 +56,7 @@ def test_output_dir_shortens_templates():
 
 
 def test_run_writes_its_files(command, tmp_path):
-    run(*command, "--early_stop_loss", 0, "--eval_every", 3)
+    run(*command, "--eval_every", 3)
     folder, result = run_folder(tmp_path), result_of(tmp_path)
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "curve.csv", "fewshot.json", "predictions.csv", "result.json",
@@ -108,12 +103,11 @@ def test_other_result_is_refused(command, tmp_path):
     path = run_folder(tmp_path) / "result.json"
     result = json.loads(path.read_text())
     config = result["config"]
-    for words, text in (
-        ("(lr 0.5 there, 0.001 here)", json.dumps({**result, "config": {**config, "lr": 0.5}})),
-        ("is damaged", json.dumps({**result, "data": None})),
-        ("is damaged", '{"final_accuracy": '),
+    for words, changes in (
+        ("(lr 0.5 there, 0.001 here)", {"config": config | {"lr": 0.5}}),
+        ("is damaged", {"data": None}),
     ):
-        path.write_text(text)
+        path.write_text(json.dumps(result | changes))
         message = refused(*command)
         assert words in message and "--save_path" in message and "--overwrite" in message
     del config["rank"]  # as a version wrote it that had no such flag
@@ -150,17 +144,11 @@ def test_authors_state_dict_is_evaluated(command, data, tmp_path):
     assert "weights.pt does not hold weights of this model" in refused(*command, "--eval_only")
 
 
-def test_locked_output_dir_is_refused(command, tmp_path):
-    run(*command, "--n_iters", 1)
-    folder = run_folder(tmp_path)
-    with lock_output_dir(folder):
-        message = refused(*command, "--n_iters", 1, "--overwrite")
-        assert "in use by another process" in message and "--save_path" in message
-        assert (folder / ".lock").exists()
-    assert not (folder / ".lock").exists()
-
-
-def test_unwritable_output_dir_is_named(command, tmp_path):
+def test_unusable_output_dir_is_refused(command, tmp_path):
+    run(*command)
+    with lock_output_dir(run_folder(tmp_path)):
+        message = refused(*command, "--overwrite")
+    assert "in use by another process" in message and "--save_path" in message
     (tmp_path / "file").write_text("")
     message = refused(*command, "--save_path", tmp_path / "file/x")
     assert "cannot write to" in message and "--save_path" in message
