@@ -5,14 +5,8 @@ to get the datasets and how their folders look; `python -m datasets --root_path 
 """
 
 from datasets.base import SUBSAMPLES, Datum, FewShotDataset
-from datasets.build import (
-    build_dataset,
-    build_test_dataset,
-    dataset_fingerprint,
-    dataset_name,
-    get_dataset_info,
-)
-from datasets.catalog import DATASETS
+from datasets.build import build_dataset, build_test_dataset, dataset_fingerprint
+from datasets.catalog import DATASETS, dataset_name, get_dataset_info
 from datasets.fewshot import dump_fewshot_split
 
 __all__ = [

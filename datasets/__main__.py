@@ -17,8 +17,7 @@ from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 
 from datasets.base import SPLITS, DatasetDir, Split, describe_problem, find_dataset_dir
-from datasets.build import dataset_name, get_dataset_info
-from datasets.catalog import DATASETS
+from datasets.catalog import DATASETS, dataset_name, get_dataset_info
 from datasets.splits import count_mismatch, find_problems, format_counts, read_split
 from datasets.transforms import read_image
 from utils import Progress, format_error, truncate_list
@@ -29,9 +28,7 @@ COLUMNS = ("dataset", "folder", "split", "classes", *SPLITS, "status")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checker; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m datasets", description="Check the datasets.")
-    parser.add_argument(
-        "--root_path", type=os.path.expanduser, help="folder that holds all datasets"
-    )
+    parser.add_argument("--root_path", type=os.path.expanduser, help="folder of all datasets")
     parser.add_argument("--dataset", help="only this dataset: a name, or the path of your own")
     parser.add_argument("--decode", action="store_true", help="open every image as well")
     args = parser.parse_args(argv)
@@ -110,10 +107,8 @@ def find_corrupt_images(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
         errors = pool.imap(decode, paths, chunksize=64)
         corrupt = {path: error for path, error in zip(bar, errors, strict=True) if error}
     if corrupt:
-        yield (
-            f"{truncate_list(corrupt)} in {dataset_dir.image_dir} cannot be decoded: download or "
-            f"unpack them again (of the first: {next(iter(corrupt.values()))})"
-        )
+        first = next(iter(corrupt.values()))
+        yield f"{truncate_list(corrupt)} cannot be decoded: get them again (the first: {first})"
 
 
 def find_equal_images(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:

@@ -90,10 +90,7 @@ class Split:
         return replace(self, **parts, lab2cname=dict(classes.values()))
 
     def fingerprint(self, subsample: str = "all") -> dict[str, str | int]:
-        """Return what results record of a half's data: origin, SHA-256, numbers of images.
-
-        A run on base classes tests on all of them.
-        """
+        """Return what results record of a half's data; a run on base classes tests on all."""
         half = self.subsample_classes(subsample)
         tested = replace(half, test=self.test) if subsample == "base" else half
         return {"split": self.origin, "digest": tested.sha256(), **half.num_images()}
@@ -111,17 +108,13 @@ class Split:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One row of the catalog: where a dataset is, how it is read, what it should hold.
-
-    Numbers are the published ones, None where there is none; a dataset that is only for testing has
-    0 training images.
-    """
+    """One row of the catalog: where a dataset is, how it is read, what it should hold."""
 
     title: str  # as people write it; the name of its section in DATASETS.md
     dataset_dirs: tuple[str, ...] = ()  # names of its folder below the root, by preference
     image_dir: str = "."  # in that folder, what the samples' paths start from
-    num_classes: int | None = None
-    num_images: tuple[int | None, ...] = (None, None, None)  # for training, validation, testing
+    num_classes: int | None = None  # as published
+    num_images: tuple[int | None, ...] = (None, None, None)  # as published, by SPLITS
     split_file: str | None = None  # None if the download has lists of its own
     read_data: Callable[["DatasetDir"], Split] | None = None  # used if there is no split file
     required_subdirs: tuple[str, ...] = (".",)  # of image_dir, to recognize the dataset's folder
@@ -183,8 +176,7 @@ def find_dataset_dir(
 ) -> DatasetDir:
     """Find a dataset's folder below the root: by the first of its names, or the most complete one.
 
-    A dataset that is not downloaded is made if `prepare`. Raises FileNotFoundError if there is no
-    such folder, ValueError without root_path.
+    A dataset that is not downloaded is made if `prepare`.
     """
     if info.custom_path:
         return DatasetDir(name, info, info.custom_path.parent, info.custom_path)

@@ -1,28 +1,17 @@
 """From a dataset's name to a few-shot task: `build_dataset`."""
 
-import os
 import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from datasets.base import (
-    DatasetDir,
-    DatasetInfo,
-    Datum,
-    FewShotDataset,
-    Split,
-    dataset_errors,
-    find_dataset_dir,
-)
-from datasets.catalog import DATASETS
+from datasets.base import DatasetDir, Datum, FewShotDataset, Split, dataset_errors, find_dataset_dir
+from datasets.catalog import dataset_name, get_dataset_info
 from datasets.fewshot import generate_fewshot_dataset, load_fewshot_split
 from datasets.files import PathLike
-from datasets.image_folder import custom_dataset_info, dataset_stem, is_path
 from datasets.prompts import rename_classes, resolve_templates
 from datasets.splits import count_mismatch, find_problems, read_split, save_generated_split
-from utils import did_you_mean
 
 
 def build_dataset(
@@ -48,7 +37,7 @@ def build_dataset(
             first, so that a seed means the same images.
 
     Raises:
-        ValueError, FileNotFoundError: Something is wrong or missing; the sentence says what.
+        ValueError, FileNotFoundError: The data or an argument is broken or missing.
     """
     info = get_dataset_info(name)
     if not isinstance(shots, int) or shots < 1:
@@ -56,9 +45,7 @@ def build_dataset(
     templates = resolve_templates(template, info)
     dataset_dir, split = _read_dataset(name, root_path)
     if info.custom_path and subsample != "all" and len(split.lab2cname) < 4:
-        raise ValueError(
-            f"--subsample takes four or more classes, two in each half: {name} has less"
-        )
+        raise ValueError(f"{name} has too few classes: --subsample takes four or more")
     _print_notes(dataset_dir, split)
     split = rename_classes(split, classnames)
     if fewshot_split:
@@ -98,24 +85,6 @@ def dataset_fingerprint(
     return rename_classes(split, classnames).fingerprint(subsample)
 
 
-def get_dataset_info(name: str) -> DatasetInfo:
-    """Return the row of a dataset: of the catalog, or made for a path of own images; or refuse."""
-    name = os.fspath(name)
-    if name in DATASETS:
-        return DATASETS[name]
-    if is_path(name):
-        return custom_dataset_info(name)
-    raise ValueError(
-        f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; valid: {', '.join(DATASETS)}, or "
-        "the path of your own images: a folder, a .csv or a .json"
-    )
-
-
-def dataset_name(name: str) -> str:
-    """Return what results call a dataset: its name, or the stem of its folder or file."""
-    return name if name in DATASETS else dataset_stem(name)
-
-
 def _read_dataset(
     name: str, root_path: PathLike | None, test_only: bool = False
 ) -> tuple[DatasetDir, Split]:
@@ -127,9 +96,7 @@ def _read_dataset(
             if test_only and info.custom_path:
                 tested = split.test if split.has_parts else sorted(split.samples())
                 split = replace(split, train=[], val=[], test=tested)
-                info = replace(info, num_images=(0, None, None))
-                dataset_dir = replace(dataset_dir, info=info)
-            for problem in find_problems(dataset_dir, split):
+            for problem in find_problems(dataset_dir, split, test_only):
                 raise ValueError(problem)
     finally:
         random.setstate(state)  # importing scikit-learn for the digits draws from it

@@ -1,10 +1,13 @@
 """The catalog of datasets: one row each, in the order of DATASETS.md."""
 
+import os
 from functools import partial
 
 from datasets import readers
 from datasets.base import DatasetInfo
 from datasets.digits import SPLIT_FILE, build_digits
+from datasets.image_folder import custom_dataset_info, dataset_stem, is_path
+from utils import did_you_mean
 
 # fmt: off
 EUROSAT_NAMES = {
@@ -125,3 +128,21 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
 }
 # fmt: on
+
+
+def get_dataset_info(name: str) -> DatasetInfo:
+    """Return the row of a dataset: of the catalog, or one made for a path of own images."""
+    name = os.fspath(name)
+    if name in DATASETS:
+        return DATASETS[name]
+    if is_path(name):
+        return custom_dataset_info(name)
+    raise ValueError(
+        f"unknown dataset {name!r}{did_you_mean(name, DATASETS)}; valid: {', '.join(DATASETS)}, or "
+        "the path of your own images: a folder, a .csv or a .json"
+    )
+
+
+def dataset_name(name: str) -> str:
+    """Return what results call a dataset: its name, or the stem of its folder or file."""
+    return name if name in DATASETS else dataset_stem(name)

@@ -4,10 +4,9 @@ The source is `sklearn.datasets.load_digits`: 1,797 gray images of 8x8 pixels, t
 "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998), UCI Machine Learning
 Repository, https://doi.org/10.24432/C50P49, license CC BY 4.0.
 
-There the digits are centered and of one size, and the nearest neighbor on raw pixels recognizes
-64 % of them at one shot, 95 % at sixteen. So each is drawn on a black canvas of 32x32 pixels, with
-a size, a shift and a rotation of its own. The nearest neighbor then recognizes 25 / 34 / 39 / 50 /
-60 % at 1 / 2 / 4 / 8 / 16 shots (test images, mean of ten draws).
+There the digits are centered and of one size: the nearest neighbor on raw pixels recognizes 64 % at
+one shot, 95 % at sixteen. So each is drawn on a black canvas of 32x32 pixels, with a size, a shift
+and a rotation of its own, which leaves 25 and 60 % (test images, mean of ten draws).
 """
 
 import json
@@ -30,9 +29,8 @@ MIN_SIZE, MAX_SIZE, MAX_SHIFT, MAX_ANGLE = 18.0, 28.0, 3.0, 15.0  # pixels and d
 def build_digits(folder: Path) -> None:
     """Make the dataset's folder: images/<class>/<index>.png and the split file.
 
-    Everything is written to a temporary folder next to it, which is then renamed, so that several
-    processes may do this at once: the first one's folder stays. A folder that cannot be written, or
-    has other content, is an OSError.
+    It is written under another name, then renamed, so that several processes may do this at once:
+    the first one's stays. A folder that cannot be written, or has other content, is an OSError.
     """
     if (folder / SPLIT_FILE).is_file():
         return
@@ -44,10 +42,8 @@ def build_digits(folder: Path) -> None:
             os.rename(draft, folder)
     except OSError as error:
         if not (folder / SPLIT_FILE).is_file():  # else another process was faster
-            raise OSError(
-                f"cannot make {folder} ({error.strerror}): name a folder without other content "
-                "that can be written with --root_path"
-            ) from error
+            remedy = "name another folder, which can be written, with --root_path"
+            raise OSError(f"cannot make {folder} ({error.strerror}): {remedy}") from error
 
 
 def render() -> tuple[np.ndarray, np.ndarray]:

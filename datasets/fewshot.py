@@ -3,10 +3,10 @@
 import json
 import os
 import random
-import re
+from pathlib import Path
 from typing import Any
 
-from datasets.base import Datum, FewShotDataset, RawSample, Split, group_by_label
+from datasets.base import FewShotDataset, RawSample, Split, group_by_label
 from datasets.files import PathLike, nfc, read_json
 from datasets.readers import parse_lines
 from datasets.splits import parse_samples
@@ -31,10 +31,8 @@ def generate_fewshot_dataset(
     train, val = [], []
     for samples in group_by_label(split.train):
         if len(samples) < shots + num_val:
-            raise ValueError(
-                f"class {samples[0][2]!r} has {len(samples)} training images, but {shots} shots "
-                f"take {shots + num_val}, with those for validation: lower --shots"
-            )
+            problem = f"class {samples[0][2]!r} has {len(samples)} training images"
+            raise ValueError(f"{problem}, but {shots} shots take {shots + num_val}: lower --shots")
         drawn = random.sample(samples, shots + num_val)
         train += drawn[:shots]
         val += drawn[shots:]
@@ -84,21 +82,17 @@ def load_fewshot_split(
 
 
 def _read_jsonl_pair(path: str) -> dict[str, list[Any]]:
-    match = re.fullmatch(r"(.*)_(train|val)\.jsonl", path)
-    if not match:
-        raise ValueError(f"{path} is not one of a pair ..._train.jsonl and ..._val.jsonl")
-    files = {part: f"{match[1]}_{part}.jsonl" for part in ("train", "val")}
-    form = '{"impath": ..., "label": ..., "classname": ...}'
+    stem, form = path.removesuffix(".jsonl").rpartition("_")[0], '{"impath": ..., "label": ...}'
+    files = {part: Path(f"{stem}_{part}.jsonl") for part in ("train", "val")}
     return {part: parse_lines(file, form, json.loads) for part, file in files.items()}
 
 
 def dump_fewshot_split(dataset: FewShotDataset) -> str:
     """Return a dataset's few images as the JSON that `load_fewshot_split` reads on any disk."""
-
-    def entries(items: list[Datum]) -> list[RawSample]:
-        start = os.path.join(dataset.image_dir, "")
-        return [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
-
-    parts = {"train": entries(dataset.train_x), "val": entries(dataset.val)}
+    start = os.path.join(dataset.image_dir, "")
+    few = {
+        part: [(item.impath.removeprefix(start), item.label, item.classname) for item in items]
+        for part, items in (("train", dataset.train_x), ("val", dataset.val))
+    }
     gray_range = dataset.train_x[0].gray_range if dataset.train_x else None
-    return json.dumps(parts | ({"gray_range": gray_range} if gray_range else {}))
+    return json.dumps(few | ({"gray_range": gray_range} if gray_range else {}))

@@ -27,10 +27,7 @@ def list_subdirs(folder: PathLike) -> list[str]:
 
 
 def list_entries(folder: PathLike) -> tuple[list[str], list[str], list[str]]:
-    """Return the sorted names of a folder's files, subfolders, and links that lead nowhere.
-
-    Hidden and ignored ones are left out; links are followed.
-    """
+    """Return the sorted names of a folder's files, subfolders, and links that lead nowhere."""
     files, subdirs, dead_links = [], [], []
     for entry in os.scandir(folder):
         if entry.name.startswith(".") or entry.name.lower() in IGNORED_NAMES:

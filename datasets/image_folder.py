@@ -48,12 +48,10 @@ def custom_dataset_info(name: str) -> DatasetInfo:
     readers = {".csv": read_csv, ".tsv": read_csv, ".json": read_json_list}
     reader = read_image_folder if path.is_dir() else readers.get(path.suffix.lower())
     if not reader or not path.exists():
-        raise ValueError(
-            f"there is no folder, .csv or .json {path}: --dataset takes a known name, or one of "
-            "these; see DATASETS.md, section Your own images"
-        )
-    read_data = partial(read_custom_dataset, reader=reader, path=path)
+        remedy = "--dataset takes a known name, or one of these"
+        raise ValueError(f"there is no folder, .csv or .json {path}: {remedy}; see DATASETS.md")
     folder = path if path.is_dir() else path.parent
+    read_data = partial(read_custom_dataset, reader=reader, path=path)
     return DatasetInfo("Your own images", read_data=read_data, custom_path=folder)
 
 
@@ -77,11 +75,12 @@ def read_custom_dataset(
     images = sorted({image for image, _, _ in split.samples()}, key=digest_key)
     images = [image for image in images if image.lower().endswith(GRAY_EXTENSIONS)]
     gray_range = detect_gray_range([dataset_dir.image_path(image) for image in images[:500]])
-    notes = split.notes
-    if gray_range:
-        text = "gray pictures of more than eight bits: values from {:g} to {:g} are scaled"
-        notes += (f"{text.format(*gray_range)} to black to white",)
-    return replace(split, origin="own", gray_range=gray_range, notes=notes)
+    split = replace(split, origin="own", gray_range=gray_range)
+    if not gray_range:
+        return split
+    values = "values from {:g} to {:g} are scaled to black to white".format(*gray_range)
+    note = f"gray pictures of more than eight bits: {values}"
+    return replace(split, notes=(*split.notes, note))
 
 
 def read_image_folder(dataset_dir: DatasetDir, path: Path) -> Split:
@@ -224,8 +223,7 @@ def number_classes(names: Iterable[str]) -> dict[str, int]:
 def make_split(source_path: Path, parts: Parts, labels: dict[str, int], has_parts: bool) -> Split:
     """Make a split of named parts, or divide each class of the only one.
 
-    Validation images come from training if there is no such part. Where only training and
-    validation images are given, as in imagenette, the latter are the test.
+    Where only training and validation images are given, as in imagenette, the latter are the test.
     """
     names = {label: name for name, label in labels.items()}
     train, val, test = parts.values()

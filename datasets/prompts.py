@@ -48,9 +48,7 @@ def rename_classes(split: Split, path: PathLike | None) -> Split:
         labels |= {str(label): [label] for label in split.lab2cname}
     new_names = {nfc(name): new for name, new in _read_names(path).items()}
     if unknown := [f"{n!r}{did_you_mean(n, labels)}" for n in new_names if n not in labels]:
-        raise ValueError(
-            f"{path} names {truncate_list(unknown)}, which is no class of {split.source_path}"
-        )
+        raise ValueError(f"{path} names {truncate_list(unknown)}, no class of {split.source_path}")
     names = split.lab2cname | {i: new for old, new in new_names.items() for i in labels[old]}
     return split.relabel({label: (label, name) for label, name in names.items()})
 

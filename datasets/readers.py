@@ -35,9 +35,8 @@ def read_class_folders(
 
 def read_fgvc(dataset_dir: DatasetDir) -> Split:
     """Read lists with lines "0034309 Boeing 707-320"; variants.txt has the order of the labels."""
-    variants = dataset_dir.path / "variants.txt"
     lists = [dataset_dir.path / f"images_variant_{split}.txt" for split in SPLITS]
-    names = parse_lines(variants, "variant", str)
+    names = parse_lines(dataset_dir.path / "variants.txt", "variant", str)
     labels = {name: label for label, name in enumerate(names)}
 
     def parse(line: str) -> RawSample:
@@ -138,12 +137,9 @@ def read_imagenet(dataset_dir: DatasetDir) -> Split:
 
 
 def read_imagenet_variant(dataset_dir: DatasetDir) -> Split:
-    """Read class folders of test images, named by WordNet ids or by ImageNet's labels.
-
-    Labels follow the sorted WordNet ids of the classes that are there.
-    """
+    """Read class folders, named by WordNet ids or, as in ImageNetV2, by ImageNet's labels."""
     wnids = sorted(_read_classnames(IMAGENET_CLASSNAMES))
-    by_label = {str(label): wnid for label, wnid in enumerate(wnids)}  # ImageNetV2: 0 to 999
+    by_label = {str(label): wnid for label, wnid in enumerate(wnids)}
     folders = {by_label.get(name, name): name for name in list_subdirs(dataset_dir.image_dir)}
     names = _wnid_classnames(dataset_dir, sorted(folders))
     test = _list_classes(dataset_dir, [folders[wnid] for wnid in sorted(folders)], names)
@@ -235,6 +231,4 @@ def _read_mat(path: Path, key: str, parse: Callable[[Any], T]) -> list[T]:
             values = loadmat(file, simplify_cells=True, variable_names=[key])[key]
             return [parse(value) for value in np.ravel(np.asarray(values, dtype=object))]
         except Exception as error:  # a damaged file makes the reader fail in any way
-            raise ValueError(
-                f"{path} has no readable '{key}' ({type(error).__name__}: {error}): get it again"
-            ) from error
+            raise ValueError(f"{path} has no readable '{key}' ({error!r}): get it again") from error

@@ -69,10 +69,7 @@ def is_sample(value: Any) -> bool:
 
 
 def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
-    """Save a split made from the raw download next to the data, and print that it was made.
-
-    It has the SHA-256 of its samples. An earlier one of other samples is replaced.
-    """
+    """Save a split made from the raw download next to the data, and print that it was made."""
     split_file = dataset_dir.info.split_file
     path = dataset_dir.path / split_file.replace("split_zhou_", "split_so_")
     note = "made from the raw download; not comparable to published figures"
@@ -92,9 +89,9 @@ def save_generated_split(dataset_dir: DatasetDir, split: Split) -> None:
     )
 
 
-def find_problems(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
+def find_problems(dataset_dir: DatasetDir, split: Split, test_only: bool = False) -> Iterator[str]:
     """Yield what is wrong with a split's labels, class names, paths, files and classes."""
-    source, names = split.source_path, split.lab2cname
+    source, names, folder = split.source_path, split.lab2cname, dataset_dir.image_dir
     classes = sorted({*names.items(), *(sample[1:] for sample in split.samples())})
     labels = {label for label, _ in classes}
     if not labels:
@@ -102,31 +99,22 @@ def find_problems(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
     if dataset_dir.info.custom_path and len(labels) == 1:
         yield f"{source} has one class: a task takes two or more, each with its own folder or label"
     if unexpected := sorted(labels ^ set(range(len(labels)))):
-        yield (
-            f"labels in {source} must run from 0 to {len(labels) - 1} without gaps, but "
-            f"{truncate_list(map(str, unexpected))} is missing or extra"
-        )
-    if several := [
-        f"label {i} for {name!r} and {names[i]!r}" for i, name in classes if name != names[i]
-    ]:
-        yield f"{source} has {truncate_list(several)}: give each class its own label"
+        numbers = truncate_list(map(str, unexpected))
+        yield f"labels in {source} must run from 0 without gaps, but {numbers} is missing or extra"
+    for label, name in classes:
+        if name != names[label]:
+            yield f"{source} has label {label} for {names[label]!r} and {name!r}: number them anew"
     paths = dict.fromkeys(path for path, _, _ in split.samples())
     if bad := [name for name in (*paths, *names.values()) if NOT_UTF_8.search(name)]:
         yield f"{source} has {truncate_list(bad)}, not UTF-8: rename it"
     if outside := [path for path in paths if UNSAFE_PATH.search(path)]:
-        yield (
-            f"{source} names {truncate_list(outside)}, outside of the image folder "
-            f"{dataset_dir.image_dir}: paths must be relative and without '..'"
-        )
+        yield f"{source} names {truncate_list(outside)}, outside of the image folder {folder}"
     if missing := [] if split.files_exist else find_missing(dataset_dir, paths):
-        yield (
-            f"{truncate_list(missing)}: named in {source}, missing in {dataset_dir.image_dir} "
-            f"({len(missing)} of {plural(len(paths), 'image')}): correct the paths, or complete "
-            "the download"
-        )
+        count = f"{len(missing)} of {plural(len(paths), 'image')}"
+        yield f"{truncate_list(missing)}: named in {source}, missing in {folder} ({count})"
     notes = "".join(f"; {note}" for note in split.notes)
     needed = {"train": "training", "test": "test"}
-    for part in ("test",) if dataset_dir.info.test_only else needed:
+    for part in ("test",) if test_only or dataset_dir.info.test_only else needed:
         present = {label for _, label, _ in split.parts[part]}
         if lacking := [repr(name) for label, name in names.items() if label not in present]:
             yield (
@@ -136,11 +124,7 @@ def find_problems(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
 
 
 def find_missing(dataset_dir: DatasetDir, paths: Collection[str]) -> list[str]:
-    """Return those of a split's paths that are no files.
-
-    Each folder is listed once: on a network file system that is far cheaper than a question for
-    each image.
-    """
+    """Return the paths that are no files. On network disks, listing folders is the fastest way."""
     files = set()
     for folder in {os.path.dirname(path) for path in paths}:
         with suppress(OSError, ValueError):  # no such folder, or a name that no folder can have
@@ -170,7 +154,6 @@ def count_mismatch(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
     counts = format_counts(dataset_dir.info, split)
     if differing := [f"{text} {key}" for key, text in counts.items() if " of " in text]:
         yield (
-            f"not the published numbers in {dataset_dir.path}: {', '.join(differing)}; the "
-            "download is incomplete, or this is another split; see DATASETS.md, section "
-            f"{dataset_dir.info.title}"
+            f"not the published numbers in {dataset_dir.path}: {', '.join(differing)}; incomplete, "
+            f"or another split; see DATASETS.md, section {dataset_dir.info.title}"
         )

@@ -1,8 +1,4 @@
-"""Images: decoding and augmentation.
-
-Batches are uint8, a quarter of the size of float images on their way to a GPU, where
-`ZeroShotClassifier.encode_images` normalizes them.
-"""
+"""Images: decoding, the gray values of a dataset, and random crops."""
 
 import errno
 import math
@@ -64,10 +60,8 @@ def retry_disk_errors(read: Callable[[], T], path: PathLike) -> T:
                 raise
             reason = error.strerror
         time.sleep(delay)
-    raise OSError(
-        f"the disk or network failed in reading {path} ({reason}): the image may be good; check "
-        "the disk or the connection, and start again"
-    )
+    problem = f"the disk or network failed in reading {path} ({reason})"
+    raise OSError(f"{problem}: the image may be good; check the connection, and start again")
 
 
 def _decode(path: PathLike, gray_range: GrayRange | None) -> Image.Image:

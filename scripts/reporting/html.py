@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from datasets import get_dataset_info
 from datasets.base import find_dataset_dir
-from datasets.build import get_dataset_info
 from datasets.transforms import read_image
 from reporting.classes import ConfusionCell
 from runs.records import load_predictions

@@ -216,7 +216,7 @@ REFUSED = [
     ("json", "[]", "list.json lacks a list named train"),
     ("json", '{"train": [["a/0.png", 0, "a"]], "val": [], "test": [["a/0.png", 0, "a"]]}', "twice"),
     ("classnames", None, "there is no file {}/list.csv: --classnames takes"),
-    ("classnames", "A: x\nzzz: y", "names 'A' (did you mean 'a'?), 'zzz', which is no class of {}"),
+    ("classnames", "A: x\nzzz: y", "names 'A' (did you mean 'a'?), 'zzz', no class of {}"),
     ("classnames", "a:", "is not made of lines like 'folder: name for the prompt': [('a', '')]"),
     ("classnames", "a: [", "is not YAML"),
     ("template", ["a photo"], "the template 'a photo' must have {{}} exactly"),

@@ -54,7 +54,7 @@ BROKEN = {  # how the split file is spoilt: what the error must say
     "zero byte": (replace_first("a\0/b.jpg", 1, "Forest"), r"'a\\x00/b.jpg': named in .*, missing"),
     "surrogate": (replace_first("\ud800/b.jpg", 1, "Forest"), "not UTF-8: rename it"),
     "two names": (replace_first("a.jpg", 1, "Wood"), "label 1 for '(Wood|Forest)' and"),
-    "gap": (replace_first("a.jpg", 9, "a"), "must run from 0 to 3 without gaps, but 3, 9 is miss"),
+    "gap": (replace_first("a.jpg", 9, "a"), "must run from 0 without gaps, but 3, 9 is missing"),
     "absolute": (replace_first("/etc/passwd", 1, "Forest"), "names /etc/passwd, outside"),
     "windows": (replace_first("Forest/..\\..\\x.jpg", 1, "Forest"), "x.jpg, outside of the image"),
     "missing": (replace_first("Forest/x.jpg", 1, "Forest"), "Forest/x.jpg: named in .*, missing"),
