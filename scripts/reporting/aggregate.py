@@ -85,10 +85,10 @@ class BackboneResults(NamedTuple):
         return [d for d in self.datasets if all((d, method) in cells for method in methods)]
 
     def table_lines(self, shots: int) -> list[tuple[str, list[str]]]:
-        """Return label and datasets of each line of a table: the last is the mean over several."""
+        """Return label and datasets of each line of a table; the last is a mean over several."""
         lines = [(name, [name]) for name in self.datasets]
-        if len(lines) > 1:
-            common = self.common_datasets(shots)
+        common = self.common_datasets(shots)
+        if len(lines) > 1 and common:
             lines.append((f"mean over {len(common)} of {len(lines)}", common))
         return lines
 

@@ -154,8 +154,9 @@ def plot_means(axes: Axes, points: Sequence[tuple], style: tuple, label: str) ->
     """Plot means with error bars, if there are any: x and (mean, spread or None, ...)."""
     if points:
         color, marker, line = style
+        x, means = zip(*points, strict=True)
         axes.errorbar(
-            *zip(*((x, stat[0], stat[1] or 0) for x, stat in points), strict=True), color=color,
+            x, [mean[0] for mean in means], [mean[1] or 0 for mean in means], color=color,
             marker=marker, linestyle=line, capsize=3, markersize=5, label=label,
         )  # fmt: skip
 
