@@ -10,11 +10,9 @@ state dict, written as safetensors if --out ends in .safetensors, else by torch.
 weights are float32, also if the base is an fp16 checkpoint; all others keep their dtype.
 """
 
-import io
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from pathlib import Path
 
 from reporting.markdown import markdown
@@ -34,7 +32,6 @@ from run_utils import OneLineErrorParser, backbone_arg, bounded_number
 from runs.cli import run_cli
 from runs.weights import resolve_base, save_state_dict
 
-FILE_METADATA = ("format", "version", "base_digest", "shapes")  # that save_delta adds itself
 COLUMNS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
 
@@ -42,16 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="delta.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    alpha = bounded_number(float, 0)
     for function, inputs, help in (
-        (inspect, ["file"], "show what a delta changes"),
-        (apply, ["file"], "write the trained weights"),
-        (scale, ["file", "alpha"], "scale what a delta changes: 0 is the base, 1 is FILE"),
-        (revert, ["full", "file"], "write the base of full weights"),
+        (inspect, {"file": Path}, "show what a delta changes"),
+        (apply, {"file": Path}, "write the trained weights"),
+        (scale, {"file": Path, "alpha": alpha}, "scale its changes: 0 is the base, 1 is FILE"),
+        (revert, {"full": Path, "file": Path}, "write the base of full weights"),
     ):
         command = commands.add_parser(function.__name__, help=help, description=help)
         command.set_defaults(function=function)
-        for name in inputs:
-            kind = bounded_number(float, 0) if name == "alpha" else Path
+        for name, kind in inputs.items():
             command.add_argument(name, type=kind, metavar=name.upper())
         if function is not inspect:
             command.add_argument("--out", type=Path, required=True, help="file to write")
@@ -96,15 +93,14 @@ def apply(file: Path, out: Path, base: str | None) -> str:
 def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     """Write a delta whose values are base + alpha (value - base)."""
     delta, _ = open_delta(file, base, out, file)
-    with redirect_stderr(io.StringIO()):  # notes on activation and heads, which scaling leaves
-        model, _ = clip.load(base or delta.metadata["backbone"], "cpu")
+    model, _ = clip.load(base or delta.metadata["backbone"], "cpu")
     trained = {name: model.get_parameter(name).detach() for name in delta.tensors}
     before = {name: weight.clone() for name, weight in trained.items()}
     apply_delta(model, delta)
     interpolate_weights_(trained, before, alpha)
-    metadata = {key: text for key, text in delta.metadata.items() if key not in FILE_METADATA}
-    metadata["wise"] = f"{float(metadata.get('wise', 1)) * alpha:g}"
-    save_delta(out, trained, before, delta.metadata["base_digest"], **metadata)
+    wise = f"{float(delta.metadata.get('wise', 1)) * alpha:g}"
+    metadata = delta.metadata | {"wise": wise}
+    save_delta(out, trained, before, metadata["base_digest"], **metadata)
     return f"{out}: {file}, scaled by {alpha:g}"
 
 

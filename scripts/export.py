@@ -1,12 +1,9 @@
-"""Export the CLIP of a run for other programs.
+"""Export the CLIP of a run for other programs (docs/export.md).
 
-    python scripts/export.py RUN_FOLDER --to openai --out clip.pt
-    python scripts/export.py RUN_FOLDER --to open_clip --out clip_folder
-    python scripts/export.py RUN_FOLDER --to transformers --out clip_folder
     python scripts/export.py RUN_FOLDER --to onnx --out classifier_folder
 
 RUN_FOLDER may also be its weights.safetensors, or a full CLIP checkpoint, except for onnx, which
-needs the class names and prompts of the run. docs/export.md shows how to load what was written.
+needs the class names and prompts of the run.
 """
 
 import importlib.util
@@ -125,10 +122,9 @@ def to_openai(model: CLIP, run: Run | None, path: Path) -> None:
 
 def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
     """Write a folder that open_clip loads as `local-dir:FOLDER`."""
+    save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
     if not isinstance(model, CLIP):
-        model.save_config(folder)
-        save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
-        return
+        return model.save_config(folder)
     sizes, (vision_heads, text_heads) = infer_model_args(model.state_dict()), model.heads
     width, text_width = sizes["vision_width"], sizes["transformer_width"]
     channels = width if sizes["vision_patch_size"] else TOTAL_STRIDE * width  # of attention
@@ -152,14 +148,9 @@ def to_open_clip(model: CLIP, run: Run | None, folder: Path) -> None:
             "mlp_ratio": sizes["transformer_mlp"] / text_width,
         },
     }
-    preprocess = {
-        "mean": model.image_mean,
-        "std": model.image_std,
-        "resize_mode": model.image_resize[0],
-        "interpolation": model.image_resize[1],
-    }
+    preprocess = {"mean": model.image_mean, "std": model.image_std}
+    preprocess["resize_mode"], preprocess["interpolation"] = model.image_resize
     write_json(folder / "open_clip_config.json", dict(model_cfg=config, preprocess_cfg=preprocess))
-    save_state_dict(folder / "open_clip_model.safetensors", model.state_dict())
 
 
 def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
@@ -205,12 +196,12 @@ def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
 
 def hf_tower_config(tower: nn.Module, activation: str) -> dict[str, object]:
     """The sizes of a tower, as transformers calls them."""
-    mlp = tower.resblocks[0].mlp
+    block = tower.resblocks[0]
     return {
         "hidden_act": {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[activation],
-        "hidden_size": mlp.c_fc.in_features,
-        "intermediate_size": mlp.c_fc.out_features,
-        "num_attention_heads": tower.resblocks[0].attn.num_heads,
+        "hidden_size": block.mlp.c_fc.in_features,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_attention_heads": block.attn.num_heads,
         "num_hidden_layers": len(tower.resblocks),
     }
 

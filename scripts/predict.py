@@ -5,11 +5,11 @@
 
 Prints a line for each image and class, most probable class first: path, class, probability.
 Folders are searched at any depth. Files that are not images are named on standard error and
-skipped; the exit status is then 2. A note there names images that the run was trained on.
+skipped; the exit status is then 2. A note there names images that the run was trained on: those
+whose paths end as in its fewshot.json.
 """
 
 import argparse
-import filecmp
 import json
 import os
 import sys
@@ -64,21 +64,25 @@ def predict(args: argparse.Namespace) -> int:
     classifier = ZeroShotClassifier(model, text_tokens, **settings)
     with classifier.autocast:
         text_features = classifier.encode_classes()  # (C, D)
-    errors: list[str] = []
+    names, errors = unique_classnames(run.classnames), []
     paths = list(find_images(args.images, errors))
-    if trained := find_trained_images(paths, run, few["train"]):
+    endings = tuple(f"/{name}" for name, *_ in few["train"])
+    if trained := [str(path) for path in paths if os.path.abspath(path).endswith(endings)]:
         print(f"note: the run was trained on {truncate_list(trained)}", file=sys.stderr)
     if args.csv:
         print("path,class,probability")
     loader = ImageLoader(model.visual.input_resolution, resize=model.image_resize)
     images = read_images(paths, loader, few.get("gray_range"), errors)
     while batch := list(islice(images, BATCH_SIZE)):
-        paths, pixels = zip(*batch, strict=True)
+        batch_paths, pixels = zip(*batch, strict=True)
         with classifier.autocast:
             cosines = classifier.encode_images(torch.cat(pixels).to(device)) @ text_features.T
         probs = (classifier.logit_scale * cosines.float()).softmax(dim=-1).cpu()  # (b, C)
-        for path, row in zip(paths, probs, strict=True):
-            print_classes(path, row, run, args)
+        for path, row in zip(batch_paths, probs, strict=True):
+            top = row.topk(min(args.top, len(names)))
+            for prob, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                line = path, names[label], prob
+                print(to_csv(line)[:-1] if args.csv else "{}  {}  {:.4f}".format(*line), flush=True)
     for error in errors:
         print(one_line(f"predict.py: error: {error}"), file=sys.stderr)
     return 2 if errors else 0
@@ -115,24 +119,6 @@ def walk_images(folder: Path, visited: set[Path]) -> Iterator[Path]:
             yield from walk_images(folder / name, visited)
 
 
-def find_trained_images(paths: Sequence[Path], run: Run, few: list[list]) -> list[str]:
-    """Return the images whose paths end as one of the run's few does.
-
-    They must also equal that one, if it is still in the run's folder of images.
-    """
-    names = {name for name, *_ in few}
-    folder = Path(run.config["dataset"])
-    folder = folder if folder.is_dir() else folder.parent
-    trained = []
-    for path in paths:
-        parts = Path(os.path.abspath(path)).parts
-        endings = ("/".join(parts[start:]) for start in range(1, len(parts)))
-        originals = [folder / name for name in endings if name in names]
-        if any(not o.exists() or filecmp.cmp(path, o, shallow=False) for o in originals):
-            trained.append(str(path))
-    return trained
-
-
 def read_images(
     paths: Iterable[Path],
     loader: ImageLoader,
@@ -146,15 +132,6 @@ def read_images(
             yield path, pixels
         except (ValueError, OSError) as error:
             errors.append(format_error(error))
-
-
-def print_classes(path: Path, probs: Tensor, run: Run, args: argparse.Namespace) -> None:
-    """Print the most probable classes of an image, by the probabilities (C,) of all."""
-    names = unique_classnames(run.classnames)
-    top = probs.topk(min(args.top, len(names)))
-    for probability, label in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        row = path, names[label], probability
-        print(to_csv(row)[:-1] if args.csv else "{}  {}  {:.4f}".format(*row), flush=True)
 
 
 if __name__ == "__main__":

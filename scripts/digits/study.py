@@ -41,17 +41,10 @@ SETTINGS = (  # that the study varies
     "early_stop_loss", "eval_every", "eval_split",
 )  # fmt: skip
 TASK, GLYPHS = "final_accuracy", "glyphs_accuracy"
-ON_BOTH = {"On the task": TASK, "On the glyphs": GLYPHS}
+ON_TASK = {"On the task": TASK}
+ON_BOTH = ON_TASK | {"On the glyphs": GLYPHS}
 COMPARED_ALPHA = 0.7
-
-
-class StudyRun(SimpleNamespace):
-    """A line of runs.csv by column, with the attributes of `runs.records.Run` that reports read.
-
-    `config` has SETTINGS; `interpolation` the accuracies on task and glyphs by alpha, {} without
-    weights; `loss_curve` and `eval_curve` are those of Run, without losses where it was not
-    evaluated as it went.
-    """
+StudyRun = SimpleNamespace  # with the columns of runs.csv and the attributes of Run
 
 
 def main() -> int:
@@ -72,7 +65,7 @@ def write_page(out: Path) -> None:
 
 
 def read_runs(folder: Path) -> list[StudyRun]:
-    """Read both files."""
+    """Read both files; `interpolation` has the accuracies on task and glyphs by alpha."""
     curves: dict[tuple, list[tuple]] = defaultdict(list)
     for row in read_csv(folder / CURVES_FILE):
         key = tuple(row[column] for column in KEY)
@@ -209,11 +202,6 @@ def draw_interpolation(runs: Sequence[StudyRun]) -> Figure:
     return figures.add_legend(figure, "markers: alpha from 0\n(where lines meet)\nto 1 (ringed)")
 
 
-def draw_differences(runs: Sequence[StudyRun], panels: dict[str, str]) -> Figure:
-    """Draw paired differences of SO to its variants: a panel for each field of runs."""
-    return figures.draw_differences(*group_by_backbone(runs), panels)
-
-
 TABLES = {  # of the page: the experiment, and what makes the table of its runs
     "about": ("all", about),
     "accuracy": ("compare", partial(means_and_differences, key=TASK)),
@@ -232,11 +220,15 @@ TABLES = {  # of the page: the experiment, and what makes the table of its runs
 FIGURES = {  # of the page: the experiment, and what draws its runs
     "accuracy": ("compare", partial(draw_both, title="Digits")),
     "greek": ("greek", partial(draw_both, title="Greek letters")),
-    "moments": ("moments", partial(draw_differences, panels=ON_BOTH)),
+    "moments": (
+        "moments", lambda runs: figures.draw_differences(*group_by_backbone(runs), ON_BOTH)
+    ),
     "interpolation": ("interpolation", draw_interpolation),
     "lr": ("lr", lambda runs: sweep(runs, "lr_sweep")[1]()),
     "grid": ("grid", lambda runs: sweep(runs, "grid")[1]()),
-    "ablation": ("ablation", partial(draw_differences, panels={"On the task": TASK})),
+    "ablation": (
+        "ablation", lambda runs: figures.draw_differences(*group_by_backbone(runs), ON_TASK)
+    ),
     "overfitting": (
         "overfitting", lambda runs: figures.draw_curves(*group_by_backbone(runs), "digits", 4)
     ),

@@ -87,7 +87,7 @@ def test_predict_skips_unreadable_images(vit_run, image, tmp_path):
 
 
 def test_predict_rejects_unfinished_runs(vit_run, tmp_path):
-    assert "no result.json" in error(tmp_path, "x.png")
+    assert "result.json" in error(tmp_path, "x.png")
     shutil.copytree(vit_run, tmp_path / "run")
     (tmp_path / "run/mine.safetensors").unlink()
     assert "no weights: run main.py again with" in error(tmp_path / "run", "x.png")
