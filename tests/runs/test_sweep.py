@@ -39,13 +39,26 @@ def sweep(*flags, **variables):
     return process.returncode, out, err
 
 
-def test_sweep_continues_after_failures(tmp_path):
-    data, out = tmp_path / 'it\'s "the" data $HOME;', tmp_path / "sonuçlar 数据"
+def list_lines(monkeypatch, text, *flags):
+    """What list_pending.py says of these lines."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return call(lambda argv: run_cli(lambda: list_pending.main(argv)), *flags)
+
+
+@pytest.fixture
+def eurosat(tmp_path):
+    """A folder with a small EuroSAT, and the arguments of a short run on it."""
+    data = tmp_path / 'it\'s "the" data $HOME;'
     make_dataset("eurosat", data)
     torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), data / "tiny.pt")
-    variables = {"DATA": data, "JOBS": 2, "LOGS": tmp_path / "logs"}
     flags = ["--backbone", data / "tiny.pt", "--n_iters", 2, "--s", 0.9, "--num_workers", 0]
-    flags += ["--threads", 1, "--save_path", out]
+    return data, [*flags, "--threads", 1]
+
+
+def test_sweep_continues_after_failures(eurosat, tmp_path):
+    (data, flags), out = eurosat, tmp_path / "sonuçlar 数据"
+    variables = {"DATA": data, "JOBS": 2, "LOGS": tmp_path / "logs"}
+    flags += ["--save_path", out]
     status, text, err = sweep(*flags, DATASETS="dtd eurosat", **variables)
     assert status == 1 and "2 runs, 0 of them finished" in err
     assert "1 of 2 runs failed:" in err and "--method so --dataset dtd --shots 1 --seed 1" in err
@@ -71,55 +84,38 @@ def test_stop_waits_for_checkpoints(sent, tmp_path, fake_python):
     assert len(calls(tmp_path)) == 1
 
 
-def test_killed_run_is_listed(tmp_path, fake_python):
-    status, _, err = sweep(PYTHON=fake_python, DATASETS="digits", METHODS="fail so", SEEDS="1 2")
-    assert status == 1 and "2 of 4 runs failed" in err and err.count("--method fail") == 2
-    assert len(calls(tmp_path)) == 4
-
-
 def test_arguments_override_defaults(tmp_path, fake_python):
-    variables = {"METHODS": "lora so", "CONFIG_lora": "mine.yaml", "PYTHON": fake_python}
-    sweep("--save_weights", DATASETS="digits", **variables)
-    lora, so = calls(tmp_path)
-    assert "--config mine.yaml" in lora and "--config" not in so
+    variables = {"METHODS": "fail so", "CONFIG_fail": "mine.yaml", "PYTHON": fake_python}
+    status, _, err = sweep("--save_weights", DATASETS="digits", SEEDS="1 2", **variables)
+    assert status == 1 and "2 of 4 runs failed" in err and err.count("--method fail") == 2
+    killed, so, *_ = calls(tmp_path)
+    assert "--config mine.yaml" in killed and "--config" not in so
     assert so.index("--no-save_weights") < so.index(" --save_weights")
 
 
-def test_datasets_need_folder(fake_python):
+def test_only_datasets_need_folder(tmp_path, fake_python):
     status, _, err = sweep(DATA="", PYTHON=fake_python)
     assert status == 2 and "set DATA" in err and len(err.splitlines()) == 1
-
-
-def test_folders_need_no_data(tmp_path, fake_python):
     names = tmp_path / "photos", tmp_path / "my photos"
     names[1].mkdir()
-    assert sweep(DATA="", DATASETS=names[0], PYTHON=fake_python)[0] == 0
-    assert sweep(DATA="", DATASETS=names[1], PYTHON=fake_python)[0] == 0
     both = " ".join(str(name).replace(" ", "\\ ") for name in names)
-    assert sweep(DATA="", DATASETS=both, PYTHON=fake_python, SEEDS=2)[0] == 0
-    wanted = [(names[0], 1), (names[1], 1), (names[0], 2), (names[1], 2)]
-    for line, (name, seed) in zip(calls(tmp_path), wanted, strict=True):
-        assert f"--dataset {name} --shots 1 --seed {seed}" in line
-    assert list_pending.split_line(r"--dataset /a/my\ photos --x it's") == [
-        "--dataset", "/a/my photos", "--x", "it's",
-    ]  # fmt: skip
+    for dataset in (names[1], both):  # a blank needs a backslash where there are several
+        assert sweep(DATA="", DATASETS=dataset, PYTHON=fake_python)[0] == 0
+    for line, name in zip(calls(tmp_path), (names[1], *names), strict=True):
+        assert f"--dataset {name} --shots 1 --seed 1" in line
+    words = list_pending.split_line(r"--dataset /a/my\ photos --x it's")
+    assert words == ["--dataset", "/a/my photos", "--x", "it's"]
 
 
-def test_wrong_data_ends_sweep(tmp_path, monkeypatch, capsys):
-    lines = "".join(
-        f"--dataset {name} --root_path {tmp_path / 'no'}\n" for name in ("dtd", "sun397")
-    )
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    status, out, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)))
-    assert status == 2 and out == "" and str(tmp_path / "no") in err
-    assert len(err.splitlines()) == 1
+def test_wrong_data_ends_sweep(tmp_path, monkeypatch):
+    missing = tmp_path / "no"
+    lines = "".join(f"--dataset {name} --root_path {missing}\n" for name in ("dtd", "sun397"))
+    status, out, err = list_lines(monkeypatch, lines)
+    assert status == 2 and out == "" and str(missing) in err and len(err.splitlines()) == 1
 
 
-def test_reproduce_goes_from_data_to_report(tmp_path, monkeypatch):
-    data, out = tmp_path / "data", tmp_path / "results"
-    make_dataset("eurosat", data)
-    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), data / "tiny.pt")
-    flags = ["--backbone", data / "tiny.pt", "--n_iters", 2, "--s", 0.9, "--num_workers", 0]
+def test_reproduce_goes_from_data_to_report(eurosat, tmp_path, monkeypatch):
+    (data, flags), out = eurosat, tmp_path / "results"
     common = {"script": "reproduce.sh", "DATA": data, "RESULTS": out, "INCOMPLETE": 1}
     status, text, err = sweep(*flags, DATASETS="eurosat dtd", **common)
     assert status == 1 and "get these first" in err and not out.exists()
@@ -129,9 +125,8 @@ def test_reproduce_goes_from_data_to_report(tmp_path, monkeypatch):
     assert status == 0 and "EuroSAT" in text.split("== Report")[1]
     assert (out / "report/tables.md").exists()
     lines = "".join(f"--dataset eurosat --shots {shots} --seed 1\n" for shots in (1, 4))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     flags += ["--root_path", data, "--save_path", out]
-    _, pending, err = call(lambda argv: run_cli(lambda: list_pending.main(argv)), *flags)
+    _, pending, err = list_lines(monkeypatch, lines, *flags)
     (result,) = out.rglob("result.json")
     hours = 4 * json.loads(result.read_text())["wall_seconds"] / 3600  # four times the iterations
     assert pending == "--dataset eurosat --shots 4 --seed 1\n"
