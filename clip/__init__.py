@@ -8,14 +8,6 @@ from clip.preprocess import OPENAI_MEAN, OPENAI_STD, image_transform
 from clip.simple_tokenizer import tokenize
 
 __all__ = [
-    "CLIP",
-    "OPENAI_MEAN",
-    "OPENAI_STD",
-    "available_models",
-    "build_model",
-    "image_transform",
-    "load",
-    "read_checkpoint",
-    "tokenize",
-    "validate_name",
-]
+    "CLIP", "OPENAI_MEAN", "OPENAI_STD", "available_models", "build_model", "image_transform",
+    "load", "read_checkpoint", "tokenize", "validate_name",
+]  # fmt: skip

@@ -2,8 +2,8 @@
 
 Both hold `data.pkl`, a pickled structure, and `data/`, the storages of its tensors. OpenAI
 published CLIP as TorchScript, whose `code/` torch.jit.load would run; it is never opened here.
-The pickle can make tensors, plain containers and modules without behavior. Nothing else that a
-training checkpoint names, such as argparse.Namespace, is imported: an inert stub takes its place.
+The pickle can make tensors and plain containers. Nothing else that a training checkpoint names,
+such as argparse.Namespace, is imported: an inert stub takes its place.
 """
 
 import pickle
@@ -24,7 +24,7 @@ BLOCKED_NAMES = re.compile(
 
 
 def safe_load(path: Path) -> Any:
-    """Read a zip file of torch.save, or the state dict of a TorchScript archive, to the CPU.
+    """Read a zip file of torch.save or TorchScript, whose modules become dicts, to the CPU.
 
     Damage raises exceptions of many kinds; a file that names what can run programs a ValueError.
     """
@@ -34,12 +34,7 @@ def safe_load(path: Path) -> Any:
             raise ValueError("it has no data.pkl, or several")
         folder = pickles[0].removesuffix("data.pkl")
         with archive.open(pickles[0]) as file:
-            content = _RestrictedUnpickler(file, archive, folder).load()
-    return _module_tensors(content) if isinstance(content, _ModuleStub) else content
-
-
-class _ModuleStub:
-    """Stands for a TorchScript module: its attributes, and no behavior."""
+            return _RestrictedUnpickler(file, archive, folder).load()
 
 
 class _ObjectStub:
@@ -87,7 +82,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
         if full_name.startswith("__torch__."):
-            return type("Module", (_ModuleStub,), {})
+            return dict
         if BLOCKED_NAMES.match(full_name):
             raise ValueError(f"it names {full_name}, which no CLIP needs; nothing was run")
         return ALLOWED_NAMES.get(full_name, _ObjectStub)
@@ -95,8 +90,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
     def load_build(self) -> None:
         """Set the attributes of a module; drop those of other objects, such as a dict's version."""
         state = self.stack.pop()
-        if isinstance(self.stack[-1], _ModuleStub) and isinstance(state, dict):
-            vars(self.stack[-1]).update(state)
+        if type(self.stack[-1]) is dict and isinstance(state, dict):
+            self.stack[-1].update(state)
         elif not isinstance(self.stack[-1], OrderedDict | _ObjectStub):
             raise ValueError(f"it sets attributes of a {type(self.stack[-1]).__name__}")
 
@@ -110,14 +105,3 @@ class _RestrictedUnpickler(pickle._Unpickler):
             empty = torch.empty(0, dtype=dtype, device="cpu")
             self.storages[name, dtype] = torch.frombuffer(data, dtype=dtype) if data else empty
         return self.storages[name, dtype]
-
-
-def _module_tensors(module: _ModuleStub, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a module and its submodules, named as in a state dict."""
-    tensors = {}
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}{name}"] = value
-        elif isinstance(value, _ModuleStub):
-            tensors |= _module_tensors(value, f"{prefix}{name}.")
-    return tensors

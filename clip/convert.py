@@ -15,18 +15,12 @@ from torch import Tensor
 
 from clip.model import CLIP, EXTRA_KEYS
 from clip.resnet import TOTAL_STRIDE
-from utils import one_line, truncate_list
+from utils import one_line
 
-MARKER_KEYS = (  # every layout has one; what stands before it in a file is a prefix
-    "visual.conv1.weight",
-    "vision_model.embeddings.patch_embedding.weight",
-    "logit_scale",
-)
+MARKER_KEYS = ("visual.conv1.weight", "logit_scale")  # what stands before one is a prefix
 USUAL_PREFIXES = ("visual.", "state_dict.", "model")
 # DataParallel, torch.compile, FSDP and activation checkpointing leave these within names.
-WRAPPERS = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
-)
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_\w+_wrapped_module|module)\.")
 
 BY_OPEN_CLIP = "open_clip runs it where open_clip_config.json is next to it"
 NOT_OPENAIS = (  # pattern of a key, what has it, the way out
@@ -73,18 +67,15 @@ HF_PROJECTIONS = {  # transposed there
 TEXT_PREFIXES = ("token_embedding.", "transformer.", "text_model.")
 
 
-def extract_state_dict(content: Any) -> tuple[dict[str, Any], str]:
+def extract_state_dict(content: Any) -> tuple[dict[str, Tensor], str]:
     """Find the state dict of a CLIP in what a training script saved: dicts within dicts.
 
     Returns:
-        The state dict of a CLIP, or else all values by the path of their keys; and a note on what
+        The state dict of a CLIP, or else all tensors by the path of their keys; and a note on what
         was removed from the names, if anything.
-
-    Raises:
-        ValueError: There is no tensor.
     """
     state = dict(_flatten(content))
-    if not any(isinstance(value, Tensor) for value in state.values()):
+    if not state:
         raise ValueError("it holds no state dict")
     removed = {wrapper for key in state for wrapper in WRAPPERS.findall(key)}
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
@@ -94,16 +85,16 @@ def extract_state_dict(content: Any) -> tuple[dict[str, Any], str]:
     return state, f"without {', '.join(map(repr, sorted(removed)))} in names" if removed else ""
 
 
-def _flatten(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in dicts within dicts, each with its keys joined by dots."""
+def _flatten(content: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dicts within dicts, each with its keys joined by dots."""
     for key, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{path}{key}.")
-        else:
+        if isinstance(value, Tensor):
             yield f"{path}{key}", value
+        else:
+            yield from _flatten(value, f"{path}{key}.")
 
 
-def _find_prefix(state: Mapping[str, Any]) -> str:
+def _find_prefix(state: Mapping[str, Tensor]) -> str:
     """What stands before the names of a CLIP; of several preferably a usual one, the outermost."""
     for marker in MARKER_KEYS:
         if keys := [key for key in state if f".{key}".endswith(f".{marker}")]:
@@ -112,22 +103,15 @@ def _find_prefix(state: Mapping[str, Any]) -> str:
     return ""
 
 
-def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def convert_to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a state dict without prefix as OpenAI does.
 
-    Of transformers' layout, queries, keys and values are joined and projections transposed.
-
     Raises:
-        ValueError: A value is no tensor, or the model is not built like OpenAI's CLIP; its kind is
-            named.
+        ValueError: The model is not built like OpenAI's CLIP; its kind is named.
     """
-    state = {str(key): value for key, value in state_dict.items()}
     for pattern, kind, remedy in NOT_OPENAIS:
         if key := next(filter(re.compile(pattern).search, state), None):
             raise ValueError(f"it is {kind} (it has {key}): {remedy}")
-    others = [k for k, v in state.items() if not isinstance(v, Tensor) and not _is_extra(k)]
-    if others:
-        raise ValueError(f"it holds no tensor in {truncate_list(others)}")
     if any(key.startswith("vision_model.") for key in state):
         state = _convert_from_hf(state)
     state = {key.removeprefix("text."): value for key, value in state.items()}
@@ -140,6 +124,7 @@ def convert_to_openai(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors, transpose the projections, and join queries, keys and values."""
     result = {}
     for key, value in state.items():
         for theirs, ours in HF_TO_OPENAI:

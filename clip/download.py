@@ -36,9 +36,8 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
     processes may download one file at once.
 
     Raises:
-        ConnectionError: The file did not arrive whole, or there is no room for it; the message says
-            which file to place where.
-        ValueError: What arrived has another SHA-256; it is deleted.
+        ConnectionError: It did not arrive; the message says which file to place where.
+        ValueError: What arrived has another SHA-256.
     """
     problem = "is missing"
     if target.is_file():

@@ -26,11 +26,8 @@ WEIGHT_FILENAMES = (  # the names that open_clip and transformers use, the prefe
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict of a file, in OpenAI's layout, on the CPU, in the file's precision.
 
-    Nothing in the file is executed. Standard error names the dict and the prefix, if any, that the
-    state dict was found under.
-
-    Args:
-        path: A file written by torch.save, safetensors or TorchScript.
+    The file is one of torch.save, safetensors or TorchScript, of which nothing is executed.
+    Standard error names what was removed from the names of tensors.
 
     Raises:
         FileNotFoundError: There is no such file.

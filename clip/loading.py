@@ -51,8 +51,8 @@ def load(
     """Load a CLIP and the preprocessing of its images.
 
     A state dict does not contain the kind of GELU and the number of heads. The configuration next
-    to the file decides, then the arguments, then OpenAI's rule: QuickGELU, and a head for every 64
-    channels. What was assumed is printed on standard error, unless the file is OpenAI's.
+    to the file decides, then `activation` and `heads` (see `build_model`), then OpenAI's rule. What
+    was assumed is printed on standard error, unless the file is OpenAI's.
 
     Args:
         name_or_path: One of `available_models()`; `open_clip:NAME/PRETRAINED` of the installed
@@ -60,13 +60,11 @@ def load(
             of OpenAI, open_clip or transformers. Nothing in the file is executed.
         device: Device of the model; None is CUDA where there is one, else the CPU.
         download_root: Folder of downloads; None is ~/.cache/clip.
-        activation: "quickgelu" or "gelu".
-        heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower.
 
     Returns:
-        The model in float32 and evaluation mode, nothing frozen: a `CLIP`, or open_clip's own
-        where its towers are of another kind (`clip.open_clip_adapter`); and a transform that turns
-        a PIL image of any size and mode into its input (3, R, R).
+        The model in float32 and evaluation mode: a `CLIP`, or open_clip's own where its towers are
+        of another kind (`clip.open_clip_adapter`); and a transform that turns a PIL image of any
+        size and mode into its input (3, R, R).
 
     Raises:
         ValueError: The name is unknown, or the file is not a CLIP's checkpoint.

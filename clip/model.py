@@ -8,7 +8,6 @@ Two towers end in one space of D dimensions:
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -202,12 +201,10 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, num_heads, causal)
         self.ln_2 = nn.LayerNorm(width)
-        layers = {
-            "c_fc": nn.Linear(width, mlp_width),
-            "gelu": ACTIVATIONS[activation](),
-            "c_proj": nn.Linear(mlp_width, width),
-        }
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
+        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
 
     def forward(self, x: Tensor, pool_idx: Tensor | None = None) -> Tensor:
         """(B, L, W) -> (B, L, W), or (B, 1, W) for one position (B,) in each row."""

@@ -24,6 +24,9 @@ HF_TEXT = {"num_attention_heads": 8, "hidden_act": "quick_gelu"}
 HF_ACTIVATIONS = {"quick_gelu": "quickgelu", "gelu": "gelu"}  # transformers' names and ours
 OPEN_CLIP_VISION = {"width": 768, "layers": 12, "head_width": 64, "patch_size": 16}
 OPEN_CLIP_TEXT = {"width": 512, "layers": 12, "heads": 8}
+OPEN_CLIP_PREPROCESS = dict(
+    mean=OPENAI_MEAN, std=OPENAI_STD, resize_mode="shortest", interpolation="bicubic"
+)
 # All other options of open_clip, where they are set, make a tower that is unlike OpenAI's, except
 # these, which may have any value or one of these values.
 OPENAI_OPTIONS = {
@@ -110,19 +113,15 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
     is_openai = not (model.get("multimodal_cfg") or model.get("init_logit_bias")) and not any(
         value and key not in OPENAI_OPTIONS and value not in OPENAI_VALUES for key, value in options
     )
-    preprocess = config.get("preprocess_cfg") or {}
-    mode, interpolation = OPENAI_RESIZE
+    preprocess = OPEN_CLIP_PREPROCESS | (config.get("preprocess_cfg") or {})
     pool_stride = TOTAL_STRIDE if isinstance(vision["layers"], list | tuple) else 1
     return ModelConfig(
         source=str(source),
         activation="quickgelu" if model.get("quick_gelu") else "gelu",
         heads=(int(pool_stride * vision["width"] // vision["head_width"]), int(text["heads"])),
-        image_mean=tuple(map(float, preprocess.get("mean") or OPENAI_MEAN)),
-        image_std=tuple(map(float, preprocess.get("std") or OPENAI_STD)),
-        resize=(
-            preprocess.get("resize_mode") or mode,
-            preprocess.get("interpolation") or interpolation,
-        ),
+        image_mean=tuple(map(float, preprocess["mean"])),
+        image_std=tuple(map(float, preprocess["std"])),
+        resize=(preprocess["resize_mode"], preprocess["interpolation"]),
         open_clip_cfg={} if is_openai else model,
     )
 
@@ -130,9 +129,8 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
 def from_open_clip_pretrained(name: str) -> tuple[ModelConfig, dict[str, Any] | Path]:
     """Look up `open_clip:NAME/PRETRAINED` in the installed open_clip package.
 
-    Returns:
-        The configuration; and open_clip's record of where the weights come from, or the path where
-        PRETRAINED is a file.
+    Returns the configuration, and open_clip's record of the weights, or their path if PRETRAINED
+    is one.
     """
     model, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
     if not model or not pretrained:

@@ -10,7 +10,7 @@ this repository reads of a CLIP besides:
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,8 @@ HF_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "position_
 def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
     """Build open_clip's model in float32 and evaluation mode, on the CPU, and load its weights.
 
-    Args:
-        name: As in `clip.load`: `open_clip:NAME/PRETRAINED`, or any path.
-        path: The weights. Of a path, the folder holds the tokenizer's files, too, and may hold the
-            `config.json` of a text tower of transformers.
-        config: Of `open_clip_config.json` or the open_clip package.
+    Unless the name is `open_clip:NAME/PRETRAINED`, the folder of the weights holds the tokenizer's
+    files, too, and may hold the `config.json` of a text tower of transformers.
 
     Raises:
         ValueError: open_clip cannot build the model or its tokenizer, or the weights are not its.
@@ -92,17 +89,13 @@ def _set_interface(model: nn.Module, tokenizer: Callable[..., Tensor], config: M
     model.context_length = tokenizer.context_length
     hf_config = getattr(getattr(model, "text", None), "config", None)
     model.save_config = partial(save_config, config, [tokenizer, hf_config])
-    architecture = _describe(config.open_clip_cfg, hf_config)
-    model.settings = [architecture, config.image_mean, config.image_std, config.resize]
-
-
-def _describe(open_clip_cfg: Mapping[str, Any], hf_config: Any) -> str:
-    """How a model is built, as JSON without names of files and of repositories on the hub."""
-    cfg = copy.deepcopy(dict(open_clip_cfg))
+    # How it is built, without names of files and of repositories on the hub.
+    cfg = copy.deepcopy(dict(config.open_clip_cfg))
     for key in ("hf_model_name", "hf_tokenizer_name"):
         cfg["text_cfg"].pop(key, None)
     cfg["hf"] = {key: getattr(hf_config, key, None) for key in HF_SETTINGS}
-    return json.dumps(cfg, sort_keys=True)
+    architecture = json.dumps(cfg, sort_keys=True)
+    model.settings = [architecture, config.image_mean, config.image_std, config.resize]
 
 
 def save_config(config: ModelConfig, parts: Sequence[Any], folder: Path) -> None:

@@ -30,6 +30,11 @@ VOCAB_SIZE = 49408  # of OpenAI's models
 BYTE_VOCAB_SIZE = 514  # bytes, bytes that end a word, start and end of text
 END_OF_WORD = "</w>"
 START, END = "<start_of_text>", "<end_of_text>"
+# The visible letter of each byte in merges files, in the vocabulary's order.
+VISIBLE_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN_BYTES = [byte for byte in range(256) if byte not in VISIBLE_BYTES]
+BYTE_ENCODER = {byte: chr(byte) for byte in VISIBLE_BYTES}
+BYTE_ENCODER |= {byte: chr(256 + number) for number, byte in enumerate(HIDDEN_BYTES)}
 WORD = regex.compile(
     rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+",
     regex.IGNORECASE,
@@ -48,25 +53,13 @@ def tokenize(
     Args:
         texts: A text or several.
         context_length: Tokens in a row, including the start and the end of the text.
-        truncate: Cut texts that are too long, keeping the end-of-text token; otherwise they raise
-            a ValueError.
+        truncate: Cut texts that are too long, which otherwise raise a ValueError.
         merges_path: The merges file; None finds it by `default_bpe`.
 
     Returns:
         (N, context_length) int64, zero after the end-of-text token.
     """
     return SimpleTokenizer.from_vocab_size(VOCAB_SIZE, merges_path)(texts, context_length, truncate)
-
-
-def bytes_to_unicode() -> dict[int, str]:
-    """The visible letter of each byte in merges files, in the vocabulary's order."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = {byte: chr(byte) for byte in visible}
-    return letters | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
-
-
-BYTE_ENCODER = bytes_to_unicode()
 
 
 class SimpleTokenizer:
@@ -82,14 +75,13 @@ class SimpleTokenizer:
         self._cache = {START: (self.start,), END: (self.end,)}
 
     @staticmethod
+    @lru_cache(maxsize=8)
     def from_vocab_size(
         vocab_size: int = VOCAB_SIZE, merges_path: str | os.PathLike | None = None
     ) -> "SimpleTokenizer":
         """The tokenizer of a model with this many tokens; see `default_bpe`."""
-        num_merges = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
-        if num_merges <= 0:
-            return SimpleTokenizer()
-        return _build_tokenizer(default_bpe(merges_path), num_merges)
+        count = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
+        return SimpleTokenizer(read_merges(default_bpe(merges_path), count) if count > 0 else ())
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
@@ -138,17 +130,8 @@ class SimpleTokenizer:
         return tuple(self.ids[symbol] for symbol in symbols)
 
 
-@lru_cache(maxsize=8)
-def _build_tokenizer(path: Path, num_merges: int) -> SimpleTokenizer:
-    return SimpleTokenizer(read_merges(path, num_merges))
-
-
 def default_bpe(path: str | os.PathLike | None = None) -> Path:
-    """Find the merges file at `path` or CLIP_BPE_PATH, in the cache, in open_clip, or download it.
-
-    Raises:
-        ConnectionError: The download failed.
-    """
+    """The merges file at `path` or CLIP_BPE_PATH, in the cache, in open_clip, or downloaded."""
     if path := path or os.environ.get("CLIP_BPE_PATH"):
         return Path(os.path.expanduser(path))
     cached = cache_dir() / MERGES_FILE

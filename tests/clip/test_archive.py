@@ -70,7 +70,7 @@ def test_torchscript_is_read_not_run(config, half, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     expected = save_torchscript(path, config, half)
     monkeypatch.delattr(torch.jit, "load")
-    state = safe_load(path)
+    state = clip.read_checkpoint(path)
     assert state.keys() >= expected.keys()
     for key, value in expected.items():
         assert state[key].dtype == value.dtype and torch.equal(state[key], value)
