@@ -2,7 +2,6 @@
 
 Known are OpenAI's names, open_clip's (the same, or the text tower's below `text.`) and those of
 transformers' `CLIPModel`, all below any prefix and within any dicts that a training script leaves.
-A model that is not built like OpenAI's CLIP is refused, and its kind named.
 """
 
 import math
@@ -70,9 +69,8 @@ TEXT_PREFIXES = ("token_embedding.", "transformer.", "text_model.")
 def extract_state_dict(content: Any) -> tuple[dict[str, Tensor], str]:
     """Find the state dict of a CLIP in what a training script saved: dicts within dicts.
 
-    Returns:
-        The state dict of a CLIP, or else all tensors by the path of their keys; and a note on what
-        was removed from the names, if anything.
+    Returns it, or else all tensors by the path of their keys, and a note on what was removed from
+    the names, if anything.
     """
     state = dict(_flatten(content))
     if not state:
@@ -168,26 +166,25 @@ def build_model(
 ) -> CLIP:
     """Build the CLIP that a state dict describes, and load its weights.
 
+    The model is in float32 and evaluation mode, on the device of the tensors, which it copies.
+
     Args:
         state_dict: Tensors of any floating type in any layout that `convert_to_openai` knows.
         activation: Activation of the MLPs, "quickgelu" or "gelu".
         heads: Attention heads of the image tower (of a ResNet's pool) and of the text tower; None
             is OpenAI's rule, one for every 64 channels.
 
-    Returns:
-        The model in float32 and evaluation mode, on the device of the tensors, which it copies.
-
     Raises:
         ValueError: The tensors are not those of a CLIP like OpenAI's, or the heads do not fit.
     """
-    state = {k: v for k, v in convert_to_openai(state_dict).items() if not _is_extra(k)}
+    state = {
+        key: value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in convert_to_openai(state_dict).items()
+        if key.rpartition(".")[2] not in (*EXTRA_KEYS, "attn_mask")
+    }
     try:
         with torch.device("meta"):  # takes neither memory nor random numbers
             model = CLIP(**infer_model_args(state), heads=heads, activation=activation)
-        state = {
-            key: value.detach().clone(memory_format=torch.contiguous_format)
-            for key, value in state.items()
-        }
         model.load_state_dict(state, assign=True)
     except Exception as error:  # sizes that no CLIP has show in many ways
         reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(str(error))
@@ -224,7 +221,3 @@ def infer_model_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
-
-
-def _is_extra(key: str) -> bool:
-    return key.rpartition(".")[2] in (*EXTRA_KEYS, "attn_mask")

@@ -15,12 +15,9 @@ from utils import detect_placeholder_file, one_line, truncate_list
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 WEIGHT_FILENAMES = (  # the names that open_clip and transformers use, the preferred first
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
-)
+    "model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin", "open_clip_pytorch_model.bin",
+)  # fmt: skip
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -77,11 +74,8 @@ def first_sentence(error: Exception) -> str:
 
 
 def find_weight_file(folder: Path) -> Path:
-    """Find the checkpoint of a folder: under one of the usual names, or the only one.
-
-    The folders of the hub's cache, the Trainer and DeepSpeed have it one or two levels deeper.
-    """
-    for depth in ("", "*/", "*/*/"):
+    """Find the checkpoint of a folder: under one of the usual names, or the only one."""
+    for depth in ("", "*/", "*/*/"):  # deeper in those of the hub's cache, Trainer and DeepSpeed
         for name in (*WEIGHT_FILENAMES, "*"):
             files = sorted(folder.glob(depth + name))
             files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]

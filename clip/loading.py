@@ -30,9 +30,7 @@ _MODELS = {  # name: SHA-256 of the file
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
 WEIGHTS_DIR = Path(__file__).parent / "weights"
-BUNDLED_MODELS = {  # those in WEIGHTS_DIR
-    "ViT-Tiny/8": "d3150fd4582eaba16b95b1c4cc93710ecd18a18dd240ef72a2da3206f0cf3d50",
-}
+BUNDLED_MODELS = {"ViT-Tiny/8": "d3150fd4582eaba16b95b1c4cc93710ecd18a18dd240ef72a2da3206f0cf3d50"}
 
 
 def available_models() -> list[str]:
@@ -121,8 +119,7 @@ def _resolve_path(name: str) -> Path:
     path = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     if path.is_dir():
         path = find_weight_file(path)
-    is_nested = len(path.parts) > 1 and path.suffix
-    if path.is_file() or is_nested or path.is_absolute() or path.suffix.lower() in SUFFIXES:
+    if path.is_file() or path.is_absolute() or path.suffix.lower() in SUFFIXES:
         check_file(path)
         return path
     hint, hub_name = did_you_mean(name, available_models()), name.removeprefix("hf-hub:")
@@ -148,11 +145,10 @@ def _load_clip(
     model.image_resize = config.resize
     is_unknown = not config.source and not (activation and heads)
     if is_unknown and sha256_file(path) not in {*_MODELS.values(), *BUNDLED_MODELS.values()}:
-        vision_heads, text_heads = model.heads
         print(
             f"note: nothing next to {path} says how it was trained: assuming {model.activation} "
-            f"and {vision_heads} and {text_heads} attention heads (image and text tower); "
-            "--activation and --heads (activation=, heads=) name others",
+            "and {} and {} attention heads (image and text tower); --activation and --heads "
+            "(activation=, heads=) name others".format(*model.heads),
             file=sys.stderr,
         )
     return model

@@ -6,8 +6,7 @@ frozen matrices W0 are packed in one:
 
     y = W0 x + b + alpha / sqrt(r) * B A dropout(x),    B = 0 at the start
 
-The factor is that of CLIP-LoRA's code (loralib/layers.py) and of rsLoRA (arXiv 2312.03732); the
-LoRA paper has alpha / r.
+The factor is that of CLIP-LoRA's code and of rsLoRA (arXiv 2312.03732); LoRA's is alpha / r.
 """
 
 import math
@@ -37,8 +36,7 @@ def apply_lora(
     `set_dropout`.
 
     Args:
-        model: Anything with `clip.model.Attention` in it.
-        layers: Full names of the attention layers to adapt.
+        layers: Full names of the layers to adapt, of `clip.model.Attention`.
         rank, alpha: The adapters' output is scaled by alpha / sqrt(rank).
         dropout: Probability of zeroing an adapter's input in training; drawn by torch's global
             generator, for q, k and v separately.
@@ -46,20 +44,12 @@ def apply_lora(
 
     Returns:
         The adapters by full name: A (rank, W), uniform within 1 / sqrt(W); B (W, rank), zero.
-
-    Raises:
-        ValueError: A layer is no Attention, or has adapters already.
     """
-    attentions = {name: model.get_submodule(name) for name in layers}
-    for name, attn in attentions.items():
-        if type(attn) is not Attention:
-            raise ValueError(f"{name} must be an Attention without adapters, not {type(attn)}")
-
     model.requires_grad_(False)
     added = {}
-    for name, attn in attentions.items():
-        weight = attn.in_proj_weight
-        width = weight.shape[1]
+    for name in layers:
+        attn = model.get_submodule(name)
+        weight, width = attn.in_proj_weight, attn.in_proj_weight.shape[1]
         attn.__class__ = LoRAAttention
         attn.lora_scaling, attn.lora_dropout = alpha / math.sqrt(rank), dropout
         for part in QKV:
@@ -104,14 +94,10 @@ def set_dropout(model: nn.Module, active: bool) -> None:
 
 @contextmanager
 def merged_lora(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Add a model's adapters to its weights for a while, for evaluation and not for training.
+    """Add a model's adapters to its weights for a while, for evaluation without dropout.
 
-    A forward pass then has no dropout. Does nothing to a model without adapters, nor within
-    another `merged_lora`.
-
-    Yields:
-        The merged weights by name, (3 W, W) each. They remain valid afterwards, when the model
-        has its former weights bit for bit.
+    Yields the merged weights by name, (3 W, W) each; within another `merged_lora` none. They remain
+    valid afterwards, when the model has its former weights bit for bit.
     """
     layers = {name: attn for name, attn in _lora_layers(model).items() if not attn.lora_merged}
     originals = {name: attn.in_proj_weight.data for name, attn in layers.items()}

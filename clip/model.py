@@ -27,20 +27,12 @@ class CLIP(nn.Module):
     """Both towers and the logit scale; ViT and text tower are initialized as OpenAI published.
 
     Args:
-        embed_dim: Dimensions D of the features that both towers end in.
-        image_resolution: Side of the square input, in pixels.
-        vision_layers: Blocks of the ViT, or of each of the four stages of a ResNet.
-        vision_width: Channels of the ViT, or of the ResNet's stem.
-        vision_patch_size: Side of a ViT's patch, in pixels; None for a ResNet.
-        context_length, vocab_size: Tokens of the longest text, and tokens known.
-        transformer_width, transformer_layers: Channels and blocks of the text tower.
+        embed_dim: D, and so on as in OpenAI's code. A ResNet has no `vision_patch_size`; its
+            `vision_layers` are the blocks of its four stages, `vision_width` is that of its stem.
         heads: Attention heads of the ViT, or of the ResNet's pool, and of the text tower; None is
             OpenAI's number, one for every 64 channels.
         vision_mlp, transformer_mlp: Channels inside the MLPs; None is four times the width.
         activation: Activation of the MLPs, a key of ACTIVATIONS.
-
-    Attributes:
-        image_mean, image_std, image_resize: Arguments of `clip.preprocess.image_transform`.
 
     Raises:
         ValueError: A width cannot be shared evenly by its attention heads.
@@ -71,8 +63,8 @@ class CLIP(nn.Module):
             raise ValueError(f"{self.heads} attention heads cannot share widths of {widths}")
         self.context_length, self.vocab_size = context_length, vocab_size
         self.activation = activation
-        self.image_mean, self.image_std = OPENAI_MEAN, OPENAI_STD
-        self.image_resize = OPENAI_RESIZE
+        # arguments of `clip.preprocess.image_transform`
+        self.image_mean, self.image_std, self.image_resize = OPENAI_MEAN, OPENAI_STD, OPENAI_RESIZE
         if is_vit:
             self.visual = VisionTransformer(
                 image_resolution, vision_patch_size, embed_dim, vision_width, vision_layers,
@@ -123,9 +115,8 @@ class CLIP(nn.Module):
     ) -> Tensor:
         """Features of texts, not normalized: (N, L) -> (N, D), where L may be below the context.
 
-        The end-of-text token has the highest id and, since attention is causal, has seen all of
-        the text: its output is the text's feature. `hidden`, (N, L, W), is what enters the block
-        `start_block`, if `forward_text_prefix` has computed it.
+        They are the output for the end-of-text token, which has the highest id. `hidden` (N, L, W)
+        is what enters the block `start_block`, if `forward_text_prefix` has computed it.
         """
         if hidden is None:
             hidden = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
@@ -263,10 +254,7 @@ class QuickGELU(nn.Module):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """silu(z) / 1.702 with z = 1.702 x, whose derivative is that of silu at z.
-
-    So the backward pass is one kernel and needs only z; autograd would keep both factors.
-    """
+    """silu(z) / 1.702 with z = 1.702 x: the backward pass is silu's kernel, and needs only z."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

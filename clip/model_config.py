@@ -90,8 +90,7 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
     )
     activations = {vision["hidden_act"], text["hidden_act"]}
     if len(activations) > 1 or not activations <= HF_ACTIVATIONS.keys():
-        names = ", ".join(sorted(activations))
-        raise ValueError(f"no CLIP of OpenAI's kind has the activations {names}")
+        raise ValueError(f"no CLIP of OpenAI's kind has the activations {sorted(activations)}")
     processor = _read_json(path.with_name("preprocessor_config.json"))
     processor = processor or _read_json(path.with_name("processor_config.json"))
     processor = processor.get("image_processor", processor)
@@ -127,11 +126,7 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
 
 
 def from_open_clip_pretrained(name: str) -> tuple[ModelConfig, dict[str, Any] | Path]:
-    """Look up `open_clip:NAME/PRETRAINED` in the installed open_clip package.
-
-    Returns the configuration, and open_clip's record of the weights, or their path if PRETRAINED
-    is one.
-    """
+    """Look up `open_clip:NAME/PRETRAINED`: its configuration, and its weights' record or path."""
     model, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
     if not model or not pretrained:
         raise ValueError(f"{name!r} should be open_clip:NAME/PRETRAINED")
@@ -161,7 +156,5 @@ def import_open_clip(user: str) -> ModuleType:
     try:
         import open_clip
     except ImportError:
-        raise ValueError(
-            f"{user} needs the open_clip package: pip install open_clip_torch"
-        ) from None
+        raise ValueError(f"{user} needs open_clip: pip install open_clip_torch") from None
     return open_clip

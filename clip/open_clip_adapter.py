@@ -1,8 +1,7 @@
 """CLIPs whose towers are not of OpenAI's kind (SigLIP, EVA, CoCa), run by open_clip's own modules.
 
 The installed open_clip package builds the model and brings the tokenizer. The model keeps its own
-names of parameters, `encode_image`, `encode_text`, `logit_scale` and `visual`; set on it is what
-this repository reads of a CLIP besides:
+`encode_image`, `encode_text`, `logit_scale` and `visual`; set on it is what else is read of a CLIP:
 
     tokenize(texts, truncate=False), context_length, visual.input_resolution,
     image_mean, image_std, image_resize, settings, save_config(folder)
@@ -13,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,9 +30,6 @@ def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
 
     Unless the name is `open_clip:NAME/PRETRAINED`, the folder of the weights holds the tokenizer's
     files, too, and may hold the `config.json` of a text tower of transformers.
-
-    Raises:
-        ValueError: open_clip cannot build the model or its tokenizer, or the weights are not its.
     """
     check_file(path)
     open_clip = import_open_clip(config.source)
@@ -42,7 +39,7 @@ def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
     folder = None if is_named else path.parent
     source = name.removeprefix(OPEN_CLIP).partition("/")[0] if is_named else f"local-dir:{folder}"
     try:
-        model = _build_model(cfg, folder).float()
+        model = _build_model(open_clip, cfg, folder).float()
         tokenizer = open_clip.get_tokenizer(source)
         if torch.equal(*tokenizer(["a", "b"])):  # transformers makes one of no files
             raise ValueError("the vocabulary of its tokenizer is empty")
@@ -62,10 +59,8 @@ def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
     return model.eval()
 
 
-def _build_model(cfg: dict[str, Any], folder: Path | None) -> nn.Module:
+def _build_model(open_clip: ModuleType, cfg: dict[str, Any], folder: Path | None) -> nn.Module:
     """open_clip's model with random weights; nothing is downloaded but a text tower's config."""
-    import open_clip
-
     vision_cfg, text_cfg = cfg["vision_cfg"], cfg["text_cfg"]
     if "timm_model_name" in vision_cfg:
         vision_cfg["timm_model_pretrained"] = False

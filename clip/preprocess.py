@@ -55,9 +55,8 @@ def normalize(
     images: Tensor, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
 ) -> Tensor:
     """The last two steps of `image_transform` for a batch of uint8 images (B, 3, R, R)."""
-    mean = torch.tensor(mean, device="cpu").to(images.device, non_blocking=True)
-    std = torch.tensor(std, device="cpu").to(images.device, non_blocking=True)
-    return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device) for x in (mean, std))
+    return (images.float() / 255 - mean) / std
 
 
 def convert_image_to_rgb(
@@ -66,8 +65,8 @@ def convert_image_to_rgb(
     """Convert an image of any mode to RGB, without transparency; see `scale_gray`."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = scale_gray(image, gray_range)
-    elif image.mode in ("P", "PA", "La", "RGBa"):
-        image = image.convert({"La": "LA"}.get(image.mode, "RGBA"))
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -76,9 +75,8 @@ def scale_gray(image: Image.Image, gray_range: tuple[float, float] | None = None
 
     Args:
         image: Of mode I, I;16 or F.
-        gray_range: The values that become black and white. None: the least of [0, 255] and
-            [0, 65535] that holds the image's values, for floating point also [0, 1]; from its least
-            to its largest value where neither does, as in Hounsfield units.
+        gray_range: The values that become black and white. None: the least of [0, 1] (floating
+            point only), [0, 255] and [0, 65535] with the image's values in it, or their own range.
     """
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F" and gray_range and gray_range[0] >= 0:

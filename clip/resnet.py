@@ -60,10 +60,7 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling.
-
-    The stem has `width` channels W, and each of the four stages its number of `layers`.
-    """
+    """OpenAI's ResNet: three convolutions as stem, anti-aliased strides, attention as pooling."""
 
     def __init__(
         self, input_resolution: int, width: int, layers: Sequence[int], embed_dim: int, heads: int

@@ -2,8 +2,7 @@
 
 A vocabulary is 256 bytes, the same 256 at the end of a word (`</w>`), one token per merge and two
 for the start and the end of a text. A model with V tokens uses the first V - 514 merges of
-OpenAI's list, so that a vocabulary of 514 needs no file. Tokens beyond OpenAI's 49,408, to which
-some models were padded, stand for nothing.
+OpenAI's list; tokens beyond its 49,408, to which some models were padded, stand for nothing.
 """
 
 import gzip
@@ -48,10 +47,10 @@ def tokenize(
     *,
     merges_path: str | os.PathLike | None = None,
 ) -> Tensor:
-    """Tokenize one or more texts with the vocabulary of OpenAI's models.
+    """Tokenize texts with the vocabulary of OpenAI's models.
 
     Args:
-        texts: A text or several.
+        texts: One or more.
         context_length: Tokens in a row, including the start and the end of the text.
         truncate: Cut texts that are too long, which otherwise raise a ValueError.
         merges_path: The merges file; None finds it by `default_bpe`.

@@ -1,8 +1,4 @@
-"""CLIP as a zero-shot classifier: class prompts, text and image features, logits.
-
-A class is the mean of its prompts' features; an image is assigned to the class of the largest
-cosine.
-"""
+"""CLIP as a zero-shot classifier: the most similar class is predicted, the mean of its prompts."""
 
 import sys
 from collections.abc import Sequence
@@ -25,7 +21,7 @@ class ZeroShotClassifier:
 
     Args:
         model: The CLIP. Shortcuts that only our own has are not taken for others'.
-        text_tokens: Of P prompts of each class, (P, C, L), from `tokenize_class_prompts`.
+        text_tokens: From `tokenize_class_prompts`.
         logit_scale: Factor of the cosines; "checkpoint" is the one that the weights carry.
         precision: Of the matrix products, "fp32", "bf16" or "fp16"; weights stay as they are.
         class_batch_size: Classes encoded at once where gradients are needed; each batch is encoded
@@ -86,10 +82,9 @@ class ZeroShotClassifier:
 
     @torch.no_grad()
     def precompute_frozen_text(self, classes: slice = slice(None)) -> None:
-        """Run the text tower of some classes up to its first trained block, once for a training.
+        """Keep what enters the first trained text block, (P, c, L, W), for `encode_classes`.
 
-        What enters that block, (P, c, L, W), is kept for `encode_classes` with gradients; where
-        nothing is trained, the features of all classes are.
+        Where nothing is trained, the features of all classes are kept.
         """
         named = self.model.named_parameters()
         if not any(p.requires_grad for name, p in named if not name.startswith("visual.")):
@@ -106,10 +101,9 @@ class ZeroShotClassifier:
 def tokenize_class_prompts(
     model: CLIP | nn.Module, classnames: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Tokens of each class's prompts: (P, C, L) int64.
+    """Tokens of P prompts of each of C classes, (P, C, L) int64, for our own CLIP without padding.
 
-    For our own CLIP they are cut after the longest one's end, since nothing behind it changes a
-    feature. A prompt that is too long for the model is truncated, with a note on standard error.
+    A prompt that is too long for the model is truncated, with a note on standard error.
     """
     texts = [t.format(name.replace("_", " ")) for t in templates for name in classnames]
     try:

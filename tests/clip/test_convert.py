@@ -169,7 +169,11 @@ OPEN_CLIP_JSON, HF_JSON = "open_clip_config.json", "config.json"
         (OPEN_CLIP_JSON, {"vision_cfg": {"head_width": 0}}, "cannot be used .*move it away"),
         (OPEN_CLIP_JSON, {"text_cfg": 5}, "cannot be used .*move it away"),
         (HF_JSON, {"model_type": "siglip"}, "describes a 'siglip' of transformers"),
-        (HF_JSON, {"vision_config": {"hidden_act": "gelu"}}, "the activations gelu, quick_gelu"),
+        (
+            HF_JSON,
+            {"vision_config": {"hidden_act": "gelu"}},
+            "the activations .'gelu', 'quick_gelu'",
+        ),
         (HF_JSON, "{", "config.json cannot be used"),
     ],
 )
