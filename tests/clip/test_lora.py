@@ -1,10 +1,10 @@
 """LoRA against the plain formula and peft; merged and unmerged."""
 
 import copy
-import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
 from torch import nn
 
@@ -16,9 +16,8 @@ from clip.zero_shot import ZeroShotClassifier
 # torch 2.4's own, when it recomputes a chunk of the text
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 CLOSE = dict(rtol=1e-10, atol=1e-10)
-WIDTH = 64
-HEADS = 4
-POOL = [None, torch.tensor([0, 3, 4])]
+WIDTH, HEADS = 64, 4
+both_configs = pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
 
 
 def attentions(model):
@@ -36,10 +35,12 @@ def tiny(dtype=torch.float64, config=TINY_VIT):
     return model, images, tokens
 
 
-def randomize(params):
-    """Give A and B values as training might have left them."""
+def apply_trained_lora(model, layers, **kwargs):
+    """Apply LoRA, and give A and B values as training might have left them."""
+    params = apply_lora(model, layers, **kwargs)
     for p in params.values():
         p.data.normal_(std=0.2)
+    return params
 
 
 def features(model, images, tokens):
@@ -52,60 +53,34 @@ def gradients(params, output):
 
 
 class PlainAttention(nn.Module):
-    """Attention whose q, k and v are three linear maps, in plain operations."""
+    """Causal attention whose q, k and v are three linear maps."""
 
     def __init__(self, attn):
         super().__init__()
-        for i, name in enumerate(("q", "k", "v")):
-            linear = nn.Linear(WIDTH, WIDTH, dtype=attn.in_proj_weight.dtype)
-            rows = slice(i * WIDTH, (i + 1) * WIDTH)
-            linear.weight.data = attn.in_proj_weight[rows].detach().clone()
-            linear.bias.data = attn.in_proj_bias[rows].detach().clone()
-            setattr(self, name, linear)
-        self.out_proj, self.causal = copy.deepcopy(attn.out_proj), attn.causal
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH).double() for _ in "qkv")
+        self.out_proj = copy.deepcopy(attn.out_proj)
+        rows = zip(attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3), strict=True)
+        for linear, (weight, bias) in zip((self.q, self.k, self.v), rows, strict=True):
+            linear.load_state_dict({"weight": weight, "bias": bias})
 
-    def forward(self, x, pool_idx=None):
-        queries = x if pool_idx is None else x[torch.arange(len(x)), pool_idx][:, None]
-        q, k, v = self.q(queries), self.k(x), self.v(x)
+    def forward(self, x, pool_idx):
+        keys = torch.arange(x.shape[1])
+        queries = keys.expand(len(x), -1) if pool_idx is None else pool_idx[:, None]  # (B, Q)
+        q, k, v = self.q(x[torch.arange(len(x))[:, None], queries]), self.k(x), self.v(x)
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)
-        if self.causal:
-            keys = torch.arange(x.shape[1])
-            positions = keys.expand(len(x), -1) if pool_idx is None else pool_idx[:, None]
-            scores = scores.masked_fill(keys > positions[:, None, :, None], -math.inf)
-        return self.out_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
-
-
-def one_layer(causal=False, dropout=0.0):
-    """A model that is one attention layer with random adapters, and the plain layer without."""
-    model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS, causal)}).double()
-    nn.init.normal_(model.attn.in_proj_bias)
-    plain = PlainAttention(model.attn)
-    params = apply_lora(model, ["attn"], rank=3, alpha=1.5, dropout=dropout)
-    randomize(params)
-    return model, plain, params
-
-
-@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
-@pytest.mark.parametrize("precision", ["fp64", "bf16"])
-def test_initial_output_is_zero_shot(precision, config):
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    model, *inputs = tiny(dtype, config)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        before = features(model, *inputs)
-        apply_lora(model, attentions(model))
-        set_dropout(model, True)
-        after = features(model, *inputs)
-    # Bit for bit, but for products of other widths, which some versions of torch sum otherwise.
-    rtol = 1e-12 if precision == "fp64" else 1e-5
-    torch.testing.assert_close(after, before, rtol=rtol, atol=1e-6)
+        mask = keys <= queries[:, None, :, None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("pool_idx", POOL, ids=["all", "pooled"])
+@pytest.mark.parametrize("pool_idx", [None, torch.tensor([0, 3, 4])], ids=["all", "pooled"])
 def test_output_and_gradients_equal_peft(pool_idx, dropout):
     peft = pytest.importorskip("peft", reason="needs peft: pip install -r tests/requirements.txt")
-    model, plain, params = one_layer(causal=True, dropout=dropout)
+    model = nn.ModuleDict({"attn": Attention(WIDTH, HEADS, causal=True)}).double()
+    nn.init.normal_(model.attn.in_proj_bias)
+    plain = PlainAttention(model.attn)
+    params = apply_trained_lora(model, ["attn"], rank=3, alpha=1.5, dropout=dropout)
     config = peft.LoraConfig(
         r=3, lora_alpha=1.5, use_rslora=True, lora_dropout=dropout, target_modules=["q", "k", "v"]
     )
@@ -126,6 +101,21 @@ def test_output_and_gradients_equal_peft(pool_idx, dropout):
     torch.testing.assert_close(
         gradients(params.values(), output), gradients(their_params, expected), **CLOSE
     )
+
+
+@both_configs
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_initial_output_is_zero_shot(precision, config):
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    model, *inputs = tiny(dtype, config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        before = features(model, *inputs)
+        apply_lora(model, attentions(model))
+        set_dropout(model, True)
+        after = features(model, *inputs)
+    # Bit for bit, but for products of other widths, which some versions of torch sum otherwise.
+    rtol = 1e-12 if precision == "fp64" else 1e-5
+    torch.testing.assert_close(after, before, rtol=rtol, atol=1e-6)
 
 
 def test_initialization_follows_generator():
@@ -150,15 +140,12 @@ def test_only_adapters_are_trainable():
     params = apply_lora(model, layers, rank=1)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable.keys() == params.keys() and len(params) == 6 * len(layers)
-    for name, p in params.items():
-        width = model.get_submodule(name.rpartition(".")[0]).in_proj_weight.shape[1]
-        assert trainable[name] is p
-        assert p.shape == ((1, width) if name.endswith("_a") else (width, 1))
+    assert all(trainable[name] is p and p.numel() == max(p.shape) for name, p in params.items())
 
 
 def test_dropout_is_switched():
     model, *inputs = tiny()
-    randomize(apply_lora(model, attentions(model)))
+    apply_trained_lora(model, attentions(model))
 
     def repeats():
         return all(map(torch.equal, features(model, *inputs), features(model, *inputs)))
@@ -176,22 +163,21 @@ def test_dropout_is_switched():
 
 def test_checkpointed_text_repeats_dropout():
     model, _, tokens = tiny()
-    params = apply_lora(model, [name for name in attentions(model) if name.startswith("trans")])
-    randomize(params)
+    params = apply_trained_lora(model, [n for n in attentions(model) if n.startswith("trans")])
     set_dropout(model, True)
     weights = torch.randn(4, 64, dtype=torch.float64)
     results = []
-    for chunk in (0, 4):
+    for size in (0, 4):
         torch.manual_seed(1)
-        output = ZeroShotClassifier(model, tokens, class_batch_size=chunk).encode_classes()
+        output = ZeroShotClassifier(model, tokens, class_batch_size=size).encode_classes()
         results.append((output, *gradients(params.values(), output * weights)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
+@both_configs
 def test_merged_output_and_restored_weights(config):
     model, *inputs = tiny(config=config)
-    randomize(apply_lora(model, attentions(model)))
+    apply_trained_lora(model, attentions(model))
     before = copy.deepcopy(model.state_dict())
     storage = {name: p.data_ptr() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -212,8 +198,8 @@ def test_merged_output_and_restored_weights(config):
 
 
 def test_merging_is_exact_under_autocast():
-    model, _, _ = one_layer()
-    model.float()
+    model, *_ = tiny(torch.float32)
+    apply_trained_lora(model, attentions(model)[:1])
     with merged_lora(model) as expected:
         pass
     with torch.autocast("cpu", torch.bfloat16), merged_lora(model) as merged:
