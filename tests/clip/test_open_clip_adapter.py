@@ -1,6 +1,5 @@
 """CLIPs with other towers, run by open_clip's modules: against open_clip itself."""
 
-import random
 import sys
 
 import numpy as np
@@ -32,55 +31,40 @@ def loaded(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
-    """Images of several shapes; their labels are random."""
+    """Images of several shapes."""
     folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    paths = [folder / f"{i}.png" for i in range(9)]
-    for i, path in enumerate(paths):
+    items = [Datum(str(folder / f"{i}.png"), i % 3, "") for i in range(9)]
+    for i, item in enumerate(items):
         image = Image.fromarray(noise.integers(0, 256, (3, 3, 3), np.uint8))
-        image.resize((90 - 7 * i, 40 + 3 * i), Image.Resampling.BICUBIC).save(path)
-    return [
-        Datum(str(path), random.Random(str(i)).randrange(3), "") for i, path in enumerate(paths)
-    ]
-
-
-def open_clip_transform(kind, side):
-    cfg = open_clip.transform.PreprocessCfg(size=side, **PREPROCESS.get(kind, {}))
-    return open_clip.transform.image_transform_v2(cfg, is_train=False)
-
-
-@torch.no_grad()
-def test_features_equal_open_clip(loaded, items):
-    kind, reference, model, folder = loaded
-    side = model.visual.input_resolution
-    transform, ours = open_clip_transform(kind, side), clip.load(folder, "cpu")[1]
-    images = [Image.open(item.impath) for item in items[:3]]
-    pixels = torch.stack([transform(image) for image in images])
-    assert torch.equal(pixels, torch.stack([ours(image) for image in images]))
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(NAMES)
-    assert torch.equal(tokens, model.tokenize(NAMES))
-    assert relative_error(model.encode_image(pixels), reference.encode_image(pixels)) < 1e-5
-    assert relative_error(model.encode_text(tokens), reference.encode_text(tokens)) < 1e-5
+        image.resize((90 - 7 * i, 40 + 3 * i), Image.Resampling.BICUBIC).save(item.impath)
+    return items
 
 
 @torch.no_grad()
 def test_zero_shot_equals_open_clip(loaded, items):
     kind, reference, model, folder = loaded
     side = model.visual.input_resolution
-    tokens = tokenize_class_prompts(model, NAMES, ["a photo of a {}.", "{}"])
+    cfg = open_clip.transform.PreprocessCfg(size=side, **PREPROCESS.get(kind, {}))
+    theirs = open_clip.transform.image_transform_v2(cfg, is_train=False)
+    ours = clip.load(folder, "cpu")[1]
+    images = [Image.open(item.impath) for item in items]
+    pixels = torch.stack([theirs(image) for image in images])
+    assert torch.equal(pixels, torch.stack([ours(image) for image in images]))
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    tokens = tokenizer(NAMES)
+    assert torch.equal(tokens, model.tokenize(NAMES))
+    assert relative_error(model.encode_image(pixels), reference.encode_image(pixels)) < 1e-5
+    assert relative_error(model.encode_text(tokens), reference.encode_text(tokens)) < 1e-5
+
+    templates = ["a photo of a {}.", "{}"]
+    tokens = tokenize_class_prompts(model, NAMES, templates)
     classifier = ZeroShotClassifier(model, tokens, logit_scale="checkpoint")
     predictions = evaluate(classifier, ImageLoader(side, resize=model.image_resize), items)
-
-    templates = ["a photo of a {}.".format, "{}".format]
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    weight = open_clip.build_zero_shot_classifier(reference, tokenizer, NAMES, templates)
-    transform = open_clip_transform(kind, side)
-    pixels = torch.stack([transform(Image.open(item.impath)) for item in items])
-    features = reference.encode_image(pixels, normalize=True)
-    logits = reference.logit_scale.exp() * features @ weight
+    formats = [template.format for template in templates]
+    weight = open_clip.build_zero_shot_classifier(reference, tokenizer, NAMES, formats)
+    logits = reference.logit_scale.exp() * reference.encode_image(pixels, normalize=True) @ weight
     probs, preds = logits.softmax(dim=-1).max(dim=-1)
     assert torch.equal(predictions.preds, preds) and relative_error(predictions.probs, probs) < 1e-5
-    labels = torch.tensor([item.label for item in items])
-    assert predictions.accuracy == pytest.approx(100 * (preds == labels).float().mean().item())
 
 
 def test_blocks_are_trained_by_role(loaded):
