@@ -6,27 +6,18 @@ from torch import Tensor, nn
 from clip import CLIP
 from clip.model import EXTRA_KEYS
 
-SIZES = {  # D, image side, layers and width of the image tower, patch side, width of the text tower
-    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512),
-    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512),
-    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640),
-    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 768),
-    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 1024),
-    "ViT-B/32": (512, 224, 12, 768, 32, 512),
-    "ViT-B/16": (512, 224, 12, 768, 16, 512),
-    "ViT-L/14": (768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768),
-}
 KEYS = (
     "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
-    "transformer_width",
+    "context_length", "vocab_size", "transformer_width", "transformer_layers",
 )  # fmt: skip
-TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_layers": 12}
-CONFIGS = {name: dict(zip(KEYS, sizes, strict=True)) | TEXT for name, sizes in SIZES.items()}
-
-TINY_TEXT = {"context_length": 16, "vocab_size": 514, "transformer_layers": 2}
-TINY_VIT = dict(zip(KEYS, (64, 32, 4, 128, 8, 64), strict=True)) | TINY_TEXT
-TINY_RESNET = dict(zip(KEYS, (64, 64, (1, 2, 1, 1), 8, None, 64), strict=True)) | TINY_TEXT
+SIZES = {
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 12),
+    "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 12),
+}
+CONFIGS = {name: dict(zip(KEYS, sizes, strict=True)) for name, sizes in SIZES.items()}
+TINY_VIT = dict(zip(KEYS, (64, 32, 4, 128, 8, 16, 514, 64, 2), strict=True))
+TINY_RESNET = dict(zip(KEYS, (64, 64, (1, 2, 1, 1), 8, None, 16, 514, 64, 2), strict=True))
 
 
 def random_state_dict(config: dict, seed: int = 0) -> dict[str, Tensor]:
