@@ -17,19 +17,16 @@ import pytest
 import safetensors.torch
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
-from commands import call
+from commands import call_main
 from dataset_helpers import make_dataset
 from PIL import Image
 
 import clip
-import main
 from datasets import build_dataset
 from datasets.transforms import read_image
 from run_utils import get_parser
-from runs import cli
 
 CASES = int(os.environ.get("FUZZ_CASES", 20))  # inputs of each target
-ROOT = Path(__file__).resolve().parents[1]
 NOTE = re.compile(r"note: |.*; using a split made from the raw data|.*\d\w*/s(, .*)?$")
 
 # Random values
@@ -86,16 +83,9 @@ def run_main(shared, *flags):
     """A short run of main.py with these flags, too."""
     argv = ["--dataset", "digits", "--root_path", shared / "data", "--backbone", "ViT-Tiny/8"]
     argv += ["--n_iters", 2, "--shots", 1, "--num_workers", 0, "--threads", 1, "--save_path", "out"]
-    argv = [str(arg) for arg in (*argv, *flags)]
-    return lambda: cli.run_cli(lambda: main.main(argv))
+    return lambda: call_main(*argv, *flags)
 
 
-WORDS = {  # values that are no numbers, by flag
-    "dataset": ["digits", "eurosat", "imagenet"], "backbone": ["ViT-Tiny/8", "RN50", "."],
-    "device": ["cpu", "cpu:3", "cuda", "cuda:7", "meta"], "encoder": ["text", "vision"],
-    "position": ["top", "bottom"], "method": ["so", "lora", "adam"], "subsample": ["base", "new"],
-    "precision": ["bf16", "fp16"], "eval_split": ["val"], "final_model": ["last_step", "best_val"],
-}  # fmt: skip
 ODD = ["=", "a=b", "1e-400", "0x10", "٣", "1 ", "[1]", "{a: 1}", "9" * 5000, "-h", "--datset"]
 ODD += [*map(str, NUMBERS), *(text for text in TEXTS if text not in ("\0", "\ud800"))]
 SLOW = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), ("1000000",))
@@ -108,29 +98,12 @@ def flags(rng, shared):
     actions = [action for action in get_parser()._actions if action.dest != "save_path"]
     for _ in range(rng.randint(1, 6)):
         action = rng.choice(actions)
-        usual = WORDS.get(action.dest, ["1", "0.5", "2"])
-        words = [*ODD, *usual * len(ODD)]
+        usual = action.choices or ["1", "0.5", "2", "digits", "eurosat", "ViT-Tiny/8", "cpu", "."]
+        words = [*ODD, *usual] if rng.random() < 0.5 else usual
         words = [word for word in words if word not in SLOW.get(action.dest, ())]
         count = {None: 1, "+": 2}.get(action.nargs, action.nargs)
         argv += [rng.choice(action.option_strings), *rng.choices(words, k=count)]
     return run_main(shared, *argv)
-
-
-SCALARS = [
-    "1", "-1", "1e-3", "1e400", "0o777", "1:30:00", ".nan", "~", "true", "'1'", "[0.5, 1]", "@",
-    "{a: 1}", "&a [*a]", "2001-99-99", "!!int x", "!!python/object/apply:os.system ['touch x']",
-    "|\n  two\n  lines", '"\\0"', '"\\ud800"', "- 1", "*no", "\t1", "é", "so", "9" * 5000,
-]  # fmt: skip
-
-
-def yaml_file(rng, shared):
-    """A configuration file."""
-    keys = [action.dest for action in get_parser()._actions]
-    lines = [f"{rng.choice(keys)}: {rng.choice(SCALARS)}" for _ in range(rng.randint(1, 4))]
-    good = rng.choice(sorted((ROOT / "configs").glob("*.yaml"))).read_bytes()
-    data = "\n".join(lines).encode() if rng.random() < 0.6 else corrupt(rng, good)
-    Path("my.yaml").write_bytes(data)
-    return run_main(shared, "--config", "my.yaml", "--rank", 2, "--batch_size", 9)
 
 
 def split_file(rng, shared):
@@ -191,7 +164,7 @@ def shared(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's and torch's
-@pytest.mark.parametrize("target", [flags, yaml_file, split_file, image, backbone])
+@pytest.mark.parametrize("target", [flags, split_file, image, backbone])
 def test_random_inputs_are_read_or_refused(target, shared, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for case in range(CASES):
@@ -199,12 +172,14 @@ def test_random_inputs_are_read_or_refused(target, shared, tmp_path, monkeypatch
         folder.mkdir()
         monkeypatch.chdir(folder)
         read = target(random.Random(f"{target.__name__} {case}"), shared)
+        status, err = 0, ""
         try:
-            status, _, err = call(lambda _, read=read: read())
+            if isinstance(outcome := read(), tuple):
+                status, _, err = outcome
         except (ValueError, FileNotFoundError) as error:
             status, err = 2, str(error)
         lines = [line for line in err.splitlines() if line and not NOTE.match(line)]
-        if isinstance(status, int) and status != 0:
+        if status:
             assert status == 2 and len(lines) == 1 and lines[0].isprintable(), (case, err)
         else:
             assert lines == [], case

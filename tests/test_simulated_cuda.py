@@ -11,7 +11,6 @@ MIXTURES = {
     "a product": lambda x, y: x @ y,
     "an array": lambda x, y: x.numpy(),
     "a generator": lambda x, y: x.normal_(generator=torch.Generator()),
-    "the device's generator": lambda x, y: y.normal_(generator=torch.Generator(x.device)),
 }
 WAITS = {
     "item": lambda x: x.sum().item(),
@@ -23,7 +22,6 @@ WAITS = {
 NO_WAITS = {
     "a pinned copy": lambda x: torch.ones(N, N).pin_memory().to(x.device, non_blocking=True),
     "a host's scalar": lambda x: torch.where(x > 0, x * torch.tensor(2.0), torch.tensor(0.0)),
-    "a filled mask": lambda x: x.clone().__setitem__(x > 0, 0.0),
     "a factory": lambda x: torch.arange(N, device=x.device) + torch.zeros(N, device=x.device),
     "sizes": lambda x: x.repeat_interleave(x[0].long(), dim=0, output_size=N),
 }
