@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import sys
-import time
 import traceback
 
 import torch
@@ -33,11 +32,10 @@ def run_in_processes(world_size, work, folder):
         )  # fmt: skip
         os.environ.update({key: str(value) for key, value in env.items()})
         try:
-            result = work(rank)
+            torch.save(work(rank), folder / f"{rank}.pt")
         except (Exception, Preempted):
             traceback.print_exc()
             os._exit(1)
-        torch.save(result, folder / f"{rank}.pt")
         sys.stdout.flush()
         os._exit(0)  # without the exit handlers, which belong to the parent
 
@@ -48,14 +46,10 @@ def run_in_processes(world_size, work, folder):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in processes:
         ports.put(store.port)
-    deadline = time.monotonic() + TIMEOUT_S
     for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-    if hanging := [process for process in processes if process.is_alive()]:
-        for process in hanging:
-            process.kill()
-            process.join()
-        raise TimeoutError(f"{len(hanging)} of {world_size} processes did not end")
+        process.join(TIMEOUT_S)
+        process.kill()  # if it hangs
+        process.join()
     return [
         process.exitcode or torch.load(folder / f"{rank}.pt", weights_only=False)
         for rank, process in enumerate(processes)
@@ -63,13 +57,10 @@ def run_in_processes(world_size, work, folder):
 
 
 def run_main_in_processes(world_size, folder, *argv, prepare=None):
-    """main.py in processes: (status, standard output, standard error) of each.
+    """`call_main` in processes; `prepare`, called with the rank first, may return other arguments.
 
-    Args:
-        world_size: Number of processes.
-        folder: For what they return.
-        argv: Arguments of main.py.
-        prepare: Called with the rank in each process first; may return other arguments.
+    Returns:
+        (status, standard output, standard error) of each.
     """
 
     def work(rank):
