@@ -1,5 +1,6 @@
 """Helpers of several folders of tests."""
 
+import ast
 import io
 import itertools
 from contextlib import contextmanager
@@ -7,6 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+
+
+def imported_names(path):
+    """The top-level names that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
 
 
 def save_and_load(content):

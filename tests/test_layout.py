@@ -1,10 +1,10 @@
 """The root has four modules, imports point downwards, and sources run nothing that they read."""
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
+from helpers import imported_names
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # from the bottom up: each may import those before it
@@ -30,15 +30,6 @@ def test_imports_point_downwards(layer):
         if LAYERS.index(LAYER_OF.get(name, "utils")) > LAYERS.index(layer)
     ]
     assert upward == []
-
-
-def imported_names(path):
-    """The top-level names that a module imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.partition(".")[0]
 
 
 def test_root_has_four_modules():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import imported_names
 
 from optimizers.SparseOptimizer import __version__
 
@@ -25,6 +26,8 @@ def test_wheel_contains_two_modules(tmp_path, monkeypatch):
     for name in ("clip", "datasets", "optimizers"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.p[ty]c*"))
     monkeypatch.chdir(tmp_path)
+    # setuptools adds this once; a test that restores sys.path may have taken it away.
+    monkeypatch.syspath_prepend(Path(backend.__file__).parent / "_vendor")
     monkeypatch.setattr(sys, "argv", ["setup.py"])  # which setuptools reads
     wheel = zipfile.ZipFile(tmp_path / backend.build_wheel(str(tmp_path)))
     files = [name for name in wheel.namelist() if ".dist-info/" not in name]
@@ -41,15 +44,14 @@ def test_wheel_contains_two_modules(tmp_path, monkeypatch):
 def signatures(path):
     """The arguments of a file's functions and methods, as text, by name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = {node: node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    return {
-        (classes.get(parent), node.name): re.sub(
-            r"dist\.|torch\.optim\.|'", "", ast.unparse(node.args)
-        )
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    functions = {
+        (getattr(parent, "name", ""), node.name): ast.unparse(node.args)
         for parent in (tree, *classes)
         for node in parent.body
         if isinstance(node, ast.FunctionDef)
     }
+    return {name: re.sub(r"dist\.|torch\.optim\.|'", "", args) for name, args in functions.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -62,24 +64,15 @@ def test_stubs_match_modules(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_need_only_torch(module):
-    tree = ast.parse((ROOT / "optimizers" / f"{module}.py").read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    assert tops <= {"torch", *MODULES}
+    names = set(imported_names(ROOT / "optimizers" / f"{module}.py"))
+    assert names - set(sys.stdlib_module_names) <= {"torch", *MODULES}
 
 
 def test_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
-    assert {"message", "title", "authors"} <= citation.keys()
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == __version__
     paper = citation["preferred-citation"]
-    assert paper["type"] == "conference-paper"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert paper["title"] in readme
     assert all(author["family-names"] in readme for author in paper["authors"])
