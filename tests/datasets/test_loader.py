@@ -1,16 +1,10 @@
-"""Images to batches: order, test images, cache, and failures in the middle of a run."""
+"""Images to batches: order, test images, cache, and images that are lost in the middle of a run."""
 
-import gc
 import random
-import re
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from clip_helpers import TINY_VIT, random_state_dict
-from commands import call_main
-from dataset_helpers import make_dataset
 from PIL import Image
 
 import datasets.loader
@@ -52,9 +46,7 @@ def test_epochs_have_each_image_once(items):
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize("num_workers", [1, 4])
-@pytest.mark.parametrize("cache_mb", [0, 0.01, 10])
-@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("num_workers, cache_mb, start", [(1, 0.01, 0), (4, 0, 4), (4, 10, 4)])
 def test_images_depend_on_position_only(items, num_workers, cache_mb, start):
     state = random.getstate(), torch.get_rng_state()
     expected = take(ImageLoader(16), items, 7)[start:]
@@ -78,10 +70,10 @@ def test_images_are_decoded_once(items, monkeypatch):
     monkeypatch.setattr(
         datasets.loader, "read_image", lambda path, _: opened.append(path) or read_image(path)
     )
-    take(ImageLoader(16, cache_mb=10), items, 9)
-    assert len(opened) == 7
-    take(ImageLoader(16, cache_mb=0), items, 9)
-    assert len(opened) == 7 + 21
+    for cache_mb, count in ((10, 7), (0, 21)):
+        opened.clear()
+        take(ImageLoader(16, cache_mb=cache_mb), items, 9)
+        assert len(opened) == count
 
 
 def test_cache_stays_in_budget(items):
@@ -90,47 +82,11 @@ def test_cache_stays_in_budget(items):
     assert len(loader.images) == 3 and loader.bytes_left >= 0
 
 
-# Failures in the middle of a run
-
-
-@pytest.fixture
-def command(tmp_path):
-    """Arguments of a run whose images are decoded again each time, by threads."""
-    make_dataset("eurosat", tmp_path)
-    torch.save(random_state_dict({**TINY_VIT, "context_length": 48}), tmp_path / "tiny.pt")
-    return [
-        "--root_path", tmp_path, "--dataset", "eurosat", "--backbone", tmp_path / "tiny.pt",
-        "--n_iters", 40, "--batch_size", 2, "--num_workers", 3, "--cache_mb", 0,
-        "--save_path", tmp_path / "out",
-    ]  # fmt: skip
-
-
-def image_threads():
-    return {thread for thread in threading.enumerate() if thread.name.startswith("images")}
-
-
-CUT = (lambda path: path.write_bytes(path.read_bytes()[:400]), "cannot be read .*: replace it")
-DELETED = (Path.unlink, "is missing: put it back")
-
-
-@pytest.mark.parametrize(("num_workers", "fault"), [(0, CUT), (3, DELETED)], ids=["cut", "deleted"])
-def test_lost_training_image_is_named(command, monkeypatch, num_workers, fault):
-    spoil, words = fault
-    before = image_threads()
-    seen, lock = {}, threading.Lock()
-
-    def read(path, _):
-        with lock:
-            seen[path] = seen.get(path, 0) + 1
-            if seen[path] == 5:  # long after the test images were read
-                spoil(Path(path))
-        return read_image(path)
-
-    monkeypatch.setattr(datasets.loader, "read_image", read)
-    status, _, err = call_main(*command, "--num_workers", num_workers)
-    assert status == 2
-    assert re.fullmatch(rf"main.py: error: the image .*jpg {words}", err.splitlines()[-1])
-    gc.collect()
-    for thread in image_threads() - before:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_lost_training_image_is_named(items, num_workers):
+    batches = ImageLoader(16, num_workers).train_batches(items, 3, seed=5)
+    next(batches)
+    for item in items:
+        Path(item.impath).unlink()
+    with pytest.raises(FileNotFoundError, match=r"the image .*\.png is missing: put it back"):
+        list(zip(range(20), batches, strict=False))
