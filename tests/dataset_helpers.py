@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from datasets import DATASETS, build_dataset
-from datasets.catalog import CALTECH_NAMES, EUROSAT_NAMES
+from datasets import DATASETS, build_dataset, digits
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -45,25 +44,45 @@ LAYOUTS = {
 }
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 ELEVEN = tuple(name for name in LAYOUTS if name not in (*VARIANTS, "digits"))
-WITH_SPLIT = tuple(name for name, layout in LAYOUTS.items() if layout[2])
+RAW = tuple(name for name in ELEVEN if LAYOUTS[name][2])  # where a missing split is made
 
-# Real class names, as the raw download spells them
+# Real classes: as the raw download spells them, and their published names
 NAMES = {
-    "sun397": ["/a/abbey", "/c/casino/indoor", "/a/airplane_cabin", "/z/zen_garden"],
-    "fgvc": ["707-320", "A300B4", "Boeing 717", "F/A-18"],
-    "eurosat": ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"]
-    + ["Pasture", "PermanentCrop", "Residential", "River", "SeaLake"],
-    "stanford_cars": ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"]
-    + ["Volvo 240 Sedan 1993"],
-    "food101": ["apple_pie", "baby_back_ribs", "baklava"],
-    "oxford_pets": ["Abyssinian", "american_bulldog", "american_pit_bull_terrier"],
-    "oxford_flowers": ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"],
-    "caltech101": ["Faces", "Leopards", "Motorbikes", "accordion", "airplanes"],
-    "dtd": ["banded", "meshed", "polka-dotted", "striped", "zigzagged"],
-    "ucf101": ["ApplyEyeMakeup", "BasketballDunk", "YoYo"],
-    "digits": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-}
-CLASSNAMES = {"eurosat": EUROSAT_NAMES, "caltech101": CALTECH_NAMES}
+    "sun397": {
+        "/a/abbey": "abbey", "/c/casino/indoor": "indoor casino",
+        "/a/airplane_cabin": "airplane_cabin", "/z/zen_garden": "zen_garden",
+    },
+    "fgvc": {name: name for name in ("707-320", "A300B4", "Boeing 717", "F/A-18")},
+    "eurosat": {
+        "AnnualCrop": "Annual Crop Land", "Forest": "Forest",
+        "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
+        "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
+        "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
+        "River": "River", "SeaLake": "Sea or Lake",
+    },
+    "stanford_cars": {
+        "AM General Hummer SUV 2000": "2000 AM General Hummer SUV",
+        "Ram C/V Cargo Van Minivan 2012": "2012 Ram C/V Cargo Van Minivan",
+        "Volvo 240 Sedan 1993": "1993 Volvo 240 Sedan",
+    },
+    "food101": {name: name for name in ("apple_pie", "baby_back_ribs", "baklava")},
+    "oxford_pets": {
+        "Abyssinian": "abyssinian", "american_bulldog": "american_bulldog",
+        "american_pit_bull_terrier": "american_pit_bull_terrier",
+    },
+    "oxford_flowers": {
+        name: name for name in ("pink primrose", "hard-leaved pocket orchid", "canterbury bells")
+    },
+    "caltech101": {
+        "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
+        "accordion": "accordion", "airplanes": "airplane",
+    },
+    "dtd": {name: name for name in ("banded", "meshed", "polka-dotted", "striped", "zigzagged")},
+    "ucf101": {
+        "ApplyEyeMakeup": "Apply_Eye_Makeup", "BasketballDunk": "Basketball_Dunk", "YoYo": "Yo_Yo",
+    },
+    "digits": {name: name for name in digits.CLASSNAMES},
+}  # fmt: skip
 
 
 def make_dataset(
@@ -81,7 +100,7 @@ def make_dataset(
     if name.startswith("imagenet"):
         _write_imagenet(name, folder, classes, per_class, size)
         return folder
-    names = NAMES[name][:classes]
+    names = list(NAMES[name])[:classes]
     parts = _write_images(name, folder / DATASETS[name].image_dir, names, per_class, size)
     if name in LISTS:
         LISTS[name](folder, names, parts)
@@ -135,12 +154,12 @@ def _write_images(name: str, folder: Path, names: list[str], per_class: int, siz
         label, index = divmod(number, per_class)
         part = "train" if index < num_train else "val" if index < num_train + num_val else "test"
         path = PATHS.get(name, "{name}/{name}_{index:04d}.jpg").format(
-            name=names[label].lstrip("/"), classname=classname(name, names[label]),
+            name=names[label].lstrip("/"), classname=NAMES[name][names[label]],
             index=index, one=index + 1, number=number + 1,
             trainval="test" if part == "test" else "train",
         )  # fmt: skip
         write_image(folder / path, label, index, size)
-        parts[part].append([path, label, classname(name, names[label])])
+        parts[part].append([path, label, NAMES[name][names[label]]])
     for file in (".directory", "readme.txt"):
         (folder / file).write_text("no image")
     return parts
@@ -156,20 +175,6 @@ PATHS = {
     "ucf101": "{classname}/v_{name}_g{one:02d}_c01.jpg",
     "digits": "{name}/{name}_{index:04d}.png",
 }
-
-
-def classname(name: str, raw: str) -> str:
-    """Return the published name of a class that the raw download spells so."""
-    if name == "sun397":
-        return " ".join(reversed(raw.split("/")[2:]))
-    if name == "stanford_cars":
-        return f"{raw.split()[-1]} {' '.join(raw.split()[:-1])}"
-    if name == "oxford_pets":
-        return raw.lower()
-    if name == "ucf101":
-        words = "".join(f" {letter}" if letter.isupper() else letter for letter in raw)
-        return "_".join(words.split())
-    return CLASSNAMES.get(name, {}).get(raw, raw)
 
 
 # The lists of the raw downloads

@@ -46,21 +46,6 @@ def test_pixels_are_the_same_everywhere(rendered):
     assert Counter(labels.tolist()) == dict(enumerate(TOTALS))
 
 
-def test_render_digit_shifts_and_turns():
-    weights = np.arange(32) - 15.5
-
-    def center(canvas):
-        return np.array([canvas.sum(0) @ weights, canvas.sum(1) @ weights]) / canvas.sum()
-
-    digit = np.zeros((8, 8))
-    digit[3:5, 3:5] = 1
-    assert center(digits.render_digit(digit, 20, 3, -2, 0)) == pytest.approx([3, -2], abs=0.05)
-    digit = np.zeros((8, 8))
-    digit[3:5, 6:] = 1  # to the right of the center; counter-clockwise takes it up
-    x, y = center(digits.render_digit(digit, 20, 0, 0, 15))
-    assert x > 5 and y < -1
-
-
 def test_split_is_fixed_and_stratified(folder, rendered):
     content = (folder / digits.SPLIT_FILE).read_bytes()
     assert hashlib.sha256(content).hexdigest() == SPLIT

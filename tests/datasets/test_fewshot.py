@@ -83,15 +83,6 @@ def test_list_serves_a_half(root, subsample):
         assert read.classnames == half.classnames
 
 
-def test_list_with_new_class_names(root):
-    (root / "names.yaml").write_text("banded: with_bands\n")
-    options = {"fewshot_split": root / "few.json", "classnames": root / "names.yaml"}
-    renamed = build(root, **options)
-    assert {i.classname for i in renamed.train_x if i.label == 0} == {"with_bands"}
-    (root / "few.json").write_text(dump_fewshot_split(renamed))
-    assert build(root, **options) == renamed
-
-
 IMAGE = ["banded/banded_0000.jpg", 0, "banded"]
 REFUSED = {
     "no file": (None, "there is no file {}: --fewshot_split takes"),

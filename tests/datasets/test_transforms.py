@@ -15,12 +15,7 @@ from torchvision.transforms.functional import resized_crop
 from datasets import Datum, transforms
 from datasets.__main__ import main as check
 from datasets.loader import ImageLoader
-from datasets.transforms import (
-    DISK_ERRORS,
-    detect_gray_range,
-    random_resized_crop_params,
-    read_image,
-)
+from datasets.transforms import detect_gray_range, random_resized_crop_params, read_image
 
 FULL = (0.08, 1.0), (3 / 4, 4 / 3)  # torchvision's scale and ratio
 
@@ -165,7 +160,7 @@ def fail(monkeypatch, code, times):
     monkeypatch.setattr(Image, "open", flaky)
 
 
-@pytest.mark.parametrize("code", DISK_ERRORS)
+@pytest.mark.parametrize("code", transforms.DISK_ERRORS)
 def test_disk_errors_are_retried(image, monkeypatch, code):
     expected, delays = read_image(image), []
     monkeypatch.setattr(transforms.time, "sleep", delays.append)
