@@ -3,8 +3,10 @@
 import pytest
 import torch
 from clip_helpers import TINY_RESNET, TINY_VIT, random_state_dict
-from commands import run, run_folder
+from commands import act_after, call_main, preempt, run, run_folder
 from dataset_helpers import make_dataset
+
+import main
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +33,20 @@ def flags(data):
 def command(flags, tmp_path):
     """Arguments of a run of four iterations into `out`."""
     return [*flags, tmp_path / "out"]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """A function that stops a run after an iteration; it returns the checkpoint's path."""
+
+    def run_and_interrupt(iteration, flags, out, *extra):
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "train", act_after(iteration, preempt))
+            status, _, err = call_main(*flags, out, *extra)
+        assert status == 143 and "--resume continues from iteration" in err
+        return next(out.rglob("checkpoint.pt"))
+
+    return run_and_interrupt
 
 
 def train(data, backbone, out):

@@ -5,15 +5,14 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from commands import act_after, call_main, outcome, preempt, refused, run, run_folder, wait_for
+from commands import call_main, outcome, refused, run, run_folder, wait_for
 from helpers import before_call
 from process_helpers import run_main_in_processes
-
-import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,26 +32,10 @@ def unbroken(flags, tmp_path_factory):
     return outcome(out)
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """A function that stops a run after an iteration; it returns the checkpoint's path."""
-
-    def run_and_interrupt(iteration, flags, out, *extra):
-        with monkeypatch.context() as patch:
-            patch.setattr(main, "train", act_after(iteration, preempt))
-            status, _, err = call_main(*flags, out, *extra)
-        assert status == 143 and "--resume continues from iteration" in err
-        return next(out.rglob("checkpoint.pt"))
-
-    return run_and_interrupt
-
-
 def load(checkpoint):
     return torch.load(checkpoint, weights_only=True)
 
 
-# torch 2.4 warns about its own autocast in torch.utils.checkpoint.
-@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast")
 @pytest.mark.parametrize(
     "extra",
     [
@@ -74,7 +57,7 @@ def test_resume_equals_unbroken_run(extra, flags, interrupt, tmp_path):
     assert outcome(out) == outcome(tmp_path / "unbroken") and not path.exists()
 
 
-def kill_on_replace(name):
+def kill_on_replace(name, rank):
     """Kill this process when it gives a file its final name."""
     replace = os.replace
 
@@ -89,9 +72,8 @@ def kill_on_replace(name):
 def test_resume_after_kills_while_writing(flags, unbroken, tmp_path):
     argv = [*flags, tmp_path / "out", "--checkpoint_every", 3, "--resume"]
     for name in ("checkpoint.pt", "curve.csv", "weights.safetensors", "result.json"):
-        ends = run_main_in_processes(
-            1, tmp_path, *argv, prepare=lambda _, name=name: kill_on_replace(name)
-        )
+        prepare = partial(kill_on_replace, name)
+        ends = run_main_in_processes(1, tmp_path, *argv, prepare=prepare)
         assert ends == [-signal.SIGKILL] and not any(tmp_path.rglob("result.json"))
         assert any(tmp_path.rglob("checkpoint.pt")) == (name != "checkpoint.pt")
     assert "Resuming from iteration 8" in run(*argv)

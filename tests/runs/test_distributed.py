@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from clip_helpers import TINY_RESNET, TINY_VIT
 from commands import act_after, read_losses, run, run_folder
 from process_helpers import run_in_processes, run_main_in_processes
@@ -18,16 +17,11 @@ from clip.lora import set_dropout
 from optimizers.build import trainable_parameters
 from runs import distributed
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
-    # torch 2.4 warns about its own autocast.
-    pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
-]
 SMALL_VIT = {**TINY_VIT, "vision_layers": 2}
 
 
 def fit(grad_accum_steps=1, **case):
-    """Train for four iterations; return weights by name, losses, and rows of all processes."""
+    """Train for four iterations; return the weights, the losses, and rows of all processes."""
     classifier, *training = build(
         position="all", lr=1e-2, total_iters=4, templates=["a {}.", "the {}."],
         **dict(config=SMALL_VIT, dtype=torch.float64) | case,
@@ -36,8 +30,8 @@ def fit(grad_accum_steps=1, **case):
     losses = train_losses(classifier, *training, grad_accum_steps=grad_accum_steps)
     rows = torch.arange(14).view(7, 2)
     rows = distributed.all_gather_rows(rows[distributed.local_slice(7)], 7)
-    trained = trainable_parameters(classifier.model)
-    return {name: p.detach() for name, p in trained.items()}, torch.tensor(losses), rows
+    weights = {name: p.detach() for name, p in trainable_parameters(classifier.model).items()}
+    return weights | {"losses": torch.tensor(losses), "rows": rows}
 
 
 CASES = {  # by number of processes: arguments of `fit`, relative error
@@ -67,13 +61,11 @@ def test_processes_equal_one_process(world_size, tmp_path):
     results = run_in_processes(world_size, work, tmp_path)
     for (case, error), *by_rank in zip(CASES[world_size], *results, strict=True):
         expected = fit(**case)
-        for weights, *others in by_rank:
-            for name, weight in weights.items():
-                assert torch.equal(weight, by_rank[0][0][name]), (case, name)
-                torch.testing.assert_close(weight, expected[0][name], rtol=error, atol=error)
-            for values, first, other in zip(others, by_rank[0][1:], expected[1:], strict=True):
-                assert torch.equal(values, first), case
-                torch.testing.assert_close(values, other, rtol=max(error, 1e-6), atol=error)
+        for results_of_rank in by_rank:
+            for name, values in results_of_rank.items():
+                assert torch.equal(values, by_rank[0][name]), (case, name)
+                tolerance = max(error, 1e-6) if name == "losses" else error
+                torch.testing.assert_close(values, expected[name], rtol=tolerance, atol=error)
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +83,20 @@ def single(flags, tmp_path_factory):
     return run_folder(out)
 
 
-def send_signal(rank, to, signum):
-    """Have one process get a signal after two iterations."""
-    if rank == to:
-        main.train = act_after(2, partial(os.kill, os.getpid(), signum))
+def run_with_signal(to, signum, folder, argv):
+    """Run main.py in two processes, of which one gets a signal after two iterations."""
+
+    def prepare(rank):
+        if rank == to:
+            main.train = act_after(2, partial(os.kill, os.getpid(), signum))
+
+    return run_main_in_processes(2, folder, *argv, prepare=prepare)
 
 
 @pytest.mark.parametrize("to", [0, 1])
 def test_signal_stops_all_ranks(to, flags, single, tmp_path):
     argv = [*flags, tmp_path / "out"]
-    first, second = run_main_in_processes(
-        2, tmp_path, *argv, prepare=lambda rank: send_signal(rank, to, signal.SIGTERM)
-    )
+    first, second = run_with_signal(to, signal.SIGTERM, tmp_path, argv)
     assert first[0] == second[0] == 143 and second[2] == ""
     assert "ended by SIGTERM; --resume continues from iteration 2" in first[2]
     assert "Resuming from iteration 2" in run(*argv, "--resume")  # in one process
@@ -111,9 +105,7 @@ def test_signal_stops_all_ranks(to, flags, single, tmp_path):
 
 def test_killed_rank_stops_all(flags, single, tmp_path):
     argv = [*flags, tmp_path / "out"]
-    first, second = run_main_in_processes(
-        2, tmp_path, *argv, prepare=lambda rank: send_signal(rank, 1, signal.SIGKILL)
-    )
+    first, second = run_with_signal(1, signal.SIGKILL, tmp_path, argv)
     assert second == -signal.SIGKILL and first[0] == 2
     assert "ended by the loss of another process; --resume continues from" in first[2]
     first, *others = run_main_in_processes(3, tmp_path, *argv, "--resume")

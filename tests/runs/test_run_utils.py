@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -29,11 +30,12 @@ def test_flags_win_over_file(tmp_path):
         "dataset: eurosat\nlr: 1e-4\nshots: 4\nflip: false\ncrop_scale: [0.5, 1]\nthreads: null\n"
         "logit_scale: checkpoint\ntemplate: ['a {}.', 'my {}']\n"
     )
+    expected = dict(
+        dataset="eurosat", lr=1e-4, shots=8, t=7, flip=False, crop_scale=[0.5, 1.0], threads=None,
+        logit_scale="checkpoint", template=["a {}.", "my {}"], batch_size=32,
+    )  # fmt: skip
     args = get_arguments(["--config", str(path), "--shots", "8", "--t", "7"])
-    assert (args.dataset, args.lr, args.shots, args.t) == ("eurosat", 1e-4, 8, 7)
-    assert (args.flip, args.crop_scale, args.threads) == (False, [0.5, 1.0], None)
-    assert (args.logit_scale, args.template) == ("checkpoint", ["a {}.", "my {}"])
-    assert args.batch_size == 32
+    assert expected.items() <= vars(args).items()
 
 
 def test_shipped_configs_are_valid():
@@ -118,15 +120,11 @@ def test_bad_config_is_named(text, words, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")]
-)
-def test_run_cli_explains_memory_error(error, capsys):
-    def fail(error):
-        raise error
-
-    assert run_cli(lambda: fail(error)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "memory" in line and "--batch_size" in line
+def test_run_cli_explains_memory_errors(capsys):
+    cpu_error = RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
+    for error in (MemoryError(), cpu_error):
+        assert run_cli(Mock(side_effect=error)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "memory" in line and "--batch_size" in line
     with pytest.raises(RuntimeError):  # a bug keeps its traceback
-        run_cli(lambda: fail(RuntimeError("a bug")))
+        run_cli(Mock(side_effect=RuntimeError("a bug")))

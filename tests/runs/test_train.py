@@ -27,8 +27,6 @@ from optimizers.build import (
 )
 from train import cosine_lrs, evaluate
 
-# torch 2.4 warns about its own autocast in torch.utils.checkpoint.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
