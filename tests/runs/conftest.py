@@ -71,11 +71,9 @@ def resnet_run(data, tmp_path_factory):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """A script in place of Python, for tests of shell scripts.
+    """A script in place of Python, which appends main.py's arguments to calls.txt.
 
-    In place of list_pending.py it prints the runs that are not in finished.txt. In place of main.py
-    it appends its arguments to calls.txt; `--method wait` then runs until it is stopped and writes
-    a checkpoint, `--method fail` ends as if killed.
+    In place of list_pending.py it prints the runs that are not in finished.txt.
     """
     path = tmp_path / "python"
     path.write_text(

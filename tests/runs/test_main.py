@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from commands import read_losses, refused, result_of, run, run_folder
-from dataset_helpers import ELEVEN, change_split, make_dataset
+from dataset_helpers import change_split, make_dataset
 
 import main
 from optimizers.build import METHODS
@@ -24,7 +24,6 @@ def test_methods_share_one_protocol(method, command, tmp_path):
     assert result["method"] == method and result["last_accuracy"] == result["final_accuracy"]
     assert result["selected_iteration"] == result["iterations"] == 4
     delta = read_delta(run_folder(tmp_path / "out") / "weights.safetensors")
-    assert delta.metadata["backbone"].endswith("tiny vit.pt")
     assert len(delta.tensors) == (6 if method == "lora" else 24)
     # The first loss is that of the pretrained weights: same images and augmentation.
     run(*command, "--save_path", tmp_path / "so", "--n_iters", 1)
@@ -52,7 +51,6 @@ def test_best_val_is_reported(command, tmp_path, monkeypatch):
     rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["1"] * 3 + ["0"] * 3
     assert {(row["predicted"], row["probability"]) for row in rows} == {("1", "0.375")}
-    assert {row["predicted_classname"] for row in rows} == {result["classnames"][1]}
 
 
 @pytest.mark.parametrize("uneven", [False, True])
@@ -65,14 +63,6 @@ def test_uneven_classes_print_balanced_accuracy(uneven, command, tmp_path):
     balanced = f"alanced accuracy: {result_of(tmp_path / 'out')['balanced_accuracy']:.2f}. ****\n"
     for out in (printed, again, evaluated):
         assert (balanced in out) == uneven
-
-
-@pytest.mark.parametrize("name", ELEVEN)
-def test_zero_shot_on_each_dataset(name, command, tmp_path):
-    make_dataset(name, tmp_path, per_class=10)
-    out = run(*command, "--root_path", tmp_path, "--dataset", name, "--n_iters", 0)
-    assert out.count("****") == 2 and "Zero-shot CLIP's test accuracy" in out
-    assert not (tmp_path / "out").exists()
 
 
 def test_python_random_only_draws_shots(command, monkeypatch):
@@ -94,7 +84,6 @@ def test_python_random_only_draws_shots(command, monkeypatch):
     [
         (["--root_path", "/no/such/folder"], ["/no/such/folder", "DATASETS.md"]),
         (["--root_path", "a\nb\x1b[31m"], [r"a b\x1b[31m is not a folder"]),
-        (["--dataset", "dtd"], ["dtd", "DTD", "DATASETS.md"]),
         (["--backbone", "main.py"], ["main.py"]),
     ],
 )

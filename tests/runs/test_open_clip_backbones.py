@@ -40,13 +40,10 @@ def check_exports(folder, data, out, predictions):
 
 
 @pytest.mark.parametrize("kind", ["siglip", "bert"])
-def test_open_clip_backbone_runs(kind, data, tmp_path, interrupt):
+def test_open_clip_backbone_runs(kind, flags, data, tmp_path, interrupt):
     write_folder(kind, tmp_path / kind)
-    flags = [
-        "--root_path", data, "--dataset", "eurosat", "--backbone", tmp_path / kind, "--shots", 2,
-        "--n_iters", 3, "--s", 0.99, "--lr", 1e-2, "--num_workers", 0, "--logit_scale", 20,
-    ]  # fmt: skip
-    flags.append("--save_path")
+    extra = ["--backbone", tmp_path / kind, "--lr", 1e-2, "--logit_scale", 20]
+    flags = [*flags[:-1], *extra, "--save_path"]
     whole = [*flags, tmp_path / "whole"]
     out = run(*whole)
     assert " of query, key and value, " in out

@@ -11,7 +11,6 @@ from commands import read_losses, refused, result_of, run, run_folder
 from dataset_helpers import make_dataset
 
 import main
-from optimizers.delta import read_delta
 from run_utils import get_arguments
 from runs.output_dir import lock_output_dir
 
@@ -100,9 +99,6 @@ def test_test_on_other_datasets(method, command, tmp_path):
     for name, entry in transfer.items():
         for key, words in (("zero_shot_accuracy", "Zero-shot CLIP's"), ("final_accuracy", "Final")):
             assert round(entry[key], 2) == printed[f"{words} test accuracy on {name}"]
-        assert set(entry["data"]) == {"split", "digest", "train", "val", "test"}
-    zero_shot = parse_accuracies(run(*command[:6], "--dataset", "imagenet_r"))
-    assert [*zero_shot.values()] == [printed["Zero-shot CLIP's test accuracy on imagenet_r"]]
     # A finished run's saved weights are tested, without training.
     path.unlink()
     again = run(*command)
@@ -168,8 +164,6 @@ def test_wise_scales_what_was_learned(method, command, tmp_path):
     accuracy = f"{result_of(wise_folder)['final_accuracy']:.2f}"
     assert f"Final test accuracy: {accuracy}." in out
     assert read_losses(wise_folder) == read_losses(folder)
-    full, half = (read_delta(f / "weights.safetensors") for f in (folder, wise_folder))
-    assert half.metadata == full.metadata | {"wise": "0.5"}
     command += ["--wise", 0.5, "--eval_only"]
     assert f"Test accuracy: {accuracy}" in run(*command)  # not scaled twice
     (wise_folder / "weights.safetensors").unlink()
