@@ -108,8 +108,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
             stale.unlink()
     except Timeout:
         raise ValueError(
-            f"{output_dir} is in use by another process: wait for its end, or use another "
-            "--save_path"
+            f"{output_dir} is in use by another run; use another --save_path"
         ) from None
     except OSError as error:
         raise ValueError(
