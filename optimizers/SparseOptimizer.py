@@ -371,84 +371,81 @@ class SO(Optimizer):
 
 
 def _single_tensor_so(
-    state: State,
-    g: Tensor,
-    group: Group,
-    score: Score | None,
-    numel: float,
-    segments: Segments = (),
+    state: State, g: Tensor, group: Group, score: Score | None, numel: int, segments: Segments = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the step of the module's docstring on one tensor, whose gradient at S_g is g.
+
+    The union has one slot for each entry of S_m and one for each of S_g, so that its size does not
+    depend on the data: on a GPU the host would have to wait for it. Of the two slots of an entry of
+    both, the first one has its numbers, and the second one is void.
 
     The state gets the next S_m, m and v. `step` has counted t, and `SO._add` writes W.
 
     Returns:
-        The union, what to add to W there, and which of its slots are void, (|S_m| + k,) each.
+        U, what to add to W there, and which of its slots are void, (|S_m| + k,) each.
     """
     (beta1, beta2), t = group["betas"], state["step"].item()
-    bias_corrections = torch.tensor([1 - beta1**t, 1 - beta2**t], dtype=g.dtype, device="cpu")
     S_m, S_g = state["indices"], state["grad_indices"]
-    at_S_m = [beta1 * state["exp_avg"], beta2 * state["exp_avg_sq"]]
-    at_S_g = [(1 - beta1) * g, (1 - beta2) * g.square()]
+    pairs = [
+        (beta1 * state["exp_avg"], (1 - beta1) * g),
+        (beta2 * state["exp_avg_sq"], (1 - beta2) * g.square()),
+    ]
     if "entry_steps" in state:
-        at_S_m.append(state["entry_steps"])
-        at_S_g.append(torch.zeros_like(S_g))
-    U, void, (m, v, *entry_steps) = _unite(S_m, S_g, at_S_m, at_S_g, numel)
-    if entry_steps:
-        t = entry_steps[0].add_(1).to(m.dtype)
+        pairs.append((state["entry_steps"], torch.zeros_like(S_g)))
+    U, rows = torch.cat([S_m, S_g]), [torch.cat(pair) for pair in pairs]
+    if U.is_cpu and len(U) >= LARGE and 16 * len(U) >= numel and not segments:
+        void = _unite_by_table(S_m, S_g, rows, numel)
+    else:
+        U, order = (U.int() if U.is_cpu and numel < 2**31 else U).sort()  # int32 in half the time
+        void = torch.zeros_like(U, dtype=torch.bool)
+        torch.eq(U[1:], U[:-1], out=void[1:])
+        rows = [row.index_select(0, order) for row in rows]
+        for row in rows:
+            row[:-1].add_(row[1:].where(void[1:], 0))
+    m, v, U = *rows[:2], U.long()
+    bias_corrections = torch.tensor([1 - beta1**t, 1 - beta2**t], dtype=m.dtype, device="cpu")
+    if "entry_steps" in state:
+        t = rows[2].add_(1).to(m.dtype)
         bias_corrections = [-torch.expm1(t * math.log(max(b, 1e-300))) for b in (beta1, beta2)]
     bias_correction1, bias_correction2 = bias_corrections
     denom = (v / bias_correction2).sqrt_().add_(group["eps"])
     update = (-group["lr"] / bias_correction1 * m).div_(denom).masked_fill_(void, 0)
     importance = m.abs() if score is None else score(U, m, S_m)
     keep = _topk(importance.masked_fill_(void, -1), segments or [(len(U), len(S_g))])
-    for name, row in zip(STATE_NAMES[2:], (U, m, v, *entry_steps)):
+    for name, row in zip(STATE_NAMES[2:], (U, *rows)):
         state[name] = row.index_select(0, keep)
     return U, update, void
 
 
-def _unite(
-    S_m: Tensor, S_g: Tensor, at_S_m: list[Tensor], at_S_g: list[Tensor], numel: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Add rows of numbers at S_m to rows of numbers at S_g, on the union of both.
+def _unite_by_table(S_m: Tensor, S_g: Tensor, rows: list[Tensor], numel: int) -> Tensor:
+    """Add numbers at S_g to those at S_m in each row, with a table of the tensor's size.
 
-    The union has one slot for each entry of S_m and one for each of S_g, so that its size does not
-    depend on the data: on a GPU the host would have to wait for it. Of the two slots of an entry of
-    both, the first one has the sum, and the second one is void. Slots are sorted, but from a
-    density of 1/32 on a table of the tensor's size, which tells where S_m has an entry, is faster.
+    Returns which slots are void: those of S_g where S_m has the entry.
     """
-    U, rows = torch.cat([S_m, S_g]), [torch.cat(pair) for pair in zip(at_S_m, at_S_g)]
-    if len(U) < LARGE or 16 * len(U) < numel or not U.is_cpu:
-        U, order = U.sort()
-        void = torch.zeros_like(U, dtype=torch.bool)
-        void[1:] = U[1:] == U[:-1]
-        rows = [row.index_select(0, order) for row in rows]
-        for row in rows:
-            row[:-1].add_(row[1:].where(void[1:], 0))
-        return U, void, rows
     table = torch.empty(numel, dtype=torch.int32, device="cpu")  # right at S_m, garbage elsewhere
     table.scatter_(0, S_m, torch.arange(len(S_m), dtype=torch.int32, device="cpu"))
     slot = table.index_select(0, S_g).clamp_(0, len(S_m) - 1)
     both = (S_m.index_select(0, slot) == S_g).nonzero().view(-1)
-    for row, new in zip(rows, at_S_g):
-        row.index_add_(0, slot.index_select(0, both), new.index_select(0, both))
-    return U, torch.zeros_like(U, dtype=torch.bool).index_fill_(0, both + len(S_m), True), rows
+    slot, both = slot.index_select(0, both), both.add_(len(S_m))
+    for row in rows:
+        row.index_add_(0, slot, row.index_select(0, both))
+    return torch.zeros_like(rows[0], dtype=torch.bool).index_fill_(0, both, True)
 
 
 def _topk(score: Tensor, segments: Segments) -> Tensor:
     """Positions of the k highest scores in each (size, k) of the segments of a row."""
     positions, start = [], 0
     for (size, k), same in groupby(segments):
-        end = start + size * len(list(same))
-        rows = score[start:end].view(-1, size)
+        rows = score[start : start + size * len(list(same))].view(-1, size)
         if size < LARGE or score.dtype != torch.float32 or not score.is_cpu:
+            first = torch.arange(start, start + rows.numel(), size, device=score.device)
             best = rows.topk(k, sorted=False).indices
+            positions.append(best.add_(first[:, None]).view(-1))
         else:
-            best = torch.stack([_topk_by_counting(row, k) for row in rows])
-        first = torch.arange(start, end, size, device=score.device)
-        positions.append((first[:, None] + best).view(-1))
-        start = end
-    return torch.cat(positions)
+            for number, row in enumerate(rows):
+                positions.append(_topk_by_counting(row, k).add_(start + number * size))
+        start += rows.numel()
+    return torch.cat(positions) if len(positions) > 1 else positions[0]
 
 
 def _topk_by_counting(score: Tensor, k: int) -> Tensor:
@@ -483,15 +480,12 @@ def _multi_tensor_so(
     for name in ("grad_indices", "indices"):
         counts.append([len(state[name]) for state in states])
         joint[name] = joint[name] + _repeat(offsets, counts[-1], joint[name])
-        if joint[name].is_cpu and sum(numels) < 2**31:
-            joint[name] = joint[name].int()  # is sorted in half the time
     ks, sizes = counts[0], list(map(sum, zip(*counts)))
     segments = list(zip(sizes, ks))
-    U, update, void = _single_tensor_so(
-        joint, torch.cat(gradients), group, score, math.inf, segments
-    )
-    U = U.long() - _repeat(offsets, sizes, U)
-    joint["indices"] = joint["indices"].long() - _repeat(offsets, ks, U)
+    g, numel = torch.cat(gradients), sum(numels)
+    U, update, void = _single_tensor_so(joint, g, group, score, numel, segments)
+    U = U - _repeat(offsets, sizes, U)
+    joint["indices"] = joint["indices"] - _repeat(offsets, ks, U)
     for name in names[1:]:  # all but S_g
         parts = [joint[name].new_empty(k) for k in ks]  # a view would keep the joint row alive
         torch.split_with_sizes_copy(joint[name], ks, out=parts)
