@@ -28,15 +28,11 @@ from run_utils import get_parser
 
 CASES = int(os.environ.get("FUZZ_CASES", 20))  # inputs of each target
 NOTE = re.compile(r"note: |.*; using a split made from the raw data|.*\d\w*/s(, .*)?$")
-
-# Random values
-
-NUMBERS = [0, 1, -1, 2, 7, 10**6, 2**31, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, True]
-NUMBERS += [float("nan"), float("inf"), -float("inf")]
+NUMBERS = [0, 1, -1, 2, 10**6, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), True]
 TEXTS = [
     "", " ", "-", "--", "..", "../../outside.jpg", "/etc/passwd", "a/../b", "~nosuchuser/x", "\0",
     "a\nb", "\x1b[31m", "\ud800", "日本語", "{}", "{0.x}", "%s", "$(touch pwned)", "'", "a" * 300,
-    "a/" * 600, "true", "1", "C:\\x",
+    "a/" * 600, "true", "1", "C:\\x", "=", "a=b", "0x10", "٣", "[1]", "9" * 5000, "-h", "--datset",
 ]  # fmt: skip
 
 
@@ -65,45 +61,34 @@ def corrupt_state(rng, state):
 
 
 def corrupt_zip(rng, data):
-    """Corrupt an entry of a zip file, most often its pickle; the checksums are right."""
+    """Corrupt a pickle in a zip file; the checksums are right."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
-        pickles = [name for name in old.namelist() if name.endswith(".pkl")]
-        chosen = rng.choice(pickles if rng.random() < 0.8 else old.namelist())
         for name in old.namelist():
             content = old.read(name)
-            new.writestr(name, corrupt(rng, content) if name == chosen else content)
+            new.writestr(name, corrupt(rng, content) if name.endswith(".pkl") else content)
     return file.getvalue()
 
 
 # Targets
 
 
-def run_main(shared, *flags):
-    """A short run of main.py with these flags, too."""
-    argv = ["--dataset", "digits", "--root_path", shared / "data", "--backbone", "ViT-Tiny/8"]
-    argv += ["--n_iters", 2, "--shots", 1, "--num_workers", 0, "--threads", 1, "--save_path", "out"]
-    return lambda: call_main(*argv, *flags)
-
-
-ODD = ["=", "a=b", "1e-400", "0x10", "٣", "1 ", "[1]", "{a: 1}", "9" * 5000, "-h", "--datset"]
-ODD += [*map(str, NUMBERS), *(text for text in TEXTS if text not in ("\0", "\ud800"))]
-SLOW = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), ("1000000",))
-SLOW |= {"threads": ("2", "7", "٣")}  # more threads than free cores are many times slower
-
-
 def flags(rng, shared):
     """A command line."""
-    argv = []
+    slow = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), ("1000000",))
+    slow |= {"threads": ("2", "٣")}  # more threads than free cores are many times slower
+    odd = [*map(str, NUMBERS), *(text for text in TEXTS if text not in ("\0", "\ud800"))]
+    argv = ["--dataset", "digits", "--root_path", shared / "data", "--backbone", "ViT-Tiny/8"]
+    argv += ["--n_iters", 2, "--shots", 1, "--num_workers", 0, "--threads", 1, "--save_path", "out"]
     actions = [action for action in get_parser()._actions if action.dest != "save_path"]
     for _ in range(rng.randint(1, 6)):
         action = rng.choice(actions)
         usual = action.choices or ["1", "0.5", "2", "digits", "eurosat", "ViT-Tiny/8", "cpu", "."]
-        words = [*ODD, *usual] if rng.random() < 0.5 else usual
-        words = [word for word in words if word not in SLOW.get(action.dest, ())]
+        words = [*odd, *usual] if rng.random() < 0.5 else usual
+        words = [word for word in words if word not in slow.get(action.dest, ())]
         count = {None: 1, "+": 2}.get(action.nargs, action.nargs)
         argv += [rng.choice(action.option_strings), *rng.choices(words, k=count)]
-    return run_main(shared, *argv)
+    return lambda: call_main(*argv)
 
 
 def split_file(rng, shared):
@@ -120,16 +105,14 @@ def split_file(rng, shared):
     return lambda: build_dataset("eurosat", ".", 1)
 
 
-MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"]
-FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "EPS"]
-
-
 def image(rng, shared):
     """An image."""
     width, height, file = rng.choice((1, 2, 9, 65)), rng.choice((1, 8, 40)), io.BytesIO()
     picture = Image.frombytes("L", (width, height), rng.randbytes(width * height))
+    modes = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"]
+    formats = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "EPS"]
     try:
-        picture.convert(rng.choice(MODES)).save(file, rng.choice(FORMATS))
+        picture.convert(rng.choice(modes)).save(file, rng.choice(formats))
     except Exception:  # there is no such conversion, or the format has no such mode
         picture.save(file, "PNG")
     path = Path(f"an image.{rng.choice(('jpg', 'tif', 'txt', ''))}")
@@ -144,8 +127,6 @@ def backbone(rng, shared):
     data = (corrupt_zip if data[:2] == b"PK" and rng.random() < 0.5 else corrupt)(rng, data)
     path = Path(rng.choice((good.name, good.name, "a.safetensors", "b.pt")))
     path.write_bytes(data)
-    if rng.random() < 0.1:
-        return run_main(shared, "--backbone", path)
     return lambda: clip.load(path, "cpu")
 
 
@@ -174,12 +155,10 @@ def test_random_inputs_are_read_or_refused(target, shared, tmp_path, monkeypatch
         read = target(random.Random(f"{target.__name__} {case}"), shared)
         status, err = 0, ""
         try:
-            if isinstance(outcome := read(), tuple):
-                status, _, err = outcome
+            if isinstance(result := read(), tuple):
+                status, _, err = result
         except (ValueError, FileNotFoundError) as error:
             status, err = 2, str(error)
         lines = [line for line in err.splitlines() if line and not NOTE.match(line)]
-        if status:
-            assert status == 2 and len(lines) == 1 and lines[0].isprintable(), (case, err)
-        else:
-            assert lines == [], case
+        assert status in (0, 2) and len(lines) == status // 2, (case, err)
+        assert "".join(lines).isprintable(), (case, err)
