@@ -145,16 +145,8 @@ class Device(TorchDispatchMode):
         if name == "copy_":
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             return self.copy(location(args[0]), non_blocking)
-        if name in INDEXING and location(args[0]) == "cuda":
-            indices = {id(t) for t in tensors(args[1]) if location(t) == "cpu"}
-            if all(id(t) in indices or t.dim() == 0 for t in host):
-                return self.wait("copy of indices") if indices else None
-        arguments = func._schema.arguments
-        bound = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
-        written = [bound.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
         pointwise = torch.Tag.pointwise in func.tags or name.startswith("_foreach")
-        lenient = (pointwise or name in TAKES_HOST_SCALARS) and all(t.dim() == 0 for t in host)
-        if not lenient or any(location(t) == "cpu" for t in tensors(written)):
+        if not (pointwise or name in TAKES_HOST_SCALARS) or any(t.dim() for t in host):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"cuda:0 and cpu! ({name}, {calling_line()})"
@@ -256,9 +248,6 @@ def factory(make: Callable[..., Tensor], device: Device) -> Callable[..., Tensor
         if goal == "cuda":
             refuse_generator(kwargs)
         kwargs |= {"device": "cpu"} if goal else {}
-        if make.__name__ in FROM_DATA and args and isinstance(args[0], Tensor):
-            result = mark(make(*args, **kwargs), location(args[0]))
-            return result.to(goal) if goal else result
         result = make(*args, **kwargs)
         if goal == "cuda" and make.__name__ in FROM_DATA:
             device.copy(goal, non_blocking=False)

@@ -11,6 +11,7 @@ MIXTURES = {
     "a sum": lambda x, y: x + y,
     "a product": lambda x, y: x @ y,
     "an array": lambda x, y: x.numpy(),
+    "indices": lambda x, y: x.index_select(0, y[0].long()),
     "a generator": lambda x, y: x.normal_(generator=torch.Generator()),
 }
 WAITS = {
@@ -18,7 +19,6 @@ WAITS = {
     "to": lambda x: torch.ones(N).to(x.device),
     "nonzero": lambda x: x.nonzero(),
     "a mask": lambda x: x[x > 0],
-    "indices": lambda x: x[torch.tensor([0, 1])],
 }
 NO_WAITS = {
     "a pinned copy": lambda x: torch.ones(N, N).pin_memory().to(x.device, non_blocking=True),
