@@ -1,8 +1,4 @@
-"""Small copies of every dataset's real folder layout: images, lists, .mat files, split files.
-
-Written from the layouts themselves; test_build.py and test_readers.py check the few names that are
-the catalog's.
-"""
+"""Small copies of every dataset's real folder layout: images, lists, .mat files, split files."""
 
 import io
 import json
@@ -66,10 +62,7 @@ NAMES = {
         "Volvo 240 Sedan 1993": "1993 Volvo 240 Sedan",
     },
     "food101": {name: name for name in ("apple_pie", "baby_back_ribs", "baklava")},
-    "oxford_pets": {
-        "Abyssinian": "abyssinian", "american_bulldog": "american_bulldog",
-        "american_pit_bull_terrier": "american_pit_bull_terrier",
-    },
+    "oxford_pets": {"Abyssinian": "abyssinian", "pug": "pug", "shiba_inu": "shiba_inu"},
     "oxford_flowers": {
         name: name for name in ("pink primrose", "hard-leaved pocket orchid", "canterbury bells")
     },
@@ -177,9 +170,6 @@ PATHS = {
 }
 
 
-# The lists of the raw downloads
-
-
 def _fgvc(folder: Path, names: list[str], parts: Parts) -> None:
     _write_lines(folder / "variants.txt", names)
     for part in SPLITS:
@@ -192,9 +182,8 @@ def _cars(folder: Path, names: list[str], parts: Parts) -> None:
     cell = np.empty((1, len(names)), dtype=object)
     cell[0] = names
     savemat(folder / "devkit/cars_meta.mat", {"class_names": cell})
-    for file, entries in _two_lists(
-        parts, "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
-    ):
+    files = ("devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+    for file, entries in _two_lists(parts, *files):
         kind = [(key, object) for key in ("bbox_x1", "class", "fname")]
         rows = [(1.0, float(label + 1), Path(path).name) for path, label, _ in entries]
         savemat(folder / file, {"annotations": np.array([rows], dtype=kind).reshape(1, -1)})
@@ -224,8 +213,7 @@ def _ucf101(folder: Path, names: list[str], parts: Parts) -> None:
     lists = folder / "ucfTrainTestlist"
     _write_lines(lists / "classInd.txt", [f"{i + 1} {name}" for i, name in enumerate(names)])
     for file, entries in _two_lists(parts, "trainlist01.txt", "testlist01.txt"):
-        number = " {}" if file == "trainlist01.txt" else ""  # only this one has labels
-        line = "{}/{}.avi" + number
+        line = "{}/{}.avi {}" if file == "trainlist01.txt" else "{}/{}.avi"  # without labels
         lines = [line.format(names[i], Path(path).stem, i + 1) for path, i, _ in entries]
         _write_lines(lists / file, lines)
 
@@ -249,9 +237,6 @@ def _two_lists(parts: Parts, training: str, testing: str) -> list[tuple[str, lis
 def _write_lines(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
-
-
-# ImageNet and its variants
 
 
 def _write_imagenet(name: str, folder: Path, classes: int, per_class: int, size: Size) -> None:

@@ -23,9 +23,6 @@ def complete(request, tmp_path_factory):
     return root, request.param
 
 
-# The catalog
-
-
 @pytest.mark.parametrize("name", DATASETS)
 def test_datasets_md_describes_each_row(name):
     assert tuple(DATASETS) == tuple(LAYOUTS)
@@ -48,17 +45,13 @@ def test_imagenet_classnames_are_clips():
     assert list(names) == list(open_clip.IMAGENET_CLASSNAMES)
 
 
-# The draw
-
-
 def restated_draw(entries, count, rng):
     """The specification's draw, written again: classes by first appearance, sample or choices."""
     drawn = []
     for label in dict.fromkeys(label for _, label, _ in entries):
         group = [entry for entry in entries if entry[1] == label]
-        drawn.append(
-            rng.sample(group, count) if len(group) >= count else rng.choices(group, k=count)
-        )
+        draw = rng.sample if len(group) >= count else rng.choices
+        drawn.append(draw(group, k=count))
     return drawn
 
 
@@ -75,10 +68,8 @@ def test_draw_follows_the_specification(complete, name, shots):
         drawn = restated_draw(parts["train"], shots + num_val, rng)
         val, train = [group[shots:] for group in drawn], [group[:shots] for group in drawn]
     else:
-        val, train = (
-            restated_draw(parts["val"], num_val, rng),
-            restated_draw(parts["train"], shots, rng),
-        )
+        val = restated_draw(parts["val"], num_val, rng)
+        train = restated_draw(parts["train"], shots, rng)
     random.seed(7)
     dataset = build_dataset(name, complete[0], shots)
     for items, expected in (
@@ -95,9 +86,6 @@ def test_draw_follows_the_specification(complete, name, shots):
 def test_imagenet_needs_enough_images(complete):
     with pytest.raises(ValueError, match="'tench' has 8 training images, but 5 shots take 9"):
         build_dataset("imagenet", complete[0], 5)
-
-
-# Base and new classes
 
 
 def test_base_and_new_share_draw(tmp_path):
@@ -135,9 +123,6 @@ def test_base_and_new_fingerprints_differ(tmp_path):
     assert dataset_fingerprint("dtd", tmp_path, subsample="base") == before
 
 
-# Fingerprints
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_fingerprint_ignores_place_and_draw(complete, tmp_path, capsys, name):
     root, convention = complete
@@ -162,9 +147,6 @@ def test_fingerprint_notices_changes(tmp_path):
     change_split(folder, lambda split: split["val"].append(split["train"].pop()))
     digests.add(dataset_fingerprint("eurosat", tmp_path)["digest"])
     assert len(digests) == 3
-
-
-# Notes and refusals
 
 
 def test_unpublished_counts_are_noted(tmp_path, capsys, monkeypatch):

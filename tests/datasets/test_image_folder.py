@@ -40,14 +40,16 @@ def write_folder(folder, names="cat dog", extension=".jpg"):
     return write_class_folders(folder, dict.fromkeys(names.split(), 6), [extension])
 
 
-def write_list(folder, rows, header="path,label", sep=",", encoding="utf-8", name="list.csv"):
+def write_list(folder, rows, header="path,label", sep=","):
     lines = [header.replace(",", sep), *(sep.join(map(str, row)) for row in rows)]
-    (folder / name).write_text("\n".join(lines), encoding=encoding)
-    return folder / name
+    (folder / "list.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    return folder / "list.csv"
 
 
-def rows(names="cat dog"):
-    return [(f"{name}/{i}.jpg", name) for name in names.split() for i in range(6)]
+def rows(folder):
+    """A row for each image of class folders: its path from the folder above, and its class."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder.parent)), path.parent.name) for path in files]
 
 
 def build(name, shots=2, root=None, **options):
@@ -133,17 +135,11 @@ def test_known_name_wins_over_folder(tmp_path, monkeypatch):
     assert dataset_name("my.set") == "my.set" and dataset_name("x/some.csv") == "some"
 
 
-def list_rows(folder):
-    """A row for each image of class folders: its path from the folder above, and its class."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(str(path.relative_to(folder.parent)), path.parent.name) for path in files]
-
-
 @pytest.mark.parametrize("sep, first", [(",", ""), (";", ""), ("\t", ""), (";", "sep=;\n")])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_csv_is_divided_as_folder(photos, sep, first, absolute):
-    rows = [(photos.parent / path if absolute else path, name) for path, name in list_rows(photos)]
-    table = build(write_list(photos.parent, rows, f"{first}path,label", sep, "utf-8-sig"))
+    lines = [(photos.parent / path if absolute else path, name) for path, name in rows(photos)]
+    table = build(write_list(photos.parent, lines, f"{first}path,label", sep))
     folder = build(photos)
     assert table.name == "list" and (table.train_x, table.val) == (folder.train_x, folder.val)
     assert table.test == folder.test
@@ -153,7 +149,7 @@ def test_csv_is_divided_as_folder(photos, sep, first, absolute):
 @pytest.mark.parametrize("words", [SPLITS, ("Train", "valid", "TEST")])
 def test_csv_keeps_parts_and_numbers(photos, words):
     number = dict(zip(SIZES, (10, 9, -1), strict=True))
-    table = [(words[n % 3], number[name], path) for n, (path, name) in enumerate(list_rows(photos))]
+    table = [(words[n % 3], number[name], path) for n, (path, name) in enumerate(rows(photos))]
     dataset = build(write_list(photos.parent, table, "Split,label,path"))
     assert dataset.classnames == ["-1", "9", "10"] and counts(dataset) == [9, 9, 9]
     images = [f"{photos.parent}/{path}" for _, _, path in table[2::3]]
@@ -231,8 +227,6 @@ def test_bad_input_is_refused(tmp_path, what, content, message):
     assert message.format(tmp_path) in refusal(**options)
 
 
-# What is left out, named twice, or written otherwise
-
 IGNORED = {
     "HEIC": (lambda f: f.with_suffix(".HEIC").write_bytes(b"\0\0\0\x18ftypheic"), "convert"),
     "DICOM": (lambda f: f.with_suffix("").write_bytes(b"\0" * 128 + b"DICM"), "convert to 16"),
@@ -266,10 +260,10 @@ def test_images_are_taken_by_content(tmp_path, capsys, extension):
     assert "not taken" not in capsys.readouterr().err
 
 
-def test_repeated_lines_are_dropped(tmp_path, capsys):
-    once = build(write_list(write_folder(tmp_path), rows()))
-    twice = build(write_list(tmp_path, rows() * 2))
-    assert twice == once and "12 repeated lines of" in capsys.readouterr().err
+def test_repeated_lines_are_dropped(photos, capsys):
+    once = build(write_list(photos.parent, rows(photos)))
+    twice = build(write_list(photos.parent, rows(photos) * 2))
+    assert twice == once and "27 repeated lines of" in capsys.readouterr().err
 
 
 def test_checker_lists_equal_images(tmp_path, capsys):
@@ -309,8 +303,8 @@ def test_names_are_compared_in_nfc(tmp_path, capsys):
     mac, linux = (build(tmp_path / name, classnames=names) for name in ("mac", "linux"))
     assert mac.classnames == linux.classnames == ["greenfinch", "owl"]
     assert mac.fingerprint == linux.fingerprint
-    table = build(write_list(tmp_path / "mac", rows("Grünfink Käuzchen")))
-    assert table.classnames == ["Grünfink", "Käuzchen"]
+    paths = [(f"{name}/{i}.jpg", name) for name in ("Grünfink", "Käuzchen") for i in range(6)]
+    assert build(write_list(tmp_path / "mac", paths)).classnames == ["Grünfink", "Käuzchen"]
     (tmp_path / "few.json").write_text(dump_fewshot_split(build(tmp_path / "linux")))
     assert len(build(tmp_path / "mac", fewshot_split=tmp_path / "few.json").train_x) == 4
     write_folder(tmp_path / "mac", "Grünfink")
