@@ -20,14 +20,7 @@ from torch import Tensor
 
 import clip
 from clip import CLIP
-from optimizers.delta import (
-    Delta,
-    apply_delta,
-    interpolate_weights_,
-    read_delta,
-    save_delta,
-    state_dict_sha256,
-)
+from optimizers import delta as deltas
 from run_utils import OneLineErrorParser, backbone_arg, bounded_number
 from runs.cli import run_cli
 from runs.weights import resolve_base, save_state_dict
@@ -36,7 +29,6 @@ COLUMNS = ("matrix", "shape", "entries", "share, %", "bytes", "bytes of all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="delta.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     alpha = bounded_number(float, 0)
@@ -62,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect(file: Path) -> str:
     """Return a table of a delta's tensors and their sum, and its metadata."""
-    delta = read_delta(file)
+    delta = deltas.read_delta(file)
     rows = []  # name, shape, changed entries, entries, bytes, bytes of the whole tensor
     for name, (indices, values, shape) in delta.tensors.items():
         entries, nbytes = math.prod(shape), indices.nbytes + values.nbytes
@@ -83,7 +75,7 @@ def apply(file: Path, out: Path, base: str | None) -> str:
     """Write the trained weights as a full checkpoint."""
     delta, base_path = open_delta(file, base, out, file)
     state, model = read_clip(base_path)
-    apply_delta(model, delta)
+    deltas.apply_delta(model, delta)
     trained = {name: model.get_parameter(name) for name in delta.tensors}
     save_state_dict(out, state | trained)
     entries = sum(len(change.indices) for change in delta.tensors.values())
@@ -96,11 +88,11 @@ def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     model, _ = clip.load(base or delta.metadata["backbone"], "cpu")
     trained = {name: model.get_parameter(name).detach() for name in delta.tensors}
     before = {name: weight.clone() for name, weight in trained.items()}
-    apply_delta(model, delta)
-    interpolate_weights_(trained, before, alpha)
+    deltas.apply_delta(model, delta)
+    deltas.interpolate_weights_(trained, before, alpha)
     wise = f"{float(delta.metadata.get('wise', 1)) * alpha:g}"
     metadata = delta.metadata | {"wise": wise}
-    save_delta(out, trained, before, metadata["base_digest"], **metadata)
+    deltas.save_delta(out, trained, before, metadata["base_digest"], **metadata)
     return f"{out}: {file}, scaled by {alpha:g}"
 
 
@@ -108,16 +100,16 @@ def revert(full: Path, file: Path, out: Path, base: str | None) -> str:
     """Write the base again, if the full weights are the base with the delta applied."""
     delta, base_path = open_delta(file, base, out, full, file)
     state, model = read_clip(base_path)
-    apply_delta(model, delta)
-    if state_dict_sha256(model) != state_dict_sha256(read_clip(full)[1]):
+    deltas.apply_delta(model, delta)
+    if deltas.state_dict_sha256(model) != deltas.state_dict_sha256(read_clip(full)[1]):
         raise ValueError(f"{full} is not what {file} makes of {base_path}: name what `apply` wrote")
     save_state_dict(out, state)
     return f"{out}: {base_path}, without {file}"
 
 
-def open_delta(file: Path, base: str | None, out: Path, *inputs: Path) -> tuple[Delta, Path]:
+def open_delta(file: Path, base: str | None, out: Path, *inputs: Path) -> tuple[deltas.Delta, Path]:
     """Return a delta and the path of its base; a ValueError if `out` would replace an input."""
-    delta = read_delta(file)
+    delta = deltas.read_delta(file)
     base_path = resolve_base(delta, base)
     if out.exists() and any(out.samefile(path) for path in (*inputs, base_path)):
         raise ValueError(f"--out {out} would replace what it is made from: give another name")

@@ -61,7 +61,6 @@ image = image.resize((width, height), Image.{0}).crop((left, top, left + side, t
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="export.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("source", type=Path, metavar="RUN_OR_WEIGHTS", help="folder of a run, or its weights")
@@ -157,20 +156,29 @@ def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
     """Write a folder that transformers' CLIPModel and CLIPProcessor load."""
     if hasattr(model.visual, "attnpool"):
         raise ValueError("transformers has no CLIP with a ResNet: use --to open_clip or onnx")
+    sizes, side = infer_model_args(model.state_dict()), model.visual.input_resolution
     tokenizer = SimpleTokenizer.from_vocab_size(model.vocab_size)
-    side = model.visual.input_resolution
+    activation = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[model.activation]
     config = {
         "model_type": "clip",
-        "projection_dim": model.text_projection.shape[1],
+        "projection_dim": sizes["embed_dim"],
         "vision_config": {
-            **hf_tower_config(model.visual.transformer, model.activation),
+            "hidden_act": activation,
+            "hidden_size": sizes["vision_width"],
+            "intermediate_size": sizes["vision_mlp"],
+            "num_hidden_layers": sizes["vision_layers"],
+            "num_attention_heads": model.heads[0],
             "image_size": side,
-            "patch_size": model.visual.conv1.kernel_size[0],
+            "patch_size": sizes["vision_patch_size"],
         },
         "text_config": {
-            **hf_tower_config(model.transformer, model.activation),
-            "vocab_size": model.vocab_size,
-            "max_position_embeddings": model.context_length,
+            "hidden_act": activation,
+            "hidden_size": sizes["transformer_width"],
+            "intermediate_size": sizes["transformer_mlp"],
+            "num_hidden_layers": sizes["transformer_layers"],
+            "num_attention_heads": model.heads[1],
+            "vocab_size": sizes["vocab_size"],
+            "max_position_embeddings": sizes["context_length"],
             "bos_token_id": tokenizer.start,
             "eos_token_id": tokenizer.end,
         },
@@ -192,18 +200,6 @@ def to_transformers(model: CLIP, run: Run | None, folder: Path) -> None:
     write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
     save_state_dict(folder / "model.safetensors", convert_to_hf(model.state_dict()))
-
-
-def hf_tower_config(tower: nn.Module, activation: str) -> dict[str, object]:
-    """The sizes of a tower, as transformers calls them."""
-    block = tower.resblocks[0]
-    return {
-        "hidden_act": {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}[activation],
-        "hidden_size": block.mlp.c_fc.in_features,
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "num_attention_heads": block.attn.num_heads,
-        "num_hidden_layers": len(tower.resblocks),
-    }
 
 
 def to_onnx(model: CLIP, run: Run | None, folder: Path) -> None:

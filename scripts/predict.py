@@ -38,7 +38,6 @@ BATCH_SIZE = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="predict.py", description=__doc__.split("\n\n")[2])
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_FOLDER", help="folder of a run that saved its weights")

@@ -47,7 +47,6 @@ PER_CLASS, SEED = 20, 0  # glyphs of each class in the test set, and the seed of
 
 
 def main() -> int:
-    """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="collect.py", description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=Path(), help="folder with results (.)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/digits", help="folder to write")
@@ -56,11 +55,7 @@ def main() -> int:
 
 
 def collect(root: Path, out: Path) -> None:
-    """Write the files of all finished runs below a folder.
-
-    Raises:
-        ValueError: A result is damaged, or runs are of several commits.
-    """
+    """Write the files of all finished runs below a folder, which must be of one commit."""
     torch.set_num_threads(1)
     rows, curves = {}, []
     for name in EXPERIMENTS:
@@ -121,10 +116,7 @@ def make_curve(run: Run, key: list) -> list[list]:
 
 
 def evaluate_weights(run: Run, alphas: Sequence[float]) -> dict[float, tuple[float, float]]:
-    """Return accuracies on task and glyphs by alpha, of the weights base + alpha (trained - base).
-
-    {} if the run saved no weights.
-    """
+    """Return accuracies on task and glyphs by alpha; {} if the run saved no weights."""
     weights, points = run.folder / "weights.safetensors", {}
     for alpha in alphas if weights.is_file() else ():
         model, _ = clip.load("ViT-Tiny/8", "cpu")
@@ -145,10 +137,7 @@ def load_test_sets(name: str) -> list[tuple[Tensor, Tensor, Sequence[str]]]:
 
 
 def glyph_test_set() -> tuple[Tensor, Tensor]:
-    """Draw a test set of the pre-training's classes: normalized images (1400, 3, 32, 32), labels.
-
-    They are distorted as in pre-training, from a seed that it did not use.
-    """
+    """Draw images (1400, 3, 32, 32) of the pre-training's classes from another seed; and labels."""
     generator = Generator().manual_seed(SEED)
     distances, labels = glyphs.draw_glyphs()
     chosen = []

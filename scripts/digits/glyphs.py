@@ -87,7 +87,7 @@ def draw_glyphs() -> tuple[Tensor, Tensor]:
     """
     shapes = torch.stack([to_distances(draw_shape(name)) for name in SHAPES])
     characters, labels = draw_characters("".join(CHARACTERS.values()), FONTS)
-    shape_labels = torch.arange(len(SHAPES)) + len(CHARACTERS)
+    shape_labels = torch.arange(len(CHARACTERS), len(CLASSNAMES))
     return torch.cat([characters, shapes]), torch.cat([labels, shape_labels])
 
 

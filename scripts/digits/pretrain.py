@@ -47,7 +47,6 @@ LOG_EVERY = 250  # steps
 
 
 def main() -> None:
-    """Read the flags and train."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1, help="of the weights and of all data")
     parser.add_argument("--steps", type=int, default=3000, help="batches of 128")
@@ -115,22 +114,16 @@ class GlyphCaptionDataset:
         self.count = torch.bincount(labels)
         self.weights = torch.ones(len(glyphs.CLASSNAMES))
         self.weights[: len(digits.CLASSNAMES)] = DIGIT_WEIGHT
-        self.captions = model.tokenize(
-            [
-                template.format(color + name).replace("a orange", "an orange")
-                for name in glyphs.CLASSNAMES
-                for color in ["", *(f"{color} " for color in glyphs.COLORS)]
-                for template in TEMPLATES
-            ]
-        )
+        texts = [
+            template.format(color + name).replace("a orange", "an orange")
+            for name in glyphs.CLASSNAMES
+            for color in ["", *(f"{color} " for color in glyphs.COLORS)]
+            for template in TEMPLATES
+        ]
+        self.captions = model.tokenize(texts)
 
     def batch(self, strength: float, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw one batch, distorted by a strength from 0 to 1.
-
-        Returns:
-            Normalized images (B, 3, 32, 32), the batch's different captions (U, L), and which of
-            them are true of which image (B, U), bool.
-        """
+        """Draw images (B, 3, 32, 32), their different captions (U, L), and which match (B, U)."""
         classes = torch.multinomial(self.weights, BATCH_SIZE, replacement=True, generator=generator)
         fonts = (torch.rand(BATCH_SIZE, generator=generator) * self.count[classes]).long()
         distances = self.distances[self.first[classes] + fonts]
@@ -142,21 +135,15 @@ class GlyphCaptionDataset:
         color_words = torch.where(names_color, colors + 1, 0)  # 0: no color
         captions = (classes * per_class + color_words * len(TEMPLATES) + templates).unique()  # (U,)
         caption_colors = captions % per_class // len(TEMPLATES) - 1
-        is_match = (captions // per_class == classes[:, None]) & (
-            (caption_colors == -1) | (caption_colors == colors[:, None])
-        )  # (B, U)
+        is_color = (caption_colors == -1) | (caption_colors == colors[:, None])  # (B, U)
+        is_match = (captions // per_class == classes[:, None]) & is_color
         tokens = self.captions[captions]
         length = int(tokens.argmax(dim=1).max()) + 1  # nothing follows the end of a text
         return glyphs.normalize(images), tokens[:, :length], is_match
 
 
 def contrastive_loss(logits: Tensor, is_match: Tensor) -> Tensor:
-    """Return CLIP's symmetric loss where images and captions have several matches each.
-
-    Args:
-        logits: Scaled similarities (B, U).
-        is_match: Which captions are true of which images (B, U); at least one in a row or column.
-    """
+    """Return CLIP's symmetric loss of similarities (B, U), where a row has one match or several."""
     loss = torch.zeros(())
     for scores, match in ((logits, is_match), (logits.T, is_match.T)):
         target = match / match.sum(dim=1, keepdim=True)

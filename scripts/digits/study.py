@@ -48,7 +48,6 @@ StudyRun = SimpleNamespace  # with the columns of runs.csv and the attributes of
 
 
 def main() -> int:
-    """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="study.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=PAGE.parent, help="folder to write")
     return run_cli(lambda: write_page(parser.parse_args().out), parser.prog)
