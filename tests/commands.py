@@ -3,15 +3,18 @@
 import csv
 import io
 import json
+import re
 import signal
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import main
 import train
 from runs import cli
 from runs.signals import Preempted
 
+PROGRAM = re.compile(r"\w+\.py[ :]")  # a message begins with its program
 OUTCOME_FILES = ("curve.csv", "weights.safetensors", "predictions.csv", "fewshot.json")
 OUTCOME_KEYS = (
     "zero_shot_accuracy", "final_accuracy", "last_accuracy", "iterations", "selected_iteration",
@@ -30,25 +33,27 @@ def call(run, *argv):
     return status, out.getvalue(), err.getvalue()
 
 
-def call_main(*argv):
-    """`call` of main.py."""
-    return call(lambda argv: cli.run_cli(lambda: main.main(argv)), *argv)
-
-
-def run(*argv):
-    """Run main.py, which must succeed; return its standard output."""
-    status, out, err = call_main(*argv)
+def output_of(program, *argv):
+    """Call a command, which must succeed; return its standard output."""
+    status, out, err = call(program, *argv)
     assert status == 0, err
     return out
 
 
-def refused(*argv):
-    """Run main.py, which must end in one sentence; return it, without notes and progress."""
-    status, _, err = call_main(*argv)
+def error_of(program, *argv):
+    """Call a command, which must end in one sentence; return it, without notes and progress."""
+    status, _, err = call(program, *argv)
     *before, last = err.splitlines() or [""]
-    assert status == 2 and last.startswith("main.py: ") and last.isprintable(), err
-    assert not any(line.startswith("main.py") for line in before) and "Traceback" not in err, err
+    assert status == 2 and PROGRAM.match(last) and last.isprintable(), err
+    assert not any(map(PROGRAM.match, before)) and "Traceback" not in err, err
     return last
+
+
+def run_main(argv):
+    return cli.run_cli(lambda: main.main(argv))
+
+
+call_main, run, refused = (partial(f, run_main) for f in (call, output_of, error_of))
 
 
 def run_folder(out):

@@ -4,9 +4,8 @@
     python main.py --config configs/digits.yaml --dataset data/greek
 
 60 images of each of the 24 lower-case letters, of 32x32 pixels: in the DejaVu and STIX fonts that
-matplotlib ships, distorted half as much as in the pre-training of the tiny CLIP, in colored ink on
-colored and noisy backgrounds. The pre-training had these fonts, but no Greek letter and none of
-their names. All randomness comes from SEED.
+matplotlib ships, distorted half as much as in the pre-training of the tiny CLIP, which had these
+fonts, but no Greek letter and none of their names. All randomness comes from SEED.
 """
 
 import argparse

@@ -1,27 +1,18 @@
 """scripts/delta.py: inspect, apply, scale and revert, and their errors."""
 
+from functools import partial
+
 import delta
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
-from commands import call
+from commands import error_of, output_of
 from open_clip_folders import write_folder
 
 import clip
 from optimizers.delta import apply_delta, read_delta, save_delta, state_dict_sha256
 
-
-def run(*argv):
-    status, out, err = call(delta.main, *argv)
-    assert status == 0, err
-    return out
-
-
-def error(*argv):
-    status, out, err = call(delta.main, *argv)
-    assert status == 2 and not out, err
-    assert err.startswith("delta.py") and err.count("\n") == 1, err
-    return err
+run, error = (partial(f, delta.main) for f in (output_of, error_of))
 
 
 def assert_equal(a, b):

@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import shutil
+from functools import partial
 
 import predict
 import pytest
-from commands import call
+from commands import call, error_of, output_of
 
 from datasets import build_dataset
 
@@ -17,17 +18,7 @@ def image(data):
     return next((data / "eurosat/2750").rglob("*.jpg"))
 
 
-def printed(*argv):
-    status, out, err = call(predict.main, *argv)
-    assert status == 0, err
-    return out
-
-
-def error(*argv, out=""):
-    status, printed, err = call(predict.main, *argv)
-    (line,) = [line for line in err.splitlines() if not line.startswith("note:")]
-    assert status == 2 and line.startswith("predict.py: error: ") and printed == out, (printed, err)
-    return line
+printed, error = (partial(f, predict.main) for f in (output_of, error_of))
 
 
 def test_predict_matches_the_run(vit_run, data):
@@ -77,8 +68,8 @@ def test_backbone_may_have_moved(vit_run, data, image, tmp_path):
 def test_predict_names_what_it_skips(vit_run, image, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
-    out = printed(vit_run, image)
-    assert "text.png cannot be read" in error(vit_run, tmp_path / "text.png", image, out=out)
-    assert "gone.png: not found" in error(vit_run, image, tmp_path / "gone.png", out=out)
+    status, out, err = call(predict.main, vit_run, tmp_path / "text.png", image)
+    assert status == 2 and "text.png cannot be read" in err and out == printed(vit_run, image)
+    assert "gone.png: not found" in error(vit_run, image, tmp_path / "gone.png")
     assert f"no image in {tmp_path / 'empty'}" in error(vit_run, tmp_path / "empty")
     assert "result.json" in error(tmp_path, "x.png")
