@@ -169,7 +169,7 @@ class SO(Optimizer):
     def _dense_update(self, params: list[Tensor], group: Group) -> None:
         """Update whole tensors, or shards, by torch's own Adam; half precision in float32."""
         states = [self.state[p] for p in params]
-        weights = [_local(p).to(state["exp_avg"].dtype) for p, state in zip(params, states)]
+        weights = [_local(p).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
         grads = [_local(_grad(p)) for p in params]
         grads = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
         grads = [grad.to(weight.dtype) for grad, weight in zip(grads, weights)]
