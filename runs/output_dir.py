@@ -107,9 +107,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         for stale in output_dir.glob(".*.tmp"):  # of processes that were killed
             stale.unlink()
     except Timeout:
-        raise ValueError(
-            f"{output_dir} is in use by another run; use another --save_path"
-        ) from None
+        raise ValueError(f"{output_dir} is used by another run; use another --save_path") from None
     except OSError as error:
         raise ValueError(
             f"cannot write to {output_dir} ({error.strerror}); use another --save_path"

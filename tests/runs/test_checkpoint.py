@@ -32,10 +32,6 @@ def unbroken(flags, tmp_path_factory):
     return outcome(out)
 
 
-def load(checkpoint):
-    return torch.load(checkpoint, weights_only=True)
-
-
 @pytest.mark.parametrize(
     "extra",
     [
@@ -52,7 +48,7 @@ def test_resume_equals_unbroken_run(extra, flags, interrupt, tmp_path):
     run(*flags, tmp_path / "unbroken", *extra)
     interrupt(3, flags, out, *extra, "--num_workers", 2)
     path = interrupt(5, flags, out, *extra, "--resume")
-    assert load(path)["state"]["iteration"] == 5
+    assert torch.load(path, weights_only=True)["state"]["iteration"] == 5
     assert "Resuming from iteration 5" in run(*flags, out, *extra, "--resume")
     assert outcome(out) == outcome(tmp_path / "unbroken") and not path.exists()
 
@@ -108,7 +104,7 @@ def test_sigterm_and_repeats_leave_checkpoint(flags, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    count = load(path)["state"]["iteration"]
+    count = torch.load(path, weights_only=True)["state"]["iteration"]
     assert (
         process.returncode == 143
         and count >= 3
@@ -154,7 +150,7 @@ def test_checkpoint_needs_resume_or_overwrite(interrupt, flags, unbroken, tmp_pa
 
 def test_unusable_checkpoint_is_refused(interrupt, flags, tmp_path):
     checkpoint = interrupt(4, flags, tmp_path)
-    raw, content = checkpoint.read_bytes(), load(checkpoint)
+    raw, content = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
     losses = content["state"]["losses"].numpy()
     changed = raw.replace(losses.tobytes(), (losses + 1).tobytes())
     for damaged in (raw[: len(raw) // 2], b"", b"\x80\x04nonsense", changed):
@@ -194,5 +190,5 @@ def test_nonfinite_loss_keeps_good_checkpoint(flags, tmp_path):
     assert "the loss became nan at iteration 2 of 8" in message and "--lr" in message
     folder = run_folder(tmp_path)
     assert not (folder / "result.json").exists()
-    state = load(folder / "checkpoint.pt")["state"]
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
     assert state["iteration"] == 1 and state["losses"].isfinite().all()

@@ -143,7 +143,7 @@ def test_unusable_output_dir_is_refused(command, tmp_path):
     run(*command)
     with lock_output_dir(run_folder(tmp_path)):
         message = refused(*command, "--overwrite")
-    assert "in use by another run" in message and "--save_path" in message
+    assert "used by another run" in message and "--save_path" in message
     (tmp_path / "file").write_text("")
     message = refused(*command, "--save_path", tmp_path / "file/x")
     assert "cannot write to" in message and "--save_path" in message

@@ -116,7 +116,7 @@ def test_test_on_evaluates_once(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(main, "evaluate", record_name)
     with lock_output_dir(folder):  # found out before evaluating
-        assert "is in use" in refused(*command, "--test_on", "imagenet_r") and not evaluated
+        assert "is used by" in refused(*command, "--test_on", "imagenet_r") and not evaluated
     printed = parse_accuracies(run(*command, "--test_on", "eurosat", "imagenet_r"))
     assert evaluated == ["imagenet_r", "imagenet_r"] and len(printed) == 6
     assert is_finished([*command, "--test_on", "imagenet_r", "eurosat"])
