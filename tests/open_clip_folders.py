@@ -3,37 +3,30 @@
 import json
 
 import torch
-from safetensors.torch import save_file
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "layers": 3, "width": 48, "head_width": 16, "patch_size": 8}
 CONFIGS = {
     "siglip": {  # a timm trunk with an attention pool, texts without a causal mask
-        "embed_dim": 96,
-        "init_logit_bias": -10,
-        "custom_text": True,
+        "embed_dim": 96, "init_logit_bias": -10, "custom_text": True,
         "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit3",
                        "timm_pool": "map", "timm_proj": "none"},
         "text_cfg": TEXT | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
     },
     "eva": {
-        "embed_dim": 24,
-        "custom_text": True,
+        "embed_dim": 24, "custom_text": True, "text_cfg": TEXT,
         "vision_cfg": {"image_size": 224, "timm_model_name": "eva02_tiny_patch14_224",
                        "timm_pool": "token", "timm_proj": None},
-        "text_cfg": TEXT,
     },
     "coca": {
-        "embed_dim": 24,
-        "custom_text": True,
+        "embed_dim": 24, "custom_text": True,
         "vision_cfg": VIT | {"attentional_pool": True, "attn_pooler_heads": 2,
                              "output_tokens": True},
         "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
         "multimodal_cfg": TEXT | {"attn_pooler_heads": 2},
     },
     "bert": {
-        "embed_dim": 24,
-        "vision_cfg": VIT,
+        "embed_dim": 24, "vision_cfg": VIT,
         "text_cfg": {"hf_model_name": "somebody/bert", "hf_tokenizer_name": "somebody/bert",
                      "hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler",
                      "context_length": 24},
@@ -66,11 +59,8 @@ def write_folder(kind, folder):
         cfg["text_cfg"] |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        custom = open_clip.CoCa if kind == "coca" else open_clip.CustomTextCLIP
-        is_custom = cfg.pop("custom_text", kind == "bert")
-        model = (custom if is_custom else open_clip.CLIP)(**cfg).eval()
-    save_file(
-        {name: value.clone() for name, value in model.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
+        classes = {"coca": open_clip.CoCa, "pooled vit": open_clip.CLIP}
+        cfg.pop("custom_text", None)
+        model = classes.get(kind, open_clip.CustomTextCLIP)(**cfg).eval()
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     return model

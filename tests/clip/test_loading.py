@@ -102,7 +102,6 @@ def test_folders_are_searched_deeper(tmp_path):
 @pytest.mark.parametrize(
     ("name", "activation", "heads"),
     [
-        ("ViT-B-32/laion2b_s34b_b79k", "gelu", (12, 8)),
         ("ViT-B-32/openai", "quickgelu", (12, 8)),
         ("ViT-bigG-14/laion2b_s39b_b160k", "gelu", (16, 20)),
         ("RN50x4/openai", "quickgelu", (40, 10)),

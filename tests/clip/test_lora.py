@@ -126,21 +126,13 @@ def test_initialization_follows_generator():
         for model, seed in zip(models, (1, 1, 2), strict=True)
     )
     assert torch.equal(torch.get_rng_state(), rng_state)
+    assert {n for n, p in models[0].named_parameters() if p.requires_grad} == first.keys()
     assert len(first) == 6 * 6 and all(torch.equal(first[name], second[name]) for name in first)
     drawn = [name for name in first if name.endswith("_a")]
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
     scaled = torch.cat([(first[name] * first[name].shape[1] ** 0.5).flatten() for name in drawn])
     assert 0.95 < scaled.abs().max() <= 1 and abs(scaled.std() - 3**-0.5) < 0.03
     assert not any(first[name].any() for name in first if name.endswith("_b"))
-
-
-def test_only_adapters_are_trainable():
-    model, *_ = tiny()
-    layers = attentions(model)[1:4:2]
-    params = apply_lora(model, layers, rank=1)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable.keys() == params.keys() and len(params) == 6 * len(layers)
-    assert all(trainable[name] is p and p.numel() == max(p.shape) for name, p in params.items())
 
 
 def test_dropout_is_switched():
