@@ -191,7 +191,6 @@ INNER = {key.replace("resblocks.0.", "resblocks.0._orig_mod."): STATE[key] for k
         (STATE, ()),
         ({"state_dict": under("module.", STATE), "epoch": 3}, ("state_dict.", "module.")),
         (WRAPPED, ("module.", "_orig_mod.")),
-        ({"model_state_dict": STATE, "loss": torch.tensor(1.0)}, ("model_state_dict.",)),
         (under("clip_model.", STATE) | {"head.weight": ROW}, ("clip_model.",)),
         ({"ema": dict.fromkeys(STATE, ROW), "model": STATE}, ("model.",)),
         ({"a": {"b": under("net.clip.", STATE)}}, ("a.b.net.clip.",)),

@@ -6,13 +6,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 
 from clip import download
 from clip.download import download_url
 
-CONTENT = np.random.default_rng(0).bytes(300_000)
+CONTENT = bytes(range(250)) * 1200
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -30,9 +29,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(CONTENT[: self.server.stop_after])
         time.sleep(self.server.stall)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def server(monkeypatch):
@@ -40,11 +36,9 @@ def server(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.url = f"http://127.0.0.1:{server.server_port}"
         server.status, server.stop_after, server.stall, server.requests = 200, None, 0, 0
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield server
         server.shutdown()
-        thread.join()
 
 
 def refused(kind, url, folder, sha256=SHA256):

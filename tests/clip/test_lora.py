@@ -11,7 +11,7 @@ from torch import nn
 from clip import build_model
 from clip.lora import apply_lora, merged_lora, set_dropout
 from clip.model import Attention
-from clip.zero_shot import ZeroShotClassifier
+from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 
 # torch 2.4's own, when it recomputes a chunk of the text
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
@@ -29,10 +29,7 @@ def tiny(dtype=torch.float64, config=TINY_VIT):
     model = build_model(random_state_dict(config)).to(dtype)
     side = config["image_resolution"]
     images = torch.randint(256, (3, 3, side, side), dtype=torch.uint8)
-    tokens = torch.randint(1, 500, (1, 4, 9))
-    for row, end in zip(tokens[0], (3, 8, 5, 6), strict=True):
-        row[end] = 513
-    return model, images, tokens
+    return model, images, tokenize_class_prompts(model, ["a", "bcdefgh", "ij", "klm"], ["{}"])
 
 
 def apply_trained_lora(model, layers, **kwargs):

@@ -60,11 +60,11 @@ def test_initialization_is_the_published():
     model = CLIP(**TINY_VIT)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     for stack, width, layers in ((model.visual.transformer, 128, 4), (model.transformer, 64, 2)):
-        block, residual = stack.resblocks[0], (2 * layers * width) ** -0.5
-        assert block.attn.in_proj_weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
-        assert block.mlp.c_fc.weight.std().item() == pytest.approx((2 * width) ** -0.5, rel=0.05)
-        assert block.attn.out_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
-        assert block.mlp.c_proj.weight.std().item() == pytest.approx(residual, rel=0.05)
+        attn, mlp = stack.resblocks[0].attn, stack.resblocks[0].mlp
+        weights = attn.in_proj_weight, mlp.c_fc.weight, attn.out_proj.weight, mlp.c_proj.weight
+        residual = (2 * layers * width) ** -0.5
+        expected = [width**-0.5, (2 * width) ** -0.5, residual, residual]
+        assert [weight.std().item() for weight in weights] == pytest.approx(expected, rel=0.05)
     assert 0.3 < model.encode_image(torch.randn(3, 3, 32, 32)).std() < 3
 
 

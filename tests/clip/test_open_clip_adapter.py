@@ -29,20 +29,14 @@ def loaded(request, tmp_path_factory):
     return request.param, reference, clip.load(folder, "cpu")[0], folder
 
 
-@pytest.fixture(scope="module")
-def items(tmp_path_factory):
-    """Images of several shapes."""
-    folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    items = [Datum(str(folder / f"{i}.png"), i % 3, "") for i in range(9)]
-    for i, item in enumerate(items):
-        image = Image.fromarray(noise.integers(0, 256, (3, 3, 3), np.uint8))
-        image.resize((90 - 7 * i, 40 + 3 * i), Image.Resampling.BICUBIC).save(item.impath)
-    return items
-
-
 @torch.no_grad()
-def test_zero_shot_equals_open_clip(loaded, items):
+def test_zero_shot_equals_open_clip(loaded, tmp_path):
     kind, reference, model, folder = loaded
+    noise, items = np.random.default_rng(0), []
+    for i in range(9):
+        image = Image.fromarray(noise.integers(0, 256, (3, 3, 3), np.uint8))
+        items.append(Datum(str(tmp_path / f"{i}.png"), i % 3, ""))
+        image.resize((90 - 7 * i, 40 + 3 * i), Image.Resampling.BICUBIC).save(items[i].impath)
     side = model.visual.input_resolution
     cfg = open_clip.transform.PreprocessCfg(size=side, **PREPROCESS.get(kind, {}))
     theirs = open_clip.transform.image_transform_v2(cfg, is_train=False)
@@ -109,8 +103,4 @@ def test_bad_folders_are_refused(tmp_path, monkeypatch):
             clip.load(tmp_path / "bert", "cpu")
     (tmp_path / "bert/vocab.txt").unlink()
     with pytest.raises(ValueError, match="tokenizer is empty.*hf download somebody/bert"):
-        clip.load(tmp_path / "bert", "cpu")
-    (tmp_path / "bert/open_clip_config.json").unlink()
-    (tmp_path / "bert/config.json").unlink()
-    with pytest.raises(ValueError, match="Hugging Face text tower"):
         clip.load(tmp_path / "bert", "cpu")

@@ -29,11 +29,9 @@ TEXTS = [
     "</w> < /w> <end> \u0120 <|start|> </s>",
     "<start_of_text> inside <end_of_text> a text",
     "x" * 60,
-    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
     "zero\u200bwidth soft\u00adhyphen nbsp\u00a0here line\u2028break \ufeffbom",
     "nul \x00 bell \x07 escape \x1b[31m \x7f",
     "ǅ ß ẞ ſ 'ſ ŉ K Ω ℡",
-    "......!!!???,,,;;; -- ... \u2026 \u2014",
 ]
 BYTE_ID = {chr(byte): number for number, byte in enumerate(BYTE_ENCODER)}
 
@@ -76,10 +74,12 @@ def test_long_text_needs_truncation():
 
 
 def test_byte_vocabulary_needs_no_file(no_merges):
-    tokenizer = SimpleTokenizer.from_vocab_size(514)
+    model = clip.build_model(random_state_dict(TINY_VIT))
     a, b = BYTE_ID["a"], BYTE_ID["b"]
-    assert tokenizer.encode("ab a") == [a, 256 + b, 256 + a]
-    assert tokenizer("ab", 6).tolist() == [[512, a, 256 + b, 513, 0, 0]]
+    assert model.tokenize("ab a").tolist() == [[512, a, 256 + b, 256 + a, 513] + [0] * 11]
+    with pytest.raises(ValueError, match="the context holds 16"):
+        model.tokenize("a photo of a horse.")
+    assert model.tokenize("a photo of a horse.", truncate=True)[0, -1] == 513
 
 
 def test_vocabulary_uses_first_merges(open_clip):
@@ -91,15 +91,6 @@ def test_vocabulary_uses_first_merges(open_clip):
     assert small.encode("thin")[0] == 513  # "th", the second merge
     assert small.encode("int")[0] == 512  # "in", the first one
     assert len(small.encode("a photo")) > len(full.encode("a photo"))
-
-
-def test_model_tokenizes_with_its_vocabulary():
-    model = clip.build_model(random_state_dict(TINY_VIT))
-    rows = model.tokenize(["a cat", "a"])
-    assert rows.shape == (2, 16) and rows.max() == 513
-    with pytest.raises(ValueError, match="the context holds 16"):
-        model.tokenize("a photo of a horse.")
-    assert model.tokenize("a photo of a horse.", truncate=True)[0, -1] == 513
 
 
 def test_path_precedes_environment(no_merges, monkeypatch):
@@ -138,7 +129,6 @@ WRONG = {
     "three words.txt": b"#version\na b\nthree words here\n",
     "half.gz": gzip.compress(b"#version\na b\n", mtime=0)[:-6],
     "no zip.gz": b"#version\na b\nc d\n",
-    "other letters.txt": b"\xff\xfe\x00",
     "too few.txt": b"#version\na b\n",
 }
 
