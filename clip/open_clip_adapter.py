@@ -47,9 +47,9 @@ def load_open_clip(name: str, path: Path, config: ModelConfig) -> nn.Module:
     except Exception as error:  # of open_clip, timm, transformers and the hub
         hint = "keep a checkpoint with its own configuration, or install a newer open_clip_torch"
         if repo:
-            hint = (
-                f"`hf download {repo} config.json --include '*token*' 'vocab*' --local-dir "
-                f"{folder or 'FOLDER'}` brings its files where the hub can be reached"
+            hint += (
+                f"; `hf download {repo} config.json --include '*token*' 'vocab*' --local-dir "
+                f"{folder or 'FOLDER'}` brings the files of its text tower"
             )
         raise ValueError(
             f"open_clip cannot build {config.source} with the weights of {path} "
