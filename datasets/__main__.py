@@ -102,7 +102,7 @@ def find_corrupt_images(dataset_dir: DatasetDir, split: Split) -> Iterator[str]:
 
     paths = list(dict.fromkeys(path for path, _, _ in split.samples()))
     bar = Progress(paths, desc=f"{dataset_dir.name} images", unit="image")
-    with warnings.catch_warnings(), ThreadPool() as pool:
+    with warnings.catch_warnings(), ThreadPool(16) as pool:  # which also wait for disks
         warnings.simplefilter("ignore")  # of odd metadata
         errors = pool.imap(decode, paths, chunksize=64)
         corrupt = {path: error for path, error in zip(bar, errors, strict=True) if error}
