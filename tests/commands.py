@@ -15,11 +15,6 @@ from runs import cli
 from runs.signals import Preempted
 
 PROGRAM = re.compile(r"\w+\.py[ :]")  # a message begins with its program
-OUTCOME_FILES = ("curve.csv", "weights.safetensors", "predictions.csv", "fewshot.json")
-OUTCOME_KEYS = (
-    "zero_shot_accuracy", "final_accuracy", "last_accuracy", "iterations", "selected_iteration",
-    "per_class", "ece",
-)  # fmt: skip
 
 
 def call(run, *argv):
@@ -75,10 +70,10 @@ def read_losses(out):
 
 def outcome(out):
     """What the one run below a folder leaves, except times and paths."""
-    folder, result = run_folder(out), result_of(out)
-    files = {name: (folder / name).read_bytes() for name in OUTCOME_FILES}
-    names = sorted(path.name for path in folder.iterdir())
-    return {**files, **{key: result[key] for key in OUTCOME_KEYS}, "files": names}
+    files = {path.name: path.read_bytes() for path in run_folder(out).iterdir()}
+    keys = "zero_shot_accuracy", "final_accuracy", "last_accuracy", "iterations", "per_class", "ece"
+    result = result_of(out)
+    return files | {"config.yaml": "", "result.json": [result[key] for key in keys]}
 
 
 def act_after(iteration, action):

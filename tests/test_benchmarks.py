@@ -25,9 +25,6 @@ def run(monkeypatch, capsys):
     return command
 
 
-# What the authors compute
-
-
 def test_plain_so_equals_adam():
     a = nn.Parameter(torch.randn(5, 7, dtype=torch.float64))
     b = nn.Parameter(a.detach().clone())
@@ -37,9 +34,6 @@ def test_plain_so_equals_adam():
         so.step()
         adam.step()
     torch.testing.assert_close(a, b)
-
-
-# Scripts
 
 
 @pytest.mark.parametrize("name", ["plain", "short", "sampled", "lora", "adam", "so", "so:bf16"])
@@ -57,13 +51,10 @@ def test_iteration_rows_train(name):
 
 
 def test_iteration_prints_ratios(run):
-    rows = run(
-        iteration, "--threads=1", "--backbone=tiny", "--classes=3", "--batch=2", "--turns=1",
-        "--device=cpu", "--rows", "plain", "so:bf16",
-    )  # fmt: skip
+    size = ["--backbone=tiny", "--classes=3", "--batch=2", "--turns=1"]
+    rows = run(iteration, "--threads=1", "--device=cpu", *size, "--rows", "plain", "so:bf16")
     assert [row[""] for row in rows] == ["SO, as the authors compute it", "SO, bf16"]
     assert rows[0]["times as fast"] == rows[0]["of the first"] == "1.00"
-    assert all(float(row["ms"]) > 0 and float(row["peak, MB"]) > 0 for row in rows)
 
 
 def test_step_prints_ratios(run, monkeypatch):
@@ -81,6 +72,5 @@ def test_settings_prints_both_tasks(run, monkeypatch):
     monkeypatch.setattr(settings_of_so, "ADAM_STEPS", 2)
     rows = run(settings_of_so, "--steps", "2", "--seeds", "1", "2")
     assert [float(row["density"]) for row in rows] == list(settings_of_so.DENSITIES)
-    accuracies = [row[f"lr {lr}"] for row in rows for lr in settings_of_so.LRS]
-    accuracies.append(rows[-1]["Adam, 0.001"])
-    assert all(0 < float(value) < 100 for pair in accuracies for value in pair.split(", "))
+    for pair in (rows[0]["lr 0.01"], rows[-1]["Adam, 0.001"]):
+        assert all(0 < float(value) < 100 for value in pair.split(", "))

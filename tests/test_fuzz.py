@@ -6,7 +6,6 @@ FUZZ_CASES=1000 in the environment tries more inputs of each target.
 """
 
 import io
-import json
 import os
 import random
 import re
@@ -22,17 +21,16 @@ from dataset_helpers import make_dataset
 from PIL import Image
 
 import clip
-from datasets import build_dataset
 from datasets.transforms import read_image
 from run_utils import get_parser
 
 CASES = int(os.environ.get("FUZZ_CASES", 20))  # inputs of each target
-NOTE = re.compile(r"note: |.*; using a split made from the raw data|.*\d\w*/s(, .*)?$")
-NUMBERS = [0, 1, -1, 2, 10**6, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), True]
-TEXTS = [
-    "", " ", "-", "--", "..", "../../outside.jpg", "/etc/passwd", "a/../b", "~nosuchuser/x", "\0",
-    "a\nb", "\x1b[31m", "\ud800", "日本語", "{}", "{0.x}", "%s", "$(touch pwned)", "'", "a" * 300,
-    "a/" * 600, "true", "1", "C:\\x", "=", "a=b", "0x10", "٣", "[1]", "9" * 5000, "-h", "--datset",
+NOTE = re.compile(r"note: |.*\d\w*/s(, .*)?$")
+ODD = [
+    "", " ", "-", "--", "..", "../../outside.jpg", "/etc/passwd", "a/../b", "~nosuchuser/x", "a\nb",
+    "\x1b[31m", "日本語", "{}", "{0.x}", "%s", "$(touch pwned)", "'", "a" * 300, "a/" * 600, "true",
+    "C:\\x", "=", "a=b", "0x10", "٣", "[1]", "9" * 5000, "-h", "--datset", "0", "-1", "1000000",
+    str(2**63), str(10**400), "-0.0", "1e308", "nan", "inf",
 ]  # fmt: skip
 
 
@@ -46,18 +44,6 @@ def corrupt(rng, data):
         new = rng.choice((flipped, flipped, bytes(length), b"\xff" * length, rng.randbytes(length)))
         data = data[:start] + new + data[rng.choice((start + len(new), start, len(data))) :]
     return data
-
-
-def corrupt_state(rng, state):
-    """Replace, drop or change something at a random depth of JSON."""
-    if not isinstance(state, (dict, list)) or not state or rng.random() < 0.05:
-        return rng.choice((None, [], {}, [1, 2], {"a": 1}, *TEXTS, *NUMBERS))
-    state = state.copy()
-    key = rng.choice(list(state)) if isinstance(state, dict) else rng.randrange(len(state))
-    new = corrupt_state(rng, state.pop(key))
-    if rng.random() < 0.8:
-        state.insert(key, new) if isinstance(state, list) else state.update({key: new})
-    return state
 
 
 def corrupt_zip(rng, data):
@@ -77,32 +63,17 @@ def flags(rng, shared):
     """A command line."""
     slow = dict.fromkeys(("n_iters", "shots", "batch_size", "rank", "num_workers"), ("1000000",))
     slow |= {"threads": ("2", "٣")}  # more threads than free cores are many times slower
-    odd = [*map(str, NUMBERS), *(text for text in TEXTS if text not in ("\0", "\ud800"))]
     argv = ["--dataset", "digits", "--root_path", shared / "data", "--backbone", "ViT-Tiny/8"]
     argv += ["--n_iters", 2, "--shots", 1, "--num_workers", 0, "--threads", 1, "--save_path", "out"]
     actions = [action for action in get_parser()._actions if action.dest != "save_path"]
     for _ in range(rng.randint(1, 6)):
         action = rng.choice(actions)
         usual = action.choices or ["1", "0.5", "2", "digits", "eurosat", "ViT-Tiny/8", "cpu", "."]
-        words = [*odd, *usual] if rng.random() < 0.5 else usual
+        words = [*ODD, *usual] if rng.random() < 0.5 else usual
         words = [word for word in words if word not in slow.get(action.dest, ())]
         count = {None: 1, "+": 2}.get(action.nargs, action.nargs)
         argv += [rng.choice(action.option_strings), *rng.choices(words, k=count)]
     return lambda: call_main(*argv)
-
-
-def split_file(rng, shared):
-    """A split file of EuroSAT."""
-    folder = Path("eurosat")
-    folder.mkdir()
-    (folder / "2750").symlink_to(shared / "data/eurosat/2750")
-    data = json.loads((shared / "data/eurosat/split_zhou_EuroSAT.json").read_bytes())
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        data = corrupt_state(rng, data)
-    written = json.dumps(data).encode(rng.choice(["utf-8"] * 20 + ["utf-8-sig", "utf-16"]))
-    name = f"split_{rng.choice(('zhou', 'zhou', 'so'))}_EuroSAT.json"
-    (folder / name).write_bytes(corrupt(rng, written) if rng.random() < 0.2 else written)
-    return lambda: build_dataset("eurosat", ".", 1)
 
 
 def image(rng, shared):
@@ -132,10 +103,9 @@ def backbone(rng, shared):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """The folder of what all inputs share: datasets and checkpoints."""
+    """The folder of what all inputs share: digits and checkpoints."""
     shared = tmp_path_factory.mktemp("shared")
     make_dataset("digits", shared / "data", classes=10, per_class=4, size=(32, 32))
-    make_dataset("eurosat", shared / "data", classes=3, per_class=8)
     state, folder = random_state_dict({**TINY_VIT, "context_length": 48}), shared / "checkpoints"
     folder.mkdir()
     torch.save(state, folder / "zip.pt")
@@ -145,7 +115,7 @@ def shared(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's and torch's
-@pytest.mark.parametrize("target", [flags, split_file, image, backbone])
+@pytest.mark.parametrize("target", [flags, image, backbone])
 def test_random_inputs_are_read_or_refused(target, shared, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for case in range(CASES):
