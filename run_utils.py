@@ -16,7 +16,7 @@ import clip
 from datasets import DATASETS, SUBSAMPLES, get_dataset_info
 from optimizers.ablations import GRAD_SUPPORTS, MOMENT_SUPPORTS, MOMENTS
 from optimizers.build import ABLATION_DEFAULTS, METHODS, POSITIONS
-from utils import REPO_ROOT, did_you_mean, one_line
+from utils import REPO_ROOT, one_line
 
 DEMO_CONFIG = str(REPO_ROOT / "configs" / "digits.yaml")  # what `python main.py` runs
 EVAL_SPLITS = {"test": "test", "val": "validation"}  # images that accuracies are measured on
@@ -27,10 +27,7 @@ def get_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse arguments: flags win over the YAML file, which wins over the defaults.
 
     Where --dataset, --root_path, --backbone and --config are all missing, the file is
-    configs/digits.yaml, the demo.
-
-    Args:
-        argv: The arguments; those of the process when None.
+    configs/digits.yaml, the demo. `argv` are the arguments; those of the process when None.
 
     Returns:
         One attribute for each flag, and `overrides`, the names of the flags that were given another
@@ -185,12 +182,8 @@ def default_settings() -> dict[str, Any]:
 def explicit_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
     """The flags that a command line gives, and their values."""
     nothing = argparse.Namespace(**dict.fromkeys(action.dest for action in parser._actions))
-    values, unknown = parser.parse_known_args(argv, nothing)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        hint = did_you_mean(unknown[0].split("=")[0], flags)
-        parser.error(f"unknown argument {unknown[0]!r}{hint}; --help lists all")
-    return {key: value for key, value in vars(values).items() if value is not None}
+    values = vars(parser.parse_args(argv, nothing))
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def load_yaml_config(
@@ -212,8 +205,7 @@ def load_yaml_config(
     settings = {}
     for key, value in entries.items():
         if key not in actions:
-            hint = did_you_mean(str(key), actions)
-            parser.error(f"{path}: unknown key {key!r}{hint}; valid: {', '.join(sorted(actions))}")
+            parser.error(f"{path}: unknown key {key!r}; valid: {', '.join(sorted(actions))}")
         if isinstance(value, dict) and value.keys() <= set(METHODS):
             value = value.get(method)
         if value is None:

@@ -266,14 +266,7 @@ def evaluate(
     items: list[Datum],
     desc: str = "Evaluation",
 ) -> Predictions:
-    """Classify images.
-
-    Args:
-        classifier: The model, without dropout, and the class prompts.
-        loader: Reads the images.
-        items: The images.
-        desc: Shown by the progress bar.
-    """
+    """Classify images, which the loader reads; `desc` is shown by the progress bar."""
     outputs = []
     with classifier.autocast, Progress(desc=desc, total=len(items), unit="images") as bar:
         text_features = classifier.encode_classes()  # (C, D)

@@ -85,7 +85,7 @@ def test_demo_has_rates_of_study():
         ("--s 1", ["--s", "0 <= x < 1"]),
         ("--lr nan", ["--lr", "0 < x", "nan"]),
         ("--crop_scale 0.9 0.1", ["--crop_scale", "MIN is above MAX"]),
-        ("--datset x", ["--datset", "did you mean '--dataset'"]),
+        ("--datset x", ["unrecognized arguments: --datset"]),
         ("--final_model best_val", ["--final_model", "--eval_every"]),
         ("--method adam --moments none", ["--moments", "--method so"]),
         ("--device meta --n_iters 0", ["--device meta cannot be used", "--device c"]),
@@ -99,7 +99,7 @@ def test_bad_flags_are_named(argv, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("dataste: eurosat", ["dataste", "did you mean 'dataset'", "n_iters"]),
+        ("dataste: eurosat", ["dataste", "dataset", "n_iters"]),
         ("shots: many", ["shots", "whole number", "many"]),
         ("flip: 3", ["flip", "true or false"]),
         ("lr: {a: 1}", ["lr", "a plain value"]),
