@@ -209,7 +209,7 @@ def dataset_errors(dataset_dir: DatasetDir) -> Iterator[None]:
 
 
 def describe_problem(dataset_dir: DatasetDir, problem: str) -> str:
-    """Add to a problem: the dataset's name, what to move or rename, a section of DATASETS.md."""
+    """Add to a problem: the dataset's name, what to move where, a section of DATASETS.md."""
     text = f"{dataset_dir.name}: {problem}"
     with suppress(OSError):  # of folders that cannot be read
         for source, target in find_moves(dataset_dir)[:1]:
