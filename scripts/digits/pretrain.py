@@ -13,7 +13,6 @@ import io
 import math
 import sys
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from digits import glyphs
 
 from clip import CLIP
 from datasets import digits
-from utils import atomic_write
+from utils import Progress, atomic_write
 
 MODEL_ARGS = {
     "embed_dim": 64, "image_resolution": 32, "vision_layers": 4, "vision_width": 128,
@@ -43,7 +42,6 @@ LR, WARMUP_STEPS, WEIGHT_DECAY, LOGIT_SCALE_LR_FACTOR = 1.5e-3, 100, 0.05, 5.0
 # Share of the steps in which the distortions grow to their full strength. At full strength from
 # the start, the loss does not fall for the first thousand steps.
 RAMP_FRACTION = 0.3
-LOG_EVERY = 250  # steps
 
 
 def main() -> None:
@@ -67,9 +65,8 @@ def train(out: Path, seed: int, steps: int) -> None:
     groups = [{"params": others, "factor": 1.0}]
     groups += [{"params": [model.logit_scale], "factor": LOGIT_SCALE_LR_FACTOR, "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    validation = digits_images("val")
-    losses = []
-    for step in range(steps):
+    progress = Progress(range(steps), desc="Pre-training", unit="step")
+    for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, steps) * group["factor"]
         strength = min(1.0, step / (RAMP_FRACTION * steps))
@@ -82,14 +79,12 @@ def train(out: Path, seed: int, steps: int) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % LOG_EVERY == 0:
-            accuracy = glyphs.zero_shot_accuracy(model, *validation, digits.CLASSNAMES)
-            mean_loss = fmean(losses[-LOG_EVERY:])
-            print(f"step {step + 1}, loss {mean_loss:.3f}, validation {accuracy:.2f} %", flush=True)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     data = checkpoint_bytes(model)
     atomic_write(out, data)
     print(f"{out}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
+    accuracy = glyphs.zero_shot_accuracy(model, *digits_images("val"), digits.CLASSNAMES)
+    print(f"Zero-shot accuracy on the digits for validation: {accuracy:.2f} %")
 
 
 def get_lr(step: int, steps: int) -> float:

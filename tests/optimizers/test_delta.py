@@ -101,9 +101,7 @@ def test_delta_applies_to_wider_dtype(path):
     save_delta(path, trained, half, state_dict_sha256(half))
     apply_delta(full, read_delta(path))
     assert torch.equal(full["w"], trained["w"].float())
-    save_delta(
-        path, {"w": half["w"].float() * 1.1}, {"w": half["w"].float()}, state_dict_sha256(half)
-    )
+    save_delta(path, {"w": trained["w"].float()}, {"w": half["w"].float()}, state_dict_sha256(half))
     assert_refused(path, half, "would round")
 
 
@@ -143,33 +141,23 @@ def test_delta_is_finite(path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("0.weight.indices", [1, 3, 48], "do not fit its shape"),
-        ("0.weight.indices", [3, 3, 40], "do not fit its shape"),
-        ("0.weight.indices", [-1, 3, 40], "do not fit its shape"),
-        ("0.weight.indices", [1, 3], "do not fit its shape"),
-        ("version", "2", "not a sparse delta of version 1"),
-        ("shapes", '{"0.weight": "ab"}', "damaged"),
-    ],
-)
-def test_delta_rejects_contents(key, value, words, path):
+@pytest.mark.parametrize("indices", [[1, 3, 48], [3, 3, 40], [-1, 3, 40], [1, 3]])
+def test_delta_rejects_wrong_indices(indices, path):
     _, base = save_small(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = safetensors.torch.load(path.read_bytes())
-    changed = metadata if key in metadata else tensors
-    changed[key] = torch.tensor(value) if isinstance(value, list) else value
+    tensors["0.weight.indices"] = torch.tensor(indices)
     path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
-    assert_refused(path, base, words)
+    assert_refused(path, base, "do not fit its shape")
 
 
 def test_delta_rejects_damaged_files(path):
     _, base = save_small(path)
     data = path.read_bytes()
-    for damaged in (b"", data[:8], data[:-1], safetensors.torch.save(base)):
+    other_version = data.replace(b'"version":"1"', b'"version":"2"')
+    for damaged in (b"", data[:8], data[:-1], safetensors.torch.save(base), other_version):
         path.write_bytes(damaged)
-        assert_refused(path, base, "damaged, or not a sparse delta")
+        assert_refused(path, base, "damaged, or not a sparse delta of version 1")
     with pytest.raises(FileNotFoundError, match="no weights at .*: name a file that"):
         read_delta(path.parent)

@@ -111,9 +111,8 @@ def test_export_keeps_other_architectures(tmp_path):
     vision = {"layers": 4, "width": 128, "patch_size": 8, "head_width": 32}
     text = {"layers": 2, "width": 64, "heads": 2}
     config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}  # with GELU
-    export.write_json(
-        tmp_path / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess}
-    )
+    content = {"model_cfg": config, "preprocess_cfg": preprocess}
+    export.write_json(tmp_path / "open_clip_config.json", content)
     torch.save(random_state_dict(TINY_VIT), source := tmp_path / "weights.pt")
     model = clip.load(source, "cpu")[0]
     images, tokens = torch.randn(2, 3, 32, 32), random_tokens(model)

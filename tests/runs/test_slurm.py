@@ -17,7 +17,7 @@ LOG = "method_so_dataset_digits_shots_1_seed_{}.txt"
 FAKES = {  # of SLURM's commands: they note how they are called
     "sbatch": """printf '%s\\n' "$@" >sbatch.txt; cat "$PENDING" >pending.txt""",
     "scontrol": 'echo "$@" >scontrol.txt',
-    "squeue": 'echo "7_2 RUNNING"',
+    "squeue": "$SQUEUE",
 }
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -89,7 +89,7 @@ def test_stopped_task_is_requeued(sent, restarts, requeued, cluster, tmp_path):
     cluster |= {"METHODS": "wait", "SLURM_RESTART_COUNT": str(restarts)}
     process = start_task(cluster, tmp_path, 1)
     wait_for("started", tmp_path, process)
-    process.send_signal(signal.Signals[f"SIG{sent}"])
+    process.send_signal(getattr(signal, f"SIG{sent}"))
     assert process.wait() == 143
     assert (tmp_path / "checkpoint.pt").read_text() == "written\n"
     noted = tmp_path / "scontrol.txt"
@@ -100,7 +100,7 @@ def test_stopped_task_is_requeued(sent, restarts, requeued, cluster, tmp_path):
 
 @pytest.mark.parametrize("squeue, state", [("echo 7_2 RUNNING", "RUNNING, "), ("exit 1", "")])
 def test_failed_runs_are_listed(squeue, state, cluster, tmp_path):
-    (tmp_path / "bin/squeue").write_text(f"#!/usr/bin/env bash\n{squeue}\n")
+    cluster["SQUEUE"] = squeue
     output = {
         1: "main.py: error: of an earlier start\n==> start 2\nmain.py: error: no disk\ntorch's\n",
         2: "\nTraining: 1/9 it\rTraining: 2/9 it",
