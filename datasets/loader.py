@@ -76,11 +76,16 @@ class ImageLoader:
             local_slice: This process's images of a batch of so many; labels are those of all.
         """
         batches_per_epoch = math.ceil(len(items) / batch_size)
+        orders: dict[int, list[Datum]] = {}  # by epoch, of the last two
 
         def make_batch(number: int) -> tuple[Batch, bool]:
             epoch, number = divmod(number, batches_per_epoch)
-            order = list(items)
-            random.Random(f"{seed} {epoch}").shuffle(order)
+            order = orders.get(epoch)
+            if order is None:
+                order = list(items)
+                random.Random(f"{seed} {epoch}").shuffle(order)
+                orders[epoch] = order
+                orders.pop(epoch - 2, None)
             positions = range(len(items))[number * batch_size :][:batch_size]
             local = positions[local_slice(len(positions))]
             pixels = np.empty((len(local), self.resolution, self.resolution, 3), np.uint8)
