@@ -8,9 +8,9 @@
 A tensor on "cuda" is a CPU tensor whose storage is marked. A dispatch mode sees every operator and
 reads from the marks where its operands are; what Python code asks of a device is patched.
 
-Not simulated: speed, memory, streams, generators, numerics, and which operators lack a CUDA kernel.
-An operator counts as one kernel, a copy between host and device as none, and as no wait only where
-it goes to the device and is non_blocking. Tried with torch 2.4.0 and 2.14.1.
+Not simulated: speed, memory, streams, generators, and which operators lack a CUDA kernel. An
+operator is one kernel; a copy is none, and no wait if it goes to the device and is non_blocking.
+Tried with torch 2.4.0 and 2.14.1.
 """
 
 import functools
@@ -114,18 +114,15 @@ class Device(TorchDispatchMode):
         return out
 
     def launch(self, name: str) -> None:
-        """Count a kernel."""
         if not name.startswith(WITHOUT_KERNEL):
             self.kernels[name, calling_line()] += 1
 
     def wait(self, what: str) -> None:
-        """Record that the host waits."""
         self.waits.append(f"{what}, {calling_line()}")
         if self.debug_mode == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {self.waits[-1]}")
 
     def copy(self, goal: str, non_blocking: bool) -> None:
-        """Record what a copy between host and device waits for."""
         if goal == "cpu" or not non_blocking:
             self.wait(f"copy to {goal}")
 

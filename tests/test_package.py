@@ -15,6 +15,7 @@ from helpers import imported_names
 from optimizers.SparseOptimizer import __version__
 
 ROOT = Path(__file__).parents[1]
+PREFIXES = re.compile(r"dist\.|torch\.optim\.|'")
 MODULES = ["SparseOptimizer", "SampledGradients"]
 
 
@@ -42,21 +43,19 @@ def signatures(path):
     """The arguments of a file's functions and methods, as text, by name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    functions = {
-        (getattr(parent, "name", ""), node.name): ast.unparse(node.args)
+    return {
+        f"{getattr(parent, 'name', '')}.{node.name}": PREFIXES.sub("", ast.unparse(node.args))
         for parent in (tree, *classes)
         for node in parent.body
         if isinstance(node, ast.FunctionDef)
     }
-    return {name: re.sub(r"dist\.|torch\.optim\.|'", "", args) for name, args in functions.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_stubs_match_modules(module):
     stub = signatures(ROOT / f"optimizers/stubs/{module}/__init__.pyi")
     source = signatures(ROOT / f"optimizers/{module}.py")
-    for name in stub.keys() - {("SampledGradients", "__exit__")}:
-        assert stub[name] == source[name]
+    assert stub.items() <= source.items()
 
 
 @pytest.mark.parametrize("module", MODULES)
