@@ -128,15 +128,14 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         if not missing:
             return
         tasks = {name: tasks[name] for name in missing}
-        targets = {name: targets[name] for name in missing}
         eval_weights = distributed.run_on_main(find_saved_run, output_dir)[1], 1.0
     loader = ImageLoader(
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )
-    evaluator = Evaluator(args, model, pretrained, loader, signals, tasks, targets)
+    evaluator = Evaluator(args, model, pretrained, loader, signals, tasks)
     if result or eval_weights or not args.n_iters:
         kind = "final_accuracy" if result else "accuracy"
-        saves = targets and eval_weights and eval_weights[0].parent == output_dir
+        saves = evaluator.targets and eval_weights and eval_weights[0].parent == output_dir
         with lock_output_dir(output_dir) if saves else nullcontext():
             evaluate_only(evaluator, eval_weights, kind)
     else:
@@ -152,8 +151,13 @@ class Evaluator:
     pretrained: PretrainedModel
     loader: ImageLoader
     signals: SignalHandler
-    tasks: Mapping[str, Task]  # by name; that of the run itself is ""
-    targets: Mapping[str, FewShotDataset]  # those of --test_on
+    tasks: Mapping[str, Task]  # of the run, "" and perhaps "new classes"; of --test_on, by name
+
+    @property
+    def targets(self) -> dict[str, FewShotDataset]:
+        """The datasets of --test_on."""
+        own = "", "new classes"
+        return {name: task.dataset for name, task in self.tasks.items() if name not in own}
 
     def build_classifier(self, dataset: FewShotDataset) -> ZeroShotClassifier:
         """The model as a classifier of a dataset's classes."""
