@@ -357,11 +357,14 @@ class SO(Optimizer):
             ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
         """
         states = {}
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
-            _validate_group(saved_group)
-            for number, p in zip(saved_group["params"], group["params"]):
-                if saved := state_dict["state"].get(number):
-                    states[p] = _restore(p, saved)
+        try:
+            for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+                _validate_group(saved_group)
+                for number, p in zip(saved_group["params"], group["params"]):
+                    if saved := state_dict["state"].get(number):
+                        states[p] = _restore(p, saved)
+        except KeyError as error:
+            raise ValueError(f"this is not a state dict of SO: it lacks {error}") from error
         super().load_state_dict({**state_dict, "state": {}})  # would cast it to p's dtype
         self.state.update(states)
         self._ready = frozenset()

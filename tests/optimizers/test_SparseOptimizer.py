@@ -359,6 +359,9 @@ def test_unfit_state_is_refused(damage):
     state["param_groups"][0]["density_ratio"] = 2.0
     with pytest.raises(ValueError, match="density_ratio"):
         optimizer.load_state_dict(state)
+    adam = torch.optim.Adam([parameter(20, 20)])
+    with pytest.raises(ValueError, match="not a state dict of SO"):
+        optimizer.load_state_dict(adam.state_dict())
     assert optimizer.state[w]["exp_avg"] is before
 
 
