@@ -162,11 +162,10 @@ def interpolation_table(runs: Sequence[StudyRun]) -> str:
 
 def group_interpolations(runs: Sequence[StudyRun]) -> dict[tuple[str, int, str], np.ndarray]:
     """Return accuracies (seeds, alphas, 2) on task and glyphs by dataset, shots and method."""
-    groups: dict[tuple[str, int, str], list[list[tuple[float, float]]]] = {}
+    groups: dict[tuple[str, int, str], list] = defaultdict(list)
     for run in runs:
         name = LABELS[run.method] + ", entry" * (run.config["bias_correction"] == "entry")
-        points = list(run.interpolation.values())
-        groups.setdefault((run.dataset, run.shots, name), []).append(points)
+        groups[run.dataset, run.shots, name].append(list(run.interpolation.values()))
     order = ["SO", "SO, entry", "LoRA", "Adam"]
     keys = sorted(groups, key=lambda key: (*key[:2], order.index(key[2])))
     return {key: np.array(groups[key]) for key in keys}

@@ -1,5 +1,7 @@
 """Deltas are exact in every precision, and refused where they do not belong."""
 
+from copy import deepcopy
+
 import pytest
 import safetensors.torch
 import torch
@@ -29,10 +31,6 @@ def bits(state):
     }
 
 
-def clone(state):
-    return {key: tensor.detach().clone() for key, tensor in state.items()}
-
-
 def save_small(path, dtype=torch.float32, contiguous=True):
     """Save the delta of a trained model; return the model and its state dict before training."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).to(dtype)
@@ -41,7 +39,7 @@ def save_small(path, dtype=torch.float32, contiguous=True):
         weight.data = weight.data.T.contiguous().T
     with torch.no_grad():
         weight[0, 3] = 0.0
-        base = clone(model.state_dict())
+        base = deepcopy(model.state_dict())
         weight[0, 1] += 1
         weight[0, 3] = -0.0
         weight[6, 4] += 1
@@ -57,7 +55,7 @@ def path(tmp_path):
 
 def assert_refused(path, base, words):
     """Reading or applying fails with a sentence that names the file, and changes nothing."""
-    target = clone(base)
+    target = deepcopy(base)
     with pytest.raises(ValueError, match=words) as caught:
         apply_delta(target, read_delta(path))
     assert str(path) in str(caught.value) and bits(target) == bits(base)
@@ -79,14 +77,12 @@ def test_changed_entries_compares_bits(dtype):
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_delta_restores_trained_bits(dtype, contiguous, path):
     model, base = save_small(path, dtype, contiguous)
-    trained, delta = clone(model.state_dict()), read_delta(path)
+    trained, delta = deepcopy(model.state_dict()), read_delta(path)
     with open(path, "r+b") as file:
         file.truncate(0)  # what was read does not depend on the file
     indices, values, shape = delta.tensors["0.weight"]
-    assert indices.tolist() == [1, 3, 40] and indices.dtype == torch.int32
-    assert values.dtype == dtype and shape == (8, 6) and delta.metadata["backbone"] == "small"
-    unchanged = delta.tensors["1.weight"]
-    assert unchanged.indices.numel() == unchanged.values.numel() == 0
+    assert indices.tolist() == [1, 3, 40] and values.dtype == dtype and shape == (8, 6)
+    assert len(delta.tensors["1.weight"].values) == 0 and delta.metadata["backbone"] == "small"
     model.load_state_dict(base)
     apply_delta(model, delta)
     apply_delta(base, delta)
@@ -108,7 +104,7 @@ def test_delta_applies_to_wider_dtype(path):
 def test_interpolation_scales_the_difference():
     base = {"w": torch.tensor([[1.0, -0.0, 8.0], [4.0, 0.0, 0.1]])}
     trained = {"w": torch.tensor([[3.0, -0.0, 6.0], [4.0, -0.0, 0.3]])}
-    now = clone(trained)
+    now = deepcopy(trained)
     with interpolated_weights(now, base, 0.25):
         assert bits(now) == bits({"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]])})
         interpolate_weights_(now, base, 0)
@@ -124,7 +120,7 @@ def test_interpolation_scales_the_difference():
 @DTYPES
 def test_state_diff_restores_bits(dtype):
     base = {"a": torch.randn(9, 7, dtype=dtype), "b": torch.randn(5, 4, dtype=dtype).t()}
-    now = clone(base) | {"new": torch.randn(3, dtype=dtype)}
+    now = deepcopy(base) | {"new": torch.randn(3, dtype=dtype)}
     now["a"][2, 3], now["a"][4, 4], now["b"][1, 1] = -0.0, float("nan"), 7
     diff = diff_state_dict(now, base)
     assert len(diff["a"][0]) == 2 and diff["new"][0] is None

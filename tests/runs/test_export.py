@@ -49,24 +49,17 @@ write, error = (partial(f, export.main) for f in (output_of, error_of))
 
 
 @torch.no_grad()
-def test_openai_export_matches_run(run, tmp_path):
+@pytest.mark.parametrize("target", ["openai", "open_clip"])
+def test_export_matches_run(target, run, tmp_path):
     folder, images, tokens, expected = run
-    write(folder, "--to", "openai", "--out", out := tmp_path / "clip.pt")
-    theirs = open_clip_model(torch.load(out, weights_only=True))  # its loader of OpenAI's files
+    write(folder, "--to", target, "--out", out := tmp_path / "a name")
+    if target == "openai":
+        theirs = open_clip_model(torch.load(out, weights_only=True))  # by its own loader
+    else:
+        theirs = open_clip.create_model(f"local-dir:{out}").eval()
     image_features, text_features, scale = theirs(images, tokens)
     assert_close(scale * image_features @ text_features.T, expected)
     assert_close(clip.load(out, "cpu")[0](images, tokens)[0], expected)
-
-
-@torch.no_grad()
-def test_open_clip_export_matches_run(run, tmp_path):
-    folder, images, tokens, expected = run
-    write(folder, "--to", "open_clip", "--out", out := tmp_path / "a folder")
-    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
-    image_features, text_features, scale = theirs.eval()(images, tokens)
-    assert_close(scale * image_features @ text_features.T, expected)
-    image = Image.effect_noise((90, 70), 80).convert("RGB")
-    assert torch.equal(preprocess(image), clip.load(out, "cpu")[1](image))
 
 
 @torch.no_grad()
@@ -120,8 +113,10 @@ def test_export_keeps_other_architectures(tmp_path):
         write(source, "--to", target, "--out", tmp_path / target)
         assert clip.load(tmp_path / target, "cpu")[0].settings == model.settings
     assert model.settings == ["gelu", (4, 2), *preprocess.values()]
-    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}").eval()
-    assert_close(theirs.encode_image(images), model.encode_image(images))
+    folder, image = tmp_path / "open_clip", Image.effect_noise((90, 70), 80).convert("RGB")
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert_close(theirs.eval().encode_image(images), model.encode_image(images))
+    assert torch.equal(preprocess(image), clip.load(folder, "cpu")[1](image))
     theirs = CLIPModel.from_pretrained(tmp_path / "transformers")
     assert_close(theirs(pixel_values=images, input_ids=tokens)[0], model(images, tokens)[0])
     out = tmp_path / "out.pt"
