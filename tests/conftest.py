@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,16 +17,10 @@ def pytest_configure():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_and_simulated(request):
+    """Seeds each test; one marked gpu has the simulated device where there is no real one."""
     random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def simulated(request):
-    """A test marked gpu runs on the simulated device where there is no real one."""
-    if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
-        yield None
-    else:
-        with simulated_cuda() as simulation:
-            yield simulation
+    is_gpu_test = request.node.get_closest_marker("gpu") is not None
+    with simulated_cuda() if is_gpu_test and not torch.cuda.is_available() else nullcontext():
+        yield
