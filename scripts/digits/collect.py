@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -28,7 +27,7 @@ from reporting.experiments import load_finished, read_experiment
 
 import clip
 from datasets import build_dataset
-from datasets.transforms import read_image
+from datasets.loader import ImageLoader
 from run_utils import OneLineErrorParser
 from runs.cli import run_cli
 from runs.records import Run
@@ -130,9 +129,8 @@ def evaluate_weights(run: Run, alphas: Sequence[float]) -> dict[float, tuple[flo
 def load_test_sets(name: str) -> list[tuple[Tensor, Tensor, Sequence[str]]]:
     """Return images, labels and class names to test on: of a dataset, and of the glyphs."""
     dataset = build_dataset(name, None, shots=1)
-    pixels = torch.from_numpy(np.stack([read_image(item.impath) for item in dataset.test]))
-    labels = torch.tensor([item.label for item in dataset.test])
-    task = glyphs.normalize(pixels.permute(0, 3, 1, 2) / 255), labels, dataset.classnames
+    ((pixels, labels),) = ImageLoader(32).test_batches(dataset.test, len(dataset.test))
+    task = glyphs.normalize(pixels / 255), labels, dataset.classnames
     return [task, (*glyph_test_set(), glyphs.CLASSNAMES)]
 
 
