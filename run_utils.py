@@ -224,8 +224,6 @@ def to_flag(action: argparse.Action, value: Any) -> list[str]:
         if not isinstance(value, bool):
             raise ValueError(f"key {action.dest!r}: must be true or false, not {value!r}")
         return [f"--{action.dest}" if value else f"--no-{action.dest}"]
-    if isinstance(value, bool | dict):
-        raise ValueError(f"key {action.dest!r}: must be a plain value or a list, not {value!r}")
     if isinstance(value, list):
         return [f"--{action.dest}", *map(str, value)]
     return [f"--{action.dest}={value}"]
@@ -246,9 +244,6 @@ def validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         for key, default in ABLATION_DEFAULTS.items():
             if getattr(args, key) != default:
                 parser.error(f"argument --{key}: belongs to --method so, not to {args.method}")
-    for key in ("crop_scale", "crop_ratio"):
-        if getattr(args, key)[0] > getattr(args, key)[1]:
-            parser.error(f"argument --{key}: MIN is above MAX: {getattr(args, key)}")
     if not args.filename or Path(args.filename).name != args.filename:
         parser.error(f"argument --filename: must be a name without folders, not {args.filename!r}")
 
