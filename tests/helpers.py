@@ -2,7 +2,6 @@
 
 import ast
 import io
-import itertools
 from contextlib import contextmanager
 
 import pytest
@@ -25,18 +24,6 @@ def save_and_load(content):
     torch.save(content, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def before_call(function, count, action):
-    """Return the function, but with an action before its count-th call."""
-    calls = itertools.count(1)
-
-    def call(*args, **options):
-        if next(calls) == count:
-            action()
-        return function(*args, **options)
-
-    return call
 
 
 @contextmanager

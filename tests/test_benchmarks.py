@@ -65,7 +65,7 @@ def test_step_prints_ratios(run, monkeypatch):
 
 
 def test_crossover_times_both_ways():
-    assert 0 < crossover.time_ratio(torch.randn(5, 30), torch.randn(5, 40), 0.01) < float("inf")
+    assert crossover.time_ratio(torch.randn(5, 30), torch.randn(5, 40), 0.01) > 0
 
 
 def test_settings_prints_both_tasks(run, monkeypatch):

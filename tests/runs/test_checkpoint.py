@@ -1,5 +1,6 @@
 """Checkpoints: resumed runs end as unbroken ones, whatever ended them."""
 
+import itertools
 import os
 import resource
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import call_main, outcome, refused, run, run_folder, wait_for
-from helpers import before_call
 from process_helpers import run_main_in_processes
 
 ROOT = Path(__file__).parents[2]
@@ -84,11 +84,15 @@ def test_resume_after_kills_while_writing(flags, unbroken, tmp_path):
     ],
 )
 def test_resume_after_exception(owner, function, saved, flags, unbroken, tmp_path, monkeypatch):
-    def fail():
-        raise RuntimeError("a bug")
+    original, calls = getattr(owner, function), itertools.count(1)
+
+    def fail_in_fifth_call(*args, **options):
+        if next(calls) == 5:
+            raise RuntimeError("a bug")
+        return original(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
-        patch.setattr(owner, function, before_call(getattr(owner, function), 5, fail))
+        patch.setattr(owner, function, fail_in_fifth_call)
         call_main(*flags, tmp_path, "--checkpoint_every", 3)
     assert f"Resuming from iteration {saved}" in run(*flags, tmp_path, "--resume")
     assert outcome(tmp_path) == unbroken
