@@ -11,7 +11,6 @@ from torch import nn
 from optimizers.delta import (
     apply_delta,
     apply_state_diff,
-    changed_entries,
     diff_state_dict,
     interpolate_weights_,
     interpolated_weights,
@@ -62,18 +61,6 @@ def assert_refused(path, base, words):
 
 
 @DTYPES
-def test_changed_entries_compares_bits(dtype):
-    base = torch.tensor([[0.0, 1.0, float("nan")], [-0.0, 2.0, 3.0]], dtype=dtype)
-    now = base.clone()
-    assert changed_entries(base, now)[0].tolist() == []
-    now[0, 0], now[1, 2], now[1, 0] = -0.0, 9.0, 0.0
-    indices, values = changed_entries(base, now)
-    assert indices.tolist() == [0, 3, 5] and indices.dtype == torch.int32
-    assert bits({"": values}) == bits({"": torch.tensor([-0.0, 0.0, 9.0], dtype=dtype)})
-    assert changed_entries(base.T, now.T)[0].tolist() == [0, 1, 5]  # positions in the transpose
-
-
-@DTYPES
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_delta_restores_trained_bits(dtype, contiguous, path):
     model, base = save_small(path, dtype, contiguous)
@@ -102,19 +89,16 @@ def test_delta_applies_to_wider_dtype(path):
 
 
 def test_interpolation_scales_the_difference():
-    base = {"w": torch.tensor([[1.0, -0.0, 8.0], [4.0, 0.0, 0.1]])}
-    trained = {"w": torch.tensor([[3.0, -0.0, 6.0], [4.0, -0.0, 0.3]])}
+    base = {"w": torch.tensor([[1.0, -0.0, 8.0], [4.0, 0.0, 0.1]]).T}
+    trained = {"w": torch.tensor([[3.0, -0.0, 6.0], [4.0, -0.0, 0.3]]).T}
     now = deepcopy(trained)
     with interpolated_weights(now, base, 0.25):
-        assert bits(now) == bits({"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]])})
+        assert bits(now) == bits({"w": torch.tensor([[1.5, -0.0, 7.5], [4.0, 0.0, 0.15]]).T})
         interpolate_weights_(now, base, 0)
         assert bits(now) == bits(base)
     assert bits(now) == bits(trained)
     interpolate_weights_(now, base, 1)
     assert bits(now) == bits(trained)
-    transposed = {"w": trained["w"].T.contiguous().T}
-    interpolate_weights_(transposed, base, 0.5)
-    assert transposed["w"].tolist()[0] == [2.0, 0.0, 7.0]
 
 
 @DTYPES

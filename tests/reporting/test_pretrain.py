@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import clip
 from clip.loading import BUNDLED_MODELS, WEIGHTS_DIR
-from datasets.digits import CLASSNAMES
 
 NAME = "ViT-Tiny/8"
 
@@ -36,13 +35,6 @@ def test_shipped_file_is_half_precision_openai_layout():
     assert extra == {"input_resolution": 32, "context_length": 32, "vocab_size": 514}
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert state.keys() == clip.CLIP(**pretrain.MODEL_ARGS).state_dict().keys()
-
-
-def test_shipped_model_reads_handwriting():
-    model, _ = clip.load(NAME, "cpu")
-    images, labels = pretrain.digits_images("val")
-    assert len(images) == 359
-    assert 45 < glyphs.zero_shot_accuracy(model, images, labels, CLASSNAMES) < 75
 
 
 def test_every_class_and_caption_fits(dataset):

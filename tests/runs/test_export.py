@@ -130,7 +130,6 @@ def test_export_errors_are_one_line(vit_run, resnet_run, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for words, source, target, out in (
         ("has no weights", bare, "openai", "out"),
-        ("invalid choice: 'hf'", vit_run, "hf", "out"),
         (f"--out {bare} exists", vit_run, "open_clip", "bare"),
         ("no CLIP with a ResNet", resnet_run, "transformers", "out"),
         ("name the folder of a run", weights, "onnx", "out"),

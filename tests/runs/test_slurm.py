@@ -37,11 +37,9 @@ def cluster(tmp_path, fake_python):
     return {**outside, **sweep, **paths, "PYTHON": str(fake_python)}
 
 
-def bash(script, *arguments, environment):
-    done = subprocess.run(
-        ["bash", script, *arguments], env=environment, cwd="/", capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr
+def bash(environment, script, *arguments):
+    command = ["bash", script, *arguments]
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
 
 
 def start_task(environment, folder, number, *arguments, **variables):
@@ -61,12 +59,12 @@ def test_pending_runs_are_submitted(cluster, tmp_path):
     (tmp_path / "finished.txt").write_text(f"{LINES[1]}\n")
     cluster |= {"SBATCH": "--partition=gpu --mem=4G", "JOBS": "3"}
     arguments = ["--lr", "1e-3", "--template", "a {}."]
-    status, out, err = bash(SUBMIT, "--dry-run", *arguments, environment=cluster)
-    pending, (command, *lines) = [LINES[0], *LINES[2:]], out.rstrip().splitlines()
-    assert status == 0 and lines == pending and not (tmp_path / "sbatch.txt").exists(), err
-    status, _, err = bash(SUBMIT, *arguments, environment=cluster)
+    command, *lines = bash(cluster, SUBMIT, "--dry-run", *arguments).stdout.rstrip().splitlines()
+    pending = [LINES[0], *LINES[2:]]
+    assert lines == pending and not (tmp_path / "sbatch.txt").exists()
+    assert bash(cluster, SUBMIT, *arguments).returncode == 0
     submitted = (tmp_path / "sbatch.txt").read_text().splitlines()
-    assert status == 0 and shlex.split(command) == ["sbatch", *submitted], err
+    assert shlex.split(command) == ["sbatch", *submitted]
     assert (tmp_path / "pending.txt").read_text().splitlines() == pending
     assert {"--array=1-4%3", f"--chdir={ROOT}", "--partition=gpu", "--mem=4G"} < set(submitted)
     assert submitted[-5:] == [str(SUBMIT), *arguments]
@@ -118,7 +116,8 @@ def test_failed_runs_are_listed(squeue, state, cluster, tmp_path):
         f"{logs / LOG.format(3)}: slurmstepd-n1: error: Detected 1 oom-kill event(s)",
     ]
     expected = [line for pair in zip(LINES, last_words, strict=False) for line in pair]
-    status, out, _ = bash(LIST_FAILED, environment=cluster)
-    assert status == 1 and [line.strip() for line in out.splitlines()] == expected
+    listed = bash(cluster, LIST_FAILED)
+    assert listed.returncode == 1 and list(map(str.strip, listed.stdout.splitlines())) == expected
     (tmp_path / "finished.txt").write_text("\n".join(LINES))
-    assert bash(LIST_FAILED, environment=cluster)[:2] == (0, "")
+    listed = bash(cluster, LIST_FAILED)
+    assert listed.returncode == 0 and not listed.stdout
