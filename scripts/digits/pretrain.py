@@ -83,7 +83,7 @@ def train(out: Path, seed: int, steps: int) -> None:
     data = checkpoint_bytes(model)
     atomic_write(out, data)
     print(f"{out}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
-    accuracy = glyphs.zero_shot_accuracy(model, *digits_images("val"), digits.CLASSNAMES)
+    accuracy = glyphs.zero_shot_accuracy(model, *validation_images(), digits.CLASSNAMES)
     print(f"Zero-shot accuracy on the digits for validation: {accuracy:.2f} %")
 
 
@@ -93,10 +93,10 @@ def get_lr(step: int, steps: int) -> float:
     return LR * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def digits_images(part: str) -> tuple[Tensor, Tensor]:
-    """Return a part of the digits' split: normalized images (N, 3, 32, 32) and labels (N,)."""
+def validation_images() -> tuple[Tensor, Tensor]:
+    """Return the digits for validation: normalized images (359, 3, 32, 32) and labels (359,)."""
     pixels, labels = map(torch.from_numpy, digits.render())
-    chosen = digits.split_indices(labels.numpy())[part]
+    chosen = digits.split_indices(labels.numpy())["val"]
     return glyphs.normalize(pixels[chosen, None].expand(-1, 3, -1, -1) / 255), labels[chosen]
 
 
