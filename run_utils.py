@@ -70,8 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
         help=f"name of a dataset ({', '.join(DATASETS)}), or path of your own images: a folder of "
         "class folders, a CSV or a JSON")
     add("--root_path", type=path, help="folder of all datasets, laid out as DATASETS.md says")
-    add("--classnames", type=path, metavar="FILE.yaml",
-        help="names for the prompts, by folder or label of the class")
+    add("--classnames", type=path, metavar="FILE.yaml", help="names for prompts by folder or label")
     add("--template", nargs="+", metavar="TEXT",
         help="prompts with {} for the class name, averaged where there are several; `dataset` for "
         "the one that CoOp has for this dataset, `clip` for seven general ones")
@@ -84,10 +83,9 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", type=backbone_arg, default="ViT-B/16", help="name or checkpoint of a CLIP")
-    add("--activation", choices=("quickgelu", "gelu"),
-        help="activation that the backbone was trained with, where no configuration says so")
+    add("--activation", choices=("quickgelu", "gelu"), help="where no configuration says which")
     add("--heads", type=bounded_number(int, 1, 1024), nargs=2, metavar=("VISION", "TEXT"),
-        help="attention heads of the two towers, where no configuration says so")
+        help="attention heads of the two towers, where no configuration says how many")
     add("--encoder", choices=("text", "vision", "both"), default="both", help="towers to adapt")
     add("--position", choices=tuple(POSITIONS), default="all", help="layers to adapt")
     add("--logit_scale", type=logit_scale_arg, default=100.0,
@@ -100,15 +98,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="sparsity of so: its density is 1 - s")
     add("--t", type=positive, default=5, help="iterations that so keeps its gradient support for")
     add("--grad_support", choices=GRAD_SUPPORTS, default=ablation["grad_support"],
-        help="ablation of so's gradient support: random, or by magnitude of the gradient")
+        help="ablation: entries whose gradient so reads")
     add("--moment_support", choices=MOMENT_SUPPORTS, default=ablation["moment_support"],
-        help="ablation of so's moment support: by magnitude of the first moment, random, fixed, "
-        "or reset to the gradient support at each refresh")
-    add("--moments", choices=MOMENTS, default=ablation["moments"],
-        help="ablation of so's moments; none is signSGD")
+        help="ablation: entries whose moments so keeps; reset: those of the gradient support")
+    add("--moments", choices=MOMENTS, default=ablation["moments"], help="ablation; none is signSGD")
     add("--bias_correction", choices=("tensor", "entry"), default=ablation["bias_correction"],
-        help="steps that so's bias corrections count: all, as in the paper, or those since each "
-        "entry entered the support")
+        help="so counts the steps of a tensor, or of each entry since it entered the support")
     add("--rank", type=positive, default=2, help="rank of lora's adapters")
     add("--wise", type=bounded_number(float, 0), default=1.0, metavar="ALPHA",
         help="WiSE-FT: evaluate and save base + ALPHA * (trained - base)")
@@ -121,8 +116,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--early_stop_loss", type=bounded_number(float, -MAX_NUMBER), default=0.01,
         help="stop when an epoch's mean loss falls below this; negative: never")
     add("--batch_size", type=positive, default=32, help="images per iteration")
-    add("--grad_accum_steps", type=positive, default=1,
-        help="micro-batches that each batch is computed in, to save memory")
+    add("--grad_accum_steps", type=positive, default=1, help="micro-batches of each batch")
     add("--crop_scale", type=bounded_number(float, 0, 1, exclusive="low"), nargs=2,
         default=[0.08, 1.0], metavar=("MIN", "MAX"), help="area of the crop, of 1 for the image")
     add("--crop_ratio", type=bounded_number(float, 0, exclusive="low"), nargs=2,
@@ -130,14 +124,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--flip", **switch, default=True, help="mirror every other training image, at random")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
         help="precision of the matrix products; weights stay in fp32")
-    add("--class_batch_size", type=count, default=0,
-        help="classes whose prompts are encoded at once, to save memory; 0 for all")
-    add("--dense_grad", **switch, default=False,
-        help="compute whole weight gradients, not only the entries that so reads")
+    add("--class_batch_size", type=count, default=0, help="classes encoded at once; 0 for all")
+    add("--dense_grad", **switch, default=False, help="compute whole weight gradients for so")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_every", type=count, default=0,
-        help="iterations between two test accuracies in curve.csv; 0 for only the final one")
+    add("--eval_every", type=count, default=0, help="iterations between evaluations; 0 for none")
     add("--eval_split", choices=tuple(EVAL_SPLITS), default="test",
         help="images to evaluate on; val, the few validation images, to choose settings by")
     add("--final_model", choices=("last_step", "best_val"), default="last_step",
@@ -160,8 +151,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="folder of all results; given, it implies --save_weights")
     add("--filename", default="weights", help="name of the weights file, without its suffix")
     add("--save_weights", **switch, default=False, help="save the trained matrices")
-    add("--checkpoint_every", type=count, default=500,
-        help="iterations between two checkpoints; 0 for those at interruptions only")
+    add("--checkpoint_every", type=count, default=500, help="iterations between checkpoints")
     add("--resume", **switch, default=False, help="continue from the checkpoint, if there is one")
     add("--overwrite", **switch, default=False, help="replace the run's result or checkpoint")
     add("--eval_only", **switch, default=False, help="evaluate saved weights, without training")
