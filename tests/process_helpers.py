@@ -17,9 +17,8 @@ TIMEOUT_S = 60  # processes end within a few seconds
 def run_in_processes(world_size, work, folder):
     """Run work(rank) in processes with torchrun's environment.
 
-    Returns:
-        For each rank what `work` returned, passed through a file in `folder`; the exit status of a
-        process that failed.
+    Returns what `work` returned for each rank, passed through a file in `folder`, or the exit
+    status of a process that failed.
     """
     context = multiprocessing.get_context("fork")
     ports = context.SimpleQueue()
@@ -57,11 +56,7 @@ def run_in_processes(world_size, work, folder):
 
 
 def run_main_in_processes(world_size, folder, *argv, prepare=None):
-    """`call_main` in processes; `prepare`, called with the rank first, may return other arguments.
-
-    Returns:
-        (status, standard output, standard error) of each.
-    """
+    """`call_main` in processes; `prepare`, called with the rank first, may return its arguments."""
 
     def work(rank):
         return call_main(*(prepare and prepare(rank) or argv))
