@@ -97,7 +97,8 @@ def find_problems(dataset_dir: DatasetDir, split: Split, test_only: bool = False
     if not labels:
         yield f"{source} has no images: add them or get it again"
     if dataset_dir.info.custom_path and len(labels) == 1:
-        yield f"{source} has one class: a task takes two or more (in {folder / classes[0][1]}?)"
+        inner = folder / classes[0][1]
+        yield f"{source} has one class: a task takes two or more (are they in {inner}?)"
     if unexpected := sorted(labels ^ set(range(len(labels)))):
         numbers = truncate_list(map(str, unexpected))
         yield f"labels in {source} must run from 0 without gaps, but {numbers} is missing or extra"

@@ -182,7 +182,7 @@ def test_templates_are_texts_or_words(photos):
 REFUSED = [
     ("folder", "", "{} has no class folders (list.csv): sort"),
     ("folder", "a:6", "{} has one class: a task takes two or more"),
-    ("folder", "in/a:6 in/b:6", "has one class: a task takes two or more (in {}/in?)"),
+    ("folder", "in/a:6 in/b:6", "has one class: a task takes two or more (are they in {}/in?)"),
     ("folder", "a:6 b:3", "no test images of the class 'b': add some, 4 if the class"),
     ("folder", "train/a:2 train/b:2 test/a:1 test/b:0", "no test images of the class 'b'"),
     ("folder", "train/a:2 train/b:2 test/a:1 test/c:1", "no training images of the class 'c'"),
