@@ -153,9 +153,9 @@ def train(
     state: TrainState,
     config: TrainConfig,
 ) -> Iterator[None]:
-    """Train, and yield after each step, and where an interrupted training stopped.
+    """Train, and yield after each step, so that the caller may evaluate, save, or stop.
 
-    Then the caller may evaluate, save, or stop.
+    A resumed training first yields where it was interrupted.
 
     Args:
         classifier: The model, which stays in evaluation mode, and the class prompts.
@@ -180,7 +180,7 @@ def train(
                 group["lr"] = lrs[state.iteration]
             train_step(classifier, optimizer, batch, state, config)
             if ends_epoch or state.iteration == state.total_iters:
-                # The only wait for the device.
+                # The only wait for the device in fp32 and bf16.
                 losses = state.losses[state.epoch_start : state.iteration].tolist()
                 for iteration, loss in enumerate(losses, start=state.epoch_start + 1):
                     if not math.isfinite(loss):
@@ -218,7 +218,7 @@ def train_step(
     config: TrainConfig,
 ) -> None:
     """One optimizer step on one batch: images of this process's slice, labels of all of it."""
-    # LoRA's dropout depends on seed, iteration and rank: there is no generator state to save.
+    # Seeded anew for each iteration, so that LoRA's dropout needs no generator state saved.
     seed = random.Random(f"{config.seed} {state.iteration} {config.rank}").getrandbits(62)
     torch.manual_seed(seed)
     optimizer.zero_grad()

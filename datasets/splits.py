@@ -110,7 +110,8 @@ def find_problems(dataset_dir: DatasetDir, split: Split, test_only: bool = False
         yield f"{source} has {truncate_list(bad)}, not UTF-8: rename it"
     if outside := [path for path in paths if UNSAFE_PATH.search(path)]:
         yield f"{source} names {truncate_list(outside)}, outside of the image folder {folder}"
-    if missing := [] if split.files_exist else find_missing(dataset_dir, paths):
+    missing = [] if split.files_exist else find_missing(dataset_dir, paths)
+    if missing:
         count = f"{len(missing)} of {plural(len(paths), 'image')}"
         yield f"{truncate_list(missing)}: named in {source}, missing in {folder} ({count})"
     notes = "".join(f"; {note}" for note in split.notes)

@@ -83,10 +83,10 @@ class SO(Optimizer):
         ValueError: An argument is out of range, or a parameter is complex or a part of a matrix.
     """
 
-    # What another class may select the next S_m by: |m| or, of U, m and S_m, other numbers from 0.
+    # Subclasses may select S_m otherwise: by the highest score(U, m, S_m) >= 0 in place of |m|.
     _score: Score | None = None
     # Of the coming step: tensors that have their support, the places of all parameters, and g of
-    # sharded tensors. Replaced, never changed in place.
+    # sharded tensors. Replaced, never changed in place; copies and pickles begin with these.
     _ready: frozenset[Tensor] = frozenset()
     _positions: dict[Tensor, int] = {}
     _reduced: dict[Tensor, Tensor] = {}
@@ -108,10 +108,12 @@ class SO(Optimizer):
         stochastic_rounding: bool = True,
         foreach: bool | None = None,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, T=T, seed=seed)
-        defaults.update(density_ratio=density_ratio, dense=None, maximize=maximize, foreach=foreach)
-        defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        defaults.update(bias_correction=bias_correction, stochastic_rounding=stochastic_rounding)
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, density_ratio=density_ratio,
+            T=T, seed=seed, maximize=maximize, decoupled_weight_decay=decoupled_weight_decay,
+            bias_correction=bias_correction, stochastic_rounding=stochastic_rounding,
+            foreach=foreach, dense=None,
+        )  # fmt: skip
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -212,7 +214,7 @@ class SO(Optimizer):
             elif dense is None:
                 dense = sum(size > 1 for size in p.shape) < 2
             step = int(state.get("step", 0))
-            if not dense and not (step % group["T"] and "step" in state):
+            if not dense and step % group["T"] == 0:
                 # A draw depends on seed, position and step only: there is no generator to save, the
                 # other tensors do not matter, and it is the same on every device.
                 generator.manual_seed(_hash(group["seed"], self._positions[p], step))
@@ -232,7 +234,7 @@ class SO(Optimizer):
                     if group["bias_correction"] == "entry":
                         state["entry_steps"] = torch.zeros_like(S_g)
         self._ready |= ready
-        if len(first) == sum("indices" in state for state in self.state.values()):
+        if len(first) == sum("indices" in state for state in self.state.values()):  # only once
             _warn_if_too_sparse(first)
 
     def _init_seeds(self, exchange: bool = False) -> None:
@@ -398,25 +400,30 @@ def _single_tensor_so(
     U, rows = torch.cat([S_m, S_g]), [torch.cat(pair) for pair in pairs]
     if U.is_cpu and len(U) >= LARGE and 16 * len(U) >= numel and not segments:
         void = _unite_by_table(S_m, S_g, rows, numel)
-    else:
-        U, order = (U.int() if U.is_cpu and numel < 2**31 else U).sort()  # int32 in half the time
+    else:  # sorted, an entry of both stands twice in a row: the first gets the numbers of both
+        if U.is_cpu and numel < 2**31:
+            U = U.int()  # is sorted in half the time
+        U, order = U.sort()
         void = torch.zeros_like(U, dtype=torch.bool)
         torch.eq(U[1:], U[:-1], out=void[1:])
         rows = [row.index_select(0, order) for row in rows]
         for row in rows:
             row[:-1].add_(row[1:].where(void[1:], 0))
-    m, v, U = *rows[:2], U.long()
+        U = U.long()
+    m, v = rows[:2]
     bias_corrections = torch.tensor([1 - beta1**t, 1 - beta2**t], dtype=m.dtype, device="cpu")
     if "entry_steps" in state:
-        t = rows[2].add_(1).to(m.dtype)
+        t = rows[2].add_(1).to(m.dtype)  # of each entry; 1 - b^t without cancellation
         bias_corrections = [-torch.expm1(t * math.log(max(b, 1e-300))) for b in (beta1, beta2)]
     bias_correction1, bias_correction2 = bias_corrections
     denom = (v / bias_correction2).sqrt_().add_(group["eps"])
     update = (-group["lr"] / bias_correction1 * m).div_(denom).masked_fill_(void, 0)
     importance = m.abs() if score is None else score(U, m, S_m)
     keep = _topk(importance.masked_fill_(void, -1), segments or [(len(U), len(S_g))])
-    for name, row in zip(STATE_NAMES[2:], (U, *rows)):
-        state[name] = row.index_select(0, keep)
+    state["indices"] = U.index_select(0, keep)
+    state["exp_avg"], state["exp_avg_sq"] = m.index_select(0, keep), v.index_select(0, keep)
+    if "entry_steps" in state:
+        state["entry_steps"] = rows[2].index_select(0, keep)
     return U, update, void
 
 
@@ -429,10 +436,10 @@ def _unite_by_table(S_m: Tensor, S_g: Tensor, rows: list[Tensor], numel: int) ->
     table.scatter_(0, S_m, torch.arange(len(S_m), dtype=torch.int32, device="cpu"))
     slot = table.index_select(0, S_g).clamp_(0, len(S_m) - 1)
     both = (S_m.index_select(0, slot) == S_g).nonzero().view(-1)
-    slot, both = slot.index_select(0, both), both.add_(len(S_m))
+    slot, void = slot.index_select(0, both), both + len(S_m)
     for row in rows:
-        row.index_add_(0, slot, row.index_select(0, both))
-    return torch.zeros_like(rows[0], dtype=torch.bool).index_fill_(0, both, True)
+        row.index_add_(0, slot, row.index_select(0, void))
+    return torch.zeros_like(rows[0], dtype=torch.bool).index_fill_(0, void, True)
 
 
 def _topk(score: Tensor, segments: Segments) -> Tensor:
@@ -452,7 +459,7 @@ def _topk(score: Tensor, segments: Segments) -> Tensor:
 
 
 def _topk_by_counting(score: Tensor, k: int) -> Tensor:
-    """Positions of the k highest scores, of which only those with the k-th's 16 bits are sorted.
+    """Positions of the k highest scores; only those that share the k-th's upper 16 bits are sorted.
 
     Float32 numbers that are not negative have the order of their bits; void slots have -1.
     """

@@ -81,7 +81,7 @@ class SOVariant(SO):
     def _sparse_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if self.moments == "none":
             return self._signsgd_update(params, group)
-        # A function of seed, step and chunk: there is no generator to save.
+        # Of seed and step, so that there is no generator to save; the same for each chunk.
         seed = hash((group["seed"], int(self.state[params[0]]["step"]))) % 2**63
         self._scores = torch.Generator("cpu").manual_seed(seed)
         super()._sparse_update(params, group)

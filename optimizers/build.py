@@ -169,7 +169,7 @@ def describe_optimizer(
     sizes = [p.numel() for p in weights.values()]
     roles = ", ".join(f"{count} of {role}" for role, count in count_roles(weights).items())
     matrices = f"{len(weights)} matrices ({roles}),\n{sum(sizes):,} entries"
-    if method == "adam":
+    if method != "so":
         return f"{matrices}, all with Adam's moments"
     density = group["density_ratio"]
     k = sum(max(1, int(size * density)) for size in sizes)
