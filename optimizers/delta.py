@@ -130,12 +130,14 @@ def read_delta(path: str | Path) -> Delta:
 
 
 def _read_entries(file: safetensors.safe_open, name: str, shape: list[int]) -> SparseTensorDelta:
-    """Read the entries of a weight; their positions must increase within its shape."""
+    """Read the entries of a weight: floating-point values at increasing positions in its shape."""
     # Cloned, because the tensors of safe_open change or vanish with the file.
     indices, values = (file.get_tensor(f"{name}.{part}").clone() for part in ("indices", "values"))
     is_inside = not len(indices) or 0 <= indices[0] <= indices[-1] < math.prod(shape)
-    if indices.shape != values.shape or not is_inside or (indices.diff() <= 0).any():
-        raise ValueError(f"the entries of {name} do not fit its shape {shape}")
+    is_numeric = indices.dtype in (torch.int32, torch.int64) and values.is_floating_point()
+    fits = is_numeric and is_inside and indices.shape == values.shape
+    if not fits or (indices.diff() <= 0).any():
+        raise ValueError(f"{name} lacks floating-point values at increasing positions in {shape}")
     return SparseTensorDelta(indices, values, tuple(shape))
 
 
@@ -144,7 +146,8 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
     """Write the trained weights into their base, a model or its state dict, in place.
 
     Raises:
-        ValueError: The target is not the delta's base, or its dtype would round. It is unchanged.
+        ValueError: The target is not the delta's base, lacks one of its weights, or has one in
+            another shape or in a dtype that would round. It is unchanged.
     """
     state = target.state_dict() if isinstance(target, nn.Module) else target
     if state_dict_sha256(state) != delta.metadata.get("base_digest"):
@@ -152,7 +155,12 @@ def apply_delta(target: nn.Module | Mapping[str, Tensor], delta: Delta) -> None:
             f"{delta.path} belongs to other weights than these: use those that it was trained "
             f"from, {delta.metadata.get('backbone', 'an unnamed base')!r}"
         )
-    for name, (_, values, _) in delta.tensors.items():
+    for name, (_, values, shape) in delta.tensors.items():
+        if name not in state or state[name].shape != shape:
+            raise ValueError(
+                f"{delta.path} changes {name!r} of shape {shape}, which these weights do not have: "
+                "save it again with --save_weights"
+            )
         if torch.promote_types(values.dtype, state[name].dtype) != state[name].dtype:
             raise ValueError(
                 f"{delta.path} holds values in {values.dtype}, which {name} in {state[name].dtype} "

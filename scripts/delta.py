@@ -86,9 +86,9 @@ def scale(file: Path, alpha: float, out: Path, base: str | None) -> str:
     """Write a delta whose values are base + alpha (value - base)."""
     delta, _ = open_delta(file, base, out, file)
     model, _ = clip.load(base or delta.metadata["backbone"], "cpu")
-    trained = {name: model.get_parameter(name).detach() for name in delta.tensors}
-    before = {name: weight.clone() for name, weight in trained.items()}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     deltas.apply_delta(model, delta)
+    trained = {name: model.get_parameter(name).detach() for name in delta.tensors}
     deltas.interpolate_weights_(trained, before, alpha)
     wise = f"{float(delta.metadata.get('wise', 1)) * alpha:g}"
     metadata = delta.metadata | {"wise": wise}

@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from optimizers.delta import (
@@ -124,20 +123,22 @@ def test_delta_is_finite(path):
 @pytest.mark.parametrize("indices", [[1, 3, 48], [3, 3, 40], [-1, 3, 40], [1, 3]])
 def test_delta_rejects_wrong_indices(indices, path):
     _, base = save_small(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = safetensors.torch.load(path.read_bytes())
+    metadata, tensors = read_delta(path).metadata, safetensors.torch.load(path.read_bytes())
     tensors["0.weight.indices"] = torch.tensor(indices)
     path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
-    assert_refused(path, base, "do not fit its shape")
+    assert_refused(path, base, "0.weight lacks floating-point values at")
 
 
 def test_delta_rejects_damaged_files(path):
     _, base = save_small(path)
     data = path.read_bytes()
-    other_version = data.replace(b'"version":"1"', b'"version":"2"')
-    for damaged in (b"", data[:8], data[:-1], safetensors.torch.save(base), other_version):
+    pairs = (b'"version":"1"', b'"version":"2"'), (b"F32", b"I32"), (b"I32", b"F32")
+    changed = [data.replace(*pair) for pair in pairs]
+    for damaged in (b"", data[:8], data[:-1], safetensors.torch.save(base), *changed):
         path.write_bytes(damaged)
         assert_refused(path, base, "damaged, or not a sparse delta of version 1")
+    for pair in ((b"0.weight", b"2.weight"), (b"[8, 6]", b"[6, 8]"), (b"[8, 6]", b"[9, 9]")):
+        path.write_bytes(data.replace(*pair))
+        assert_refused(path, base, "of shape .*, which these weights do not have")
     with pytest.raises(FileNotFoundError, match="no weights at .*: name a file that"):
         read_delta(path.parent)
