@@ -118,6 +118,7 @@ class SampledGradients:
         self._ready: set[Tensor] = set()  # those with a support for the coming step
         self._plans: dict[Tensor, _Plan] = {}
         self._is_sampled: dict[Tensor, bool] = {}  # whether the last gradient was
+        self._mixed: set[Tensor] = set()  # whose gradient may have entries of an earlier support
         for p in self.params:
             if getattr(p, "_sampler", None) is not None:
                 p._sampler.remove()
@@ -164,6 +165,7 @@ class SampledGradients:
                 plan = self._plans.get(q)
                 if support is not None and (plan is None or plan.support is not support):
                     new[q] = support
+                    (self._mixed.discard if q.grad is None else self._mixed.add)(q)
             self._plans.update(_make_plans(new))
         return self._plans.get(p)
 
@@ -180,6 +182,9 @@ class SampledGradients:
             self.dense[name] = "not used by F.linear only, or compiled"
             return
         self.dense.pop(name, None)
+        if p in self._mixed:
+            p.grad = p.grad.coalesce()
+            return
         plan, values = self._plans[p], p.grad._values()
         if len(values) > len(plan.support):
             values = values.view(-1, len(plan.support)).sum(dim=0)
@@ -199,7 +204,9 @@ class SampledGradients:
             value = t.detach().contiguous()
             dist.broadcast(value, dist.get_global_rank(self._group, 0), group=self._group)
             t.detach().copy_(value)
-        self._replicated = list(model.parameters())
+        groups = self._optimizer.param_groups
+        others = (p for group in groups for p in group["params"])  # such as a temperature
+        self._replicated = list(dict.fromkeys((*model.parameters(), *others)))
         for p in self._replicated:
             if p.requires_grad:
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._queue_all_reduce))

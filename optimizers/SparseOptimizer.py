@@ -142,6 +142,10 @@ class SO(Optimizer):
         kinds = defaultdict(list)
         for p in sorted(params, key=Tensor.numel):  # equal sizes together, for `_topk`
             state, kind = self.state[p], hasattr(p, "device_mesh")
+            k = len(state["grad_indices"])
+            if p.is_cpu and 2 * k >= LARGE and 32 * k >= p.numel():
+                yield [p]  # whose union takes a table
+                continue
             if p.grad.layout == torch.sparse_coo:
                 kind = p.grad.sparse_dim(), p.grad._values().shape[1:]
             kinds[p.dtype, p.device, int(state["step"]), "entry_steps" in state, kind].append(p)
@@ -170,11 +174,16 @@ class SO(Optimizer):
 
     def _dense_update(self, params: list[Tensor], group: Group) -> None:
         """Update whole tensors, or shards, by torch's own Adam; half precision in float32."""
+        for p in params:
+            if "step" not in self.state[p]:
+                _init_state(self.state[p], p, p)
         states = [self.state[p] for p in params]
         weights = [_local(p).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
         grads = [_local(_grad(p)) for p in params]
         grads = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
         grads = [grad.to(weight.dtype) for grad, weight in zip(grads, weights)]
+        for state, weight in zip(states, weights):  # whose precision may have changed
+            state.update({name: state[name].to(weight.dtype) for name in ("exp_avg", "exp_avg_sq")})
         moments = ([_local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
         steps = [state["step"] for state in states]
         hyper = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "foreach")}
@@ -186,7 +195,8 @@ class SO(Optimizer):
                 flat = torch.zeros((), dtype=torch.int64, device=p.device)  # index of each entry
                 for size, box in zip(p.shape, _shard_box(p)):
                     flat = flat[..., None] * size + torch.arange(*box, device=p.device)
-                _local(p).copy_(self._round(weight, [p], [flat], group))
+                rounded = self._round(weight.view(-1), [p], [flat.view(-1)], group)
+                _local(p).copy_(rounded.view_as(weight))
 
     @torch.no_grad()
     def draw_supports(self, filter_fn: Callable[[Tensor], bool] | None = None) -> None:
@@ -214,25 +224,21 @@ class SO(Optimizer):
             elif dense is None:
                 dense = sum(size > 1 for size in p.shape) < 2
             step = int(state.get("step", 0))
-            if not dense and step % group["T"] == 0:
-                # A draw depends on seed, position and step only: there is no generator to save, the
-                # other tensors do not matter, and it is the same on every device.
-                generator.manual_seed(_hash(group["seed"], self._positions[p], step))
-                k = max(1, int(p.numel() * group["density_ratio"]))
-                S_g = draw_support(p.numel(), k, generator).to(p.device, non_blocking=True)
-                state["grad_indices"] = S_g
-                ready.add(p)
+            if dense or step % group["T"]:
+                continue
+            # A draw depends on seed, position and step only: there is no generator to save, the
+            # other tensors do not matter, and it is the same on every device.
+            generator.manual_seed(_hash(group["seed"], self._positions[p], step))
+            k = max(1, int(p.numel() * group["density_ratio"]))
+            S_g = draw_support(p.numel(), k, generator).to(p.device, non_blocking=True)
             if "step" not in state:
-                _validate_parameter(p)  # again: Accelerate replaces those of the constructor
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                zeros = torch.zeros_like(p if dense else S_g, dtype=dtype)
-                state.update(step=torch.zeros((), device="cpu"), exp_avg=zeros)
-                state["exp_avg_sq"] = zeros.clone()
-                if not dense:
-                    state["indices"] = S_g.clone()
-                    first.append((p, k))
-                    if group["bias_correction"] == "entry":
-                        state["entry_steps"] = torch.zeros_like(S_g)
+                _init_state(state, p, S_g)
+                state["indices"] = S_g.clone()
+                if group["bias_correction"] == "entry":
+                    state["entry_steps"] = torch.zeros_like(S_g)
+                first.append((p, k))
+            state["grad_indices"] = S_g
+            ready.add(p)
         self._ready |= ready
         if len(first) == sum("indices" in state for state in self.state.values()):  # only once
             _warn_if_too_sparse(first)
@@ -340,13 +346,20 @@ class SO(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; what it does not set is as in the constructor."""
-        _validate_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            _validate_parameter(p)
+        try:
+            _validate_group(self.param_groups[-1])
+            for p in self.param_groups[-1]["params"]:
+                _validate_parameter(p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings and state, as torch's optimizers do; `seed` is never None in it."""
+        """Return settings and state, as torch's optimizers do.
+
+        `seed` is None in it only where several processes have not exchanged it yet.
+        """
         self._init_seeds()
         return super().state_dict()
 
@@ -359,17 +372,34 @@ class SO(Optimizer):
             ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
         """
         states = {}
-        try:
-            for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+
+        def take_states(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            for saved_group, group in zip(saved["param_groups"], self.param_groups):
                 _validate_group(saved_group)
                 for number, p in zip(saved_group["params"], group["params"]):
-                    if saved := state_dict["state"].get(number):
-                        states[p] = _restore(p, saved)
+                    if state := saved["state"].get(number):
+                        states[p] = _restore(p, state)
+            return {**saved, "state": {}}  # torch would cast it to the dtypes of the parameters
+
+        def give_states(_: Optimizer) -> None:
+            self.state.update(states)
+            self._ready = frozenset()
+
+        hooks = [  # those of others see what is loaded, before and after
+            self.register_load_state_dict_pre_hook(take_states),
+            self.register_load_state_dict_post_hook(give_states, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
         except KeyError as error:
             raise ValueError(f"this is not a state dict of SO: it lacks {error}") from error
-        super().load_state_dict({**state_dict, "state": {}})  # would cast it to p's dtype
-        self.state.update(states)
-        self._ready = frozenset()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._init_seeds()
+        return super().__getstate__()
 
 
 # One step of one tensor, and the same of many tensors at once
@@ -602,7 +632,14 @@ def _shard_box(t: Tensor) -> list[tuple[int, int]]:
     return [(first, first + size) for first, size in zip(start, shape)]
 
 
-# Checks and warnings
+# Checks, warnings and states
+
+
+def _init_state(state: State, p: Tensor, like: Tensor) -> None:
+    """Begin p's state, with moments of the shape of `like`."""
+    _validate_parameter(p)  # again: Accelerate replaces those of the constructor
+    zeros = torch.zeros_like(like, dtype=torch.promote_types(p.dtype, torch.float32))
+    state.update(step=torch.zeros((), device="cpu"), exp_avg=zeros, exp_avg_sq=zeros.clone())
 
 
 def _warn_if_too_sparse(supports: list[tuple[Tensor, int]]) -> None:

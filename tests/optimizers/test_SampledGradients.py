@@ -184,6 +184,16 @@ def test_training_equals_plain_computation(T):
 
 
 @needs_sparse_clipping
+def test_leftover_gradients_are_right():
+    """Those of another loss, at a support that is drawn anew, as in the loop of a GAN."""
+    plain, ours, a, b, _ = twice(T=2)
+    for step in range(6):
+        train([(plain, a), (ours, b)], [step])
+        for model in (plain, ours):
+            mlp_backward(model, 100 + step)
+    assert_equal_weights(plain, ours)
+
+
 def test_clipped_norm_is_of_support():
     plain, ours, a, b, _ = twice()
     supports = {p: b.state[q] for p, q in zip(plain.parameters(), ours.parameters(), strict=True)}

@@ -132,8 +132,12 @@ def test_other_optimizers_parameters_stay_equal(tmp_path):
         model = make_model(rank)
         optimizer = SO(model["body"].parameters(), seed=5, **settings)
         other = torch.optim.SGD(model["embed"].parameters(), lr=0.1)
+        outside = nn.Parameter(torch.zeros(()))
+        optimizer.add_param_group({"params": outside})
+        outside.grad = torch.tensor(float(rank))
         sample_gradients(model, optimizer, dist.group.WORLD)
-        return train(model, optimizer, other, rows=share(rank))
+        trained = train(model, optimizer, other, rows=share(rank))
+        return torch.cat([trained, outside.detach().view(1)])
 
     first, second = run_twice(work, tmp_path)
     assert torch.equal(first, second)
