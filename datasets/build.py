@@ -44,8 +44,9 @@ def build_dataset(
         raise ValueError(f"shots must be a whole number of at least 1, not {shots!r}")
     templates = resolve_templates(template, info)
     dataset_dir, split = _read_dataset(name, root_path)
-    if info.custom_path and subsample != "all" and len(split.lab2cname) < 4:
-        raise ValueError(f"{name} has too few classes: --subsample takes four or more")
+    if info.custom_path and subsample != "all" and (num_classes := len(split.lab2cname)) < 4:
+        remedy = "--subsample takes four or more, two in each half"
+        raise ValueError(f"{name} has {num_classes} classes: {remedy}")
     _print_notes(dataset_dir, split)
     split = rename_classes(split, classnames)
     if fewshot_split:

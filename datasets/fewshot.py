@@ -11,6 +11,11 @@ from datasets.files import PathLike, nfc, read_json
 from datasets.readers import parse_lines
 from datasets.splits import parse_samples
 
+FORM = (
+    "--fewshot_split takes UTF-8 text of the form "
+    '{"train": [[path, label, class name], ...], "val": [...]}, or a .jsonl'
+)
+
 
 def generate_fewshot_dataset(
     split: Split, shots: int, val_from_train: bool = False
@@ -59,12 +64,12 @@ def load_fewshot_split(
     """
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}: --fewshot_split takes a .json or a .jsonl")
-    data = _read_jsonl_pair(path) if path.endswith(".jsonl") else read_json(path)
+        raise ValueError(f"there is no file {path}: {FORM}")
+    data = _read_jsonl_pair(path) if path.endswith(".jsonl") else read_json(path, FORM)
     by_path = {nfc(sample[0]): sample for sample in (*split.train, *split.val)}
     offset = len(split.subsample_classes("base").lab2cname) if subsample == "new" else 0
     few: dict[str, list[RawSample]] = {"train": [], "val": []}
-    for part, entries in parse_samples(data, few, path).items():
+    for part, entries in parse_samples(data, few, path, FORM).items():
         for image, label, _ in entries:
             folders = nfc(image.replace("\\", "/")).split("/")
             suffixes = ("/".join(folders[i:]) for i in range(len(folders)))
@@ -82,8 +87,14 @@ def load_fewshot_split(
 
 
 def _read_jsonl_pair(path: str) -> dict[str, list[Any]]:
-    stem, form = path.removesuffix(".jsonl").rpartition("_")[0], '{"impath": ..., "label": ...}'
+    if not path.endswith(("_train.jsonl", "_val.jsonl")):
+        raise ValueError(f"{path} is not one of a pair ..._train.jsonl and ..._val.jsonl")
+    stem = path.rpartition("_")[0]
     files = {part: Path(f"{stem}_{part}.jsonl") for part in ("train", "val")}
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}: --fewshot_split needs both of the pair")
+    form = '{"impath": ..., "label": ..., "classname": ...}'
     return {part: parse_lines(file, form, json.loads) for part, file in files.items()}
 
 

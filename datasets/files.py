@@ -56,9 +56,9 @@ def read_text(path: PathLike, remedy: str = "get the file again") -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error}): {remedy}") from error
 
 
-def read_json(path: PathLike) -> Any:
+def read_json(path: PathLike, remedy: str = "get the file again") -> Any:
     """Read a JSON file; a ValueError says what else it is, and the remedy."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path, remedy))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): get the file again") from error
+        raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error

@@ -151,7 +151,8 @@ def describe_ignored(ignored: dict[str, list[str]]) -> Iterator[str]:
 
 
 def read_json_list(dataset_dir: DatasetDir, path: Path) -> Split:
-    split = read_split_file(dataset_dir, path)
+    form = '{"train": [[path, label, class name], ...], "val": [...], "test": [...]}'
+    split = read_split_file(dataset_dir, path, f"save it as UTF-8, in the form {form}")
     parts, notes = drop_repeats(path, split.parts)
     return replace(split, **parts, notes=notes)
 
@@ -175,8 +176,10 @@ def read_csv(dataset_dir: DatasetDir, path: Path) -> Split:
         given = truncate_list(columns) or "none"
         raise ValueError(f"{path} has the columns {given}: it needs path,label or path,label,split")
     labels = number_classes(nfc(row["label"].strip()) for row in rows)
-    if labels and all(re.fullmatch(r"-?\d+\.0+", name) for name in labels):  # pandas, after a NaN
-        raise ValueError(f"{path} has the labels {truncate_list(labels)}: write whole numbers")
+    if labels and all(re.fullmatch(r"-?\d+\.0+", name) for name in labels):
+        reason = "as pandas writes numbers in a column with an empty cell"
+        remedy = "write names or whole numbers"
+        raise ValueError(f"{path} has the labels {truncate_list(labels)}, {reason}: {remedy}")
     parts: Parts = {part: [] for part in SPLITS}
     for number, row in enumerate(rows, start=2):
         part = SPLIT_ALIASES.get(row.get("split", "train").strip().lower())

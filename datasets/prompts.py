@@ -59,7 +59,7 @@ def _read_names(path: PathLike) -> dict[str, str]:
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}: --classnames takes one of {form}")
     try:
-        names = yaml.load(read_text(path), Loader=yaml.BaseLoader)
+        names = yaml.load(read_text(path, "save it as UTF-8"), Loader=yaml.BaseLoader)
     except (RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not YAML ({one_line(str(error))})") from error
     pairs = list(names.items()) if isinstance(names, dict) else []

@@ -34,17 +34,22 @@ def read_split(dataset_dir: DatasetDir) -> Split:
     return replace(split, origin="made") if info.split_file else split
 
 
-def read_split_file(dataset_dir: DatasetDir, path: Path) -> Split:
+def read_split_file(
+    dataset_dir: DatasetDir, path: Path, remedy: str = "get the file again"
+) -> Split:
     """Read a file as `parse_samples` describes it, with all three parts."""
+    data = read_json(path, remedy)
     parts = {
         part: [(dataset_dir.find_path(image), label, nfc(name)) for image, label, name in samples]
-        for part, samples in parse_samples(read_json(path), SPLITS, path).items()
+        for part, samples in parse_samples(data, SPLITS, path, remedy).items()
     }
     classes = {sample[1:] for samples in parts.values() for sample in samples}
     return Split(str(path), **parts, lab2cname=dict(sorted(classes)))
 
 
-def parse_samples(data: Any, parts: Iterable[str], path: PathLike) -> dict[str, list[list]]:
+def parse_samples(
+    data: Any, parts: Iterable[str], path: PathLike, remedy: str
+) -> dict[str, list[list]]:
     """Check a list {"train": [[path, label, class name], ...], ...}; return its samples by part.
 
     An entry may also be a dict of SAMPLE_KEYS, as in lists of the cross-modal adaptation code.
@@ -53,7 +58,7 @@ def parse_samples(data: Any, parts: Iterable[str], path: PathLike) -> dict[str, 
     for part in parts:
         entries = data.get(part) if isinstance(data, dict) else None
         if not isinstance(entries, list):
-            raise ValueError(f"{path} lacks a list named {part}: get the file again")
+            raise ValueError(f"{path} lacks a list named {part}: {remedy}")
         entries = [[e.get(k) for k in SAMPLE_KEYS] if isinstance(e, dict) else e for e in entries]
         if bad := [repr(entry)[:60] for entry in entries if not is_sample(entry)]:
             form = "[path, label, class name]"
@@ -109,11 +114,17 @@ def find_problems(dataset_dir: DatasetDir, split: Split, test_only: bool = False
     if bad := [name for name in (*paths, *names.values()) if NOT_UTF_8.search(name)]:
         yield f"{source} has {truncate_list(bad)}, not UTF-8: rename it"
     if outside := [path for path in paths if UNSAFE_PATH.search(path)]:
-        yield f"{source} names {truncate_list(outside)}, outside of the image folder {folder}"
+        yield (
+            f"{source} names {truncate_list(outside)}, outside of the image folder {folder}: paths "
+            "must be relative and without '..'"
+        )
     missing = [] if split.files_exist else find_missing(dataset_dir, paths)
     if missing:
         count = f"{len(missing)} of {plural(len(paths), 'image')}"
-        yield f"{truncate_list(missing)}: named in {source}, missing in {folder} ({count})"
+        yield (
+            f"{truncate_list(missing)}: named in {source}, missing in {folder} ({count}): correct "
+            "the paths, or complete the download"
+        )
     notes = "".join(f"; {note}" for note in split.notes)
     needed = {"train": "training", "test": "test"}
     for part in ("test",) if test_only or dataset_dir.info.test_only else needed:

@@ -52,8 +52,10 @@ def pair(root):
 def test_jsonl_pair_replaces_draw(root, pair):
     for file in pair.values():
         assert build(root, fewshot_split=file) == build(root, seed=3)
-    pair["train"].unlink()
-    with pytest.raises(FileNotFoundError, match="shot_2-seed_3_train.jsonl"):
+    single = pair["train"].rename(root / "few.jsonl")
+    with pytest.raises(ValueError, match="few.jsonl is not one of a pair"):
+        build(root, fewshot_split=single)
+    with pytest.raises(ValueError, match="no file .*shot_2-seed_3_train.jsonl: .* needs both"):
         build(root, fewshot_split=pair["val"])
 
 
@@ -83,13 +85,14 @@ def test_list_serves_a_half(root, subsample):
         assert read.classnames == half.classnames
 
 
+FORM = '--fewshot_split takes UTF-8 text of the form {{"train": ['
 IMAGE = ["banded/banded_0000.jpg", 0, "banded"]
 REFUSED = {
-    "no file": (None, "there is no file {}: --fewshot_split takes"),
-    "not JSON": (b"path,label", "{} is not JSON"),
-    "pickle": (b"\x80\x04", "{} is not UTF-8 text"),
+    "no file": (None, "there is no file {}: " + FORM),
+    "not JSON": (b"path,label", "line 1 column 1 (char 0)): " + FORM),
+    "pickle": (b"\x80\x04", "invalid start byte): " + FORM),
     "no images": ({"train": [], "val": []}, "{} has no training images"),
-    "no val": ({"train": [IMAGE]}, "{} lacks a list named val"),
+    "no val": ({"train": [IMAGE]}, "{} lacks a list named val: " + FORM),
     "twice": ({"train": [IMAGE], "val": [IMAGE]}, "banded_0000.jpg in train and in val"),
     "label": ([IMAGE[0], "0", "banded"], "{} has entries in train that are not"),
     "image": (["banded/7.jpg", 0, "banded"], "{} names banded/7.jpg, no training image of"),

@@ -194,17 +194,19 @@ REFUSED = [
     ("csv", "a/0.png", "line 2 of {}/list.csv needs a path, a label"),
     ("csv", "/x,a\nb/0.png,b", "names /x, outside"),
     ("csv", "https://a.b/c.jpg,a", "names the URL https://a.b/c.jpg: download"),
-    ("csv", "a/0.png,0.0\nb/0.png,1.0", "labels 0.0, 1.0: write whole numbers"),
+    ("csv", "a/0.png,0.0\nb/0.png,1.0", "labels 0.0, 1.0, as pandas writes numbers"),
     ("parts", "a/0.png,a,test\nb/0.png,b", "line 3 of {}/list.csv needs"),
     ("parts", "a/0.png,a,train\na/0.png,a,test", "a/0.png twice, in train as a and in test as a"),
     ("csv", "a/0.png,a\n./a/0.png,b", "a/0.png twice, in train as a and in train as b"),
     ("json", None, "there is no folder, .csv or .json {}/list.json: --dataset takes"),
-    ("json", "[]", "list.json lacks a list named train"),
+    ("json", "[]", "list.json lacks a list named train: save it as UTF-8, in the form {{"),
+    ("json", "ü".encode("cp1252"), "invalid start byte): save it as UTF-8"),
     ("json", '{"train": [["a/0.png", 0, "a"]], "val": [], "test": [["a/0.png", 0, "a"]]}', "twice"),
     ("classnames", None, "there is no file {}/list.csv: --classnames takes"),
     ("classnames", "A: x\nzzz: y", "names 'A' (did you mean 'a'?), 'zzz', no class of {}"),
     ("classnames", "a:", "is not made of lines like 'folder: name for the prompt': [('a', '')]"),
     ("classnames", "a: [", "is not YAML"),
+    ("classnames", "a: ü".encode("cp1252"), "invalid start byte): save it as UTF-8"),
     ("template", ["a photo"], "the template 'a photo' must have {{}} exactly"),
     ("template", ["a {}", "{x} {}", "{} {}"], "'{{x}} {{}}', '{{}} {{}}' must have {{}} exactly"),
     ("template", [], "the template is empty and must have"),
@@ -291,7 +293,7 @@ def test_target_has_all_images(tmp_path):
 def test_half_of_one_class_is_refused(tmp_path):
     write_folder(tmp_path, "ape cat dog")
     for subsample in "base", "new":
-        assert "takes four or more" in refusal(tmp_path, subsample=subsample)
+        assert "3 classes: --subsample takes four" in refusal(tmp_path, subsample=subsample)
 
 
 def test_names_are_compared_in_nfc(tmp_path, capsys):

@@ -33,7 +33,7 @@ def replace_first(*entry):
 
 
 BROKEN = {  # how the split file is spoilt: what the error must say
-    "part": (lambda s: s.pop("val"), "lacks a list named val"),
+    "part": (lambda s: s.pop("val"), "lacks a list named val: get the file again"),
     "pair": (replace_first("a.jpg", 0), "not .path, label, class name.: .'a.jpg', 0"),
     "true label": (replace_first("a.jpg", True, "a"), "not .path, label, class name."),
     "blank name": (replace_first("a.jpg", 0, " "), "not .path, label, class name."),
@@ -41,9 +41,9 @@ BROKEN = {  # how the split file is spoilt: what the error must say
     "surrogate": (replace_first("\ud800/b.jpg", 1, "Forest"), "not UTF-8: rename it"),
     "two names": (replace_first("a.jpg", 1, "Wood"), "label 1 for '(Wood|Forest)' and"),
     "gap": (replace_first("a.jpg", 9, "a"), "must run from 0 without gaps, but 3, 9 is missing"),
-    "absolute": (replace_first("/etc/passwd", 1, "Forest"), "names /etc/passwd, outside"),
+    "absolute": (replace_first("/etc/passwd", 1, "Forest"), "passwd, outside .* must be relative"),
     "windows": (replace_first("Forest/..\\..\\x.jpg", 1, "Forest"), "x.jpg, outside of the image"),
-    "missing": (replace_first("Forest/x.jpg", 1, "Forest"), "Forest/x.jpg: named in .*, missing"),
+    "missing": (replace_first("Forest/x.jpg", 1, "Forest"), "Forest/x.jpg: .*: correct the paths"),
     "no test": (lambda s: s.update(test=[]), "has no test images of the class 'Annual Crop Land'"),
     "empty": (lambda s: s.update(train=[], val=[], test=[]), "has no images"),
     "half": (b"{", "is not JSON"),
