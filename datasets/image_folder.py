@@ -96,13 +96,12 @@ def read_image_folder(dataset_dir: DatasetDir, path: Path) -> Split:
         places = {"": top}
     labels = number_classes(nfc(name) for _, subdirs, _ in places.values() for name in subdirs)
     if not labels:
-        files = truncate_list(top[0]) or "it is empty"
+        files = truncate_list(top[0] + top[1]) or "it is empty"
         raise ValueError(f"{path} has no class folders ({files}): sort its images into some")
     parts: Parts = {part: [] for part in SPLITS}
-    for place, (files, subdirs, dead_links) in places.items():
-        images = [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)]
-        ignored[OUTSIDE_CLASSES] += [os.path.join(place, name) for name in images]
-        ignored[DEAD_LINKS] += [os.path.join(place, name) for name in dead_links]
+    for place, (files, _, dead_links) in {"": top, **places}.items():
+        ignored[OUTSIDE_CLASSES] += list_files(dataset_dir, place, files, dead_links, ignored)
+    for place, (_, subdirs, _) in places.items():
         part = SPLIT_ALIASES[place.lower()] if has_parts else "train"
         for folder in sorted(subdirs, key=lambda folder: labels[nfc(folder)]):
             images = list_class(dataset_dir, os.path.join(place, folder), ignored)
@@ -119,12 +118,23 @@ def read_image_folder(dataset_dir: DatasetDir, path: Path) -> Split:
 def list_class(dataset_dir: DatasetDir, folder: str, ignored: dict[str, list[str]]) -> list[str]:
     """Return the paths of a class folder's images; add what is not taken to `ignored`, by kind."""
     files, subdirs, dead_links = list_entries(dataset_dir.image_path(folder))
-    ignored[DEAD_LINKS] += [f"{folder}/{name}" for name in dead_links]
     for subdir in (f"{folder}/{name}" for name in subdirs):
         deeper = list_images(dataset_dir.image_path(subdir))
         ignored[DEEPER] += [f"{subdir}/{name}" for name in deeper]
+    return list_files(dataset_dir, folder, files, dead_links, ignored)
+
+
+def list_files(
+    dataset_dir: DatasetDir,
+    folder: str,
+    files: list[str],
+    dead_links: list[str],
+    ignored: dict[str, list[str]],
+) -> list[str]:
+    """Return the paths of a folder's images; add its other files and dead links to `ignored`."""
+    ignored[DEAD_LINKS] += [os.path.join(folder, name) for name in dead_links]
     images: list[str] = []
-    for path in (f"{folder}/{name}" for name in files):
+    for path in (os.path.join(folder, name) for name in files):
         kind = ignored_kind(dataset_dir.image_path(path))
         (ignored[kind] if kind else images).append(path)
     return images

@@ -71,12 +71,7 @@ def test_all_problems_are_listed(tmp_path, check, small):
     change_split(folder, spoil)
     status, out = check("--dataset", "eurosat")
     assert status == 1 and out.count("section EuroSAT") == 4
-    for problem in (
-        "names ../x.jpg, outside",
-        "Forest/x.jpg: named in",
-        "no test images of the class 'Herbaceous Vegetation Land'",
-        "not the published numbers",
-    ):
+    for problem in ("../x.jpg, outside", "x.jpg: named in", "no test images", "not the published"):
         assert problem in out
 
 

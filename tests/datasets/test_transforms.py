@@ -73,15 +73,8 @@ REFUSED = {
     "PostScript": (lambda path: path.write_text(POSTSCRIPT), "none of JPEG"),  # or Ghostscript runs
     "half a JPEG": (half_jpeg, "truncated"),
     "page": (lambda path: path.write_text("<!DOCTYPE html>403"), "is a web page, not the file"),
-    "HEIC": (
-        lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0"),
-        "HEIC or AVIF.*: convert to JP",
-    ),
-    "DICOM": (
-        lambda path: path.write_bytes(b"\0" * 128 + b"DICM"),
-        "DICOM.*: convert to 16-bit PNG",
-    ),
-    "missing": (lambda path: None, "is missing: put it back"),
+    "HEIC": (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0"), "AVIF.*: convert to JPEG"),
+    "DICOM": (lambda path: path.write_bytes(b"\0" * 128 + b"DICM"), "DICOM.*: convert to 16-bit"),
 }
 
 
