@@ -45,9 +45,9 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
             return target
         problem = "has a wrong SHA-256"
     print(f"note: {target} {problem}: downloading {url}", file=sys.stderr)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         _download(url, partial)
         if sha256_file(partial) != sha256:
             raise ValueError(
@@ -59,11 +59,13 @@ def download_url(url: str, target: Path, sha256: str) -> Path:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is a response, too
         raise ConnectionError(
-            f"{target} {problem} and cannot be downloaded ({error}): run the same command again, "
-            f"or get the file from {url} on a machine that can, and place it at {target}"
+            f"{target} {problem} and cannot be downloaded ({error}): run the same command again "
+            f"once that is mended, or get the file from {url} on a machine that can, and place it "
+            f"at {target}"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.exists(partial):
+            partial.unlink()
     return target
 
 

@@ -11,7 +11,7 @@ from torchvision import transforms
 from clip.convert import build_model
 from clip.download import cache_dir, download_url, sha256_file
 from clip.files import SUFFIXES, check_file, find_weight_file, first_sentence, read_checkpoint
-from clip.model import CLIP
+from clip.model import ACTIVATIONS, CLIP
 from clip.model_config import OPEN_CLIP, ModelConfig, find_config_next_to, from_open_clip_pretrained
 from clip.open_clip_adapter import load_open_clip
 from clip.preprocess import image_transform
@@ -69,6 +69,8 @@ def load(
         FileNotFoundError: There is no such file.
         ConnectionError: A download failed.
     """
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"the activation must be {' or '.join(ACTIVATIONS)}, not {activation!r}")
     heads = tuple(heads) if heads else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path, config = resolve_checkpoint(name_or_path, download_root)
@@ -119,7 +121,9 @@ def _resolve_path(name: str) -> Path:
     path = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     if path.is_dir():
         path = find_weight_file(path)
-    if path.is_file() or path.is_absolute() or path.suffix.lower() in SUFFIXES:
+    is_path = path.is_absolute() or name.startswith(".") or path.suffix.lower() in SUFFIXES
+    is_path = is_path or len(path.parts) > 1 and path.suffix
+    if path.is_file() or is_path:
         check_file(path)
         return path
     hint, hub_name = did_you_mean(name, available_models()), name.removeprefix("hf-hub:")

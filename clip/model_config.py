@@ -77,7 +77,8 @@ def find_config_next_to(path: Path) -> ModelConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -93,7 +94,7 @@ def from_hf_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
         raise ValueError(f"no CLIP of OpenAI's kind has the activations {sorted(activations)}")
     processor = _read_json(path.with_name("preprocessor_config.json"))
     processor = processor or _read_json(path.with_name("processor_config.json"))
-    processor = processor.get("image_processor", processor)
+    processor = processor.get("image_processor") or processor
     return ModelConfig(
         source=str(path),
         activation=HF_ACTIVATIONS[activations.pop()],
@@ -112,7 +113,8 @@ def from_open_clip_config(config: Mapping[str, Any], source: Path | str) -> Mode
     is_openai = not (model.get("multimodal_cfg") or model.get("init_logit_bias")) and not any(
         value and key not in OPENAI_OPTIONS and value not in OPENAI_VALUES for key, value in options
     )
-    preprocess = OPEN_CLIP_PREPROCESS | (config.get("preprocess_cfg") or {})
+    preprocess = config.get("preprocess_cfg") or {}
+    preprocess = OPEN_CLIP_PREPROCESS | {k: v for k, v in preprocess.items() if v is not None}
     pool_stride = TOTAL_STRIDE if isinstance(vision["layers"], list | tuple) else 1
     return ModelConfig(
         source=str(source),

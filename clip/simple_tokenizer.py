@@ -12,7 +12,6 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import ftfy
@@ -74,13 +73,11 @@ class SimpleTokenizer:
         self._cache = {START: (self.start,), END: (self.end,)}
 
     @staticmethod
-    @lru_cache(maxsize=8)
     def from_vocab_size(
         vocab_size: int = VOCAB_SIZE, merges_path: str | os.PathLike | None = None
     ) -> "SimpleTokenizer":
-        """The tokenizer of a model with this many tokens; see `default_bpe`."""
-        count = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
-        return SimpleTokenizer(read_merges(default_bpe(merges_path), count) if count > 0 else ())
+        """The tokenizer of a model with this many tokens, built once; see `default_bpe`."""
+        return _build_tokenizer(vocab_size, merges_path or os.environ.get("CLIP_BPE_PATH"))
 
     def __call__(
         self, texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
@@ -129,24 +126,36 @@ class SimpleTokenizer:
         return tuple(self.ids[symbol] for symbol in symbols)
 
 
+@lru_cache(maxsize=8)
+def _build_tokenizer(vocab_size: int, merges_path: str | os.PathLike | None) -> SimpleTokenizer:
+    count = min(vocab_size, VOCAB_SIZE) - BYTE_VOCAB_SIZE
+    return SimpleTokenizer(read_merges(default_bpe(merges_path), count) if count > 0 else ())
+
+
 def default_bpe(path: str | os.PathLike | None = None) -> Path:
     """The merges file at `path` or CLIP_BPE_PATH, in the cache, in open_clip, or downloaded."""
     if path := path or os.environ.get("CLIP_BPE_PATH"):
-        return Path(os.path.expanduser(path))
+        path = Path(os.path.expanduser(path))
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no merges file at {path}: check CLIP_BPE_PATH")
+        return path
     cached = cache_dir() / MERGES_FILE
     if not cached.exists():
         spec = importlib.util.find_spec("open_clip")  # finds the folder, imports nothing
-        if spec and (file := Path(spec.origin).with_name(MERGES_FILE)).is_file():
+        if spec and spec.origin and (file := Path(spec.origin).with_name(MERGES_FILE)).is_file():
             return file
     return download_url(MERGES_URL, cached, MERGES_SHA256)
 
 
 def read_merges(path: Path, count: int) -> list[tuple[str, str]]:
-    """Read the first pairs of symbols of a merges file, one a line after its first line."""
-    open_text = gzip.open if path.suffix == ".gz" else open
+    """Read the first pairs of symbols of a merges file, gzipped or not, one a line."""
+    content = path.read_bytes()
     try:
-        with open_text(path, "rt", encoding="utf-8") as file:
-            merges = [(left, right) for left, right in map(str.split, islice(file, 1, count + 1))]
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        lines = content.decode("utf-8").rstrip("\n").split("\n")
+        first = 1 if "#version" in lines[0] else 0
+        merges = [(left, right) for left, right in map(str.split, lines[first : first + count])]
         if len(merges) < count:
             raise ValueError(f"it has {len(merges)} pairs, and {count} are needed")
     except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import Mock
 
 import pytest
 
@@ -62,8 +63,7 @@ def test_broken_download_starts_again(server, tmp_path):
     server.stop_after = 123_456
     message = refused(ConnectionError, server.url, tmp_path)
     assert "it stopped after 123,456 of 300,000 bytes" in message
-    assert f"get the file from {server.url}" in message
-    assert f"place it at {tmp_path / 'file'}" in message
+    assert f"get the file from {server.url}" in message and f"at {tmp_path / 'file'}" in message
     server.stop_after = None
     assert download_url(server.url, tmp_path / "file", SHA256).read_bytes() == CONTENT
 
@@ -103,10 +103,10 @@ def test_parallel_downloads_of_one_file(server, tmp_path):
     assert target.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [target]
 
 
-def test_full_disk_is_named(server, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+def test_unwritable_target_is_named(server, tmp_path, monkeypatch):
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(download, "open", full, raising=False)
-    message = refused(ConnectionError, server.url, tmp_path)
-    assert "No space left on device" in message and "place it at" in message
+    assert "No space left on device" in refused(ConnectionError, server.url, tmp_path)
+    (tmp_path / "x").touch()
+    with pytest.raises(ConnectionError, match="x/file is missing .*place it at .*x/file"):
+        download_url(server.url, tmp_path / "x" / "file", SHA256)

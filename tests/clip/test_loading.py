@@ -59,7 +59,7 @@ def test_unknown_name_gets_a_hint(name, words):
     assert words in refused(name)
 
 
-@pytest.mark.parametrize("path", ["missing.pt", "a/b/missing.ckpt", "/no/x"])
+@pytest.mark.parametrize("path", ["missing.pt", "a/missing.pth.tar", "/no/x", "../x"])
 def test_missing_path_is_named(path):
     assert path in refused(path, FileNotFoundError)
 

@@ -72,7 +72,6 @@ def test_initialization_is_the_published():
     ("changes", "words"),
     [
         ({"logit_scale": None}, 'Missing key.*"logit_scale"'),
-        ({"transformer.resblocks.1.attn.in_proj_bias": None}, "Missing key.*in_proj_bias"),
         ({"head.weight": torch.zeros(2)}, "Unexpected key.*head.weight"),
         ({"visual.conv1.weight": torch.zeros(5)}, "no CLIP can be built"),
         ({"visual.positional_embedding": torch.zeros(16, 128)}, "size mismatch for visual.posit"),
