@@ -16,8 +16,11 @@ from clip.model import CLIP, EXTRA_KEYS
 from clip.resnet import TOTAL_STRIDE
 from utils import one_line
 
-MARKER_KEYS = ("visual.conv1.weight", "logit_scale")  # what stands before one is a prefix
-USUAL_PREFIXES = ("visual.", "state_dict.", "model")
+MARKER_KEYS = (  # what stands before one is a prefix; the last two are those of a tower alone
+    "visual.conv1.weight", "logit_scale",
+    "vision_model.embeddings.patch_embedding.weight", "token_embedding.weight",
+)  # fmt: skip
+USUAL_NAMES = ("state_dict", "model", "model_state_dict")  # of the dict that has the model
 # DataParallel, torch.compile, FSDP and activation checkpointing leave these within names.
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_\w+_wrapped_module|module)\.")
 
@@ -27,19 +30,20 @@ NOT_OPENAIS = (  # pattern of a key, what has it, the way out
      "load it with peft on its base, merge_and_unload() and save_pretrained()"),
     (r"\bw_lora_[AB]$", "CLIP-LoRA's lora_weights.pt, adapters only",
      "merge them with CLIP-LoRA's code, and save the model's state_dict()"),
-    (r"^prompt_learner\.|^image_encoder\.", "CoOp's, which lacks the token embedding",
+    (r"\b(prompt_learner|image_encoder)\.|\b(ctx|token_prefix)$",
+     "CoOp's, which lacks the token embedding",
      "CoOp leaves CLIP's weights as they are: name the backbone that it was trained on"),
     (r"\.c_fc\.(r|theta)$", "a GmP model, with radius and angle in place of weights",
      "convert it back to weights with its own script"),
-    (r"^visual\.(blocks\.|cls_token|pos_embed)", "an EVA-CLIP",
+    (r"\bvisual\.(blocks\.|cls_token|pos_embed)", "an EVA-CLIP",
      "name it as open_clip:EVA02-B-16/FILE, or open_clip's own tag"),
-    (r"^positional_embedding_res$", "a Long-CLIP with two tables of positions",
+    (r"\bpositional_embedding_res$", "a Long-CLIP with two tables of positions",
      "take the transformers version, which has one, or join rows 0-19 of positional_embedding "
      "with the other rows of positional_embedding_res"),
-    (r"logit_bias$|^vision_model\.head\.", "a SigLIP", BY_OPEN_CLIP),
-    (r"^text_decoder\.", "a CoCa", BY_OPEN_CLIP),
-    (r"^visual\.trunk\.", "a model with a timm trunk as image tower", BY_OPEN_CLIP),
-    (r"^text\.transformer\.(embeddings|encoder|layer|shared)\b|^text\.proj\.|^bert\.",
+    (r"logit_bias$|\bvision_model\.head\.", "a SigLIP", BY_OPEN_CLIP),
+    (r"\btext_decoder\.", "a CoCa", BY_OPEN_CLIP),
+    (r"\bvisual\.trunk\.", "a model with a timm trunk as image tower", BY_OPEN_CLIP),
+    (r"\btext\.transformer\.(embeddings|encoder|layer|shared)\b|\btext\.proj\.|\bbert\.",
      "a model with a Hugging Face text tower", BY_OPEN_CLIP),
 )  # fmt: skip
 
@@ -75,11 +79,10 @@ def extract_state_dict(content: Any) -> tuple[dict[str, Tensor], str]:
     state = dict(_flatten(content))
     if not state:
         raise ValueError("it holds no state dict")
-    removed = {wrapper for key in state for wrapper in WRAPPERS.findall(key)}
+    prefix = _find_prefix(state)
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    removed = {prefix, *(wrapper for key in state for wrapper in WRAPPERS.findall(key))} - {""}
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
-    if prefix := _find_prefix(state):
-        removed.add(prefix)
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return state, f"without {', '.join(map(repr, sorted(removed)))} in names" if removed else ""
 
 
@@ -93,12 +96,19 @@ def _flatten(content: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _find_prefix(state: Mapping[str, Tensor]) -> str:
-    """What stands before the names of a CLIP; of several preferably a usual one, the outermost."""
+    """What stands before the names of a CLIP, which may have wrappers within."""
     for marker in MARKER_KEYS:
-        if keys := [key for key in state if f".{key}".endswith(f".{marker}")]:
-            keys.sort(key=lambda key: (not key.startswith(USUAL_PREFIXES), key.count(".")))
-            return keys[0].removesuffix(marker)
+        names = re.escape(marker).replace(r"\.", rf"\.(?:{WRAPPERS.pattern})*")
+        matches = [re.fullmatch(rf"(|.*\.){names}", key) for key in state]
+        if prefixes := [match[1] for match in matches if match]:
+            return min(prefixes, key=_rank_prefix)
     return ""
+
+
+def _rank_prefix(prefix: str) -> tuple[bool, list[bool]]:
+    """Averaged weights (EMA) come last; of others the outermost comes first, below usual names."""
+    parts = WRAPPERS.sub("", prefix).split(".")[:-1]
+    return "ema" in prefix.lower(), [part not in USUAL_NAMES for part in parts]
 
 
 def convert_to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

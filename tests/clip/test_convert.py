@@ -131,6 +131,8 @@ def test_config_overrules_arguments(tiny, capsys):
     assert [line.rpartition("; ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "ignoring quickgelu", "ignoring (2, 1)",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match="must be quickgelu or gelu, not 'relu'"):
+        clip.load(tiny, activation="relu")
 
 
 def test_transformers_config_defaults(tiny):
@@ -144,8 +146,11 @@ def test_transformers_config_defaults(tiny):
     assert (model.activation, model.heads) == ("quickgelu", (8, 8))
     assert (model.image_mean, model.image_std) == ((0, 0.1, 0.2), (1, 2, 3))
     assert preprocess.transforms[-1].mean == model.image_mean
-    write_config(tiny, {"learning_rate": 1}, "config.json")  # another program's
-    assert clip.load(tiny, "cpu")[0].heads == (2, 1)
+    for others in ({"learning_rate": 1}, [1]):  # another program's
+        write_config(tiny, others, "config.json")
+        assert clip.load(tiny, "cpu")[0].heads == (2, 1)
+    write_config(tiny, CONFIG | {"preprocess_cfg": {"mean": None, "std": None}})
+    assert clip.load(tiny, "cpu")[0].image_mean == clip.OPENAI_MEAN
 
 
 OPEN_CLIP_JSON, HF_JSON = "open_clip_config.json", "config.json"
@@ -156,14 +161,9 @@ OPEN_CLIP_JSON, HF_JSON = "open_clip_config.json", "config.json"
     [
         (OPEN_CLIP_JSON, {"vision_cfg": {"timm_model_name": "no_vit"}}, "cannot build .*no_vit"),
         (OPEN_CLIP_JSON, {"text_cfg": {"pool_type": "last"}}, "its own configuration"),
-        (OPEN_CLIP_JSON, {"vision_cfg": {"head_width": 0}}, "cannot be used .*move it away"),
         (OPEN_CLIP_JSON, {"text_cfg": 5}, "cannot be used .*move it away"),
         (HF_JSON, {"model_type": "siglip"}, "describes a 'siglip' of transformers"),
-        (
-            HF_JSON,
-            {"vision_config": {"hidden_act": "gelu"}},
-            "the activations .'gelu', 'quick_gelu'",
-        ),
+        (HF_JSON, {"vision_config": {"hidden_act": "gelu"}}, "activations .'gelu', 'quick_gelu'"),
         (HF_JSON, "{", "config.json cannot be used"),
     ],
 )
@@ -181,20 +181,22 @@ def under(prefix, state):
 
 STATE = random_state_dict(TINY_VIT)
 ROW = torch.zeros(4, 64)
-WRAPPED = under("module._orig_mod.", STATE)
-INNER = {key.replace("resblocks.0.", "resblocks.0._orig_mod."): STATE[key] for key in STATE}
+OTHER = dict.fromkeys(STATE, ROW)  # averaged weights, or those of an optimizer
+INNER = {key.replace("visual.", "visual._orig_mod."): STATE[key] for key in STATE}
 
 
 @pytest.mark.parametrize(
     ("content", "removed"),
     [
         (STATE, ()),
-        ({"state_dict": under("module.", STATE), "epoch": 3}, ("state_dict.", "module.")),
-        (WRAPPED, ("module.", "_orig_mod.")),
+        ({"state_dict": under("module.", STATE), "epoch": 3}, ("state_dict.module.",)),
+        (under("module._orig_mod.", STATE), ("module._orig_mod.",)),
         (under("clip_model.", STATE) | {"head.weight": ROW}, ("clip_model.",)),
-        ({"ema": dict.fromkeys(STATE, ROW), "model": STATE}, ("model.",)),
+        ({"module": STATE, "optimizer": {"exp_avg": OTHER}}, ("module.",)),
+        ({"model_ema": OTHER, "model": STATE}, ("model.",)),
+        ({"state_dict": under("ema_model.", OTHER) | under("clip.", STATE)}, ("state_dict.clip.",)),
         ({"a": {"b": under("net.clip.", STATE)}}, ("a.b.net.clip.",)),
-        (INNER, ("_orig_mod.",)),
+        ({"ema": OTHER, "net": INNER}, ("net.", "_orig_mod.")),
     ],
 )
 def test_prefix_and_nesting_are_named(tmp_path, capsys, content, removed):
@@ -222,9 +224,11 @@ REFUSED = {  # what fine-tuners end up with, and the way out
     "peft adapter": ({"base_model.model.a.lora_A.weight": ROW}, "merge_and_unload"),
     "unmerged peft": ({**STATE, "visual.attn.q_proj.base_layer.weight": ROW}, "merge_and_unload"),
     "clip-lora": ({"weights": {"layer_0": {"q_proj": {"w_lora_A": ROW}}}}, "CLIP-LoRA's code"),
-    "text only": ({k: v for k, v in STATE.items() if not k.startswith("visual.")}, "only the text"),
+    "text only": ({"model": {"token_embedding.weight": ROW}}, "only the text"),
     "image only": ({k: v for k, v in STATE.items() if k.startswith("visual.")}, "only the image"),
-    "coop": ({"prompt_learner.ctx": ROW, "logit_scale": ROW[0, 0]}, "name the backbone"),
+    "hf image only": ({"x.vision_model.embeddings.patch_embedding.weight": ROW}, "only the image"),
+    "coop": ({"model": {"prompt_learner.token_suffix": ROW}}, "name the backbone"),
+    "coop's own file": ({"state_dict": {"ctx": ROW, "token_prefix": ROW}}, "name the backbone"),
     "gmp": ({**STATE, "visual.transformer.resblocks.0.mlp.c_fc.r": ROW}, "GmP"),
     "eva": ({**STATE, "visual.blocks.0.attn.q_proj.weight": ROW}, "open_clip:EVA"),
     "long clip": ({**STATE, "positional_embedding_res": ROW}, "rows 0-19"),
