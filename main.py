@@ -65,12 +65,7 @@ from runs.output_dir import (
 )
 from runs.signals import Preempted, SignalHandler
 from runs.transfer import build_transfer_datasets, print_known_targets, save_transfer
-from runs.weights import (
-    PretrainedModel,
-    evaluation_weights,
-    find_saved_run,
-    load_weights,
-)
+from runs.weights import PretrainedModel, evaluation_weights, find_weights, load_weights
 from train import BestCheckpoint, TrainConfig, TrainState, evaluate, train
 from utils import Predictions, format_error
 
@@ -128,7 +123,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         if not missing:
             return
         tasks = {name: tasks[name] for name in missing}
-        eval_weights = distributed.run_on_main(find_saved_run, output_dir)[1], 1.0
+        eval_weights = distributed.run_on_main(find_weights, output_dir), 1.0
     loader = ImageLoader(
         model.visual.input_resolution, args.num_workers, args.cache_mb, model.image_resize
     )

@@ -20,12 +20,7 @@ from run_utils import EVAL_SPLITS, select_args
 from runs.distributed import is_main_process
 from runs.identity import diff_inputs, diff_runs, get_hparams
 from runs.records import CURVE_COLUMNS, PREDICTION_COLUMNS
-from utils import (
-    Predictions,
-    atomic_write,
-    to_csv,
-    unique_classnames,
-)
+from utils import Predictions, atomic_write, to_csv, unique_classnames
 
 PATH_KEYS = ("method", "backbone", "dataset", "shots", "seed")
 OVERWRITE_HINT = "use another --save_path, or --overwrite to replace it"

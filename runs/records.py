@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -64,14 +64,7 @@ RESULT_TYPES = {
 def read_run(folder: Path) -> Run:
     """Read a run's files: a malformed one is a ValueError, a missing one an OSError."""
     result = _read_json(folder / "result.json")
-    for key, kind in RESULT_TYPES.items():
-        value = result.get(key)
-        valid = isinstance(value, int | float if kind is float else kind)
-        if not valid or (kind is float and not math.isfinite(value)):
-            raise ValueError(
-                f"result.json has no valid {key}: another version of this program wrote it, or it "
-                "is damaged; main.py with --overwrite makes it again"
-            )
+    _check_types(result, RESULT_TYPES, "result.json")
     columns = {"iteration": int, "loss": float, "test_accuracy": lambda x: float(x or "nan")}
     curve = _read_csv(folder / "curve.csv", columns)
     losses = np.array([loss for _, loss, _ in curve])
@@ -92,7 +85,10 @@ def read_run(folder: Path) -> Run:
 
 def read_transfer(path: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of transfer.json by dataset; {} where there is no such file."""
-    return _read_json(path) if path.is_file() else {}
+    entries = _read_json(path) if path.is_file() else {}
+    for entry in entries.values():
+        _check_types(entry, ("data", "zero_shot_accuracy", "final_accuracy"), path.name)
+    return entries
 
 
 def load_predictions(run: Run) -> list[tuple[str, int, int, float]]:
@@ -123,6 +119,18 @@ def canonical_backbone(name: str) -> str:
     models = {slugify(model): model for model in clip.available_models()}
     stem = slugify(name if name in models.values() else Path(name).stem)
     return models.get(stem, stem)
+
+
+def _check_types(entry: Any, keys: Iterable[str], filename: str) -> None:
+    """Raise a ValueError unless an entry of a file has valid values of these RESULT_TYPES."""
+    for key in keys:
+        value, kind = entry.get(key) if isinstance(entry, dict) else None, RESULT_TYPES[key]
+        valid = isinstance(value, int | float if kind is float else kind)
+        if not valid or (kind is float and not math.isfinite(value)):
+            raise ValueError(
+                f"{filename} has no valid {key}: another version of this program wrote it, or it "
+                "is damaged; main.py with --overwrite makes it again"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

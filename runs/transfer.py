@@ -27,8 +27,16 @@ def load_known_targets(
     output_dir: Path, fingerprints: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """The entries of transfer.json of which the datasets still have the same fingerprints."""
-    entries = read_transfer(output_dir / "transfer.json")
+    entries = read_entries(output_dir)
     return {name: e for name, e in entries.items() if e["data"] == fingerprints.get(name)}
+
+
+def read_entries(output_dir: Path) -> dict[str, dict[str, Any]]:
+    """The entries of transfer.json; none of a damaged one, which is written anew."""
+    try:
+        return read_transfer(output_dir / "transfer.json")
+    except ValueError:
+        return {}
 
 
 def print_known_targets(output_dir: Path, targets: Mapping[str, FewShotDataset]) -> list[str]:
@@ -50,7 +58,7 @@ def save_transfer(
     """Write the targets' accuracies before and after training; entries of other targets stay."""
     if not targets:
         return
-    entries = read_transfer(output_dir / "transfer.json")
+    entries = read_entries(output_dir)
     for name, dataset in targets.items():
         entries[name] = {
             "zero_shot_accuracy": zero_shot[name].accuracy,

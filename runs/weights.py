@@ -67,13 +67,17 @@ def load_weights(model: CLIP, path: Path, alpha: float = 1) -> None:
 
 def find_saved_run(folder: Path) -> tuple[Run, Path]:
     """Read a finished run, which must have saved its weights; return it and their path."""
-    run = read_run(folder)
+    return read_run(folder), find_weights(folder)
+
+
+def find_weights(folder: Path) -> Path:
+    """Return the path of a run's weights; a ValueError where there are none."""
     weights = sorted(folder.glob("*.safetensors"), key=lambda path: path.stem != "weights")
     if not weights:
         raise ValueError(
             f"{folder} has no weights: run main.py again with --overwrite --save_weights"
         )
-    return run, weights[0]
+    return weights[0]
 
 
 def load_run_model(run: Run, weights: Path, device: torch.device) -> CLIP:
