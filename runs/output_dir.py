@@ -110,7 +110,8 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
@@ -160,8 +161,9 @@ def save_result(
         rows.append((path, label, pred, prob, names[label], names[pred]))
     atomic_write(output_dir / "predictions.csv", to_csv(PREDICTION_COLUMNS, rows))
     (output_dir / "transfer.json").unlink(missing_ok=True)
-    if not args.save_weights:
-        weights_path(output_dir, args).unlink(missing_ok=True)
+    for path in output_dir.glob("*.safetensors"):
+        if not args.save_weights or path != weights_path(output_dir, args):
+            path.unlink()
     atomic_write(output_dir / "result.json", json.dumps(result, indent=2) + "\n")
 
 

@@ -19,6 +19,8 @@ def build_transfer_datasets(args: argparse.Namespace) -> dict[str, FewShotDatase
         name = dataset_name(path)
         if name in targets:
             raise ValueError(f"--test_on names {name!r} twice")
+        if name == "new classes":
+            raise ValueError(f"--test_on {path}: {name!r} are the run's own; give it another name")
         targets[name] = build_test_dataset(path, args.root_path, template=args.template)
     return targets
 

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_authors_state_dict_is_evaluated(command, data, tmp_path):
     assert "weights.pt does not hold weights of this model" in refused(*command, "--eval_only")
 
 
-def test_unusable_output_dir_is_refused(command, tmp_path):
+def test_unusable_output_dir_is_refused(command, tmp_path, monkeypatch):
     run(*command)
     with lock_output_dir(run_folder(tmp_path)):
         message = refused(*command, "--overwrite")
@@ -147,6 +148,9 @@ def test_unusable_output_dir_is_refused(command, tmp_path):
     (tmp_path / "file").write_text("")
     message = refused(*command, "--save_path", tmp_path / "file/x")
     assert "cannot write to" in message and "--save_path" in message
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=PermissionError))  # of the lock's file
+    with lock_output_dir(tmp_path):
+        pass
 
 
 def test_git_sha_outside_git(monkeypatch):

@@ -121,7 +121,9 @@ def test_test_on_evaluates_once(command, tmp_path, monkeypatch):
     printed = parse_accuracies(run(*command, "--test_on", "eurosat", "imagenet_r"))
     assert evaluated == ["imagenet_r", "imagenet_r"] and len(printed) == 6
     assert is_finished([*command, "--test_on", "imagenet_r", "eurosat"])
-    run(*command, "--overwrite", "--no-save_weights")  # other weights, not yet tested on others
+    run(*command, "--overwrite", "--filename", "b")  # other weights, not yet tested on others
+    assert [path.name for path in folder.glob("*.safetensors")] == ["b.safetensors"]
+    run(*command, "--overwrite", "--no-save_weights")
     assert not (folder / "transfer.json").exists()
     assert not is_finished([*command, "--test_on", "eurosat"])
     assert "--save_weights" in refused(*command, "--test_on", "eurosat")
@@ -141,6 +143,8 @@ def test_test_on_rejects_bad_names(command, tmp_path):
     assert "did you mean 'eurosat'" in refused(*command, "--test_on", "eurosta")
     assert "twice" in refused(*command, "--test_on", "eurosat", "eurosat")
     assert "there is no food-101" in refused(*command, "--test_on", "food101")
+    (tmp_path / "new classes").mkdir()
+    assert "another name" in refused(*command, "--test_on", tmp_path / "new classes")
     assert not (tmp_path / "out").exists()
 
 
