@@ -165,7 +165,8 @@ class SampledGradients:
                 plan = self._plans.get(q)
                 if support is not None and (plan is None or plan.support is not support):
                     new[q] = support
-                    (self._mixed.discard if q.grad is None else self._mixed.add)(q)
+                    left = q.grad is not None and q.grad.is_sparse and q.grad._nnz() > 0
+                    (self._mixed.add if left else self._mixed.discard)(q)
             self._plans.update(_make_plans(new))
         return self._plans.get(p)
 

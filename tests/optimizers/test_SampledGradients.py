@@ -183,7 +183,6 @@ def test_training_equals_plain_computation(T):
         assert_equal_weights(plain, ours)
 
 
-@needs_sparse_clipping
 def test_leftover_gradients_are_right():
     """Those of another loss, at a support that is drawn anew, as in the loop of a GAN."""
     plain, ours, a, b, _ = twice(T=2)
@@ -194,6 +193,7 @@ def test_leftover_gradients_are_right():
     assert_equal_weights(plain, ours)
 
 
+@needs_sparse_clipping
 def test_clipped_norm_is_of_support():
     plain, ours, a, b, _ = twice()
     supports = {p: b.state[q] for p, q in zip(plain.parameters(), ours.parameters(), strict=True)}
@@ -272,6 +272,7 @@ def test_loaded_state_brings_its_supports(steps):
     assert_equal_weights(plain, ours)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 compiles no slice of a subclass")
 def test_compiled_code_computes_plain_gradients():
     plain, ours, a, b, _ = twice()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
