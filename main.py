@@ -119,6 +119,8 @@ def run(args: argparse.Namespace, device: torch.device, signals: SignalHandler) 
         distributed.run_on_main(remove_stale_files, output_dir)
         print(f"This run is finished: {output_dir}")
         cli.print_accuracies(result, args.eval_split, tasks[""].has_uneven_classes)
+        if args.save_weights and not any(output_dir.glob("*.safetensors")):
+            print("note: it saved no weights; --overwrite runs it again", file=sys.stderr)
         missing = distributed.run_on_main(print_known_targets, output_dir, targets)
         if not missing:
             return
@@ -235,7 +237,7 @@ def finetune(evaluator: Evaluator, identity: dict[str, Any]) -> None:
             print(f"Resuming from iteration {state.iteration} of at most {state.total_iters}")
         else:
             if args.resume:
-                print(f"note: there is no checkpoint in {output_dir}: starting from the beginning")
+                print(f"note: there is no usable checkpoint in {output_dir}: starting anew")
             state.zero_shot["zero_shot_accuracy"] = evaluator.predict(task).accuracy
             if new_classes := evaluator.tasks.get("new classes"):
                 accuracy = evaluator.predict(new_classes).accuracy

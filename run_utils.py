@@ -234,6 +234,9 @@ def validate_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         for key, default in ABLATION_DEFAULTS.items():
             if getattr(args, key) != default:
                 parser.error(f"argument --{key}: belongs to --method so, not to {args.method}")
+    for key in ("crop_scale", "crop_ratio"):
+        if getattr(args, key)[0] > getattr(args, key)[1]:
+            parser.error(f"argument --{key}: MIN is above MAX: {getattr(args, key)}")
     if not args.filename or Path(args.filename).name != args.filename:
         parser.error(f"argument --filename: must be a name without folders, not {args.filename!r}")
 

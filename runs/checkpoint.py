@@ -17,7 +17,7 @@ from runs.distributed import is_main_process
 from runs.identity import diff_runs
 from runs.output_dir import OVERWRITE_HINT
 from runs.weights import PretrainedModel
-from utils import atomic_write
+from utils import atomic_write, one_line
 
 VERSION = 4
 
@@ -71,6 +71,7 @@ class CheckpointSaver:
                 raise ValueError(f"it belongs to another run: {'; '.join(changes)}")
         except Exception as error:  # damage shows in many ways; a zip file has checksums
             if overwrite:
+                print(one_line(f"note: {self.path} is not used ({error})"), file=sys.stderr)
                 return None
             raise ValueError(f"{self.path} cannot be used ({error}); {OVERWRITE_HINT}") from error
         if not resume:

@@ -195,6 +195,8 @@ def load_finished_result(
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("zero_shot_accuracy", "final_accuracy"):
+            float(result[key])
         changes = diff_inputs(result, identity) if args.eval_only else diff_runs(result, identity)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {OVERWRITE_HINT}") from error

@@ -1,6 +1,7 @@
 """Signals that end a run, and when they may."""
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ class SignalHandler:
         self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalHandler":
-        for name in SIGNALS:
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        for name in SIGNALS if is_main_thread else ():  # elsewhere Python allows no handlers
             signum = getattr(signal, name, None)
             by_nohup = name == "SIGHUP" and signum and signal.getsignal(signum) == signal.SIG_IGN
             if signum and not by_nohup:

@@ -67,7 +67,13 @@ def load_weights(model: CLIP, path: Path, alpha: float = 1) -> None:
 
 def find_saved_run(folder: Path) -> tuple[Run, Path]:
     """Read a finished run, which must have saved its weights; return it and their path."""
-    return read_run(folder), find_weights(folder)
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} has no result.json: name the folder that main.py printed")
+    try:
+        run = read_run(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return run, find_weights(folder)
 
 
 def find_weights(folder: Path) -> Path:

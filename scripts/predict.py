@@ -55,7 +55,9 @@ def predict(args: argparse.Namespace) -> int:
     """Print the most probable classes of each image, then what could not be read."""
     run, weights = find_saved_run(args.run)
     run = replace(run, config=run.config | {"backbone": args.backbone or find_backbone(run)})
-    few = json.loads((run.folder / "fewshot.json").read_text(encoding="utf-8"))
+    path, few = run.folder / "fewshot.json", {"train": []}
+    if path.is_file():
+        few = json.loads(path.read_text(encoding="utf-8"))
     device = set_up_device(args.device, None)
     model = load_run_model(run, weights, device)
     text_tokens = tokenize_class_prompts(model, run.classnames, run.template)

@@ -101,22 +101,15 @@ def test_resume_after_exception(owner, function, saved, flags, unbroken, tmp_pat
 def test_sigterm_and_repeats_leave_checkpoint(flags, tmp_path):
     argv = [*flags, tmp_path, "--n_iters", 10**6, "--checkpoint_every", 3]
     command = [sys.executable, ROOT / "main.py", *map(str, argv)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
     path = wait_for("checkpoint.pt", tmp_path, process)
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     count = torch.load(path, weights_only=True)["state"]["iteration"]
-    assert (
-        process.returncode == 143
-        and count >= 3
-        and err.splitlines()[-1]
-        == (
-            f"main.py: ended by SIGTERM; --resume continues from iteration {count}, saved in {path}"
-        )
-    )
+    assert process.returncode == 143 and count >= 3
+    note = f"--resume continues from iteration {count}, saved in {path}"
+    assert err.splitlines()[-1] == f"main.py: ended by SIGTERM; {note}"
     names = {path.name for path in path.parent.iterdir()}
     assert names == {"checkpoint.pt", "config.yaml", "fewshot.json"}
 
@@ -171,8 +164,9 @@ def test_unusable_checkpoint_is_refused(interrupt, flags, tmp_path):
         message = refused(*flags, tmp_path, "--resume")
         assert words in message and str(checkpoint) in message and "--overwrite" in message
     # As a sweep with --overwrite is repeated.
-    out = run(*flags, tmp_path, "--overwrite", "--resume")
-    assert "note: there is no checkpoint in" in out
+    status, out, err = call_main(*flags, tmp_path, "--overwrite", "--resume")
+    assert status == 0 and "note: there is no usable checkpoint in" in out
+    assert f"note: {checkpoint} is not used (it belongs to another run: lr 0.1" in err
 
 
 def test_full_disk_costs_only_checkpoints(flags, tmp_path):

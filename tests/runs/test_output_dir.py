@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
-from commands import outcome, refused, result_of, run, run_folder
+from commands import call_main, outcome, refused, result_of, run, run_folder
 
 from run_utils import get_arguments
 from runs import environment
@@ -90,8 +90,8 @@ def test_finished_run_is_printed(command, tmp_path):
     before = path.stat().st_mtime_ns
     for name in ("checkpoint.pt", ".lock", ".curve.csv.99.tmp"):  # of a run killed at its end
         path.with_name(name).write_text("")
-    second = run(*command, "--resume")
-    assert "This run is finished" in second
+    _, second, err = call_main(*command, "--resume")
+    assert "This run is finished" in second and "note: it saved no weights" in err
     assert first.split("****")[1:4:2] == second.split("****")[1:4:2]
     assert path.stat().st_mtime_ns == before
     names = ["config.yaml", "curve.csv", "fewshot.json", "predictions.csv", "result.json"]
@@ -106,6 +106,7 @@ def test_other_result_is_refused(command, tmp_path):
     for words, changes in (
         ("(lr 0.5 there, 0.001 here)", {"config": config | {"lr": 0.5}}),
         ("is damaged", {"data": None}),
+        ("is damaged", {"final_accuracy": None}),
     ):
         path.write_text(json.dumps(result | changes))
         message = refused(*command)

@@ -56,6 +56,7 @@ def test_trained_images_are_noted(vit_run, data, image, tmp_path):
 def test_backbone_may_have_moved(vit_run, data, image, tmp_path):
     expected, run = printed(vit_run, image), tmp_path / "results/run"
     shutil.copytree(vit_run, run)
+    (run / "fewshot.json").unlink()  # is not needed
     result = (run / "result.json").read_text().replace(str(data / "tiny vit.pt"), "/gone/moved.pt")
     (run / "result.json").write_text(result)
     assert "moved.pt" in error(run, image)
@@ -72,4 +73,4 @@ def test_predict_names_what_it_skips(vit_run, image, tmp_path):
     assert status == 2 and "text.png cannot be read" in err and out == printed(vit_run, image)
     assert "gone.png: not found" in error(vit_run, image, tmp_path / "gone.png")
     assert f"no image in {tmp_path / 'empty'}" in error(vit_run, tmp_path / "empty")
-    assert "result.json" in error(tmp_path, "x.png")
+    assert "has no result.json: name the folder" in error(tmp_path, "x.png")

@@ -84,6 +84,7 @@ def test_demo_has_rates_of_study():
         ("--position botom", ["botom", "half-up"]),
         ("--s 1", ["--s", "0 <= x < 1"]),
         ("--lr nan", ["--lr", "0 < x", "nan"]),
+        ("--crop_scale 0.9 0.1", ["--crop_scale", "MIN is above MAX"]),
         ("--datset x", ["unrecognized arguments: --datset"]),
         ("--final_model best_val", ["--final_model", "--eval_every"]),
         ("--method adam --moments none", ["--moments", "--method so"]),
