@@ -3,9 +3,10 @@
 Values stay as they were measured. They are rounded where they are printed.
 """
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -33,6 +34,7 @@ IGNORED_HPARAMS = {  # settings that a method does not read: its runs do not dif
     "lora": SO_HPARAMS,
     "adam": SO_HPARAMS | {"rank"},
 }
+SEED_OR_SHOTS = re.compile(r"(?<=seed|shot)s?_?\d+")  # in paths of few-shot lists
 ZERO_SHOT_TOLERANCE = 0.1  # percent: one model's zero-shot accuracies differ by rounding
 
 
@@ -150,10 +152,13 @@ class BackboneResults(NamedTuple):
 
 def find_runs(folders: Sequence[Path], warn: Callable[[str], None]) -> list[Run]:
     """Read all finished runs below the folders; warn of broken, unfinished and repeated ones."""
-    files = [path for folder in folders for path in sorted(folder.rglob("*"))]
-    names = {"result.json", "config.yaml"}
-    runs = []
-    for folder in dict.fromkeys(path.parent.resolve() for path in files if path.name in names):
+    found, runs = {}, []
+    for root in folders:
+        for path, subfolders, files in os.walk(root, onerror=lambda e: warn(f"skipped {e}")):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            if {"result.json", "config.yaml"} & set(files):
+                found[Path(path).resolve()] = None  # once, in order
+    for folder in found:
         try:
             if not (folder / "result.json").is_file():
                 raise ValueError("unfinished: there is no result.json")
@@ -164,7 +169,7 @@ def find_runs(folders: Sequence[Path], warn: Callable[[str], None]) -> list[Run]
         except (ValueError, OSError) as error:
             warn(f"skipped {folder}: {error}")
     different: dict[str, Run] = {}
-    for run in label_backbones(runs):
+    for run in label_inputs(runs):
         where = run.backbone, run.dataset, run.data["digest"], run.config.get("subsample", "all")
         key = repr([run.method, where, run.shots, run.seed, sorted(hparams(run).items())])
         first = different.setdefault(key, run)
@@ -173,21 +178,39 @@ def find_runs(folders: Sequence[Path], warn: Callable[[str], None]) -> list[Run]
     return list(different.values())
 
 
-def label_backbones(runs: Sequence[Run]) -> list[Run]:
-    """Tell weights of one name and different contents apart by their digest."""
-    digests = [run.inputs["backbone"] if run.inputs else "unknown" for run in runs]
-    labels = label_by_content([run.backbone for run in runs], digests)
-    return [replace(run, backbone=label) for run, label in zip(runs, labels, strict=True)]
+def label_inputs(runs: Sequence[Run]) -> list[Run]:
+    """Tell weights and few-shot lists of one name and different contents apart by their digest.
 
-
-def label_by_content(names: Sequence[str], digests: Sequence[str]) -> list[str]:
-    """Return the names, followed by their digest where one stands for several: "my, 1a2b3c4"."""
-    contents = defaultdict(set)
-    for name, digest in zip(names, digests, strict=True):
-        contents[name].add(digest)
+    Lists whose paths differ only by seed and shots are one, but for runs of one seed.
+    """
+    weights = [run.inputs["backbone"] if run.inputs else "unknown" for run in runs]
+    backbones = label_by_content([run.backbone for run in runs], weights)
+    names, images, by_path, by_seed = [], [], [], []
+    for run in runs:
+        path = run.config.get("fewshot_split") or ""
+        names.append(SEED_OR_SHOTS.sub("", Path(path).stem))
+        images.append(run.inputs["train_images"] if path and run.inputs else "unknown")
+        draw = run.dataset, run.data["digest"], run.config.get("subsample"), run.shots
+        by_path.append((draw, *SEED_OR_SHOTS.findall(path)))
+        by_seed.append((draw, run.seed))
+    lists = label_by_content(label_by_content(names, images, by_path), images, by_seed)
     return [
-        f"{name}, {digest[:7]}" if len(contents[name]) > 1 else name
-        for name, digest in zip(names, digests, strict=True)
+        replace(run, backbone=backbone, config=run.config | {"fewshot_split": name or None})
+        for run, backbone, name in zip(runs, backbones, lists, strict=True)
+    ]
+
+
+def label_by_content(
+    names: Sequence[str], digests: Sequence[str], scopes: Sequence[Hashable] = ()
+) -> list[str]:
+    """Return the names, with their digest where one has several in its scope: "my, 1a2b3c4"."""
+    keys = list(zip(names, scopes or names, strict=True))
+    contents = defaultdict(set)
+    for key, digest in zip(keys, digests, strict=True):
+        contents[key].add(digest)
+    return [
+        f"{name}, {digest[:7]}" if len(contents[name, scope]) > 1 else name
+        for (name, scope), digest in zip(keys, digests, strict=True)
     ]
 
 
@@ -244,15 +267,14 @@ def hparams(run: Run) -> dict[str, Any]:
     """Return the settings that a run's numbers depend on, besides its path and its seed.
 
     A flag that is newer than the run has its default. Files are named without their folders, and
-    few-shot lists without seed and shots; the data's digest has the content of class names.
+    few-shot lists as `label_inputs` does; the data's digest has the content of class names.
     """
     ignored = NON_HPARAMS | {*PATH_KEYS, "subsample"} | IGNORED_HPARAMS.get(run.method, set())
     settings = defaults() | run.config
     if settings["final_model"] == "last_step":
         ignored.add("eval_every")  # the weights do not depend on when they are evaluated
-    for key in ("classnames", "fewshot_split"):
-        if settings[key]:
-            settings[key] = re.sub(r"(seed|shots?)_?\d+", r"\1", Path(settings[key]).stem)
+    if settings["classnames"]:
+        settings["classnames"] = Path(settings["classnames"]).stem
     if settings["template"]:
         settings["template"] = slugify_templates(settings["template"])
     return {key: value for key, value in settings.items() if key not in ignored}

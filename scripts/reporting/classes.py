@@ -14,7 +14,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from reporting.aggregate import BackboneResults, Variant, display_name, summarize
-from reporting.figures import drawable_characters, figure_path, make_figure
+from reporting.figures import drawable_characters, escape, figure_path, make_figure
 from reporting.markdown import markdown
 from reporting.tables import format_spread
 from runs.records import Run, load_confusion_matrix, slugify
@@ -80,7 +80,7 @@ class ConfusionCell(NamedTuple):
         """Return the classes as figures name them: cut, or by label where no font has the name."""
         cut = [name if len(name) <= 28 else f"{name[:27]}…" for name in self.names]
         return [
-            name.replace("$", r"\$") if is_drawable(name) else f"class {label}"
+            escape(name) if is_drawable(name) else f"class {label}"
             for label, name in enumerate(cut)
         ]
 

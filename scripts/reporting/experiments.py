@@ -26,7 +26,7 @@ from reporting.aggregate import (
     MeanStd,
     format_setting,
     hparams,
-    label_backbones,
+    label_inputs,
     summarize,
 )
 from reporting.figures import add_legend, make_figure, plot_means, render_png, style
@@ -34,6 +34,7 @@ from reporting.markdown import markdown
 from reporting.report import write_report
 from reporting.tables import format_spread
 from run_utils import get_arguments
+from runs.identity import diff_settings, get_hparams
 from runs.output_dir import get_output_dir
 from runs.records import Run, read_run
 from utils import atomic_write, plural
@@ -100,15 +101,17 @@ def command_lines(flags: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def load_finished(planned: Iterable[PlannedRun]) -> list[Run]:
-    """Read the runs that are finished; a ValueError names a damaged one."""
+    """Read the runs that are finished; a ValueError names a damaged one, or another run's."""
     runs = []
-    for folder in (run.folder for run in planned):
+    for folder, config in ((run.folder, run.config) for run in planned):
         if (folder / "result.json").is_file():
             try:
                 runs.append(read_run(folder))
+                if changes := diff_settings(runs[-1].config, get_hparams(config)):
+                    raise ValueError(f"the result is another run's ({'; '.join(changes)})")
             except ValueError as error:
                 raise ValueError(f"{folder}: {error}; remove it, and run it again") from error
-    return label_backbones(runs)
+    return label_inputs(runs)
 
 
 def write_experiment(experiment: Experiment) -> None:
@@ -121,8 +124,8 @@ def write_experiment(experiment: Experiment) -> None:
         return
     text, draw = sweep(runs, experiment.report)
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "figure.png", render_png(draw))
     atomic_write(out / "table.md", f"{text}\n\n![figure](figure.png)\n")
+    atomic_write(out / "figure.png", render_png(draw))
     print(f"\n{text}\n\nTable and figure: {out}", flush=True)
 
 

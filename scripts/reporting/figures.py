@@ -92,8 +92,8 @@ def draw_differences(results: BackboneResults, panels: Mapping[str, str]) -> Fig
                     x, y, xerr=error, color=color, marker=marker, linestyle="", capsize=3,
                     markersize=5, label=plural(shots, "shot"),
                 )  # fmt: skip
-        axes.set_yticks(range(len(others)), labels=[textwrap.fill(v.label, 28) for v in others])
-        axes.set(ylim=(len(others) - 0.4, -0.6), xlabel=f"{first.label} - other (points)")
+        axes.set_yticks(range(len(others)), [escape(textwrap.fill(v.label, 28)) for v in others])
+        axes.set(ylim=(len(others) - 0.4, -0.6), xlabel=f"{escape(first.label)} - other (points)")
         axes.set_title(title, loc="left")
     return add_legend(figure, "mean, 95 % interval\nover seeds")
 
@@ -131,9 +131,13 @@ def make_figure(title: str, panels: int = 1, size: tuple | None = None) -> tuple
     layout = None if size else "constrained"  # for the legend beside the panels
     figure = Figure(figsize=size or (2.4 + 4.2 * panels, 3.8), layout=layout)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    title = textwrap.fill(title.replace("$", r"\$"), 60)  # $ would begin mathematics
-    axes[0].set_title(title, loc="left")
+    axes[0].set_title(escape(textwrap.fill(title, 60)), loc="left")
     return figure, axes
+
+
+def escape(text: str) -> str:
+    """Return a text that matplotlib draws as it is: a $ would begin mathematics."""
+    return text.replace("$", r"\$")
 
 
 def plot_by_shots(
@@ -164,7 +168,7 @@ def plot_means(axes: Axes, points: Sequence[tuple], style: tuple, label: str) ->
 def add_legend(figure: Figure, title: str) -> Figure:
     """Put the first panel's legend to the right of all panels; return the figure."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    wrapped = [textwrap.fill(label, 28, break_on_hyphens=False) for label in labels]
+    wrapped = [escape(textwrap.fill(label, 28, break_on_hyphens=False)) for label in labels]
     by_label = dict(zip(wrapped, handles, strict=True))
     figure.legend(
         by_label.values(), by_label, title=title, frameon=False, loc="outside right upper",

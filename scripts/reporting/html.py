@@ -1,7 +1,7 @@
 """Make report.html: the tables, the figures, and of each cell few-shot images and mistakes.
 
-The page is one file that needs nothing beside it. To bound its size, cells share the number of
-classes that are shown; a class has up to 24 thumbnails of 2 to 3 KB.
+The page is one file that needs nothing beside it. To bound its size, figures share some bytes, and
+cells the number of classes that are shown; a class has up to 24 thumbnails of 2 to 3 KB.
 """
 
 import base64
@@ -25,6 +25,7 @@ from reporting.classes import ConfusionCell
 from runs.records import load_predictions
 from utils import format_error, one_line, plural
 
+MAX_FIGURE_BYTES = 12 * 2**20  # of all figures that are shown; a third more in the page
 MAX_CLASSES, MAX_CELL_CLASSES = 120, 24  # shown in all cells together, and in one
 MAX_FEW, MAX_MISTAKES = 16, 8  # images of a class
 THUMBNAIL_SIZE = 80  # pixels of the longer side
@@ -37,11 +38,16 @@ def render_html(text: str, figures: Mapping[str, bytes], cells: Sequence[Confusi
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["plural"] = plural
+    by_cell = {cell.figure_path(kind) for cell in cells for kind in ("confusion", "classes")}
+    uris, room = {}, MAX_FIGURE_BYTES
+    for name in sorted(figures, key=lambda name: name in by_cell):  # the others come first
+        room -= len(figures[name])
+        uris[name] = data_uri("image/png", figures[name]) if room >= 0 else ""
     limit = min(MAX_CELL_CLASSES, max(1, MAX_CLASSES // max(1, len(cells))))
     page = environment.get_template("report.html.jinja").render(
         blocks=list(parse_markdown(text)),
-        figures={name: data_uri("image/png", png) for name, png in figures.items()},
-        by_cell={cell.figure_path(kind) for cell in cells for kind in ("confusion", "classes")},
+        figures=uris,
+        by_cell=by_cell,
         cells=[collect_images(cell, limit) for cell in cells],
     )
     return page.encode(errors="replace")  # of names that are not Unicode

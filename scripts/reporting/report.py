@@ -10,7 +10,7 @@ from reporting.html import render_html
 from reporting.protocols import base_to_new_section, transfer_results
 from reporting.tables import ACCURACIES, CSV_HEADER, backbone_section, csv_rows, format_mean
 from runs.records import Run
-from utils import atomic_write, plural, to_csv
+from utils import atomic_write, one_line, plural, to_csv
 
 
 def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) -> None:
@@ -30,7 +30,12 @@ def write_report(runs: Sequence[Run], out: Path, warn: Callable[[str], None]) ->
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "tables.csv", to_csv(CSV_HEADER, rows))
     atomic_write(out / "tables.md", text)
-    figures = {name: render_png(draw) for name, draw in plan.items()}
+    figures = {}
+    for name, draw in plan.items():
+        try:
+            figures[name] = render_png(draw)
+        except Exception as error:  # of matplotlib: one failure costs one figure
+            warn(f"left out {name}: {one_line(str(error))}")
     for name, png in figures.items():
         (out / name).parent.mkdir(exist_ok=True)
         atomic_write(out / name, png)

@@ -113,6 +113,9 @@ def test_reports_refuse_other_settings(write, tmp_path):
         finish(run, 60.0)
     with pytest.raises(ValueError, match="runs of T = 1 and 0.01 differ in other settings"):
         write_experiment(found)
+    found.runs[1].config.lr = 7
+    with pytest.raises(ValueError, match="another run's .lr 0.* there, 7 here.; remove it"):
+        write_experiment(found)
     path = found.runs[0].folder / "result.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match=f"{path.parent}: .*; remove it, and run it again"):

@@ -75,7 +75,7 @@ def test_long_legend_stays_on_page(tmp_path):
     for number in range(14):
         settings = {"lr": number / 7, "batch_size": 33 + number, "moment_support": "random" * 9}
         make_run(tmp_path, settings=settings)
-    make_run(tmp_path)
+    make_run(tmp_path, settings={"classnames": r"$\x$.yaml"})
     (results,) = group_by_backbone(find_runs([tmp_path], pytest.fail))
     for draw in figures.plan_figures(results).values():
         png = Image.open(io.BytesIO(figures.render_png(draw))).convert("L")

@@ -6,6 +6,7 @@ import json
 import re
 from html import unescape
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import report
@@ -86,6 +87,13 @@ def test_page_shows_shots_and_mistakes(runs, page):
     assert thumbnail.format == "JPEG" and thumbnail.size == (80, 64)
 
 
+def test_failed_figure_is_left_out(runs, page, monkeypatch, capsys):
+    render = Mock(side_effect=[ValueError("unknown\n$x$"), b"1", b"2", b"3"])
+    monkeypatch.setattr(reporting.report, "render_png", render)
+    assert sum(alt.endswith(".png") for alt in page()[1]) == 3
+    assert "left out ViT-B-16/accuracy-eurosat.png: unknown $x$\n" in capsys.readouterr().err
+
+
 def test_gone_images_are_named(runs, page, tmp_path):
     folder = tmp_path / "eurosat/2750"
     (folder / "0/1.jpg").write_bytes(b"no image")
@@ -101,8 +109,10 @@ def test_gone_images_are_named(runs, page, tmp_path):
 
 
 def test_page_has_bounded_size(runs, page, monkeypatch):
-    for name, limit in {"MAX_CLASSES": 2, "MAX_FEW": 3, "MAX_MISTAKES": 1}.items():
+    limits = {"MAX_CLASSES": 2, "MAX_FEW": 3, "MAX_MISTAKES": 1, "MAX_FIGURE_BYTES": 18}
+    for name, limit in limits.items():
         monkeypatch.setattr(html, name, limit)
     text, images = page()
+    assert "/classes-eurosat-4shots-so.png is left out to" in text and "confusion" not in text
     assert len(thumbnails(images)) == 2 * (3 + 1)
     assert "Classes not shown:\n1 of higher accuracy." in text

@@ -21,13 +21,6 @@ def report_text(folder):
     return (folder / "report/tables.md").read_text()
 
 
-def make_base(root, dataset, seed, base, new):
-    make_run(
-        root, "so", dataset, seed=seed, accuracy=base, new_accuracy=new, zero_shot=70.0,
-        zero_shot_new_accuracy=75.0, settings={"subsample": "base"},
-    )  # fmt: skip
-
-
 def make_transfer(root, seed, source, targets):
     """Write a run on ImageNet with these accuracies on other datasets; zero-shot is 40."""
     folder = make_run(root, dataset="imagenet", seed=seed, accuracy=source)
@@ -40,10 +33,13 @@ def make_transfer(root, seed, source, targets):
 
 
 def test_base_to_new_has_own_table(tmp_path):
-    make_base(tmp_path, "dtd", 1, 80.0, 60.0)
-    make_base(tmp_path, "dtd", 2, 84.0, 64.0)
-    make_base(tmp_path, "eurosat", 1, 90.0, 40.0)
-    make_base(tmp_path, "eurosat", 2, 92.0, 69.0)
+    accuracies = {("dtd", 1): (80.0, 60.0), ("dtd", 2): (84.0, 64.0)}
+    accuracies |= {("eurosat", 1): (90.0, 40.0), ("eurosat", 2): (92.0, 69.0)}
+    for (dataset, seed), (base, new) in accuracies.items():
+        make_run(
+            tmp_path, "so", dataset, seed=seed, accuracy=base, new_accuracy=new, zero_shot=70.0,
+            zero_shot_new_accuracy=75.0, settings={"subsample": "base"},
+        )  # fmt: skip
     make_run(tmp_path, "so", "dtd", accuracy=66.0)  # on all classes
     text = report_text(tmp_path)
     # DTD: 2 * 80 * 60 / 140 = 68.571 and 2 * 84 * 64 / 148 = 72.649, mean 70.610, deviation 2.883;
