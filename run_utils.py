@@ -292,6 +292,11 @@ def name_or_path(check: Callable[[str], object]) -> Callable[[str], str]:
     return parse
 
 
+def path_arg(text: str) -> Path:
+    """A parser type: a path, with ~ expanded."""
+    return Path(os.path.expanduser(text))
+
+
 backbone_arg = name_or_path(clip.validate_name)
 dataset_arg = name_or_path(get_dataset_info)
 

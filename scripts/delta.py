@@ -21,7 +21,7 @@ from torch import Tensor
 import clip
 from clip import CLIP
 from optimizers import delta as deltas
-from run_utils import OneLineErrorParser, backbone_arg, bounded_number
+from run_utils import OneLineErrorParser, backbone_arg, bounded_number, path_arg
 from runs.cli import run_cli
 from runs.weights import resolve_base, save_state_dict
 
@@ -33,17 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     alpha = bounded_number(float, 0)
     for function, inputs, help in (
-        (inspect, {"file": Path}, "show what a delta changes"),
-        (apply, {"file": Path}, "write the trained weights"),
-        (scale, {"file": Path, "alpha": alpha}, "scale its changes: 0 is the base, 1 is FILE"),
-        (revert, {"full": Path, "file": Path}, "write the base of full weights"),
+        (inspect, {"file": path_arg}, "show what a delta changes"),
+        (apply, {"file": path_arg}, "write the trained weights"),
+        (scale, {"file": path_arg, "alpha": alpha}, "scale its changes: 0 is the base, 1 is FILE"),
+        (revert, {"full": path_arg, "file": path_arg}, "write the base of full weights"),
     ):
         command = commands.add_parser(function.__name__, help=help, description=help)
         command.set_defaults(function=function)
         for name, kind in inputs.items():
             command.add_argument(name, type=kind, metavar=name.upper())
         if function is not inspect:
-            command.add_argument("--out", type=Path, required=True, help="file to write")
+            command.add_argument("--out", type=path_arg, required=True, help="file to write")
             command.add_argument(
                 "--base", type=backbone_arg, help="name or path of the base (the backbone in FILE)"
             )

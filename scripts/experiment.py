@@ -18,7 +18,7 @@ from pathlib import Path
 
 from reporting.experiments import read_experiment, write_experiment
 
-from run_utils import OneLineErrorParser
+from run_utils import OneLineErrorParser, path_arg
 from runs.cli import run_cli
 
 SWEEP = Path(__file__).resolve().with_name("sweep.sh")
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="experiment.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("file", type=Path, help="the experiment, such as one of configs/experiments")
-    add("--root", type=Path, default=Path(), help="folder of its folders (.)")
+    add("file", type=path_arg, help="the experiment, such as one of configs/experiments")
+    add("--root", type=path_arg, default=Path(), help="folder of its folders (.)")
     add("--dry-run", action="store_true", help="only print main.py's arguments")
     args, extra = parser.parse_known_args(argv)
     return run_cli(lambda: run_experiment(args, extra), parser.prog)

@@ -28,7 +28,7 @@ from clip.resnet import TOTAL_STRIDE
 from clip.simple_tokenizer import END, START, SimpleTokenizer
 from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from optimizers.delta import apply_delta, read_delta
-from run_utils import OneLineErrorParser
+from run_utils import OneLineErrorParser, backbone_arg, path_arg
 from runs.cli import run_cli
 from runs.records import Run, read_run
 from runs.weights import find_saved_run, resolve_base, save_state_dict
@@ -63,10 +63,10 @@ image = image.resize((width, height), Image.{0}).crop((left, top, left + side, t
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineErrorParser(prog="export.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("source", type=Path, metavar="RUN_OR_WEIGHTS", help="folder of a run, or its weights")
+    add("source", type=path_arg, metavar="RUN_OR_WEIGHTS", help="folder of a run, or its weights")
     add("--to", choices=list(EXPORTERS), required=True)
-    add("--out", type=Path, required=True, help="file (openai) or folder to write")
-    add("--base", help="name or path of the base (the backbone that the weights name)")
+    add("--out", type=path_arg, required=True, help="file (openai) or folder to write")
+    add("--base", type=backbone_arg, help="name or path of the base (the one named by the weights)")
     args = parser.parse_args(argv)
     return run_cli(lambda: export(args.source, args.to, args.out, args.base), "export.py")
 

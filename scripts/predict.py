@@ -27,7 +27,7 @@ from clip.zero_shot import ZeroShotClassifier, tokenize_class_prompts
 from datasets import Datum
 from datasets.files import list_images, list_subdirs
 from datasets.loader import ImageLoader
-from run_utils import OneLineErrorParser, bounded_number
+from run_utils import OneLineErrorParser, bounded_number, path_arg
 from runs.cli import run_cli
 from runs.environment import get_default_device, set_up_device
 from runs.records import Run
@@ -40,8 +40,8 @@ BATCH_SIZE = 64
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineErrorParser(prog="predict.py", description=__doc__.split("\n\n")[2])
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN_FOLDER", help="folder of a run that saved its weights")
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
+    add("run", type=path_arg, metavar="RUN_FOLDER", help="folder of a run that saved its weights")
+    add("images", type=path_arg, nargs="+", metavar="IMAGE", help="image, or folder of images")
     add("--top", type=bounded_number(int, 1), default=5, help="classes for each image (5)")
     add("--csv", action="store_true", help="print CSV with a header")
     add("--backbone", type=os.path.expanduser, help="the pretrained model, if it has moved")

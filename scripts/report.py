@@ -18,7 +18,7 @@ from pathlib import Path
 from reporting.aggregate import find_runs
 from reporting.report import write_report
 
-from run_utils import OneLineErrorParser
+from run_utils import OneLineErrorParser, path_arg
 from runs.cli import run_cli
 from utils import one_line
 
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = OneLineErrorParser(prog="report.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("results", nargs="+", type=Path, help="folders that hold runs, at any depth")
-    add("--out", type=Path, help="the report's folder (report/ in the first one)")
+    add("results", nargs="+", type=path_arg, help="folders that hold runs, at any depth")
+    add("--out", type=path_arg, help="the report's folder (report/ in the first one)")
     args = parser.parse_args(argv)
     out = args.out or args.results[0] / "report"
     return run_cli(lambda: report(args.results, out), parser.prog)

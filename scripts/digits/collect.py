@@ -28,7 +28,7 @@ from reporting.experiments import load_finished, read_experiment
 import clip
 from datasets import build_dataset
 from datasets.loader import ImageLoader
-from run_utils import OneLineErrorParser
+from run_utils import OneLineErrorParser, path_arg
 from runs.cli import run_cli
 from runs.records import Run
 from runs.weights import load_weights
@@ -47,8 +47,9 @@ PER_CLASS, SEED = 20, 0  # glyphs of each class in the test set, and the seed of
 
 def main() -> int:
     parser = OneLineErrorParser(prog="collect.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, default=Path(), help="folder with results (.)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/digits", help="folder to write")
+    add = parser.add_argument
+    add("--root", type=path_arg, default=Path(), help="folder with results (.)")
+    add("--out", type=path_arg, default=ROOT / "docs/digits", help="folder to write")
     args = parser.parse_args()
     return run_cli(lambda: collect(args.root, args.out), parser.prog)
 

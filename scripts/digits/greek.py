@@ -18,6 +18,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from digits.glyphs import FONTS, draw_characters, render_glyphs
 
+from run_utils import path_arg
+
 CLASSNAMES = (
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa",
     "lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi",
@@ -44,7 +46,7 @@ def write_greek(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/greek"), help="folder to make")
+    parser.add_argument("--out", type=path_arg, default=Path("data/greek"), help="folder to make")
     write_greek(parser.parse_args().out)
 
 

@@ -23,6 +23,7 @@ from digits import glyphs
 
 from clip import CLIP
 from datasets import digits
+from run_utils import path_arg
 from utils import Progress, atomic_write
 
 MODEL_ARGS = {
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1, help="of the weights and of all data")
     parser.add_argument("--steps", type=int, default=3000, help="batches of 128")
-    parser.add_argument("--out", type=Path, default=Path("ViT-Tiny-8.pt"), help="checkpoint")
+    parser.add_argument("--out", type=path_arg, default=Path("ViT-Tiny-8.pt"), help="checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="no more than there are free cores")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

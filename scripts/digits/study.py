@@ -29,7 +29,7 @@ from reporting.aggregate import LABELS, confidence_interval, group_by_backbone
 from reporting.experiments import sweep
 from reporting.markdown import markdown
 
-from run_utils import OneLineErrorParser
+from run_utils import OneLineErrorParser, path_arg
 from runs.cli import run_cli
 from utils import atomic_write, plural
 
@@ -49,7 +49,7 @@ StudyRun = SimpleNamespace  # with the columns of runs.csv and the attributes of
 
 def main() -> int:
     parser = OneLineErrorParser(prog="study.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=PAGE.parent, help="folder to write")
+    parser.add_argument("--out", type=path_arg, default=PAGE.parent, help="folder to write")
     return run_cli(lambda: write_page(parser.parse_args().out), parser.prog)
 
 

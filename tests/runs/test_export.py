@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 
 import export
+import onnxruntime
 import open_clip
 import predict
 import pytest
@@ -77,8 +78,6 @@ def test_transformers_export_matches_run(vit_run, tmp_path):
 
 @torch.no_grad()
 def test_onnx_export_matches_run(run, data, tmp_path, monkeypatch, capsys):
-    import onnxruntime
-
     folder, images, *_ = run
     write(folder, "--to", "onnx", "--out", out := tmp_path / "classifier")
     model, (saved, _) = load_model(folder), find_saved_run(folder)

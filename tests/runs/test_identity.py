@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import export
 import pytest
 import torch
 from clip_helpers import TINY_VIT, random_state_dict
-from commands import refused, result_of, run
+from commands import output_of, refused, result_of, run, run_folder
 from dataset_helpers import write_image
 
 NAMES = ("cat", "dog", "owl")
@@ -89,7 +90,8 @@ def test_fewer_images_are_reported(home):
 def test_home_directory_is_expanded(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     run(*train("~/photos", "~/tiny.pt"), "--save_path=~/x")
-    assert any((home / "x").rglob("result.json")) and not (home / "~").exists()
+    output_of(export.main, run_folder(home / "x"), "--to", "openai", "--out=~/full.pt")
+    assert (home / "full.pt").exists() and not (home / "~").exists()
 
 
 def test_long_directory_names_are_cut(home):
