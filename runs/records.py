@@ -137,7 +137,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path.name} is malformed ({error})") from error
+        remedy = "main.py with --overwrite makes it again"
+        raise ValueError(f"{path.name} is malformed ({error}); {remedy}") from error
 
 
 def _read_csv(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[tuple]:
