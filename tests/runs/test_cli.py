@@ -75,6 +75,17 @@ def test_ignored_hangup_stays_ignored(signal_handlers):
         assert not pool.submit(SignalHandler().__enter__).result().previous_handlers
 
 
+def test_results_precede_their_printing(tmp_path, monkeypatch):
+    def refuse(*_):
+        assert result_of(tmp_path)["iterations"] == 4
+        raise RuntimeError("printed")
+
+    printing = iter([lambda *_: None, refuse])
+    monkeypatch.setattr(cli, "print_accuracies", lambda *a: next(printing)(*a))
+    with pytest.raises(RuntimeError, match="printed"):
+        run(*SHORT, "--save_path", tmp_path)
+
+
 def test_clock_leaves_gaps_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
