@@ -153,8 +153,8 @@ class Evaluator:
     @property
     def targets(self) -> dict[str, FewShotDataset]:
         """The datasets of --test_on."""
-        own = "", "new classes"
-        return {name: task.dataset for name, task in self.tasks.items() if name not in own}
+        run_tasks = ("", "new classes")
+        return {name: task.dataset for name, task in self.tasks.items() if name not in run_tasks}
 
     def build_classifier(self, dataset: FewShotDataset) -> ZeroShotClassifier:
         """The model as a classifier of a dataset's classes."""

@@ -46,9 +46,9 @@ STATE_NAMES = ("step", "grad_indices", "indices", "exp_avg", "exp_avg_sq", "entr
 CHUNK = 2**18  # slots updated at once: what a core's cache holds; on GPUs 16 times as many
 LARGE = 2**15  # slots from which a table and counting are faster than sorting, on CPUs
 
-Group = State = "dict[str, Any]"
+Group = State = dict[str, Any]
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
-Segments = Sequence["tuple[int, int]"]
+Segments = Sequence[tuple[int, int]]
 
 
 class SO(Optimizer):
