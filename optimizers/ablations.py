@@ -64,7 +64,7 @@ class SOVariant(SO):
         super().__init__(params, **settings)
 
     @torch.no_grad()
-    def draw_supports(self, filter_fn: Callable[[Tensor], bool] | None = None) -> None:
+    def draw_supports(self, filter_fn: Callable[..., bool] = lambda p: p.requires_grad) -> None:
         """As SO's; the largest entries of a gradient can be known once it is there."""
         ready = set(self._ready)
         super().draw_supports(filter_fn)
