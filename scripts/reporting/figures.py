@@ -76,6 +76,7 @@ def draw_differences(results: BackboneResults, panels: Mapping[str, str]) -> Fig
     """Draw paired differences of the first variant to others: a panel for each field of runs."""
     first, *others = results.variants
     figure, all_axes = make_figure("", panels=len(panels))
+    figure.set_figheight(max(figure.get_figheight(), 0.35 * len(others)))
     for axes, (title, key) in zip(all_axes, panels.items(), strict=True):
         axes.axvline(0, color="0.45")
         for number, shots in enumerate(results.shots):
