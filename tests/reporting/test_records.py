@@ -32,7 +32,7 @@ def test_read_run_refuses_values(tmp_path, key, value):
 @pytest.mark.parametrize("name, text, reason", [
     ("result.json", "\x00\xff", "malformed"), ("result.json", "[" * 100_000, "malformed"),
     ("result.json", "[1]", "malformed"), ("transfer.json", "[1]", "transfer.json is malformed"),
-    ("transfer.json", '{"own": {"final_accuracy": 1}}', "transfer.json is malformed .no valid data"),
+    ("transfer.json", '{"own": {"final_accuracy": 1}}', "malformed .no valid data"),
     ("curve.csv", None, "curve.csv"), ("curve.csv", "", "0 of 2 iterations"),
     ("curve.csv", "a,b\n1,2\n", "malformed"), ("curve.csv", HEADER + "1,x,0.1,\n", "malformed"),
     ("curve.csv", HEADER + "1,2.0,0.1,\n", "1 of 2 iterations"),
