@@ -23,7 +23,6 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import deepcopy
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -46,9 +45,9 @@ Group = State = dict[str, Any]
 class SO(Optimizer):
     """Adam on a sparse, moving support of each tensor; see the module's docstring.
 
-    A tensor's state is `step` (t) and, if it is sparse, `grad_indices` (S_g), `indices` (S_m),
-    `exp_avg` (m) and `exp_avg_sq` (v), k entries each. Of shards (DTensor) all ranks hold the whole
-    state; one all-reduce completes the g of a group, and each rank writes its shard.
+    A sparse tensor's state is `step` (t) and `grad_indices` (S_g), `indices` (S_m), `exp_avg` (m),
+    `exp_avg_sq` (v) of k entries each; a dense one's is Adam's. Of a sparse DTensor all ranks hold
+    the whole state; all-reduces complete the g of each chunk, and each rank writes its shard.
 
     Args:
         params: Tensors, or groups as dicts. A group may override any argument below, and set
@@ -59,20 +58,21 @@ class SO(Optimizer):
             small. AdamW's values need `decoupled_weight_decay`.
         density_ratio: Fraction of entries kept, in (0, 1]; 1 - kappa in the paper.
         T: Steps between two draws of the gradient support.
-        seed: Of supports and rounding; drawn from torch's generator (of rank 0) by default. A draw
-            also depends on a parameter's position: optimizers of one each need different seeds.
+        seed: For supports and rounding; None draws one from torch's generator (on rank 0). Several
+            optimizers need different seeds: equal seed, position and step give equal draws.
         decoupled_weight_decay: Multiply W at U by 1 - lr * weight_decay instead, as AdamW does.
-        bias_correction: "tensor": t counts the tensor's steps, as in the paper. "entry": an entry's
-            own (`entry_steps`) since it entered U, so that its first move is lr * sign(g).
+        bias_correction: "tensor": t counts the tensor's steps, as in the paper. "entry": t counts
+            steps since the entry entered U (`entry_steps`); its first move is lr * sign(g).
         stochastic_rounding: Round weights in half precision up or down at random, right on
             average, so that small steps are not lost. False rounds to the nearest.
         foreach: Update many tensors at once (True, None), or each by `_single_tensor_so` (False).
 
     Raises:
-        ValueError: An argument is out of range, or a parameter is complex or a part of a matrix.
+        ValueError: An argument is out of range, or a parameter is complex, flat (FSDP1) or Partial.
     """
 
-    # Subclasses may select S_m otherwise: by the highest score(U, m, S_m) >= 0 in place of |m|.
+    # Subclasses may rank entries by score(U, m, S_m) >= 0 in place of |m|. U and S_m number the
+    # entries of all tensors of a chunk in a row, so they do not index a single tensor.
     _score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     _ready: frozenset[Tensor] = frozenset()  # tensors that have the support of the coming step
 
@@ -100,7 +100,7 @@ class SO(Optimizer):
             foreach=foreach, dense=None,
         )  # fmt: skip
         super().__init__(params, defaults)
-        self.register_state_dict_pre_hook(SO._init_seeds)
+        self.register_state_dict_pre_hook(SO._init_seeds)  # a saved seed is drawn first
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -116,53 +116,9 @@ class SO(Optimizer):
                 self.state[p]["step"] += 1
             for chunk in self._chunks(sparse):
                 self._sparse_update(chunk, group)
-            if dense := [p for p in params if "grad_indices" not in self.state[p]]:
-                self._dense_update(dense, group)
+            self._dense_update([p for p in params if "grad_indices" not in self.state[p]], group)
         return loss
 
-    def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Sort tensors into lists to update at once: of one dtype, device, mesh, step and kind."""
-        kinds = defaultdict(list)
-        for p in sorted(params, key=Tensor.numel):  # equal sizes together, for `_topk`
-            state, mesh = self.state[p], getattr(p, "device_mesh", None)
-            coo = p.grad.is_sparse and (p.grad.sparse_dim(), p.grad._values().shape[1:])
-            by_entry, step = "entry_steps" in state, int(state["step"])
-            kinds[p.dtype, p.device, mesh, step, by_entry, coo].append(p)
-        for same in kinds.values():
-            limit = CHUNK if same[0].is_cpu else 16 * CHUNK
-            slots = accumulate(2 * len(self.state[p]["grad_indices"]) for p in same)
-            for _, pairs in groupby(zip(same, slots), key=lambda pair: pair[1] // limit):
-                yield [p for p, _ in pairs]
-
-    def _sparse_update(self, params: list[Tensor], group: Group) -> None:
-        """Take a step on a chunk of sparse tensors."""
-        gradients = self._read_gradients(params, group)
-        tensors = [(self.state[p], g, p.numel()) for p, g in zip(params, gradients)]
-        if group["foreach"] is False or len(params) == 1:
-            updates = [_single_tensor_so(*tensor, group, self._score) for tensor in tensors]
-        else:
-            updates = _multi_tensor_so(tensors, group, self._score)
-        self._add(params, updates, group)
-
-    def _dense_update(self, params: list[Tensor], group: Group) -> None:
-        """Update whole tensors, or shards, by torch's own Adam; half precision in float32."""
-        states = [self.state[p] for p in params]
-        weights = [_local(p).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
-        grads = [_local(_grad(p)).to_dense().to(w.dtype) for p, w in zip(params, weights)]
-        moments = ([_local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
-        hyper = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "foreach")}
-        hyper.update(zip(("beta1", "beta2"), group["betas"]), amsgrad=False)
-        update = adamw if group["decoupled_weight_decay"] else adam
-        update(weights, grads, *moments, [], [state["step"] for state in states], **hyper)
-        for p, weight in zip(params, weights):
-            if weight.dtype != p.dtype:
-                flat = torch.zeros((), dtype=torch.int64, device=p.device)  # index of each entry
-                for size, box in zip(p.shape, _shard_box(p)):
-                    flat = flat[..., None] * size + torch.arange(*box, device=p.device)
-                rounded = self._round(weight.view(-1), [p], [flat.view(-1)], group)
-                _local(p).copy_(rounded.view_as(weight))
-
-    @torch.no_grad()
     def draw_supports(self, filter_fn: Callable[..., bool] = lambda p: p.requires_grad) -> None:
         """Draw the supports of the coming step where a window of T steps begins.
 
@@ -190,7 +146,7 @@ class SO(Optimizer):
                 state["grad_indices"] = S_g
                 ready.append(p)
             if "step" not in state:
-                _validate_parameter(p)  # again: Accelerate replaces those of the constructor
+                _validate_parameter(p)  # again: Accelerate swaps parameters later
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 state["step"] = torch.zeros((), device="cpu")
                 for name in ("exp_avg", "exp_avg_sq"):
@@ -201,11 +157,11 @@ class SO(Optimizer):
                         state["entry_steps"] = torch.zeros_like(S_g)
         self._ready |= frozenset(ready)
         first = [(p, len(self.state[p]["indices"])) for p in ready if self.state[p]["step"] == 0]
-        if len(first) == sum("indices" in state for state in self.state.values()):  # only once
+        if len(first) == sum("indices" in state for state in self.state.values()):  # step 1
             _warn_if_too_sparse(first)
 
     def _init_seeds(self, exchange: bool = False) -> None:
-        """Draw the seeds that were not given; several processes do so once they can `exchange`."""
+        """Draw the seeds not given; in distributed runs only if `exchange`: all ranks take part."""
         distributed = dist.is_available() and dist.is_initialized()
         for group in self.param_groups:
             if group["seed"] is None and (exchange or not distributed):
@@ -214,8 +170,32 @@ class SO(Optimizer):
                     dist.broadcast_object_list(seeds)
                 group["seed"] = seeds[0]
 
+    def _chunks(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Group tensors to update at once: of equal dtype, device, mesh, step and kind."""
+        kinds = defaultdict(list)
+        for p in sorted(params, key=Tensor.numel):  # equal sizes together, for `_topk`
+            state, mesh = self.state[p], getattr(p, "device_mesh", None)
+            coo = p.grad.is_sparse and (p.grad.sparse_dim(), p.grad._values().shape[1:])
+            key = p.dtype, p.device, mesh, int(state["step"]), "entry_steps" in state, coo
+            kinds[key].append(p)
+        for same in kinds.values():
+            limit = CHUNK if same[0].is_cpu else 16 * CHUNK
+            slots = accumulate(2 * len(self.state[p]["grad_indices"]) for p in same)
+            for _, pairs in groupby(zip(same, slots), key=lambda pair: pair[1] // limit):
+                yield [p for p, _ in pairs]
+
+    def _sparse_update(self, params: list[Tensor], group: Group) -> None:
+        """Take a step on a chunk of sparse tensors."""
+        gradients = self._read_gradients(params, group)
+        tensors = [(self.state[p], g, p.numel()) for p, g in zip(params, gradients)]
+        if group["foreach"] is False or len(params) == 1:
+            updates = [_single_tensor_so(*tensor, group, self._score) for tensor in tensors]
+        else:
+            updates = _multi_tensor_so(tensors, group, self._score)
+        self._add(params, updates, group)
+
     def _read_gradients(self, params: list[Tensor], group: Group) -> Sequence[Tensor]:
-        """The g of the module's docstring of each tensor, (k,)."""
+        """Return the g of each tensor at its S_g, (k,) each, weight decay included."""
         supports = [self.state[p]["grad_indices"] for p in params]
         if params[0].grad.is_sparse:
             g = _gather_coo([p.grad for p in params], supports)
@@ -228,18 +208,18 @@ class SO(Optimizer):
             g = g + group["weight_decay"] * W.to(g.dtype)
         parts = g.split([len(S_g) for S_g in supports])
         if mesh := getattr(params[0], "device_mesh", None):  # g is 0 at entries of other ranks
-            cut = {d for p in params for d, c in enumerate(p.placements) if hasattr(c, "dim")}
-            for p, part in zip(params, parts):  # of replicas, the first contributes
-                if any(mesh.get_coordinate()[d] and p.placements[d].is_replicate() for d in cut):
+            dims = {d for p in params for d, c in enumerate(p.placements) if not c.is_replicate()}
+            for p, part in zip(params, parts):  # only the first of several replicas contributes
+                if any(mesh.get_coordinate()[d] and p.placements[d].is_replicate() for d in dims):
                     part.zero_()
-            for d in sorted(cut):
+            for d in sorted(dims):
                 dist.all_reduce(g, group=mesh.get_group(d))
         return parts
 
     def _add(self, params: list[Tensor], updates: Iterable[Any], group: Group) -> None:
-        """Add updates to W[U] in each p's own memory; decoupled weight decay comes first.
+        """Add updates to W[U] in place, and W's decoupled weight decay.
 
-        Void slots and entries of other ranks get 0; half precision, the difference of the bits.
+        Void slots and entries of other ranks add 0. Half precision adds the difference of bits.
         """
         Us, parts, voids = zip(*updates)
         half = torch.finfo(params[0].dtype).bits == 16
@@ -255,32 +235,50 @@ class SO(Optimizer):
                 update = after.view(torch.int16) - before.view(torch.int16)
             parts = update.split(sizes)
         for p, U, part in zip(params, Us, parts):
-            W, at, outside = _locate(p, U)
-            part = part if outside is None else part.masked_fill(outside, 0)
+            W, positions, remote = _locate(p, U)
+            part = part if remote is None else part.masked_fill(remote, 0)
             W = W.view(torch.int16) if half else W
-            W.scatter_add_(0, at, part.to(W.dtype))
+            W.scatter_add_(0, positions, part.to(W.dtype))
+
+    def _dense_update(self, params: list[Tensor], group: Group) -> None:
+        """Update whole tensors, or shards, by torch's own Adam; half precision in float32."""
+        states = [self.state[p] for p in params]
+        weights = [_local(p).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
+        grads = [_local(_grad(p)).to_dense().to(w.dtype) for p, w in zip(params, weights)]
+        moments = ([_local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        hyper = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "foreach")}
+        hyper |= dict(beta1=group["betas"][0], beta2=group["betas"][1], amsgrad=False)
+        update = adamw if group["decoupled_weight_decay"] else adam
+        update(weights, grads, *moments, [], [state["step"] for state in states], **hyper)
+        for p, weight in zip(params, weights):
+            if weight.dtype != p.dtype:
+                flat = torch.zeros((), dtype=torch.int64, device=p.device)  # index of each entry
+                for size, box in zip(p.shape, _shard_ranges(p)):
+                    flat = flat[..., None] * size + torch.arange(*box, device=p.device)
+                rounded = self._round(weight.reshape(-1), [p], [flat.view(-1)], group)
+                _local(p).copy_(rounded.view_as(weight))
 
     def _round(self, x: Tensor, params: list[Tensor], Us: Sequence[Tensor], group: Group) -> Tensor:
-        """Round x, at entries U of tensors, to half precision, as `stochastic_rounding` says.
+        """Round x, new values of the entries U of params, to half precision.
 
-        The random bits are a hash of seed, position, step and entry: they are equal on every device
-        and for every sharding. Products stay below 2^63.
+        Stochastic rounding compares the remainder with a hash of seed, position, step and entry,
+        which is equal on every device and for every sharding. Its products stay below 2^63.
         """
-        near = x.to(params[0].dtype)
+        nearest = x.to(params[0].dtype)
         if not group["stochastic_rounding"]:
-            return near
-        places = [(self._positions[p], int(self.state[p]["step"])) for p in params]
-        keys = [_hash(group["seed"], *place, "rounding") % 2**32 for place in places]
+            return nearest
+        seed, step = group["seed"], int(self.state[params[0]]["step"])
+        keys = [_hash(seed, self._positions[p], step, "rounding") % 2**32 for p in params]
         bits = torch.cat(list(Us))
-        for word in (0, _repeat(keys, list(map(len, Us)), bits)):
-            bits = (bits + word) & 0xFFFFFFFF
+        for key in (0, _repeat(keys, list(map(len, Us)), bits)):
+            bits = (bits + key) & 0xFFFFFFFF
             bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
             bits = bits ^ (bits >> 15)
-        value = near.to(x.dtype)
-        away = torch.where(x.abs() > value.abs(), 1, -1).to(torch.int16)  # as integers
-        far = (near.view(torch.int16) + away).view(near.dtype)
-        chance = (x - value) / (far.to(x.dtype) - value)  # never where it is nan: of inf and nan
-        return far.where((bits >> 8) < chance * 2**24, near)
+        value = nearest.to(x.dtype)
+        ulp = torch.where(x.abs() > value.abs(), 1, -1).to(torch.int16)  # away from 0 or to it
+        other = (nearest.view(torch.int16) + ulp).view(nearest.dtype)  # x is between the two
+        probability = (x - value) / (other.to(x.dtype) - value)  # nan, so never, for inf and nan
+        return other.where((bits >> 8) < probability * 2**24, nearest)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters; what it does not set is as in the constructor."""
@@ -295,15 +293,19 @@ class SO(Optimizer):
         Raises:
             ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
         """
+        with self.register_load_state_dict_pre_hook(SO._restore_states):  # after the user's hooks
+            super().load_state_dict(state_dict)
+        self._ready = frozenset()
+
+    def _restore_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Key states by parameter: those keyed by number, torch casts to the parameter's dtype."""
         states = {}
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             _validate_group(saved)
             for number, p in zip(saved["params"], group["params"]):
                 if state := state_dict["state"].get(number):
                     states[p] = _restore(p, state)
-        # By its number, torch would cast a state to the parameter's dtype; others it takes as is.
-        super().load_state_dict({**state_dict, "state": states})
-        self._ready = frozenset()
+        return {**state_dict, "state": states}
 
     def __getstate__(self) -> dict[str, Any]:
         self._init_seeds()
@@ -316,9 +318,9 @@ def _single_tensor_so(
     """Compute the step of the module's docstring on one tensor, whose gradient at S_g is g.
 
     Returns U, what to add to W there, and which of its slots are void, (|S_m| + k,) each. U has a
-    slot for each entry of S_m and one for each of S_g, so that its size does not depend on the
-    data: on a GPU the host would have to wait for it. Of the two slots of an entry of both, the
-    first one has its numbers, and the second one is void. The state gets the next S_m, m and v.
+    slot for each entry of S_m and one for each of S_g: a size that depended on the data would make
+    the host wait for the GPU. Of the two slots of an entry of both, the first has its numbers and
+    the second is void. The state gets the next S_m, m and v. `segments` is as in `_topk`.
     """
     (beta1, beta2), S_m, S_g = group["betas"], state["indices"], state["grad_indices"]
     U = torch.cat([S_m, S_g])
@@ -327,9 +329,16 @@ def _single_tensor_so(
     rows = [m, v]
     if "entry_steps" in state:
         rows.append(torch.cat([state["entry_steps"], torch.zeros_like(S_g)]))
-    is_dense = U.is_cpu and 16 * len(U) >= numel and not segments
-    if is_dense:  # a table of the tensor's size is faster
-        table = torch.empty(numel, dtype=torch.int32, device="cpu")  # right at S_m only
+    use_table = U.is_cpu and 16 * len(U) >= numel and not segments
+    if not use_table:  # sorted, an entry of both has two slots in a row
+        U, order = (U.int() if numel < 2**31 else U).sort()  # int32 takes half the time
+        void = torch.cat([U.new_zeros(1, dtype=torch.bool), U[1:] == U[:-1]])
+        rows = [row.index_select(0, order) for row in rows]
+        for row in rows:
+            row[:-1].add_(row[1:].where(void[1:], 0))
+        U = U.long()
+    else:  # at high density, a table of the slot in S_m of each entry of W is faster
+        table = torch.empty(numel, dtype=torch.int32, device="cpu")  # uninitialized outside of S_m
         table.scatter_(0, S_m, torch.arange(len(S_m), dtype=torch.int32, device="cpu"))
         slot = table.index_select(0, S_g).clamp_(0, len(S_m) - 1)
         both = (S_m.index_select(0, slot) == S_g).nonzero().view(-1)
@@ -337,23 +346,16 @@ def _single_tensor_so(
         for row in rows:
             row.index_add_(0, slot, row.index_select(0, both))
         void = torch.zeros_like(U, dtype=torch.bool).index_fill_(0, both, True)
-    else:  # sorted, an entry of both stands twice in a row
-        U, order = (U.int() if numel < 2**31 else U).sort()  # int32 takes half the time
-        void = torch.cat([U.new_zeros(1, dtype=torch.bool), U[1:] == U[:-1]])
-        rows = [row.index_select(0, order) for row in rows]
-        for row in rows:
-            row[:-1].add_(row[1:].where(void[1:], 0))
-        U = U.long()
-    m, v = rows[:2]
-    t = rows[2].add_(1).to(m.dtype) if "entry_steps" in state else state["step"].double()
-    bias_correction1 = -torch.expm1(t * math.log(max(beta1, 1e-300))).to(m.dtype)
+    m, v, *entry_steps = rows
+    t = entry_steps[0].add_(1).to(m.dtype) if entry_steps else state["step"].double()
+    bias_correction1 = -torch.expm1(t * math.log(max(beta1, 1e-300))).to(m.dtype)  # 1 - b1^t
     bias_correction2 = -torch.expm1(t * math.log(max(beta2, 1e-300))).to(m.dtype)
     denom = (v / bias_correction2).sqrt_().add_(group["eps"])
     update = (-group["lr"] / bias_correction1 * m).div_(denom).masked_fill_(void, 0)
-    importance = m.abs() if score is None else score(U, m, S_m)
-    integer = torch.int32 if importance.dtype == torch.float32 else torch.int64
-    bits = importance.masked_fill_(void, -1).view(integer)  # of the same order, compared faster
-    keep = (_topk_by_counting if is_dense else _topk)(bits, segments or [(len(U), len(S_g))])
+    importance = m.abs() if score is None else score(U, m, S_m).to(m.dtype).abs()
+    integer = torch.int32 if m.dtype == torch.float32 else torch.int64
+    bits = importance.masked_fill_(void, -1).view(integer)  # ints order like floats >= 0, faster
+    keep = (_topk_by_counting if use_table else _topk)(bits, segments or [(len(U), len(S_g))])
     state["indices"] = U.index_select(0, keep)
     for name, row in zip(("exp_avg", "exp_avg_sq", "entry_steps"), rows):
         state[name] = row.index_select(0, keep)
@@ -361,7 +363,7 @@ def _single_tensor_so(
 
 
 def _topk(score: Tensor, segments: Iterable[tuple[int, int]]) -> Tensor:
-    """Positions of the k highest scores in each (size, k) of the segments of a row of integers."""
+    """Positions of the k highest of each `size` scores, for consecutive segments (size, k)."""
     positions, start = [], 0
     for (size, k), same in groupby(segments):
         rows = score[start : start + size * len(list(same))].view(-1, size)
@@ -373,7 +375,7 @@ def _topk(score: Tensor, segments: Iterable[tuple[int, int]]) -> Tensor:
 
 
 def _topk_by_counting(score: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
-    """The same of one segment: only scores that share the k-th's upper 16 bits are compared."""
+    """`_topk` of one segment; only scores with the upper 16 bits of the k-th are compared."""
     ((_, k),) = segments
     bucket = (score >> 8 * score.itemsize - 16).clamp_(min=0)  # void slots join the lowest
     at_least = bucket.bincount().flip(0).cumsum(0).flip(0)  # scores in a bucket and above
@@ -387,13 +389,12 @@ def _multi_tensor_so(tensors: Sequence[Any], group: Group, score: Any) -> Iterab
     states, gradients, numels = zip(*tensors)
     names = [name for name in STATE_NAMES[1:] if name in states[0]]
     joint = states[0] | {name: torch.cat([state[name] for state in states]) for name in names}
-    offsets = list(accumulate(numels, initial=0))[:-1]  # of a tensor's entries in the joint one
+    offsets = list(accumulate(numels, initial=0))[:-1]  # where each tensor begins
     ks, ms = ([len(state[name]) for state in states] for name in ("grad_indices", "indices"))
     joint["grad_indices"] += _repeat(offsets, ks, joint["indices"])
     joint["indices"] += _repeat(offsets, ms, joint["indices"])
-    g, numel, sizes = torch.cat(gradients), sum(numels), [m + k for m, k in zip(ms, ks)]
-    segments = list(zip(sizes, ks))
-    U, update, void = _single_tensor_so(joint, g, numel, group, score, segments)
+    g, numel, sizes = torch.cat(gradients), sum(numels), list(map(sum, zip(ms, ks)))
+    U, update, void = _single_tensor_so(joint, g, numel, group, score, list(zip(sizes, ks)))
     U = U - _repeat(offsets, sizes, U)
     joint["indices"] -= _repeat(offsets, ks, U)
     for name in names[1:]:  # all but S_g
@@ -418,8 +419,8 @@ def _hash(*key: Any) -> int:
 def draw_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw k of numel flat indices, uniformly without replacement: (k,) int64, increasing.
 
-    Repeats are drawn again until k distinct indices are left, which by symmetry is a uniform
-    subset; it costs O(k log k), or O(numel) for a density of 1/32 or more.
+    Duplicates are redrawn until k indices are distinct: by symmetry a uniform subset. It costs
+    O(k log k), or O(numel) for a density of 1/32 or more.
     """
     if 32 * k < numel:
         support = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -427,7 +428,7 @@ def draw_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
             more = torch.randint(numel, (k - len(support),), generator=generator, device="cpu")
             support = torch.cat([support, more]).unique()
         return support
-    few = min(k, numel - k)  # or draw those that are left out
+    few = min(k, numel - k)  # draw the support or its complement
     mask = torch.zeros(numel, dtype=torch.bool, device="cpu")
     while missing := few - int(mask.count_nonzero()):
         more = torch.randint(numel, (missing,), generator=generator, device="cpu")
@@ -437,24 +438,24 @@ def draw_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
 
 def _take(t: Tensor, flat: Tensor) -> Tensor:
     """Entries of t at flat indices; of a sharded tensor, 0 at those of other ranks."""
-    memory, at, outside = _locate(t, flat)
-    entries = memory.index_select(0, at)
-    return entries if outside is None else entries.masked_fill_(outside, 0)
+    memory, positions, remote = _locate(t, flat)
+    entries = memory.index_select(0, positions)
+    return entries if remote is None else entries.masked_fill_(remote, 0)
 
 
 def _locate(t: Tensor, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The memory of t, where in it flat entries are, and which of them other ranks have (at 0)."""
+    """A 1-D view of t's memory, positions of flat indices in it, and which are on other ranks."""
     if t.is_contiguous() and not hasattr(t, "device_mesh"):
         return t.view(-1), flat, None
     local = _local(t)
-    at, extent = torch.zeros_like(flat), 1
-    outside = torch.zeros_like(flat, dtype=torch.bool)
-    for size, (first, end), stride in list(zip(t.shape, _shard_box(t), local.stride()))[::-1]:
+    positions, extent = torch.zeros_like(flat), 1
+    remote = torch.zeros_like(flat, dtype=torch.bool)
+    for size, (start, stop), stride in list(zip(t.shape, _shard_ranges(t), local.stride()))[::-1]:
         i, flat = flat % size, flat // size
-        outside |= (i < first) | (i >= end)
-        at, extent = at + (i - first) * stride, extent + (end - first - 1) * stride
+        remote |= (i < start) | (i >= stop)
+        positions, extent = positions + (i - start) * stride, extent + (stop - start - 1) * stride
     memory = local.as_strided((extent,), (1,)) if local.numel() else local.new_zeros(1)
-    return memory, at.masked_fill_(outside, 0), outside
+    return memory, positions.masked_fill_(remote, 0), remote  # remote ones read and write slot 0
 
 
 def _gather_coo(grads: list[Tensor], supports: list[Tensor]) -> Tensor:
@@ -469,8 +470,8 @@ def _gather_coo(grads: list[Tensor], supports: list[Tensor]) -> Tensor:
     values = torch.cat([grad._values() for grad in grads])  # (nnz, ...): entries, or whole rows
     flat = (flat[:, None] + torch.arange(values.shape[1:].numel(), device=S_g.device)).view(-1)
     slot = torch.searchsorted(S_g, flat).clamp_(max=len(S_g) - 1)
-    found = values.reshape(-1).where(S_g[slot] == flat, 0)
-    return found.new_zeros(S_g.shape).index_add_(0, slot, found)  # repeated entries add up
+    values = values.reshape(-1).where(S_g[slot] == flat, 0)
+    return values.new_zeros(S_g.shape).index_add_(0, slot, values)  # duplicate entries add up
 
 
 def _local(t: Tensor) -> Tensor:
@@ -483,8 +484,8 @@ def _grad(p: Tensor) -> Tensor:
     return p.grad.redistribute(placements=p.placements) if hasattr(p, "device_mesh") else p.grad
 
 
-def _shard_box(t: Tensor) -> list[tuple[int, int]]:
-    """First and last + 1 index in each dimension of this rank's shard."""
+def _shard_ranges(t: Tensor) -> list[tuple[int, int]]:
+    """The (start, stop) of this rank's shard in each dimension of t."""
     shape, start = t.shape, [0] * t.dim()
     if hasattr(t, "device_mesh"):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as compute
@@ -494,10 +495,8 @@ def _shard_box(t: Tensor) -> list[tuple[int, int]]:
 
 
 def _restore(p: Tensor, saved: State) -> State:
-    """A copy of p's saved state in p's precision and place; raise ValueError if it is not p's."""
-    state = {}
-    for name, x in saved.items():
-        state[name] = x.to(p.device, copy=True) if isinstance(x, Tensor) else deepcopy(x)
+    """Copy p's saved state to p's precision, device and shards; ValueError if it does not fit."""
+    state = {k: x.to(p.device, copy=True) if torch.is_tensor(x) else x for k, x in saved.items()}
     if saved.keys().isdisjoint(STATE_NAMES):
         return state  # of other programs only
     dense, moments = "indices" not in saved, ("exp_avg", "exp_avg_sq")
@@ -513,7 +512,7 @@ def _restore(p: Tensor, saved: State) -> State:
         value = value.full_tensor() if hasattr(value, "device_mesh") else value
         if dense and hasattr(p, "device_mesh"):
             whole, value = value, torch.zeros_like(p, dtype=value.dtype)
-            _local(value).copy_(whole[tuple(slice(*box) for box in _shard_box(p))])
+            _local(value).copy_(whole[tuple(slice(*box) for box in _shard_ranges(p))])
         state[name] = value
     return state
 
@@ -522,21 +521,21 @@ def _warn_if_too_sparse(supports: list[tuple[Tensor, int]]) -> None:
     """Warn of sparse tensors that keep so few entries that they will barely train."""
     few = [str(tuple(p.shape)) for p, k in supports if k < 10 < p.numel()]
     if few:
-        level = 1  # points past torch's frames and this file's to the program that called
-        while sys._getframe(level).f_code.co_filename.startswith((*torch.__path__, __file__)):
-            level += 1
+        frame, level = sys._getframe(), 1  # of the first caller outside of torch and this file
+        while frame.f_back and frame.f_code.co_filename.startswith((*torch.__path__, __file__)):
+            frame, level = frame.f_back, level + 1
         warnings.warn(
             f"SO keeps fewer than ten entries of {len(few)} of {len(supports)} sparse tensors "
             f"({', '.join(few[:3] + ['...'] * (len(few) > 3))}), which will barely train: raise "
             "density_ratio (and lr), or put them into a group with dense=True, also faster there",
-            stacklevel=level + 1,
+            stacklevel=level,
         )
 
 
 def _validate_group(group: Group) -> None:
     """Raise ValueError where a setting of a group is out of range."""
-    valid = {name: group[name] >= 0 for name in ("lr", "eps", "weight_decay")}
-    valid["betas"] = len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])
+    valid = {name: group.get(name, -1) >= 0 for name in ("lr", "eps", "weight_decay")}
+    valid["betas"] = len(group.get("betas", ())) == 2 and all(0 <= b < 1 for b in group["betas"])
     valid["density_ratio"] = 0 < group.get("density_ratio", 0) <= 1  # other optimizers have none
     valid["T"] = type(group.get("T")) is int and group["T"] >= 1
     valid["bias_correction"] = group.get("bias_correction") in ("tensor", "entry")

@@ -340,9 +340,9 @@ def test_unfit_state_is_refused(damage):
     state["param_groups"][0]["density_ratio"] = 2.0
     with pytest.raises(ValueError, match="density_ratio"):
         optimizer.load_state_dict(state)
-    adam = torch.optim.Adam([parameter(20, 20)])
-    with pytest.raises(ValueError, match="invalid density_ratio: None"):
-        optimizer.load_state_dict(adam.state_dict())
+    for other, name in ((torch.optim.Adam, "density_ratio"), (torch.optim.SGD, "eps")):
+        with pytest.raises(ValueError, match=f"invalid {name}: None"):
+            optimizer.load_state_dict(other([parameter(20, 20)]).state_dict())
     assert optimizer.state[w]["exp_avg"] is before
 
 
@@ -395,9 +395,13 @@ def test_loading_hooks_see_state():
     optimizer, seen = SO([w], density_ratio=0.05, seed=1), []
     run(optimizer, [w], 1)
     saved = copy.deepcopy(optimizer.state_dict())
+    other = copy.deepcopy(saved)
+    other["state"][0]["exp_avg"] += 1.0
+    optimizer.register_load_state_dict_pre_hook(lambda *_: other)
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[w]["exp_avg"]))
     optimizer.load_state_dict(saved)
-    assert torch.equal(seen[0], saved["state"][0]["exp_avg"])
+    assert torch.equal(seen[0], other["state"][0]["exp_avg"])
+    assert optimizer.state[w]["indices"].dtype == torch.int64
 
 
 # Unpickling a tensor makes torch 2.4 warn of what torch.load would do with one.
@@ -599,11 +603,13 @@ def test_a_default_device_changes_nothing():
 def test_deterministic_algorithms_take_every_layout():
     w = nn.Parameter(torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last))
     half = nn.Parameter(torch.randn(20, 30).half().t())
-    optimizer = SO([w, half], density_ratio=0.1, seed=1)
+    dense = nn.Parameter(w.detach().bfloat16())
+    groups = [{"params": [w, half]}, {"params": [dense], "dense": True}]
+    optimizer = SO(groups, density_ratio=0.1, seed=1)
     before = w.detach().clone(), half.detach().clone()
     torch.use_deterministic_algorithms(True)
     try:
-        run(optimizer, [w, half], 3)
+        run(optimizer, [w, half, dense], 3)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not torch.equal(before[0], w) and not torch.equal(before[1], half)
