@@ -38,6 +38,7 @@ __version__ = "1.1"
 
 STATE_NAMES = ("step", "grad_indices", "indices", "exp_avg", "exp_avg_sq", "entry_steps")
 CHUNK = 2**18  # slots updated at once: what a core's cache holds; on GPUs 16 times as many
+LARGE = 2**13  # slots from which a table is faster than sorting, on CPUs
 
 Group = State = dict[str, Any]
 
@@ -63,16 +64,14 @@ class SO(Optimizer):
         decoupled_weight_decay: Multiply W at U by 1 - lr * weight_decay instead, as AdamW does.
         bias_correction: "tensor": t counts the tensor's steps, as in the paper. "entry": t counts
             steps since the entry entered U (`entry_steps`); its first move is lr * sign(g).
-        stochastic_rounding: Round weights in half precision up or down at random, right on
-            average, so that small steps are not lost. False rounds to the nearest.
+        stochastic_rounding: Round half precision at random, right on average, or to the nearest.
         foreach: Update many tensors at once (True, None), or each by `_single_tensor_so` (False).
 
     Raises:
         ValueError: An argument is out of range, or a parameter is complex, flat (FSDP1) or Partial.
     """
 
-    # Subclasses may rank entries by score(U, m, S_m) >= 0 in place of |m|. U and S_m number the
-    # entries of all tensors of a chunk in a row, so they do not index a single tensor.
+    # Subclasses may rank a chunk's entries (numbered in a row) by score(U, m, S_m) >= 0, not |m|.
     _score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     _ready: frozenset[Tensor] = frozenset()  # tensors that have the support of the coming step
 
@@ -100,7 +99,6 @@ class SO(Optimizer):
             foreach=foreach, dense=None,
         )  # fmt: skip
         super().__init__(params, defaults)
-        self.register_state_dict_pre_hook(SO._init_seeds)  # a saved seed is drawn first
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -126,7 +124,7 @@ class SO(Optimizer):
         p that `filter_fn` accepts. `step` draws what is missing; what is drawn already stays.
         """
         self._init_seeds(exchange=True)
-        generator, ready = torch.Generator("cpu"), []
+        generator, ready, first = torch.Generator("cpu"), [], []
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         self._positions = {p: position for position, (_, p) in enumerate(params)}
         for group, p in params:
@@ -153,11 +151,11 @@ class SO(Optimizer):
                     state[name] = torch.zeros_like(p if dense else S_g, dtype=dtype)
                 if not dense:
                     state["indices"] = S_g.clone()
+                    first.append((p, k))
                     if group["bias_correction"] == "entry":
                         state["entry_steps"] = torch.zeros_like(S_g)
         self._ready |= frozenset(ready)
-        first = [(p, len(self.state[p]["indices"])) for p in ready if self.state[p]["step"] == 0]
-        if len(first) == sum("indices" in state for state in self.state.values()):  # step 1
+        if len(first) == sum("indices" in state for state in self.state.values()):  # only once
             _warn_if_too_sparse(first)
 
     def _init_seeds(self, exchange: bool = False) -> None:
@@ -176,7 +174,9 @@ class SO(Optimizer):
         for p in sorted(params, key=Tensor.numel):  # equal sizes together, for `_topk`
             state, mesh = self.state[p], getattr(p, "device_mesh", None)
             coo = p.grad.is_sparse and (p.grad.sparse_dim(), p.grad._values().shape[1:])
-            key = p.dtype, p.device, mesh, int(state["step"]), "entry_steps" in state, coo
+            slots = len(state["indices"]) + len(state["grad_indices"])
+            alone = p.is_cpu and 16 * slots >= max(p.numel(), 16 * LARGE) and p  # takes a table
+            key = p.dtype, p.device, mesh, int(state["step"]), "entry_steps" in state, coo, alone
             kinds[key].append(p)
         for same in kinds.values():
             limit = CHUNK if same[0].is_cpu else 16 * CHUNK
@@ -233,6 +233,7 @@ class SO(Optimizer):
             if half:
                 after = self._round(before.to(update.dtype) + update, params, Us, group)
                 update = after.view(torch.int16) - before.view(torch.int16)
+                update.masked_fill_(torch.cat(voids), 0)  # a nan may come back with other bits
             parts = update.split(sizes)
         for p, U, part in zip(params, Us, parts):
             W, positions, remote = _locate(p, U)
@@ -270,7 +271,7 @@ class SO(Optimizer):
         seed, step = group["seed"], int(self.state[params[0]]["step"])
         keys = [_hash(seed, self._positions[p], step, "rounding") % 2**32 for p in params]
         bits = torch.cat(list(Us))
-        for key in (0, _repeat(keys, list(map(len, Us)), bits)):
+        for key in (0, keys[0] if len(keys) == 1 else _repeat(keys, list(map(len, Us)), bits)):
             bits = (bits + key) & 0xFFFFFFFF
             bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
             bits = bits ^ (bits >> 15)
@@ -288,14 +289,10 @@ class SO(Optimizer):
             _validate_parameter(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, also where the parameters had another precision.
-
-        Raises:
-            ValueError: It is not the state of an SO of such tensors; nothing is loaded then.
-        """
+        """Load what `state_dict` returned; raise ValueError, and load nothing, if it is unfit."""
+        self._ready = frozenset()
         with self.register_load_state_dict_pre_hook(SO._restore_states):  # after the user's hooks
             super().load_state_dict(state_dict)
-        self._ready = frozenset()
 
     def _restore_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Key states by parameter: those keyed by number, torch casts to the parameter's dtype."""
@@ -306,6 +303,11 @@ class SO(Optimizer):
                 if state := state_dict["state"].get(number):
                     states[p] = _restore(p, state)
         return {**state_dict, "state": states}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings and state, as torch's optimizers do; `seed` is drawn first."""
+        self._init_seeds()
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._init_seeds()
@@ -329,18 +331,19 @@ def _single_tensor_so(
     rows = [m, v]
     if "entry_steps" in state:
         rows.append(torch.cat([state["entry_steps"], torch.zeros_like(S_g)]))
-    use_table = U.is_cpu and 16 * len(U) >= numel and not segments
+    use_table = U.is_cpu and 16 * len(U) >= max(numel, 16 * LARGE) and not segments
     if not use_table:  # sorted, an entry of both has two slots in a row
-        U, order = (U.int() if numel < 2**31 else U).sort()  # int32 takes half the time
-        void = torch.cat([U.new_zeros(1, dtype=torch.bool), U[1:] == U[:-1]])
+        U, order = (U.int() if U.is_cpu and numel < 2**31 else U).sort()  # int32 is faster there
+        void = torch.zeros_like(U, dtype=torch.bool)
+        torch.eq(U[1:], U[:-1], out=void[1:])
         rows = [row.index_select(0, order) for row in rows]
         for row in rows:
             row[:-1].add_(row[1:].where(void[1:], 0))
         U = U.long()
     else:  # at high density, a table of the slot in S_m of each entry of W is faster
-        table = torch.empty(numel, dtype=torch.int32, device="cpu")  # uninitialized outside of S_m
-        table.scatter_(0, S_m, torch.arange(len(S_m), dtype=torch.int32, device="cpu"))
-        slot = table.index_select(0, S_g).clamp_(0, len(S_m) - 1)
+        slot = torch.empty(numel, dtype=torch.int32, device="cpu")  # uninitialized outside of S_m
+        slot.scatter_(0, S_m, torch.arange(len(S_m), dtype=torch.int32, device="cpu"))
+        slot = slot.index_select(0, S_g).clamp_(0, len(S_m) - 1)
         both = (S_m.index_select(0, slot) == S_g).nonzero().view(-1)
         slot, both = slot.index_select(0, both), both + len(S_m)
         for row in rows:
@@ -371,7 +374,7 @@ def _topk(score: Tensor, segments: Iterable[tuple[int, int]]) -> Tensor:
         best = rows.topk(k, sorted=False).indices
         positions.append(best.add_(first[:, None]).view(-1))
         start += rows.numel()
-    return torch.cat(positions)
+    return torch.cat(positions) if len(positions) > 1 else positions[0]
 
 
 def _topk_by_counting(score: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:

@@ -266,18 +266,11 @@ def assert_trained(found, steps=STEPS, width=13):
     torch.testing.assert_close(found, weights(model), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "ranks, what, settings",
-    [
-        (2, "fully_shard", {}),
-        (3, "fully_shard", {}),
-        (2, "swapped", {}),
-        (4, "tensor parallel", {"width": 12}),
-        (2, "whole", {"steps": 8}),
-        (3, "sharded again", {"steps": 8}),
-        (3, "loaded", {"steps": 8}),
-    ],
-)
+@pytest.mark.parametrize("ranks, what, settings", [
+    (2, "fully_shard", {}), (3, "fully_shard", {}), (2, "swapped", {}),
+    (4, "tensor parallel", {"width": 12}), (2, "whole", {"steps": 8}),
+    (3, "sharded again", {"steps": 8}), (3, "loaded", {"steps": 8}),
+])  # fmt: skip
 def test_ranks_equal_one_process(results, ranks, what, settings):
     for found in results(ranks):
         assert_trained(found[what], **settings)
