@@ -63,6 +63,10 @@ class SOVariant(SO):
         self.grad_support, self.moment_support, self.moments = grad_support, moment_support, moments
         super().__init__(params, **settings)
 
+    def __getstate__(self) -> dict[str, Any]:  # of which torch keeps groups and state only
+        names = ("grad_support", "moment_support", "moments")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
     @torch.no_grad()
     def draw_supports(self, filter_fn: Callable[..., bool] = lambda p: p.requires_grad) -> None:
         """As SO's; the largest entries of a gradient can be known once it is there."""

@@ -1,5 +1,6 @@
 """SO with other supports: against the plain twin, and through main.py's flags."""
 
+import copy
 import json
 
 import pytest
@@ -97,6 +98,7 @@ def test_random_moment_support_follows_seed():
     def run(seed):
         w = nn.Parameter(torch.zeros(40, 40))
         optimizer = SOVariant([w], moment_support="random", **SETTINGS | {"seed": seed})
+        w, optimizer = copy.deepcopy((w, optimizer))
         steps(optimizer, w, 4)
         return torch.cat([w.detach().flatten(), optimizer.state[w]["indices"].sort().values])
 
