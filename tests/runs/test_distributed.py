@@ -104,6 +104,7 @@ def test_signal_stops_all_ranks(to, flags, single, tmp_path):
     assert read_losses(tmp_path) == pytest.approx(single, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # torch 2.4's own
 def test_killed_rank_stops_all(flags, single, tmp_path):
     argv = [*flags, tmp_path / "out"]
     first, second = run_with_signal(1, signal.SIGKILL, tmp_path, argv)
