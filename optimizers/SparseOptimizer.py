@@ -180,8 +180,8 @@ class SO(Optimizer):
             kinds[key].append(p)
         for same in kinds.values():
             limit = CHUNK if same[0].is_cpu else 16 * CHUNK
-            slots = accumulate(2 * len(self.state[p]["grad_indices"]) for p in same)
-            for _, pairs in groupby(zip(same, slots), key=lambda pair: pair[1] // limit):
+            ends = accumulate(2 * len(self.state[p]["grad_indices"]) for p in same)
+            for _, pairs in groupby(zip(same, ends), key=lambda pair: pair[1] // limit):
                 yield [p for p, _ in pairs]
 
     def _sparse_update(self, params: list[Tensor], group: Group) -> None:
@@ -254,8 +254,8 @@ class SO(Optimizer):
         for p, weight in zip(params, weights):
             if weight.dtype != p.dtype:
                 flat = torch.zeros((), dtype=torch.int64, device=p.device)  # index of each entry
-                for size, box in zip(p.shape, _shard_ranges(p)):
-                    flat = flat[..., None] * size + torch.arange(*box, device=p.device)
+                for size, bounds in zip(p.shape, _shard_ranges(p)):
+                    flat = flat[..., None] * size + torch.arange(*bounds, device=p.device)
                 rounded = self._round(weight.reshape(-1), [p], [flat.view(-1)], group)
                 _local(p).copy_(rounded.view_as(weight))
 
@@ -515,7 +515,7 @@ def _restore(p: Tensor, saved: State) -> State:
         value = value.full_tensor() if hasattr(value, "device_mesh") else value
         if dense and hasattr(p, "device_mesh"):
             whole, value = value, torch.zeros_like(p, dtype=value.dtype)
-            _local(value).copy_(whole[tuple(slice(*box) for box in _shard_ranges(p))])
+            _local(value).copy_(whole[tuple(slice(*bounds) for bounds in _shard_ranges(p))])
         state[name] = value
     return state
 

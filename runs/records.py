@@ -70,7 +70,7 @@ def read_run(folder: Path) -> Run:
     losses = np.array([loss for _, loss, _ in curve])
     if len(losses) != result["iterations"] or not np.isfinite(losses).all():
         found = f"{len(losses)} of {result['iterations']} iterations"
-        raise malformed("curve.csv", f"{found}, or a loss that is not finite")
+        raise _malformed("curve.csv", f"{found}, or a loss that is not finite")
     evaluated = [(iteration, accuracy) for iteration, _, accuracy in curve if accuracy >= 0]
     entries = {field.name: result.get(field.name) for field in RESULT_FIELDS}
     entries["backbone"] = canonical_backbone(result["backbone"])
@@ -97,7 +97,7 @@ def load_predictions(run: Run) -> list[tuple[str, int, int, float]]:
     rows = _read_csv(run.folder / "predictions.csv", columns)
     labels = range(len(run.classnames))
     if not rows or not all(row[1] in labels and row[2] in labels for row in rows):
-        raise malformed("predictions.csv", "no rows, or labels of other classes")
+        raise _malformed("predictions.csv", "no rows, or labels of other classes")
     return rows
 
 
@@ -121,7 +121,7 @@ def canonical_backbone(name: str) -> str:
     return models.get(stem, stem)
 
 
-def malformed(filename: str, problem: object) -> ValueError:
+def _malformed(filename: str, problem: object) -> ValueError:
     """Return the error of a file in a run's folder that is not as main.py wrote it."""
     return ValueError(
         f"{filename} is malformed ({problem}): main.py with --overwrite makes it again"
@@ -134,14 +134,14 @@ def _check_types(entry: Any, keys: Iterable[str], filename: str) -> None:
         value, kind = entry.get(key) if isinstance(entry, dict) else None, RESULT_TYPES[key]
         valid = isinstance(value, int | float if kind is float else kind)
         if not valid or (kind is float and not math.isfinite(value)):
-            raise malformed(filename, f"no valid {key}; did another version write it?")
+            raise _malformed(filename, f"no valid {key}; did another version write it?")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise malformed(path.name, error) from error
+        raise _malformed(path.name, error) from error
 
 
 def _read_csv(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[tuple]:
@@ -153,4 +153,4 @@ def _read_csv(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[t
                 for row in csv.DictReader(file)
             ]
         except (csv.Error, KeyError, ValueError, TypeError) as error:
-            raise malformed(path.name, repr(error)) from error
+            raise _malformed(path.name, repr(error)) from error

@@ -186,13 +186,14 @@ def test_coo_gradients_equal_strided_ones(coalesced, rows):
 @pytest.mark.parametrize(
     "strided", [lambda w: w.t(), lambda w: w[:, ::2], lambda w: w.expand(1, *w.shape).mT]
 )
-def test_strided_parameters_update_in_place(strided):
-    storage = torch.randn(10, 12, dtype=torch.float64)
+@pytest.mark.parametrize("dense, dtype", [(False, torch.float64), (True, torch.bfloat16)])
+def test_strided_parameters_update_in_place(strided, dense, dtype):
+    storage = torch.randn(10, 12, dtype=dtype)
     w = nn.Parameter(strided(storage))
     assert not w.is_contiguous() and w.data_ptr() == storage.data_ptr()
     plain = nn.Parameter(w.detach().clone(memory_format=torch.contiguous_format))
-    a = SO([w], lr=1e-2, density_ratio=0.2, T=2, weight_decay=0.1, seed=1)
-    b = SO([plain], lr=1e-2, density_ratio=0.2, T=2, weight_decay=0.1, seed=1)
+    settings = dict(lr=1e-2, density_ratio=0.2, T=2, weight_decay=0.1, seed=1, dense=dense)
+    a, b = (SO([settings | {"params": [p]}]) for p in (w, plain))
     for _ in range(6):
         plain.grad = torch.randn_like(plain)
         w.grad = plain.grad.clone() if _ % 2 else torch.empty_like(w).copy_(plain.grad)
@@ -624,13 +625,11 @@ def test_a_default_device_changes_nothing():
 def test_deterministic_algorithms_take_every_layout():
     w = nn.Parameter(torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last))
     half = nn.Parameter(torch.randn(20, 30).half().t())
-    dense = nn.Parameter(w.detach().bfloat16())
-    groups = [{"params": [w, half]}, {"params": [dense], "dense": True}]
-    optimizer = SO(groups, density_ratio=0.1, seed=1)
+    optimizer = SO([w, half], density_ratio=0.1, seed=1)
     before = w.detach().clone(), half.detach().clone()
     torch.use_deterministic_algorithms(True)
     try:
-        run(optimizer, [w, half, dense], 3)
+        run(optimizer, [w, half], 3)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not torch.equal(before[0], w) and not torch.equal(before[1], half)
